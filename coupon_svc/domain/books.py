@@ -1,0 +1,55 @@
+"""A coupon book: its rules and what of it may change."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Ack(StrEnum):
+    """When an assign is answered: once the ledger has it, or as soon as Redis has decided."""
+
+    LEDGER = "ledger"
+    REDIS = "redis"
+
+
+class BookStatus(StrEnum):
+    ACTIVE = "active"
+    PAUSED = "paused"
+    CLOSED = "closed"
+
+
+class Book(msgspec.Struct, frozen=True, kw_only=True):
+    """A book as the ledger stores it. Times are Unix milliseconds; None means unlimited or unset.
+
+    `version` grows by one with every change of the rules or of the codes; Redis takes only a newer one.
+    `total` counts the codes of the book, `lent` those of them that Redis was lent.
+    """
+
+    book_id: str
+    tenant_id: int
+    name: str
+    max_codes_per_user: int | None
+    max_redemptions_per_code: int | None
+    lock_ttl_seconds: int
+    starts_at_ms: int | None
+    expires_at_ms: int | None
+    ack: Ack
+    metadata: msgspec.Raw
+    """The caller's own JSON object, kept to the letter."""
+    status: BookStatus
+    created_at_ms: int
+    version: int
+    total: int
+    lent: int
+
+
+class Counters(msgspec.Struct, frozen=True):
+    """How many codes of a book are in each state. The states exclude each other and add up to `total`."""
+
+    total: int
+    available: int
+    assigned: int
+    redeemed: int
+    quarantined: int

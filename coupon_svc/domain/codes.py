@@ -1,0 +1,104 @@
+"""Codes: their one spelling, and patterns that generate them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+import msgspec
+
+from coupon_svc.domain.outcomes import Outcome, Refused
+
+CODE_LENGTH_MIN, CODE_LENGTH_MAX = 3, 64
+_CODE = re.compile(r"[A-Z0-9][A-Z0-9._~+@-]{2,63}")
+_SYMBOL = re.compile(r"[A-Z0-9._~+@-]")
+
+ALPHABETS = {
+    "unambiguous": "23456789ABCDEFGHJKMNPQRSTVWXYZ",  # digits and capitals without 0 O 1 I L U
+    "alphanumeric": "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+    "letters": "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+    "digits": "0123456789",
+}
+
+
+def normalise_code(text: str) -> str | None:
+    """The one spelling of a code: trimmed, upper case, 3..64 of `A-Z 0-9 . _ ~ + @ -`, a letter or digit first.
+
+    None when `text` is no code. Only ASCII is upper-cased: `ß` must not become `SS` and so some other code.
+    """
+    code = text.strip()
+    if not code.isascii():
+        return None
+    code = code.upper()
+    return code if _CODE.fullmatch(code) else None
+
+
+class Pattern(msgspec.Struct, frozen=True):
+    """What codes to generate look like: each `#` of `text` is one random symbol of `symbols`."""
+
+    text: str
+    symbols: str
+
+    @property
+    def capacity(self) -> int:
+        """How many codes the pattern can name."""
+        return int(len(self.symbols) ** self.text.count("#"))
+
+    def draw(self, count: int) -> Iterator[str]:
+        """`count` codes, each drawn alone by a CSPRNG: unguessable, and seldom but possibly alike."""
+        places = self.text.count("#")
+        frame = self.text.replace("#", "%s")
+        symbols = self._random_symbols(count * places)
+        for start in range(0, count * places or count, places or 1):
+            yield frame % tuple(symbols[start : start + places])
+
+    def _random_symbols(self, count: int) -> str:
+        """Independent, unbiased symbols: a random byte that would favour some of them is thrown away."""
+        size = len(self.symbols)
+        fair = 256 - 256 % size
+        table = bytes(ord(self.symbols[byte % size]) for byte in range(256))
+        unfair = bytes(range(fair, 256))
+        drawn = bytearray()
+        while len(drawn) < count:
+            drawn += os.urandom(count - len(drawn) + 16).translate(table, unfair)
+        return drawn[:count].decode("ascii")
+
+
+def parse_pattern(text: str, alphabet: str) -> Pattern:
+    """A pattern from its text and the name or symbols of its alphabet. Raises Refused(invalid_request).
+
+    Every code the pattern can make must be a legal code; so the symbols must be, too.
+    """
+    text = text.strip().upper() if text.isascii() else text
+    symbols = ALPHABETS.get(alphabet) or alphabet.upper()
+    if len(symbols) < 2 or len(set(symbols)) != len(symbols) or not all(map(_SYMBOL.fullmatch, symbols)):
+        names = ", ".join(ALPHABETS)
+        raise _invalid(
+            "/generate/alphabet", f"give one of {names}, or 2 or more different symbols of A-Z 0-9 . _ ~ + @ -"
+        )
+    if not CODE_LENGTH_MIN <= len(text) <= CODE_LENGTH_MAX or not all(c == "#" or _SYMBOL.fullmatch(c) for c in text):
+        raise _invalid("/generate/pattern", "give 3 to 64 characters of A-Z 0-9 . _ ~ + @ - and # for a random symbol")
+    first = symbols if text[0] == "#" else text[0]
+    if not first.isalnum():
+        raise _invalid("/generate/pattern", "a code must begin with a letter or a digit")
+    return Pattern(text, symbols)
+
+
+def check_capacity(pattern: Pattern, requested: int, already_used: int) -> None:
+    """Raises Refused(pattern_capacity) when the codes would fill more than half of what the pattern can name.
+
+    A fuller pattern would make codes easy to guess and slow to draw.
+    """
+    if 2 * (already_used + requested) > pattern.capacity:
+        raise Refused(
+            Outcome.PATTERN_CAPACITY,
+            "The codes would fill more than half of what the pattern can name. Add a # or take a larger alphabet.",
+            capacity=pattern.capacity,
+            requested=requested,
+            already_used=already_used,
+        )
+
+
+def _invalid(pointer: str, detail: str) -> Refused:
+    return Refused(Outcome.INVALID_REQUEST, errors=[{"pointer": pointer, "detail": detail}])

@@ -1,0 +1,63 @@
+"""What a script did, as it travels from the stream to the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+COUPON_ASSIGNED = "coupon_assigned"
+COUPON_REDEEMED = "coupon_redeemed"
+
+
+class Event(NamedTuple):
+    """One event of a shard's epoch. `uses` tells which use of the code a redemption was, from 1."""
+
+    seq: int
+    event: str
+    book_id: str
+    code: str
+    user_id: str
+    at_ms: int
+    uses: int | None = None
+    reference: str | None = None
+    metadata: str | None = None
+    idem: str | None = None
+    fingerprint: str | None = None
+
+
+class MalformedEvent(Exception):
+    """A stream entry that no script of ours wrote. The message names what is wrong and holds no value of it."""
+
+
+def parse_entry_id(entry_id: str) -> tuple[int, int]:
+    """(epoch, seq) of a stream entry."""
+    epoch, _, seq = entry_id.partition("-")
+    return int(epoch), int(seq)
+
+
+def parse_event(seq: int, fields: Sequence[str]) -> Event:
+    """The event in a stream entry's fields, a flat list of names and values. Raises MalformedEvent."""
+    try:
+        if fields[1] == COUPON_ASSIGNED and len(fields) == 14:
+            _, event, _, book_id, _, code, _, user_id, _, at_ms, _, idem, _, fingerprint = fields
+            return Event(
+                seq, event, book_id, code, user_id, int(at_ms), idem=idem or None, fingerprint=fingerprint or None
+            )
+        values = dict(zip(fields[::2], fields[1::2], strict=True))
+        if values["event"] != COUPON_REDEEMED:
+            raise MalformedEvent("an event of no known kind")
+        return Event(
+            seq,
+            COUPON_REDEEMED,
+            values["book"],
+            values["code"],
+            values["user"],
+            int(values["at_ms"]),
+            int(values["uses"]),
+            values["reference"] or None,
+            values["metadata"] or None,
+            values["idem"] or None,
+            values["fingerprint"] or None,
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise MalformedEvent(f"a field is missing or no number ({type(error).__name__})") from None

@@ -1,0 +1,62 @@
+"""Shards: the fixed parts the keyspace is cut into. A book lives whole in one, and its id says in which."""
+
+from __future__ import annotations
+
+import binascii
+import secrets
+from functools import cache
+from itertools import product
+
+import msgspec
+
+CLUSTER_SLOTS = 16_384
+_SUFFIX_SYMBOLS = "abcdefghijklmnopqrstuvwxyz"
+_ID_SYMBOLS = "0123456789abcdefghjkmnpqrstvwxyz"
+_ID_LENGTH = 16
+
+
+def key_slot(tag: str) -> int:
+    """The cluster slot of a key whose hash tag is `tag`: CRC16 (XMODEM) modulo 16384, as the cluster spec has it."""
+    return binascii.crc_hqx(tag.encode(), 0) % CLUSTER_SLOTS
+
+
+@cache
+def shard_tag(shard: int, shards: int) -> str:
+    """The hash tag of a shard, e.g. `07abc`: its number, and letters that put it in the middle of its stripe of slots.
+
+    Shard i of n gets a slot close to (i + 1/2) * 16384 / n, so that any even cut of the slots between cluster nodes
+    is an even cut of the shards. The search is deterministic: every process finds the same tags.
+    """
+    centre = (2 * shard + 1) * CLUSTER_SLOTS // (2 * shards)
+    for letters in product(_SUFFIX_SYMBOLS, repeat=3):
+        tag = f"{shard:02d}{''.join(letters)}"
+        if abs(key_slot(tag) - centre) <= 16:
+            return tag
+    raise AssertionError(f"no tag for shard {shard} of {shards}")
+
+
+def new_book_id(shards: int) -> str:
+    """A fresh id such as `bk_07q3…` in a shard drawn at random; 80 random bits make it unguessable and unique."""
+    return f"bk_{secrets.randbelow(shards):02d}" + "".join(secrets.choice(_ID_SYMBOLS) for _ in range(_ID_LENGTH))
+
+
+def book_shard(book_id: str, shards: int) -> int | None:
+    """The shard a book id names, or None when no book can have this id."""
+    if len(book_id) != 5 + _ID_LENGTH or not book_id.startswith("bk_") or not book_id.isascii():
+        return None
+    digits = book_id[3:5]
+    if not digits.isdigit() or not book_id[5:].isalnum():
+        return None
+    shard = int(digits)
+    return shard if shard < shards else None
+
+
+class Position(msgspec.Struct, frozen=True, order=True):
+    """An event's place in the ledger: gapless within a shard's epoch, never issued twice."""
+
+    shard: int
+    epoch: int
+    seq: int
+
+    def __str__(self) -> str:
+        return f"{self.shard:02d}:{self.epoch}-{self.seq}"

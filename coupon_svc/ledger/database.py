@@ -1,0 +1,115 @@
+"""Connections to Postgres that nothing can hang: a server that does not answer in time is given up, not waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import asyncpg
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT_S = 2.0
+
+
+class LedgerUnavailable(Exception):
+    """Postgres could not be reached or did not answer in time. What was under way may or may not have happened."""
+
+
+UNAVAILABLE = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,  # 08
+    asyncpg.InsufficientResourcesError,  # 53
+    asyncpg.OperatorInterventionError,  # 57
+    asyncpg.PostgresSystemError,  # 58
+    asyncpg.TransactionRollbackError,  # 40
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+"""Errors that say nothing about the data sent: try again, elsewhere or later (SQLSTATE classes 08, 40, 53, 57, 58)."""
+
+
+async def open_connection(url: str, name: str) -> asyncpg.Connection:
+    """One connection of one's own. Raises LedgerUnavailable."""
+    try:
+        return await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_S, server_settings={"application_name": name})
+    except UNAVAILABLE as error:
+        raise LedgerUnavailable(type(error).__name__) from None
+
+
+async def bounded(connection: asyncpg.Connection, work: Awaitable[T], seconds: float) -> T:
+    """Await `work` on `connection`, and end the connection when it takes longer than `seconds`.
+
+    Cancelling a statement waits for the server to confirm, which a stopped one never does (asyncpg #1326); ending the
+    socket does not. Raises LedgerUnavailable then, and for every error that is no fault of the data.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if not done:
+            connection.terminate()
+        return await task
+    except asyncio.CancelledError:
+        connection.terminate()
+        raise
+    except UNAVAILABLE as error:
+        raise LedgerUnavailable(type(error).__name__) from None
+
+
+class Database:
+    """A small pool that begins to connect when it is first used, so that a process starts while Postgres is away."""
+
+    def __init__(self, url: str, name: str, size: int = 8, statement_timeout_s: float = 10.0) -> None:
+        self._url = url
+        self._name = name
+        self._free: list[asyncpg.Connection] = []
+        self._slots = asyncio.Semaphore(size)
+        self._timeout_s = statement_timeout_s
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[asyncpg.Connection]:
+        """A connection for a few statements. Raises LedgerUnavailable for whatever goes wrong with the server;
+        a connection on which that happened, or that was left within a transaction, is not used again."""
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise LedgerUnavailable("all connections are busy") from None
+        connection: asyncpg.Connection | None = None
+        try:
+            while self._free and connection is None:
+                connection = self._free.pop()
+                if connection.is_closed():
+                    connection = None
+            if connection is None:
+                connection = await open_connection(self._url, self._name)
+            watchdog = asyncio.get_running_loop().call_later(self._timeout_s, connection.terminate)
+            try:
+                yield connection
+            finally:
+                watchdog.cancel()
+        except UNAVAILABLE as error:
+            if connection is not None:
+                connection.terminate()
+            raise LedgerUnavailable(type(error).__name__) from None
+        finally:
+            if connection is not None:
+                if connection.is_closed() or connection.is_in_transaction():
+                    connection.terminate()
+                else:
+                    self._free.append(connection)
+            self._slots.release()
+
+    async def close(self) -> None:
+        while self._free:
+            self._free.pop().terminate()
+
+    async def fetch(self, statement: str, *args: Any) -> list[asyncpg.Record]:
+        """Rows of one statement."""
+        async with self.connection() as connection:
+            return list(await connection.fetch(statement, *args))

@@ -1,0 +1,107 @@
+"""Batches of events into the ledger: the events, what follows from them, and the shard's position, in one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import asyncpg
+
+from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
+
+DATA_ERRORS = (
+    asyncpg.DataError,  # 22, and what asyncpg itself cannot encode
+    asyncpg.IntegrityConstraintViolationError,  # 23
+    asyncpg.ProgramLimitExceededError,  # 54
+)
+"""Errors that are the fault of a row, not of the server: trying again changes nothing."""
+
+_ADVANCE = """
+    UPDATE shards SET committed = batch.upto
+    FROM unnest($2::int[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[])
+         AS batch (shard, epoch, generation, committed, upto)
+    WHERE shards.shard = batch.shard AND shards.epoch = batch.epoch AND shards.generation = batch.generation
+      AND shards.committed = batch.committed AND shards.owner = $1
+"""
+_SPEND = """
+    UPDATE coupons SET uses = spent.uses
+    FROM (SELECT book_id, code, max(uses) AS uses FROM unnest($1::text[], $2::text[], $3::int[]) AS u (book_id, code, uses)
+          GROUP BY book_id, code) AS spent
+    WHERE coupons.book_id = spent.book_id AND coupons.code = spent.code AND coupons.uses < spent.uses
+"""
+_EVENT_COLUMNS = ("shard", "epoch", *Event._fields)
+_COUPON_COLUMNS = ("book_id", "code", "user_id", "assigned_at_ms", "epoch", "seq")
+_REDEMPTION_COLUMNS = (
+    "book_id", "code", "uses", "user_id", "redeemed_at_ms", "reference", "metadata", "epoch", "seq",
+)  # fmt: skip
+
+
+class Batch(NamedTuple):
+    """Events of one shard that follow the ledger's position `committed` without a hole, up to `upto`.
+
+    `events` may lack some of them: those stand in `dead`, with the reason why the ledger cannot take them.
+    """
+
+    shard: int
+    epoch: int
+    generation: int
+    committed: int
+    upto: int
+    events: Sequence[Event]
+    dead: Sequence[tuple[int, bytes, str]] = ()
+
+
+class NotOwner(Exception):
+    """A shard of the batch has another owner, epoch or position by now: the batch must be thrown away."""
+
+
+async def write_batches(connection: asyncpg.Connection, writer_id: str, batches: Sequence[Batch]) -> None:
+    """Write the batches of several shards within the caller's transaction: all of it is to be committed, or nothing.
+
+    Raises NotOwner when a shard was taken over, has a new epoch, or is not where its batch begins; one of DATA_ERRORS
+    when a row cannot be stored.
+    """
+    ordered = sorted(batches)
+    columns = [[batch[i] for batch in ordered] for i in range(5)]
+    advanced = await connection.execute(_ADVANCE, writer_id, *columns)
+    if advanced != f"UPDATE {len(ordered)}":
+        raise NotOwner
+    rows = [(batch.shard, batch.epoch, *event) for batch in ordered for event in batch.events]
+    if rows:
+        await connection.copy_records_to_table("events", records=rows, columns=_EVENT_COLUMNS)
+    assigned = [
+        (event.book_id, event.code, event.user_id, event.at_ms, batch.epoch, event.seq)
+        for batch in ordered
+        for event in batch.events
+        if event.event == COUPON_ASSIGNED
+    ]
+    if assigned:
+        await connection.copy_records_to_table("coupons", records=assigned, columns=_COUPON_COLUMNS)
+    redeemed = [
+        (e.book_id, e.code, e.uses, e.user_id, e.at_ms, e.reference, e.metadata, batch.epoch, e.seq)
+        for batch in ordered
+        for e in batch.events
+        if e.event == COUPON_REDEEMED
+    ]
+    if redeemed:
+        await connection.copy_records_to_table("redemptions", records=redeemed, columns=_REDEMPTION_COLUMNS)
+        await connection.execute(_SPEND, *([row[i] for row in redeemed] for i in range(3)))
+    dead = [(batch.shard, batch.epoch, *letter) for batch in ordered for letter in batch.dead]
+    if dead:
+        await connection.executemany(
+            "INSERT INTO dead_letters (shard, epoch, seq, fields, reason) VALUES ($1, $2, $3, $4, $5)", dead
+        )
+
+
+async def first_data_error(connection: asyncpg.Connection, writer_id: str, batch: Batch) -> Exception | None:
+    """Try a batch and undo it: what the ledger would say to it, or None when it would take it."""
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        await write_batches(connection, writer_id, [batch])
+    except DATA_ERRORS as error:
+        refusal: Exception = error
+        return refusal
+    finally:
+        await transaction.rollback()
+    return None

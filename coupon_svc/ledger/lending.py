@@ -1,0 +1,121 @@
+"""What Redis is lent, as the shard's owner does it: Postgres notes first that codes are lent, then they are brought.
+
+Every function that writes checks in its own transaction that the caller still owns the shard in this epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import asyncpg
+
+from coupon_svc.domain.books import Book
+from coupon_svc.ledger.books import BOOK_COLUMNS, book_from_row
+from coupon_svc.ledger.events import NotOwner
+from coupon_svc.ledger.shards import OwnedShard
+
+_STILL_OWNER = """
+    SELECT true FROM shards WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 FOR SHARE
+"""
+
+
+class Lease(NamedTuple):
+    """Codes that are lent to Redis now, and how many of the book are not."""
+
+    codes: list[str]
+    unlent: int
+
+
+async def books_to_load(connection: asyncpg.Connection, shards: Sequence[int], most: int = 100) -> list[Book]:
+    """Books whose newest version is not in Redis yet."""
+    rows = await connection.fetch(
+        f"SELECT {BOOK_COLUMNS} FROM books WHERE shard = ANY ($1) AND version > loaded_version LIMIT {most}",
+        list(shards),
+    )
+    return [book_from_row(row) for row in rows]
+
+
+async def loaded_books(connection: asyncpg.Connection, shard: int) -> list[Book]:
+    """The books of a shard that were brought to Redis before."""
+    rows = await connection.fetch(f"SELECT {BOOK_COLUMNS} FROM books WHERE shard = $1 AND loaded", shard)
+    return [book_from_row(row) for row in rows]
+
+
+async def read_book(connection: asyncpg.Connection, book_id: str) -> tuple[Book, bool]:
+    """A book as it is now, and whether it was ever brought to Redis."""
+    row = await connection.fetchrow(f"SELECT {BOOK_COLUMNS}, loaded FROM books WHERE book_id = $1", book_id)
+    return book_from_row(row), row["loaded"]
+
+
+async def mark_loaded(
+    connection: asyncpg.Connection, writer_id: str, owned: OwnedShard, book_id: str, version: int
+) -> None:
+    """Note that Redis has this version of the book. From the first time on, a book that Redis lacks is lost, not new."""
+    async with connection.transaction():
+        await _require_owner(connection, writer_id, owned)
+        await connection.execute(
+            "UPDATE books SET loaded = true, loaded_version = greatest(loaded_version, $2) WHERE book_id = $1",
+            book_id,
+            version,
+        )
+
+
+async def lease_block(
+    connection: asyncpg.Connection, writer_id: str, owned: OwnedShard, book_id: str, count: int
+) -> Lease:
+    """Lend the next `count` codes of the book's random order (a few more when places are alike, fewer at the end)."""
+    async with connection.transaction():
+        await _require_owner(connection, writer_id, owned)
+        book = await connection.fetchrow(
+            "SELECT leased_upto, total - lent AS unlent FROM books WHERE book_id = $1 FOR UPDATE", book_id
+        )
+        upto = await connection.fetchval(
+            "SELECT max(place) FROM (SELECT place FROM codes WHERE book_id = $1 AND place > $2 ORDER BY place LIMIT $3) b",
+            book_id,
+            book["leased_upto"],
+            count,
+        )
+        if upto is None:
+            return Lease([], book["unlent"])
+        rows = await connection.fetch(
+            "SELECT code FROM codes WHERE book_id = $1 AND place > $2 AND place <= $3",
+            book_id,
+            book["leased_upto"],
+            upto,
+        )
+        await connection.execute(
+            "UPDATE books SET leased_upto = $2, lent = lent + $3 WHERE book_id = $1", book_id, upto, len(rows)
+        )
+        return Lease([row["code"] for row in rows], book["unlent"] - len(rows))
+
+
+async def outstanding_lease(connection: asyncpg.Connection, book_id: str) -> Lease:
+    """Every code that Redis was lent and the ledger has not seen assigned. Redis skips those it knows of."""
+    rows = await connection.fetch(
+        "SELECT code FROM codes JOIN books USING (book_id) WHERE book_id = $1 AND place <= leased_upto"
+        " AND NOT EXISTS (SELECT FROM coupons WHERE coupons.book_id = $1 AND coupons.code = codes.code)",
+        book_id,
+    )
+    unlent = await connection.fetchval("SELECT total - lent FROM books WHERE book_id = $1", book_id)
+    return Lease([row["code"] for row in rows], unlent)
+
+
+async def lone_leases(connection: asyncpg.Connection, shards: Sequence[int], most: int = 500) -> dict[str, Lease]:
+    """Codes that were lent alone and are not in Redis yet, by book."""
+    rows = await connection.fetch(
+        "SELECT book_id, array_agg(code) AS codes, min(total - lent) AS unlent FROM"
+        f" (SELECT * FROM lone_leases WHERE shard = ANY ($1) LIMIT {most}) l JOIN books USING (book_id) GROUP BY book_id",
+        list(shards),
+    )
+    return {row["book_id"]: Lease(row["codes"], row["unlent"]) for row in rows}
+
+
+async def settle_lone_leases(connection: asyncpg.Connection, book_id: str, codes: list[str]) -> None:
+    """Redis has these codes now."""
+    await connection.execute("DELETE FROM lone_leases WHERE book_id = $1 AND code = ANY ($2)", book_id, codes)
+
+
+async def _require_owner(connection: asyncpg.Connection, writer_id: str, owned: OwnedShard) -> None:
+    if not await connection.fetchval(_STILL_OWNER, owned.shard, writer_id, owned.generation, owned.epoch):
+        raise NotOwner

@@ -1,0 +1,90 @@
+"""Who owns which shard. A writer lives while its row is renewed; a shard belongs to one writer at a time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import asyncpg
+
+WRITER_TTL_S = 5
+
+_RENEW = f"""
+    INSERT INTO writers (writer_id, backend_pids, expires_at)
+    VALUES ($1, $2, now() + interval '{WRITER_TTL_S} seconds')
+    ON CONFLICT (writer_id) DO UPDATE SET backend_pids = $2, expires_at = excluded.expires_at
+"""
+_COUNTS = """
+    SELECT (SELECT count(*) FROM writers WHERE expires_at > now()) AS writers, (SELECT count(*) FROM shards) AS shards
+"""
+_ORPHANS = """
+    SELECT shards.shard, shards.owner FROM shards LEFT JOIN writers ON writers.writer_id = shards.owner
+    WHERE writers.writer_id IS NULL OR writers.expires_at <= now()
+    ORDER BY random() LIMIT $1
+"""
+# The connections of an owner that no longer renews its row. One of them, paused half-way through a transaction, may hold
+# the row we want. A pid may be another's by now, so the name is compared, too.
+_END_OWNER = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity, writers
+    WHERE writer_id = $1 AND expires_at <= now() AND pid = ANY (backend_pids) AND application_name = 'coupon-writer'
+"""
+_TAKE = """
+    UPDATE shards SET owner = $2, generation = generation + 1
+    WHERE shard = $1 AND NOT EXISTS (SELECT FROM writers WHERE writer_id = shards.owner AND expires_at > now())
+    RETURNING shard, epoch, committed, generation
+"""
+
+
+class OwnedShard(NamedTuple):
+    """A shard as its owner found it when it took it."""
+
+    shard: int
+    epoch: int
+    committed: int
+    generation: int
+
+
+async def renew_writer(connection: asyncpg.Connection, writer_id: str, backend_pids: list[int]) -> int:
+    """Say that this writer lives. Returns how many shards it should own: an equal part, rounded up."""
+    await connection.execute(_RENEW, writer_id, backend_pids)
+    counts = await connection.fetchrow(_COUNTS)
+    return int(-(-counts["shards"] // max(1, counts["writers"])))
+
+
+async def take_shards(connection: asyncpg.Connection, writer_id: str, most: int) -> list[OwnedShard]:
+    """Take up to `most` shards whose owner is gone. Their generation grows, which shuts the old owner out."""
+    taken = []
+    for orphan in await connection.fetch(_ORPHANS, most):
+        await connection.execute(_END_OWNER, orphan["owner"])
+        row = await connection.fetchrow(_TAKE, orphan["shard"], writer_id)
+        if row is not None:
+            taken.append(OwnedShard(*row))
+    return taken
+
+
+async def owned_shards(connection: asyncpg.Connection, writer_id: str) -> list[OwnedShard]:
+    """The shards this writer owns now."""
+    rows = await connection.fetch(
+        "SELECT shard, epoch, committed, generation FROM shards WHERE owner = $1 ORDER BY shard", writer_id
+    )
+    return [OwnedShard(*row) for row in rows]
+
+
+async def release_shards(connection: asyncpg.Connection, writer_id: str, shards: list[int] | None = None) -> None:
+    """Give shards up (all of them, and the writer's own row, without a list) for others to take at once."""
+    await connection.execute(
+        "UPDATE shards SET owner = NULL WHERE owner = $1 AND ($2::int[] IS NULL OR shard = ANY ($2))", writer_id, shards
+    )
+    if shards is None:
+        await connection.execute("DELETE FROM writers WHERE writer_id = $1", writer_id)
+
+
+async def begin_first_epoch(connection: asyncpg.Connection, owned: OwnedShard, writer_id: str) -> OwnedShard | None:
+    """Give a shard that was never opened its first epoch. None when it is not this owner's any more."""
+    row = await connection.fetchrow(
+        "UPDATE shards SET epoch = 1 WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = 0"
+        " RETURNING shard, epoch, committed, generation",
+        owned.shard,
+        writer_id,
+        owned.generation,
+    )
+    return OwnedShard(*row) if row is not None else None

@@ -1,0 +1,220 @@
+"""The API's way to Redis: one verified connection that runs scripts, one that hears how far the ledger is.
+
+No script runs before the server was verified: its run_id and replid are those that the shard's owner certified. A
+shard that is not certified, or whose script answers `suspect`, is shut until it is certified again; requests for it
+are refused with `recovering` and never with a wrong answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+
+from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.store.connection import Connection, Reply, ReplyError, StoreOutcomeUnknown, StoreUnavailable, connect
+from coupon_svc.store.keys import POSITIONS_CHANNEL, ShardKeys
+from coupon_svc.store.positions import Positions
+from coupon_svc.store.scripts import Scripts
+from coupon_svc.store.server import ServerUnfit, load_scripts, read_identity
+
+log = logging.getLogger(__name__)
+
+REPLY_TIMEOUT_S = 2.0
+VERIFY_EVERY_S = 1.0
+TICK_S = 0.05
+
+
+class ShardView:
+    """What this process knows of a shard: the epoch it is certified in, and the highest seq it has seen of it."""
+
+    __slots__ = ("backlog_max", "certified", "epoch", "keys", "seen_seq")
+
+    def __init__(self, keys: ShardKeys) -> None:
+        self.keys = keys
+        self.certified = False
+        self.epoch = 0
+        self.seen_seq = 0
+        self.backlog_max = 0
+
+
+class Store:
+    """Runs scripts on the Redis at `url`. `start` it before use and `stop` it after."""
+
+    def __init__(self, url: str, shards: int, positions: Positions, scripts: Scripts) -> None:
+        self._url = url
+        self._scripts = scripts
+        self.positions = positions
+        self.views = [ShardView(ShardKeys(shard, shards)) for shard in range(shards)]
+        self._connection: Connection | None = None
+        self._listener: Connection | None = None
+        self._verify_wanted = False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to connect; returns at once. Until a shard is certified its requests are refused."""
+        loops = (self._keep_connected, self._keep_listening, self._watch)
+        self._tasks = [asyncio.create_task(loop()) for loop in loops]
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for connection in (self._connection, self._listener):
+            if connection:
+                connection.abort()
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
+    def backlog(self, shard: int) -> int:
+        """Events of the shard that the ledger had not, as far as this process knows."""
+        view = self.views[shard]
+        epoch, committed = self.positions.committed(shard)
+        return max(0, view.seen_seq - committed) if epoch == view.epoch else 0
+
+    # --- running scripts
+
+    async def run(
+        self, name: str, shard: int, keys: Sequence[str], args: Sequence[str | int], *, sure: bool = False
+    ) -> Reply:
+        """Run a script in a shard: `keys` follow the shard's meta, `args` follow epoch and seen seq.
+
+        Returns the reply, a list that begins with its outcome word. Raises Refused: recovering, store_unavailable,
+        backlog_full (memory is out), or outcome_unknown when the script was sent and nothing came back; with `sure`
+        (a script that only reads) that is store_unavailable, too.
+        """
+        view = self.views[shard]
+        script = self._scripts[name]
+        for _ in range(2):  # a second time only after NOSCRIPT, which is the promise that nothing ran
+            if self._connection is None:
+                raise Refused(Outcome.STORE_UNAVAILABLE)
+            if not view.certified:
+                raise Refused(Outcome.RECOVERING)
+            try:
+                reply = await self._connection.send(
+                    "EVALSHA", script.sha, len(keys) + 1, view.keys.meta, *keys, view.epoch, view.seen_seq, *args
+                )
+            except StoreUnavailable:
+                raise Refused(Outcome.STORE_UNAVAILABLE) from None
+            except StoreOutcomeUnknown:
+                raise Refused(Outcome.STORE_UNAVAILABLE if sure else Outcome.OUTCOME_UNKNOWN) from None
+            if not isinstance(reply, ReplyError):
+                if reply[0] == "suspect":
+                    self._suspect(view, shard)
+                    raise Refused(Outcome.RECOVERING)
+                return reply
+            await self._explain(reply, view, shard)
+        raise Refused(Outcome.RECOVERING)
+
+    async def _explain(self, error: Exception, view: ShardView, shard: int) -> None:
+        """Turn an error reply into a refusal; returns only when the script is loaded now and may be sent again."""
+        word = str(error).partition(" ")[0]
+        if word == "NOSCRIPT":
+            with contextlib.suppress(StoreUnavailable, StoreOutcomeUnknown, ServerUnfit):
+                if self._connection:
+                    await self._verify(self._connection)
+                    if view.certified:
+                        await load_scripts(self._connection, self._scripts)
+            return
+        if word == "OOM":
+            raise Refused(Outcome.BACKLOG_FULL)
+        if word in ("READONLY", "MASTERDOWN"):
+            self._suspect(view, shard)
+            raise Refused(Outcome.RECOVERING)
+        if word in ("LOADING", "BUSY", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN"):
+            raise Refused(Outcome.STORE_UNAVAILABLE)
+        log.error("a script failed in shard %02d: %s", shard, word)
+        raise Refused(Outcome.INTERNAL_ERROR)
+
+    def _suspect(self, view: ShardView, shard: int) -> None:
+        if view.certified:
+            log.warning("shard %02d is suspect; it is shut until its owner has certified it again", shard)
+        view.certified = False
+        self._verify_wanted = True
+
+    # --- knowing whom one speaks to
+
+    async def _keep_connected(self) -> None:
+        while True:
+            try:
+                connection = await connect(self._url, "coupon-api")
+                await self._verify(connection)
+                await load_scripts(connection, self._scripts)
+                self._connection = connection
+                await connection.closed
+            except (StoreUnavailable, StoreOutcomeUnknown, ServerUnfit, ReplyError) as error:
+                log.warning("redis cannot be used: %s", error or type(error).__name__)
+            self._connection = None
+            for view in self.views:
+                view.certified = False
+            await asyncio.sleep(0.1)
+
+    async def _verify(self, connection: Connection) -> None:
+        """Ask the server who it is, and open the shards that are certified for it; shut the others."""
+        identity = await read_identity(connection)
+        metas = [
+            connection.send("HMGET", view.keys.meta, "run_id", "replid", "epoch", "seq", "committed", "backlog_max")
+            for view in self.views
+        ]
+        for shard, (view, meta) in enumerate(zip(self.views, metas, strict=True)):
+            run_id, replid, epoch, seq, committed, backlog_max = await meta
+            view.certified = (run_id, replid) == (identity.run_id, identity.replid) and (
+                int(epoch) > view.epoch or (int(epoch) == view.epoch and int(seq) >= view.seen_seq)
+            )
+            if view.certified:
+                if int(epoch) > view.epoch:
+                    view.epoch, view.seen_seq = int(epoch), 0
+                view.seen_seq = max(view.seen_seq, int(seq))
+                view.backlog_max = int(backlog_max)
+                self.positions.advance(shard, view.epoch, int(committed))
+
+    async def _watch(self) -> None:
+        """End what waits too long, and verify again: soon while a shard is shut or somebody waits for a position that
+        should have been told by now, otherwise once a second."""
+        loop = asyncio.get_running_loop()
+        verified_at = loop.time()
+        while True:
+            await asyncio.sleep(TICK_S)
+            connection = self._connection
+            overdue = self.positions.expire()
+            if connection is None:
+                continue
+            if connection.stalled_for() > REPLY_TIMEOUT_S:
+                log.warning("redis does not answer; the connection is given up")
+                connection.abort()
+                continue
+            soon = overdue or self._verify_wanted or not all(view.certified for view in self.views)
+            if soon or loop.time() - verified_at >= VERIFY_EVERY_S:
+                self._verify_wanted = False
+                try:
+                    await self._verify(connection)
+                except (StoreUnavailable, StoreOutcomeUnknown, ServerUnfit, ReplyError):
+                    connection.abort()
+                verified_at = loop.time()
+
+    # --- hearing how far the ledger is
+
+    async def _keep_listening(self) -> None:
+        while True:
+            try:
+                self._listener = await connect(self._url, "coupon-api-positions", self._on_message)
+                await self._listener.ask("SUBSCRIBE", POSITIONS_CHANNEL)
+                await self._listener.closed
+            except (StoreUnavailable, StoreOutcomeUnknown, ReplyError):
+                pass
+            self._listener = None
+            await asyncio.sleep(0.2)
+
+    def _on_message(self, message: Reply) -> None:
+        if message[0] != "message":
+            return
+        shard, epoch, committed = map(int, message[2].split())
+        view = self.views[shard]
+        # A message is no certificate: it wakes waiters of the epoch we trust, and otherwise only makes us look.
+        if view.certified and epoch == view.epoch:
+            self.positions.advance(shard, epoch, committed)
+        else:
+            self._verify_wanted = True

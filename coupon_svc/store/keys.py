@@ -1,0 +1,39 @@
+"""Every key the service has in Redis, spelled here and nowhere else. `docs/redis.md` is the same for a person.
+
+All keys of a shard share its hash tag, so a script touches one slot. What follows the tag may hold any character:
+Redis takes the first `{…}` of a key as its tag, and that one is ours.
+"""
+
+from __future__ import annotations
+
+from coupon_svc.domain.shards import shard_tag
+
+POSITIONS_CHANNEL = "cb:positions"
+"""Where writers tell how far the ledger is: `<shard> <epoch> <committed>`."""
+
+
+class ShardKeys:
+    """The keys of one shard."""
+
+    def __init__(self, shard: int, shards: int, tag: str | None = None) -> None:
+        self.prefix = f"cb:{{{tag or shard_tag(shard, shards)}}}:"
+        self.meta = self.prefix + "meta"
+        self.events = self.prefix + "events"
+
+    def book(self, book_id: str) -> str:
+        return f"{self.prefix}book:{book_id}"
+
+    def free(self, book_id: str) -> str:
+        return f"{self.prefix}free:{book_id}"
+
+    def holders(self, book_id: str) -> str:
+        return f"{self.prefix}holders:{book_id}"
+
+    def coupons(self, tenant_id: int, user_id: str) -> str:
+        return f"{self.prefix}coupons:{tenant_id}:{user_id}"
+
+    def lock(self, book_id: str, code: str) -> str:
+        return f"{self.prefix}lock:{book_id}:{code}"
+
+    def idem(self, book_id: str, idempotency_key: str) -> str:
+        return f"{self.prefix}idem:{book_id}:{idempotency_key}"

@@ -1,0 +1,176 @@
+"""The way of a shard's owner to Redis: every write is a script that compares epoch and generation first."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from coupon_svc.store.connection import Connection, Reply, ReplyError, StoreOutcomeUnknown, StoreUnavailable, connect
+from coupon_svc.store.keys import POSITIONS_CHANNEL, ShardKeys
+from coupon_svc.store.scripts import Scripts
+from coupon_svc.store.server import Identity, ServerUnfit, load_scripts, read_identity
+
+CODES_PER_CALL_MAX = 500
+REPLY_TIMEOUT_S = 3.0
+EVENTS_PER_READ_MAX = 2_000
+
+
+class StoreLost(Exception):
+    """Redis could not be reached, broke off, or is not fit. Whatever was sent is safe to send again."""
+
+
+class Suspect(Exception):
+    """This Redis is not the one the ledger knows, or the shard has another owner."""
+
+
+class Term(NamedTuple):
+    """What an owner writes with: its shard, the epoch, and its generation as the owner."""
+
+    shard: int
+    epoch: int
+    generation: int
+
+
+class OwnerStore:
+    """Two connections, both given up on the first trouble: one for scripts, one that waits for events."""
+
+    def __init__(self, url: str, shards: int, scripts: Scripts) -> None:
+        self._url = url
+        self._scripts = scripts
+        self._keys = [ShardKeys(shard, shards) for shard in range(shards)]
+        self._connection: Connection | None = None
+        self._reader: Connection | None = None
+        self._connecting = asyncio.Lock()
+        self.identity: Identity | None = None
+
+    async def connect(self) -> Identity:
+        """Make sure there is a connection, and return who is at its other end. Raises StoreLost."""
+        async with self._connecting:
+            if self.identity is None or self._connection is None or self._connection.closed.done():
+                self.close()
+                try:
+                    connection = await connect(self._url, "coupon-writer")
+                    self.identity = await read_identity(connection)
+                    await load_scripts(connection, self._scripts)
+                except (StoreUnavailable, StoreOutcomeUnknown, ServerUnfit, ReplyError) as error:
+                    raise StoreLost(str(error) or type(error).__name__) from None
+                self._connection = connection
+            return self.identity
+
+    def close(self) -> None:
+        """Give both connections up."""
+        for connection in (self._connection, self._reader):
+            if connection is not None:
+                connection.abort()
+        self._connection = self._reader = self.identity = None
+
+    # --- writing
+
+    async def open_shard(self, term: Term, committed: int, backlog_max: int, *, fresh: bool) -> int:
+        """Certify this Redis for the shard. Returns its seq. Raises StoreLost, Suspect."""
+        identity = await self.connect()
+        keys = self._keys[term.shard]
+        reply = await self._run(
+            "open_shard", term, [keys.events], identity.run_id, identity.replid, backlog_max, committed,
+            "fresh" if fresh else "",
+        )  # fmt: skip
+        return int(reply[1])
+
+    async def publish_position(
+        self, term: Term, committed: int, *, ledger_here: bool = True, trim_seq: int = 0, tell: bool = True
+    ) -> None:
+        """Tell how far the ledger is. Raises StoreLost, Suspect."""
+        message = f"{term.shard} {term.epoch} {committed}" if tell else ""
+        await self._run(
+            "publish_position", term, [self._keys[term.shard].events], committed, "here" if ledger_here else "away",
+            trim_seq, POSITIONS_CHANNEL, message,
+        )  # fmt: skip
+
+    async def put_book(self, term: Term, book_id: str, version: int, rules: Mapping[str, str], *, known: bool) -> None:
+        """Bring a book's rules, unless Redis has newer ones. Raises StoreLost; Suspect also when a known book is gone."""
+        fields = [part for pair in rules.items() for part in pair]
+        reply = await self._run(
+            "put_book", term, [self._keys[term.shard].book(book_id)], version, "known" if known else "", *fields
+        )
+        if reply[0] == "gone":
+            raise Suspect
+
+    async def load_codes(self, term: Term, book_id: str, codes: Sequence[str], unlent: int) -> int:
+        """Put lent codes into the pool, skipping those that are in it or held. Returns how many are in the pool then.
+
+        Raises StoreLost (send it again), Suspect.
+        """
+        keys = self._keys[term.shard]
+        touched = [keys.book(book_id), keys.free(book_id), keys.holders(book_id)]
+        in_pool = 0
+        for start in range(0, len(codes) or 1, CODES_PER_CALL_MAX):
+            entries: list[str | int] = []
+            for code in codes[start : start + CODES_PER_CALL_MAX]:
+                entries += (secrets.randbits(53), code)
+            reply = await self._run("load_codes", term, touched, unlent, *entries)
+            if reply[0] != "ok":
+                raise Suspect
+            in_pool = int(reply[2])
+        return in_pool
+
+    async def _run(self, name: str, term: Term, keys: Sequence[str], *args: str | int) -> Reply:
+        script = self._scripts[name]
+        meta = self._keys[term.shard].meta
+        for _ in range(2):  # a second time only after NOSCRIPT: nothing ran
+            await self.connect()
+            assert self._connection is not None
+            try:
+                async with asyncio.timeout(REPLY_TIMEOUT_S):
+                    reply = await self._connection.send(
+                        "EVALSHA", script.sha, len(keys) + 1, meta, *keys, term.epoch, term.generation, *args
+                    )
+            except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError):
+                self.close()
+                raise StoreLost(name) from None
+            if not isinstance(reply, ReplyError):
+                if reply[0] in ("suspect", "fenced"):
+                    raise Suspect(name)
+                return reply
+            word = str(reply).partition(" ")[0]
+            if word != "NOSCRIPT":
+                raise StoreLost(f"{name}: {word}")
+            self.close()  # connecting anew verifies the server and loads the scripts
+        raise StoreLost(f"{name}: NOSCRIPT")
+
+    # --- reading
+
+    async def held_counts(self, shard: int, book_ids: Sequence[str]) -> list[int | None]:
+        """How many codes of each book were ever brought to Redis; None for a book it does not have. Raises StoreLost."""
+        await self.connect()
+        assert self._connection is not None
+        try:
+            futures = [self._connection.send("HGET", self._keys[shard].book(book_id), "lent") for book_id in book_ids]
+            async with asyncio.timeout(10 * REPLY_TIMEOUT_S):
+                replies = [await future for future in futures]
+        except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError):
+            self.close()
+            raise StoreLost("HGET") from None
+        return [None if reply is None else int(reply) for reply in replies]
+
+    async def read_events(self, after: Mapping[int, tuple[int, int]], block_ms: int) -> dict[int, list[list[Reply]]]:
+        """Entries of each shard's stream that follow (epoch, seq), waiting up to `block_ms` for the first.
+
+        Each entry is [id, [name, value, …]]. Raises StoreLost.
+        """
+        try:
+            if self._reader is None or self._reader.closed.done():
+                self._reader = await connect(self._url, "coupon-writer-reader")
+            by_stream = {self._keys[shard].events: shard for shard in after}
+            async with asyncio.timeout(block_ms / 1000 + REPLY_TIMEOUT_S):
+                reply = await self._reader.ask(
+                    "XREAD", "COUNT", EVENTS_PER_READ_MAX, "BLOCK", block_ms, "STREAMS", *by_stream,
+                    *(f"{epoch}-{seq}" for epoch, seq in after.values()),
+                )  # fmt: skip
+        except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ReplyError) as error:
+            if self._reader is not None:
+                self._reader.abort()
+            self._reader = None
+            raise StoreLost(type(error).__name__) from None
+        return {by_stream[stream]: entries for stream, entries in reply or ()}

@@ -1,0 +1,52 @@
+"""Which Redis is at the other end of a connection, and whether it is fit to be trusted with the service's keys."""
+
+from __future__ import annotations
+
+import msgspec
+
+from coupon_svc.store.connection import Connection
+from coupon_svc.store.scripts import Scripts
+
+VERSION_MIN = (7, 0)
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What tells one Redis from another, and one life of it from the next.
+
+    `run_id` changes with every start; `replid` with every change of master, even on a live connection.
+    """
+
+    run_id: str
+    replid: str
+
+
+class ServerUnfit(Exception):
+    """The server would break a promise as it is set up; the message names the setting and says what to do."""
+
+
+async def read_identity(connection: Connection) -> Identity:
+    """The identity of the server at the other end. Raises ServerUnfit for a replica or a setting that loses data."""
+    info = _parse_info(await connection.ask("INFO"))
+    version = tuple(int(part) for part in info["redis_version"].split(".")[:2])
+    if version < VERSION_MIN:
+        raise ServerUnfit(f"Redis {info['redis_version']} is too old: 7.0 or newer, or Valkey, is needed.")
+    if info["role"] != "master":
+        raise ServerUnfit("This Redis is a replica: point COUPON_REDIS_URL at the master.")
+    if info.get("maxmemory_policy", "noeviction") != "noeviction":
+        raise ServerUnfit("maxmemory-policy must be noeviction: any other policy deletes coupons when memory is short.")
+    if info.get("aof_enabled") != "1":
+        raise ServerUnfit("appendonly must be yes: without the append-only file a restart forgets every coupon.")
+    return Identity(info["run_id"], info["master_replid"])
+
+
+async def load_scripts(connection: Connection, scripts: Scripts) -> None:
+    """Make every script known to the server. The connection must have been verified before."""
+    for future in [connection.send("SCRIPT", "LOAD", script.source) for script in scripts]:
+        reply = await future
+        if isinstance(reply, Exception):
+            raise reply
+
+
+def _parse_info(text: str) -> dict[str, str]:
+    pairs = (line.partition(":") for line in text.splitlines() if ":" in line)
+    return {name: value for name, _, value in pairs}

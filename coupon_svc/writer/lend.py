@@ -1,0 +1,210 @@
+"""Brings books and codes to Redis: new and changed books, the next block of codes before the pool runs dry, and codes
+that were lent alone. Postgres notes first that codes are lent; so whatever dies here, nothing is lent twice."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import msgspec
+
+from coupon_svc.domain.books import Book
+from coupon_svc.ledger import lending
+from coupon_svc.ledger.catalogue import WRITER_CHANNEL
+from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.ledger.events import NotOwner
+from coupon_svc.ledger.idempotency import forget_old
+from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
+from coupon_svc.writer.crash import crash_point
+from coupon_svc.writer.shard import Pool, Shard
+
+log = logging.getLogger(__name__)
+
+STATEMENTS_TIMEOUT_S = 30.0
+LOOK_EVERY_S = 1.0
+FORGET_EVERY_S = 600.0
+FAST_REFILL_S, SLOW_REFILL_S = 2.0, 30.0
+
+
+class Lender:
+    """Works when told to: by NOTIFY, by the pools that the persister counts down, and once a second anyway."""
+
+    def __init__(
+        self,
+        url: str,
+        writer_id: str,
+        store: OwnerStore,
+        shards: dict[int, Shard],
+        lease_min: int,
+        lease_max: int,
+    ) -> None:
+        self._url = url
+        self._writer_id = writer_id
+        self._store = store
+        self._shards = shards
+        self._lease_min = lease_min
+        self._lease_max = lease_max
+        self._work = asyncio.Event()
+        self._low: dict[str, Shard] = {}
+        self._connection: Any = None
+        self.backend_pid: int | None = None
+
+    def count_assigned(self, shard: Shard, book_id: str) -> None:
+        """The persister saw one code of the book leave the pool."""
+        pool = shard.pools.get(book_id)
+        if pool is not None:
+            pool.in_pool -= 1
+            if not pool.wants_refill():
+                return
+        self.look_at(shard, book_id)
+
+    def look_at(self, shard: Shard, book_id: str) -> None:
+        """See soon whether the book's pool wants codes."""
+        self._low[book_id] = shard
+        self._work.set()
+
+    async def run(self) -> None:
+        """Lend until cancelled."""
+        forgotten_at = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._work.wait()
+            except TimeoutError:
+                pass
+            self._work.clear()
+            try:
+                connection = await self._connected()
+                await bounded(connection, self.turn(connection), STATEMENTS_TIMEOUT_S)
+                if loop.time() - forgotten_at > FORGET_EVERY_S:
+                    await bounded(connection, forget_old(connection), STATEMENTS_TIMEOUT_S)
+                    forgotten_at = loop.time()
+            except (StoreLost, LedgerUnavailable, NotOwner) as error:
+                log.info("lending has to wait: %s", error or type(error).__name__)
+                await asyncio.sleep(0.1)
+
+    async def turn(self, connection: Any) -> None:
+        """Everything there is to lend now. Raises StoreLost, LedgerUnavailable, NotOwner."""
+        open_shards = [n for n, shard in self._shards.items() if shard.opened_on is not None]
+        for book in await lending.books_to_load(connection, open_shards):
+            await self._guarded(self._load_book, connection, book)
+        for book_id, lease in (await lending.lone_leases(connection, open_shards)).items():
+            await self._guarded(self._bring_lone, connection, book_id, lease)
+        while self._low:
+            book_id, shard = self._low.popitem()
+            if shard.opened_on is not None:
+                await self._guarded(self._refill, connection, shard, book_id)
+
+    async def settle(self, connection: Any, shard: Shard) -> None:
+        """After a take-over: bring again what was lent and may not have arrived, and look at every pool.
+
+        Raises StoreLost, LedgerUnavailable; Suspect when a book is gone from Redis.
+        """
+        books = await lending.loaded_books(connection, shard.owned.shard)
+        counts = await self._store.held_counts(shard.owned.shard, [book.book_id for book in books])
+        for book, count in zip(books, counts, strict=True):
+            if count is None:
+                raise Suspect(f"book {book.book_id} is gone")
+            if count != book.lent:
+                lease = await lending.outstanding_lease(connection, book.book_id)
+                await self._bring(shard, book.book_id, lease)
+            if book.lent < book.total:
+                self.look_at(shard, book.book_id)
+
+    async def _guarded(self, work: Any, connection: Any, *args: Any) -> None:
+        """Do one piece of work; a suspect shard is shut and does not keep the others from theirs."""
+        try:
+            await work(connection, *args)
+        except Suspect:
+            log.exception("a shard is suspect")
+
+    async def _load_book(self, connection: Any, book: Book) -> None:
+        shard = self._shard_of(book.book_id)
+        if shard is None:
+            return
+        _, loaded = await lending.read_book(connection, book.book_id)
+        try:
+            await self._store.put_book(shard.term, book.book_id, book.version, _rules(book), known=loaded)
+        except Suspect:
+            shard.opened_on = None
+            raise
+        crash_point("lend.put")
+        if not loaded:
+            await lending.mark_loaded(connection, self._writer_id, shard.owned, book.book_id, 0)
+        await self._refill(connection, shard, book.book_id)
+        await lending.mark_loaded(connection, self._writer_id, shard.owned, book.book_id, book.version)
+        crash_point("lend.marked")
+
+    async def _refill(self, connection: Any, shard: Shard, book_id: str) -> None:
+        """Lend the next block if the pool wants it; tell Redis in any case how many codes are kept back."""
+        pool = shard.pools.get(book_id)
+        if pool is None:
+            pool = shard.pools[book_id] = Pool(self._lease_min)
+        book, _ = await lending.read_book(connection, book_id)
+        pool.unlent = book.total - book.lent
+        pool.in_pool = await self._store.load_codes(shard.term, book_id, [], pool.unlent)
+        if not pool.wants_refill():
+            return
+        now = asyncio.get_running_loop().time()
+        since = now - pool.refilled_at
+        if since < FAST_REFILL_S:
+            pool.block = min(2 * pool.block, self._lease_max)
+        elif since > SLOW_REFILL_S:
+            pool.block = max(pool.block // 2, self._lease_min)
+        lease = await lending.lease_block(connection, self._writer_id, shard.owned, book_id, pool.block)
+        crash_point("lend.leased")
+        pool.in_pool = await self._bring(shard, book_id, lease)
+        pool.unlent, pool.refilled_at = lease.unlent, now
+        crash_point("lend.brought")
+
+    async def _bring_lone(self, connection: Any, book_id: str, lease: lending.Lease) -> None:
+        shard = self._shard_of(book_id)
+        if shard is not None:
+            await self._bring(shard, book_id, lease)
+            crash_point("lend.lone_brought")
+            await lending.settle_lone_leases(connection, book_id, lease.codes)
+
+    async def _bring(self, shard: Shard, book_id: str, lease: lending.Lease) -> int:
+        """Put leased codes into the pool, however often it takes: they are lent, so nobody else will bring them."""
+        while True:
+            try:
+                return await self._store.load_codes(shard.term, book_id, lease.codes, lease.unlent)
+            except StoreLost:
+                if shard.opened_on is None:
+                    raise  # whoever opens the shard again settles what is outstanding
+                await asyncio.sleep(0.1)
+
+    def _shard_of(self, book_id: str) -> Shard | None:
+        shard = self._shards.get(int(book_id[3:5]))
+        return shard if shard is not None and shard.opened_on is not None else None
+
+    async def _connected(self) -> Any:
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await open_connection(self._url, "coupon-writer")
+            self.backend_pid = self._connection.get_server_pid()
+            await self._connection.add_listener(WRITER_CHANNEL, lambda *_: self._work.set())
+            self._work.set()
+        return self._connection
+
+
+def _rules(book: Book) -> dict[str, str]:
+    """A book as the fields of its hash in Redis. What is unlimited or unset is the empty text."""
+
+    def text(value: int | None) -> str:
+        return "" if value is None else str(value)
+
+    return {
+        "tenant_id": str(book.tenant_id),
+        "status": book.status.value,
+        "starts_at_ms": text(book.starts_at_ms),
+        "expires_at_ms": text(book.expires_at_ms),
+        "ack": book.ack.value,
+        "max_redemptions_per_code": text(book.max_redemptions_per_code),
+        "max_codes_per_user": text(book.max_codes_per_user),
+        "lock_ttl_ms": str(book.lock_ttl_seconds * 1000),
+        "total": str(book.total),
+        "unlent": str(book.total - book.lent),
+        "stored": msgspec.json.encode(book).decode(),
+    }

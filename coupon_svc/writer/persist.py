@@ -1,0 +1,187 @@
+"""From the streams into the ledger: read what follows the ledger's own position, commit it, tell how far it got."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_entry_id, parse_event
+from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.ledger.events import DATA_ERRORS, Batch, NotOwner, first_data_error, write_batches
+from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
+from coupon_svc.writer.crash import crash_point
+from coupon_svc.writer.shard import Shard
+
+log = logging.getLogger(__name__)
+
+COMMIT_TIMEOUT_S = 5.0
+BLOCK_MS = 200
+
+
+class Hole(Exception):
+    """Events are missing from the stream: they were trimmed by somebody, or this Redis is not the one we know."""
+
+
+class Persister:
+    """The writer's main loop. `shards` is shared with the rest of the writer, which adds and removes entries."""
+
+    def __init__(
+        self,
+        url: str,
+        writer_id: str,
+        store: OwnerStore,
+        shards: dict[int, Shard],
+        on_assigned: Callable[[Shard, str], None],
+    ) -> None:
+        self._url = url
+        self._writer_id = writer_id
+        self._store = store
+        self._shards = shards
+        self._on_assigned = on_assigned
+        self._connection: Any = None
+        self.backend_pid: int | None = None
+
+    async def run(self) -> None:
+        """Persist until cancelled. Trouble with Redis or Postgres is told, waited out, and never loses an event."""
+        while True:
+            try:
+                await self.turn()
+            except StoreLost as error:
+                log.warning("redis cannot be used: %s", error)
+                await asyncio.sleep(0.2)
+            except LedgerUnavailable as error:
+                log.warning("postgres cannot be used: %s", error)
+                await self._tell_away()
+                await asyncio.sleep(0.2)
+            except NotOwner:
+                log.warning("a batch was thrown away: its shard has another owner, epoch or position")
+                for shard in self._shards.values():
+                    shard.opened_on = None  # the owner's loop looks afresh
+                await asyncio.sleep(0.1)
+
+    async def turn(self) -> None:
+        """One batch of all shards that have events. Raises StoreLost, LedgerUnavailable, NotOwner."""
+        open_shards = {n: s for n, s in self._shards.items() if s.opened_on is not None and not s.stopped}
+        if not open_shards:
+            await asyncio.sleep(0.05)
+            return
+        entries = await self._store.read_events(
+            {n: (s.owned.epoch, s.committed) for n, s in open_shards.items()}, BLOCK_MS
+        )
+        batches = []
+        for number, shard_entries in entries.items():
+            try:
+                batches.append(_batch(open_shards[number], shard_entries))
+            except Hole as error:
+                log.error("shard %02d is suspect: %s", number, error)
+                open_shards[number].opened_on = None
+        if not batches:
+            return
+        crash_point("persist.read")
+        for committed in await self._commit(batches):
+            await self._publish(open_shards[committed.shard], committed)
+        crash_point("persist.published")
+
+    async def _commit(self, batches: list[Batch]) -> list[Batch]:
+        """Commit the batches together, or one by one when one of them holds what the ledger cannot take."""
+        try:
+            await self._transact(batches)
+            return batches
+        except DATA_ERRORS:
+            done = []
+            for batch in batches:
+                healthy = await self._without_poison(batch)
+                if healthy is not None:
+                    await self._transact([healthy])
+                    done.append(healthy)
+            return done
+
+    async def _transact(self, batches: Sequence[Batch]) -> None:
+        connection = await self._connected()
+
+        async def work() -> None:
+            async with connection.transaction():
+                await write_batches(connection, self._writer_id, batches)
+                crash_point("persist.written")
+
+        try:
+            await bounded(connection, work(), COMMIT_TIMEOUT_S)
+        except LedgerUnavailable:
+            connection.terminate()
+            raise
+        crash_point("persist.committed")
+
+    async def _without_poison(self, batch: Batch) -> Batch | None:
+        """The batch with the events that the ledger cannot take moved to its dead letters.
+
+        None, and the shard is stopped, when an event contradicts the ledger: history has forked, and a person must look.
+        """
+        connection = await self._connected()
+        good: list[Event] = []
+        dead: list[tuple[int, bytes, str]] = list(batch.dead)
+        rest: list[Sequence[Event]] = [batch.events]
+        while rest:
+            part = rest.pop()
+            tried = batch._replace(events=[*good, *part], dead=())
+            error = await bounded(connection, first_data_error(connection, self._writer_id, tried), COMMIT_TIMEOUT_S)
+            if error is None:
+                good += part
+            elif len(part) > 1:
+                half = len(part) // 2
+                rest += (part[half:], part[:half])
+            elif getattr(error, "sqlstate", None) == "23505":
+                log.critical("shard %02d is stopped: event %d contradicts the ledger", batch.shard, part[0].seq)
+                self._shards[batch.shard].stopped = True
+                return None
+            else:
+                log.error("event %d of shard %02d goes to the dead letters", part[0].seq, batch.shard)
+                dead.append((part[0].seq, msgspec.json.encode(part[0]), type(error).__name__))
+        return batch._replace(events=good, dead=dead)
+
+    async def _publish(self, shard: Shard, batch: Batch) -> None:
+        shard.committed = batch.upto
+        now = asyncio.get_running_loop().time()
+        shard.mark(now)
+        try:
+            await self._store.publish_position(shard.term, batch.upto, trim_seq=shard.trim_seq(now))
+        except Suspect:
+            shard.opened_on = None
+        for event in batch.events:
+            if event.event == COUPON_ASSIGNED:
+                self._on_assigned(shard, event.book_id)
+
+    async def _tell_away(self) -> None:
+        """Let Redis refuse at once what would wait for the ledger."""
+        for shard in list(self._shards.values()):
+            if shard.opened_on is not None:
+                try:
+                    await self._store.publish_position(shard.term, shard.committed, ledger_here=False, tell=False)
+                except (StoreLost, Suspect):
+                    return
+
+    async def _connected(self) -> Any:
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await open_connection(self._url, "coupon-writer")
+            self.backend_pid = self._connection.get_server_pid()
+        return self._connection
+
+
+def _batch(shard: Shard, entries: Sequence[Sequence[Any]]) -> Batch:
+    """The entries of a stream as a batch that follows the shard's position. Raises Hole."""
+    events: list[Event] = []
+    dead: list[tuple[int, bytes, str]] = []
+    expected = shard.committed
+    for entry_id, fields in entries:
+        epoch, seq = parse_entry_id(entry_id)
+        expected += 1
+        if (epoch, seq) != (shard.owned.epoch, expected):
+            raise Hole(f"event {shard.owned.epoch}-{expected} is missing, {epoch}-{seq} came instead")
+        try:
+            events.append(parse_event(seq, fields))
+        except MalformedEvent as error:
+            dead.append((seq, msgspec.json.encode(fields), str(error)))
+    return Batch(shard.owned.shard, shard.owned.epoch, shard.owned.generation, shard.committed, expected, events, dead)

@@ -1,0 +1,56 @@
+"""What a writer knows of a shard it owns."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from coupon_svc.ledger.shards import OwnedShard
+from coupon_svc.store.owner import Term
+from coupon_svc.store.server import Identity
+
+TRIM_KEPT_S = 60.0
+
+
+class Pool:
+    """The codes of one book that Redis has and nobody holds, as counted from the events."""
+
+    __slots__ = ("block", "in_pool", "refilled_at", "unlent")
+
+    def __init__(self, block: int) -> None:
+        self.in_pool = 0
+        self.unlent = 0
+        self.block = block
+        self.refilled_at = 0.0
+
+    def wants_refill(self) -> bool:
+        return self.unlent > 0 and self.in_pool <= self.block // 2
+
+
+class Shard:
+    """One owned shard: where the ledger is, which Redis is certified for it, and its books' pools."""
+
+    def __init__(self, owned: OwnedShard) -> None:
+        self.owned = owned
+        self.committed = owned.committed
+        self.opened_on: Identity | None = None
+        """The Redis that is certified for this shard; None while none is."""
+        self.stopped = False
+        """Its history contradicts itself: nothing is persisted any more until a person has looked."""
+        self.pools: dict[str, Pool] = {}
+        self._marks: deque[tuple[float, int]] = deque()
+
+    @property
+    def term(self) -> Term:
+        return Term(self.owned.shard, self.owned.epoch, self.owned.generation)
+
+    def mark(self, now: float) -> None:
+        """Remember where the ledger is at this moment."""
+        if not self._marks or now - self._marks[-1][0] >= 1.0:
+            self._marks.append((now, self.committed))
+
+    def trim_seq(self, now: float) -> int:
+        """Events below this seq have been in the ledger for a minute; 0 when there are none yet."""
+        seq = 0
+        while self._marks and now - self._marks[0][0] >= TRIM_KEPT_S:
+            seq = self._marks.popleft()[1]
+        return seq

@@ -1,0 +1,97 @@
+#!lua
+--[[
+assign_code: give a user the one code the caller names.
+
+Keys
+  KEYS[1] meta      hash    read, count
+  KEYS[2] book      hash    read
+  KEYS[3] free      zset    read, remove
+  KEYS[4] holders   hash    read, write
+  KEYS[5] coupons   zset    read, add
+  KEYS[6] events    stream  append
+  KEYS[7] idem      string  read, write; only with an Idempotency-Key
+
+Args
+  ARGV[1] epoch        int
+  ARGV[2] seen_seq     int   the highest seq of this epoch the caller has seen
+  ARGV[3] tenant_id    int
+  ARGV[4] book_id      text
+  ARGV[5] user_id      text
+  ARGV[6] idem         text  the Idempotency-Key, "" without one
+  ARGV[7] fingerprint  text  of the request, "" without an Idempotency-Key
+  ARGV[8] code         text
+
+Replies, the first that applies
+  suspect                 another epoch, behind what the caller has seen, or codes are missing
+  replayed                code, at_ms, position, ack, redemptions_left
+  idempotency_key_reused
+  book_not_loaded
+  book_not_found
+  already_yours           code, at_ms, position, ack, redemptions_left ("" is unlimited)
+  book_closed
+  book_paused
+  book_not_started
+  book_expired
+  already_assigned
+  user_code_limit         limit, held
+  not_lent                the code is not in Redis: it must be lent first
+  backlog_full
+  ledger_behind
+  ok                      code, at_ms, position, ack, redemptions_left
+
+Event
+  coupon_assigned    book, code, user, at_ms, idem, fingerprint
+]]
+local idem_key, fingerprint = KEYS[7], ARGV[7]
+-- include: fence
+-- include: replay
+-- include: book
+-- include: clock
+local book_id, user_id, code = ARGV[4], ARGV[5], ARGV[8]
+local holder = redis.call("HGET", KEYS[4], code)
+local held_position, held_uses, held_at_ms, held_by
+if holder then
+  held_position, held_uses, held_at_ms, held_by = string.match(holder, "^(%S+) (%d+) (%d+) (.*)$")
+  if held_by == user_id then
+    local left = book[6]
+    if left ~= "" then
+      left = string.format("%d", tonumber(left) - tonumber(held_uses))
+    end
+    if idem_key then
+      redis.call("SET", idem_key, cjson.encode({fingerprint, code, held_at_ms, held_position, book[5], left}),
+        "PX", 86400000)
+    end
+    return {"already_yours", code, held_at_ms, held_position, book[5], left}
+  end
+end
+-- include: open
+if holder then
+  return {"already_assigned"}
+end
+local limit = book[7]
+if limit ~= "" then
+  local held = redis.call("ZLEXCOUNT", KEYS[5], "[" .. book_id .. ":", "(" .. book_id .. ";")
+  if held >= tonumber(limit) then
+    return {"user_code_limit", tonumber(limit), held}
+  end
+end
+if not redis.call("ZSCORE", KEYS[3], code) then
+  if redis.call("ZCARD", KEYS[3]) + redis.call("HLEN", KEYS[4]) ~= tonumber(book[9]) then
+    return {"suspect"}
+  end
+  return {"not_lent"}
+end
+local backlog_share, waits_for_ledger = 1, book[5] == "ledger"
+-- include: room
+
+redis.call("ZREM", KEYS[3], code)
+local seq = redis.call("HINCRBY", KEYS[1], "seq", 1)
+local position = ARGV[1] .. "-" .. string.format("%d", seq)
+redis.call("HSET", KEYS[4], code, position .. " 0 " .. at_ms .. " " .. user_id)
+redis.call("ZADD", KEYS[5], 0, book_id .. ":" .. code)
+redis.call("XADD", KEYS[6], position, "event", "coupon_assigned", "book", book_id, "code", code, "user", user_id,
+  "at_ms", at_ms, "idem", ARGV[6], "fingerprint", fingerprint)
+if idem_key then
+  redis.call("SET", idem_key, cjson.encode({fingerprint, code, at_ms, position, book[5], book[6]}), "PX", 86400000)
+end
+return {"ok", code, at_ms, position, book[5], book[6]}

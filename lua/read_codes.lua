@@ -1,0 +1,39 @@
+#!lua flags=no-writes
+--[[
+read_codes: who holds some codes of a book, and until when they are locked.
+
+Keys
+  KEYS[1] meta      hash    read
+  KEYS[2] book      hash    read
+  KEYS[3] holders   hash    read
+  KEYS[4] free      zset    read
+  KEYS[5…] lock     string  read; one for each code, 1..1000
+
+Args
+  ARGV[1] epoch      int
+  ARGV[2] seen_seq   int   the highest seq of this epoch the caller has seen
+  ARGV[3] tenant_id  int
+  ARGV[4…] code      text  in the order of the locks
+
+Replies, the first that applies
+  suspect           another epoch, behind what the caller has seen, or codes are missing
+  book_not_loaded
+  book_not_found
+  ok                now_ms, ack, redemptions_max ("" is unlimited), holders ("" or `position uses at_ms user`), locks (ms left, or below 0)
+]]
+-- include: fence
+-- include: book
+-- include: clock
+if redis.call("ZCARD", KEYS[4]) + redis.call("HLEN", KEYS[3]) ~= tonumber(book[9]) then
+  return {"suspect"}
+end
+local codes, locks = {}, {}
+for i = 4, #ARGV do
+  codes[i - 3] = ARGV[i]
+  locks[i - 3] = redis.call("PTTL", KEYS[i + 1])
+end
+local holders = redis.call("HMGET", KEYS[3], unpack(codes))
+for i = 1, #codes do
+  holders[i] = holders[i] or ""
+end
+return {"ok", at_ms, book[5], book[6], holders, locks}
