@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from coupon_svc.api.http import respond
 from coupon_svc.api.metrics import Metrics
@@ -60,23 +61,24 @@ class Public:
         problem = PROBLEMS[Outcome(name)]
         return _JSON, msgspec.json.encode({"code": name, **problem._asdict()})
 
-    def app(self, name: str) -> ASGIApp:
-        """The ASGI application of one of the methods above."""
-        answer = getattr(self, name)
 
-        async def application(scope: Scope, receive: Receive, send: Send) -> None:
-            try:
-                if scope["method"] not in ("GET", "HEAD"):
-                    await send_problem(send, Outcome.METHOD_NOT_ALLOWED, [(b"allow", b"GET, HEAD")])
-                    return
-                content_type, body = answer(scope)
-            except Refused as refused:
-                await send_problem(send, refused.outcome)
+class PublicEndpoint:
+    """The ASGI application of one of Public's methods."""
+
+    def __init__(self, answer: Callable[[Scope], tuple[bytes, bytes]]) -> None:
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["method"] not in ("GET", "HEAD"):
+                await send_problem(send, Outcome.METHOD_NOT_ALLOWED, [(b"allow", b"GET, HEAD")])
                 return
-            headers: Headers = [(b"content-type", content_type), (b"cache-control", b"no-store")]
-            await respond(send, 200, headers + (_DOCS_HEADERS if content_type == _HTML else []), body)
-
-        return application
+            content_type, body = self._answer(scope)
+        except Refused as refused:
+            await send_problem(send, refused.outcome)
+            return
+        headers: Headers = [(b"content-type", content_type), (b"cache-control", b"no-store")]
+        await respond(send, 200, headers + (_DOCS_HEADERS if content_type == _HTML else []), body)
 
 
 async def send_problem(send: Send, outcome: Outcome, headers: Headers | None = None) -> None:

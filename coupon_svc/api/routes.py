@@ -14,17 +14,8 @@ from coupon_svc.api.coupons import Coupons
 from coupon_svc.api.http import Answer, Call, Endpoint, Handler
 from coupon_svc.api.metrics import Metrics
 from coupon_svc.api.operations import OPERATIONS
-from coupon_svc.api.public import Public, not_found
+from coupon_svc.api.public import Public, PublicEndpoint, not_found
 from coupon_svc.domain.outcomes import Outcome, Refused
-
-_PUBLIC = {
-    "/healthz": "healthz",
-    "/readyz": "readyz",
-    "/metrics": "metrics",
-    "/openapi.json": "openapi",
-    "/docs": "docs",
-    "/problems/{outcome}": "problem",
-}
 
 
 async def read_job(call: Call) -> Answer:
@@ -63,5 +54,13 @@ def make_router(
     hot = ("/coupons/assign", "/coupons/lock/{code}", "/coupons/redeem/{code}")
     ordered = sorted(endpoints, key=lambda path: (path not in hot, "{book_id}" in path))
     routes = [Route(path.replace("{user_id}", "{user_id:path}"), endpoints[path]) for path in ordered]
-    routes += [Route(path, public.app(name)) for path, name in _PUBLIC.items()]
+    open_to_all = {
+        "/healthz": public.healthz,
+        "/readyz": public.readyz,
+        "/metrics": public.metrics,
+        "/openapi.json": public.openapi,
+        "/docs": public.docs,
+        "/problems/{outcome}": public.problem,
+    }
+    routes += [Route(path, PublicEndpoint(answer)) for path, answer in open_to_all.items()]
     return Router(routes, redirect_slashes=False, default=not_found, lifespan=lifespan)
