@@ -1,0 +1,104 @@
+"""Servers for the whole run, one stack for the tests that only call it, and stacks of their own for the others.
+
+With COUPON_DATABASE_URL set, databases are made on that server; with COUPON_REDIS_URL set, the shared stack uses that
+Redis, which must be empty and is emptied again. Tests that kill or tamper start a Redis of their own in any case.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from redis.asyncio import Redis
+
+from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis
+from tests.harness import Stack, fresh_database
+
+SHARDS = 4
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Postgres on which databases can be made."""
+    given = os.environ.get("COUPON_DATABASE_URL")
+    if given:
+        yield given
+        return
+    with EmbeddedPostgres(tmp_path_factory.mktemp("postgres")) as server:
+        yield server.admin_url
+
+
+@pytest.fixture(scope="session")
+def plain_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """A Redis for tests of single scripts, which keep apart by their tags."""
+    with EmbeddedRedis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cluster_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """A cluster of one node that has all slots: a script that touches two of them is refused."""
+    from redis import Redis as BlockingRedis
+
+    with EmbeddedRedis(tmp_path_factory.mktemp("cluster"), extra=("cluster-enabled yes",)) as server:
+        with BlockingRedis.from_url(server.admin_url) as client:
+            client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+            while b"cluster_state:ok" not in client.execute_command("CLUSTER INFO"):
+                pass
+        yield server
+
+
+@pytest.fixture(scope="session")
+async def service(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[Stack]:
+    """The running service, shared by the tests that only call it. Each uses a tenant of its own."""
+    folder = tmp_path_factory.mktemp("service")
+    given = os.environ.get("COUPON_REDIS_URL")
+    server = None
+    if given:
+        client = Redis.from_url(given)
+        assert await client.dbsize() == 0, "COUPON_REDIS_URL must name an empty database: the tests fill and empty it"
+        await client.aclose()
+    else:
+        server = EmbeddedRedis(folder / "redis")
+        server.start()
+    stack = Stack(server, given or server.url, await fresh_database(postgres_url, SHARDS), folder, SHARDS)  # type: ignore[union-attr]
+    try:
+        stack.writer()
+        stack.api()
+        await stack.ready()
+        yield stack
+    finally:
+        stack.close()
+        if given:
+            client = Redis.from_url(given)
+            await client.flushdb()
+            await client.aclose()
+
+
+@pytest.fixture
+async def client(service: Stack) -> AsyncIterator[httpx.AsyncClient]:
+    """An HTTP client of a new tenant on the shared service."""
+    async with await service.client() as http:
+        yield http
+
+
+@pytest.fixture
+async def make_stack(tmp_path: Path, postgres_url: str) -> AsyncIterator[Callable[[], Awaitable[Stack]]]:
+    """Makes stacks of one's own, to be tampered with; nothing runs in them yet but Redis and an empty database."""
+    stacks: list[Stack] = []
+
+    async def make() -> Stack:
+        folder = tmp_path / f"stack{len(stacks)}"
+        folder.mkdir()
+        server = EmbeddedRedis(folder / "redis")
+        server.start()
+        stack = Stack(server, server.url, await fresh_database(postgres_url, SHARDS), folder, SHARDS)
+        stacks.append(stack)
+        return stack
+
+    yield make
+    for stack in stacks:
+        stack.close()

@@ -1,0 +1,201 @@
+"""Real servers and real processes for the tests: a stack of its own for whoever kills parts of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import httpx
+from redis.asyncio import Redis
+
+from coupon_svc.dev.servers import EmbeddedRedis
+from coupon_svc.ledger.keys import SCOPES, create_key, new_key
+from coupon_svc.ledger.migrations import migrate
+
+T = TypeVar("T")
+
+DEADLINE_S = 20.0
+
+
+async def until(fact: Callable[[], Awaitable[T]], timeout: float = DEADLINE_S, what: str = "") -> T:
+    """Wait until `fact()` is true, and return it; fail the test when that takes longer than `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not (value := await fact()):
+        assert time.monotonic() < deadline, f"waited {timeout} s in vain: {what or fact}"
+        await asyncio.sleep(0.02)
+    return value
+
+
+async def fresh_database(url: str, shards: int) -> str:
+    """Make a database of its own on the server of `url`, with the newest schema. Returns its URL."""
+    name = "test_" + secrets.token_hex(6)
+    admin = await asyncpg.connect(url)
+    await admin.execute(f"CREATE DATABASE {name}")
+    await admin.close()
+    parts = urlsplit(url)
+    own_url = urlunsplit(parts._replace(path=f"/{name}"))
+    connection = await asyncpg.connect(own_url)
+    await migrate(connection, shards)
+    await connection.close()
+    return own_url
+
+
+class Part:
+    """One process of the service."""
+
+    def __init__(self, args: list[str], environment: dict[str, str], log: Path, pass_fds: tuple[int, ...] = ()) -> None:
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "coupon_svc", *args],
+                env={**os.environ, **environment},
+                stdout=output,
+                stderr=output,
+                pass_fds=pass_fds,
+            )
+
+    def stop(self, timeout: float = 10.0) -> int:
+        """SIGTERM, and the exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        return self.process.wait(timeout)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def died(self, timeout: float = DEADLINE_S) -> int:
+        """Wait for the process to end by itself. Returns its exit status, negative for a signal."""
+
+        async def ended() -> bool:
+            return self.process.poll() is not None
+
+        await until(ended, timeout, "the process should have died")
+        return self.process.returncode
+
+
+class Stack:
+    """The service on a Redis of its own and a database of its own: `api()` and `writer()` start its parts."""
+
+    def __init__(
+        self, redis: EmbeddedRedis | None, redis_url: str, database_url: str, folder: Path, shards: int
+    ) -> None:
+        self.redis_server = redis
+        self.redis_url = redis_url
+        self.redis_admin_url = redis.admin_url if redis else redis_url
+        self.database_url = database_url
+        self.folder = folder
+        self.shards = shards
+        self.parts: list[Part] = []
+        self.base_url = ""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "COUPON_REDIS_URL": self.redis_url,
+            "COUPON_DATABASE_URL": self.database_url,
+            "COUPON_SHARDS": str(self.shards),
+        }
+
+    def writer(self, **environment: str) -> Part:
+        """Start a writer; `crash_at` as COUPON_TEST_CRASH_AT="persist.committed" and the like."""
+        part = Part(["writer"], {**self.environment, **environment}, self.folder / "writer.log")
+        self.parts.append(part)
+        return part
+
+    def api(self, **environment: str) -> Part:
+        """Start an API process on a port of its own; `base_url` is the newest one's."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        descriptor = listener.fileno()
+        part = Part(
+            ["api", "--fd", str(descriptor)],
+            {**self.environment, **environment},
+            self.folder / "api.log",
+            pass_fds=(descriptor,),
+        )
+        listener.close()
+        self.parts.append(part)
+        return part
+
+    async def ready(self) -> None:
+        """Wait until the API says that it is ready."""
+        async with httpx.AsyncClient(base_url=self.base_url) as client:
+
+            async def is_ready() -> bool:
+                try:
+                    return (await client.get("/readyz")).status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            await until(is_ready, what="the service should be ready")
+
+    async def key(self, tenant: str | None = None, scopes: tuple[str, ...] = SCOPES) -> str:
+        """A new API key, of a new tenant unless one is named."""
+        key = new_key()
+        connection = await asyncpg.connect(self.database_url)
+        await create_key(connection, tenant or "t" + secrets.token_hex(6), key, scopes)
+        await connection.close()
+        return key
+
+    async def client(self, tenant: str | None = None, scopes: tuple[str, ...] = SCOPES) -> httpx.AsyncClient:
+        """An HTTP client with a key of its own. Close it after use."""
+        return httpx.AsyncClient(
+            base_url=self.base_url,
+            headers={"Authorization": f"Bearer {await self.key(tenant, scopes)}"},
+            timeout=30,
+            limits=httpx.Limits(max_connections=200),
+        )
+
+    async def ledger(self, statement: str, *args: Any) -> list[Any]:
+        """Rows from Postgres."""
+        connection = await asyncpg.connect(self.database_url)
+        try:
+            return list(await connection.fetch(statement, *args))
+        finally:
+            await connection.close()
+
+    def redis(self) -> Redis:
+        """A redis-py client that may do anything. Close it after use."""
+        return Redis.from_url(self.redis_admin_url, decode_responses=True)
+
+    async def drained(self) -> None:
+        """Wait until the ledger holds every event that Redis has made."""
+        redis = self.redis()
+
+        async def all_there() -> bool:
+            rows = await self.ledger("SELECT shard, epoch, committed FROM shards")
+            metas = {}
+            async for key in redis.scan_iter("cb:*:meta"):
+                metas[int(key[4:6])] = await redis.hgetall(key)
+            return all(
+                int(metas[row["shard"]]["seq"]) == row["committed"] for row in rows if row["shard"] in metas
+            ) and bool(metas)
+
+        try:
+            await until(all_there, what="the ledger should have caught up")
+        finally:
+            await redis.aclose()
+
+    def close(self) -> None:
+        """End every part that still runs, and the Redis."""
+        for part in self.parts:
+            if part.process.poll() is None:
+                part.signal(signal.SIGCONT)
+            part.kill()
+        if self.redis_server:
+            self.redis_server.stop()
