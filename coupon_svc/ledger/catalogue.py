@@ -37,7 +37,7 @@ _INSERT_CODES = """
     INSERT INTO codes (tenant_id, code, book_id, place)
     SELECT $1, code, $2, place FROM unnest($3::text[], $4::bigint[]) AS new (code, place)
     ORDER BY code
-    ON CONFLICT DO NOTHING RETURNING code
+    ON CONFLICT DO NOTHING
 """
 
 
@@ -137,7 +137,10 @@ async def insert_codes(
     span = await _place_span(connection, book_id)
     inserted: set[str] = set()
     for chunk in _chunks(sorted(codes)):  # in one order, so that two uploads of the same codes cannot deadlock
-        inserted |= await _insert(connection, tenant_id, book_id, chunk, span)
+        rows = await connection.fetch(
+            _INSERT_CODES + " RETURNING code", tenant_id, book_id, chunk, random_places(len(chunk), *span)
+        )
+        inserted |= {row["code"] for row in rows}
     return await _count_in(connection, book_id, len(inserted)), inserted
 
 
@@ -161,8 +164,9 @@ async def generate_codes(
     missing, barren = total, 0
     while missing:
         chunk = list(pattern.draw(min(missing, INSERT_CHUNK)))
-        inserted = await _insert(connection, tenant_id, book_id, chunk, span)
-        missing -= len(inserted)
+        done = await connection.execute(_INSERT_CODES, tenant_id, book_id, chunk, random_places(len(chunk), *span))
+        inserted = int(done.removeprefix("INSERT 0 "))
+        missing -= inserted
         barren = 0 if inserted else barren + 1
         if barren == 20:  # at least half of the pattern is free of generated codes: uploaded ones have filled the rest
             raise Refused(
@@ -197,13 +201,6 @@ async def lease_code(connection: asyncpg.Connection, tenant_id: int, book_id: st
         book["shard"],
     )
     await _tell_owner(connection, book["shard"])
-
-
-async def _insert(
-    connection: asyncpg.Connection, tenant_id: int, book_id: str, codes: Sequence[str], span: tuple[int, int]
-) -> set[str]:
-    rows = await connection.fetch(_INSERT_CODES, tenant_id, book_id, codes, random_places(len(codes), *span))
-    return {row["code"] for row in rows}
 
 
 def random_places(count: int, above: int, upto: int) -> list[int]:

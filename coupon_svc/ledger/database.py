@@ -64,17 +64,19 @@ async def bounded(connection: asyncpg.Connection, work: Awaitable[T], seconds: f
 class Database:
     """A small pool that begins to connect when it is first used, so that a process starts while Postgres is away."""
 
-    def __init__(self, url: str, name: str, size: int = 8, statement_timeout_s: float = 10.0) -> None:
+    def __init__(self, url: str, name: str, size: int = 8) -> None:
         self._url = url
         self._name = name
         self._free: list[asyncpg.Connection] = []
         self._slots = asyncio.Semaphore(size)
-        self._timeout_s = statement_timeout_s
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[asyncpg.Connection]:
-        """A connection for a few statements. Raises LedgerUnavailable for whatever goes wrong with the server;
-        a connection on which that happened, or that was left within a transaction, is not used again."""
+    async def connection(self, seconds: float = 5.0) -> AsyncIterator[asyncpg.Connection]:
+        """A connection for a few statements that take at most `seconds` together.
+
+        Raises LedgerUnavailable for whatever goes wrong with the server. A connection on which that happened, or that
+        was left within a transaction, is not used again.
+        """
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 await self._slots.acquire()
@@ -88,7 +90,7 @@ class Database:
                     connection = None
             if connection is None:
                 connection = await open_connection(self._url, self._name)
-            watchdog = asyncio.get_running_loop().call_later(self._timeout_s, connection.terminate)
+            watchdog = asyncio.get_running_loop().call_later(seconds, connection.terminate)
             try:
                 yield connection
             finally:
