@@ -16,6 +16,7 @@ from coupon_svc.api.books import Books
 from coupon_svc.api.coupons import Coupons
 from coupon_svc.api.metrics import Metrics
 from coupon_svc.api.public import Public
+from coupon_svc.api.registration import Registration
 from coupon_svc.api.routes import make_router
 from coupon_svc.config import Settings, load_settings
 from coupon_svc.ledger.database import Database
@@ -34,13 +35,16 @@ def make_api(settings: Settings | None = None) -> Router:
     database = Database(settings.database_url, "coupon-api")
     resolver = Resolver(database)
     metrics = Metrics()
+    registration = Registration(settings.database_url, store)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
         await store.start()
+        await registration.start()
         try:
             yield
         finally:
+            await registration.stop()
             await store.stop()
             await database.close()
 

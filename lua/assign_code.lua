@@ -9,7 +9,8 @@ Keys
   KEYS[4] holders   hash    read, write
   KEYS[5] coupons   zset    read, add
   KEYS[6] events    stream  append
-  KEYS[7] idem      string  read, write; only with an Idempotency-Key
+  KEYS[7] quarantine  set   read
+  KEYS[8] idem      string  read, write; only with an Idempotency-Key
 
 Args
   ARGV[1] epoch        int
@@ -22,7 +23,7 @@ Args
   ARGV[8] code         text
 
 Replies, the first that applies
-  suspect                 another epoch, behind what the caller has seen, or codes are missing
+  suspect                 another epoch or behind what the caller has seen; `counts`: codes are missing
   replayed                code, at_ms, position, ack, redemptions_left
   idempotency_key_reused
   book_not_loaded
@@ -33,6 +34,7 @@ Replies, the first that applies
   book_not_started
   book_expired
   already_assigned
+  code_quarantined
   user_code_limit         limit, held
   not_lent                the code is not in Redis: it must be lent first
   backlog_full
@@ -42,7 +44,7 @@ Replies, the first that applies
 Event
   coupon_assigned    book, code, user, at_ms, idem, fingerprint
 ]]
-local idem_key, fingerprint = KEYS[7], ARGV[7]
+local idem_key, fingerprint = KEYS[8], ARGV[7]
 -- include: fence
 -- include: replay
 -- include: book
@@ -68,6 +70,9 @@ end
 if holder then
   return {"already_assigned"}
 end
+if redis.call("SISMEMBER", KEYS[7], code) == 1 then
+  return {"code_quarantined"}
+end
 local limit = book[7]
 if limit ~= "" then
   local held = redis.call("ZLEXCOUNT", KEYS[5], "[" .. book_id .. ":", "(" .. book_id .. ";")
@@ -77,7 +82,7 @@ if limit ~= "" then
 end
 if not redis.call("ZSCORE", KEYS[3], code) then
   if redis.call("ZCARD", KEYS[3]) + redis.call("HLEN", KEYS[4]) ~= tonumber(book[9]) then
-    return {"suspect"}
+    return {"suspect", "counts"}
   end
   return {"not_lent"}
 end

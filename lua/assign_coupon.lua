@@ -24,7 +24,7 @@ Args
   ARGV[7] fingerprint  text  of the request, "" without an Idempotency-Key
 
 Replies, the first that applies
-  suspect                 another epoch, behind what the caller has seen, or codes are missing
+  suspect                 another epoch or behind what the caller has seen; `counts`: codes are missing
   replayed                code, at_ms, position, ack, redemptions_left
   idempotency_key_reused
   book_not_loaded
@@ -59,7 +59,7 @@ if limit ~= "" then
 end
 if redis.call("ZCARD", KEYS[3]) == 0 then
   if redis.call("HLEN", KEYS[4]) ~= tonumber(book[9]) then
-    return {"suspect"}
+    return {"suspect", "counts"}
   end
   if tonumber(book[8]) > 0 then
     return {"refilling"}

@@ -8,7 +8,8 @@ Keys
   KEYS[3] holders   hash    read
   KEYS[4] lock      string  read, write
   KEYS[5] free      zset    read
-  KEYS[6] idem      string  read, write; only with an Idempotency-Key
+  KEYS[6] quarantine  set   read
+  KEYS[7] idem      string  read, write; only with an Idempotency-Key
 
 Args
   ARGV[1] epoch        int
@@ -22,7 +23,7 @@ Args
   ARGV[9] fingerprint  text  of the request, "" without an Idempotency-Key
 
 Replies, the first that applies
-  suspect                 another epoch, behind what the caller has seen, or codes are missing
+  suspect                 another epoch or behind what the caller has seen; `counts`: codes are missing
   replayed                user_id, lock_token, until_ms, ttl_ms, position, ack
   idempotency_key_reused
   book_not_loaded
@@ -31,6 +32,7 @@ Replies, the first that applies
   book_paused
   book_not_started
   book_expired
+  code_quarantined
   not_assigned
   not_holder
   already_redeemed
@@ -40,13 +42,14 @@ Replies, the first that applies
   renewed                 user_id, lock_token, until_ms, ttl_ms, position, ack
   ok                      user_id, lock_token, until_ms, ttl_ms, position, ack
 ]]
-local idem_key, fingerprint = KEYS[6], ARGV[9]
+local idem_key, fingerprint = KEYS[7], ARGV[9]
 -- include: fence
 -- include: replay
 -- include: book
 -- include: clock
 -- include: open
 local code, shown_token = ARGV[4], ARGV[6]
+local quarantine = KEYS[6]
 -- include: holder
 local held_ms = redis.call("PTTL", KEYS[4])
 local held_token = redis.call("GET", KEYS[4])

@@ -1,12 +1,9 @@
 #!lua flags=allow-oom
 --[[
-open_shard: the shard's owner certifies this Redis: from now on its scripts decide. Safe to send twice.
-
-The owner has compared the stream with the ledger before. Empty keys are taken only for a shard that was never opened.
+open_shard: a new owner takes over a shard that its predecessor certified on this very Redis. Safe to send twice.
 
 Keys
   KEYS[1] meta      hash    read, write
-  KEYS[2] events    stream  read
 
 Args
   ARGV[1] epoch        int
@@ -15,25 +12,19 @@ Args
   ARGV[4] replid       text
   ARGV[5] backlog_max  int   events the shard may hold that the ledger has not
   ARGV[6] committed    int   the seq of this epoch that the ledger holds
-  ARGV[7] fresh        text  "fresh" when the shard was never opened before, "" otherwise
 
 Replies, the first that applies
   fenced     a newer owner has been here
-  suspect    empty or of another epoch, or behind the ledger
+  suspect    empty, of another epoch, certified on another Redis, or behind the ledger
   ok         seq
 ]]
-local meta = redis.call("HMGET", KEYS[1], "epoch", "generation", "seq")
+local meta = redis.call("HMGET", KEYS[1], "epoch", "generation", "seq", "run_id", "replid")
 if meta[2] and tonumber(meta[2]) > tonumber(ARGV[2]) then
   return {"fenced"}
 end
-if not meta[1] and ARGV[7] == "fresh" and redis.call("EXISTS", KEYS[2]) == 0 then
-  redis.call("HSET", KEYS[1], "seq", 0)
-  meta[1], meta[3] = ARGV[1], "0"
-end
-if meta[1] ~= ARGV[1] or tonumber(meta[3]) < tonumber(ARGV[6]) then
+if meta[1] ~= ARGV[1] or tonumber(meta[3]) < tonumber(ARGV[6]) or meta[4] ~= ARGV[3] or meta[5] ~= ARGV[4] then
   return {"suspect"}
 end
 -- include: clock
-redis.call("HSET", KEYS[1], "epoch", ARGV[1], "generation", ARGV[2], "run_id", ARGV[3], "replid", ARGV[4],
-  "backlog_max", ARGV[5], "committed", ARGV[6], "ledger_at_ms", at_ms)
+redis.call("HSET", KEYS[1], "generation", ARGV[2], "backlog_max", ARGV[5], "committed", ARGV[6], "ledger_at_ms", at_ms)
 return {"ok", tonumber(meta[3])}

@@ -17,7 +17,7 @@ Args
 
 Replies, the first that applies
   suspect    another epoch or owner, or a position that goes back or ahead
-  ok
+  ok         seq
 ]]
 -- include: owner
 local committed = tonumber(ARGV[3])
@@ -35,4 +35,4 @@ end
 if ARGV[7] ~= "" then
   redis.call("PUBLISH", ARGV[6], ARGV[7])
 end
-return {"ok"}
+return {"ok", tonumber(meta[3])}

@@ -7,7 +7,8 @@ Keys
   KEYS[2] book      hash    read
   KEYS[3] holders   hash    read
   KEYS[4] free      zset    read
-  KEYS[5…] lock     string  read; one for each code, 1..1000
+  KEYS[5] quarantine  set   read
+  KEYS[6…] lock     string  read; one for each code, 1..1000
 
 Args
   ARGV[1] epoch      int
@@ -16,24 +17,26 @@ Args
   ARGV[4…] code      text  in the order of the locks
 
 Replies, the first that applies
-  suspect           another epoch, behind what the caller has seen, or codes are missing
+  suspect           another epoch or behind what the caller has seen; `counts`: codes are missing
   book_not_loaded
   book_not_found
-  ok                now_ms, ack, redemptions_max ("" is unlimited), holders ("" or `position uses at_ms user`), locks (ms left, or below 0)
+  ok                now_ms, ack, redemptions_max ("" is unlimited), holders ("", `quarantined`, or `position uses at_ms user`), locks (ms left, or below 0)
 ]]
 -- include: fence
 -- include: book
 -- include: clock
 if redis.call("ZCARD", KEYS[4]) + redis.call("HLEN", KEYS[3]) ~= tonumber(book[9]) then
-  return {"suspect"}
+  return {"suspect", "counts"}
 end
 local codes, locks = {}, {}
 for i = 4, #ARGV do
   codes[i - 3] = ARGV[i]
-  locks[i - 3] = redis.call("PTTL", KEYS[i + 1])
+  locks[i - 3] = redis.call("PTTL", KEYS[i + 2])
 end
 local holders = redis.call("HMGET", KEYS[3], unpack(codes))
 for i = 1, #codes do
-  holders[i] = holders[i] or ""
+  if not holders[i] then
+    holders[i] = redis.call("SISMEMBER", KEYS[5], codes[i]) == 1 and "quarantined" or ""
+  end
 end
 return {"ok", at_ms, book[5], book[6], holders, locks}

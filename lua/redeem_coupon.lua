@@ -12,7 +12,8 @@ Keys
   KEYS[4] lock      string  read, delete
   KEYS[5] free      zset    read
   KEYS[6] events    stream  append
-  KEYS[7] idem      string  read, write; only with an Idempotency-Key
+  KEYS[7] quarantine  set   read
+  KEYS[8] idem      string  read, write; only with an Idempotency-Key
 
 Args
   ARGV[1]  epoch        int
@@ -28,7 +29,7 @@ Args
   ARGV[11] fingerprint  text  of the request, "" without an Idempotency-Key
 
 Replies, the first that applies
-  suspect                 another epoch, behind what the caller has seen, or codes are missing
+  suspect                 another epoch or behind what the caller has seen; `counts`: codes are missing
   replayed                user_id, at_ms, position, uses, redemptions_left
   idempotency_key_reused
   book_not_loaded
@@ -37,6 +38,7 @@ Replies, the first that applies
   book_paused
   book_not_started
   book_expired
+  code_quarantined
   not_assigned
   not_holder
   already_redeemed
@@ -49,13 +51,14 @@ Replies, the first that applies
 Event
   coupon_redeemed    book, code, user, at_ms, uses, reference, metadata, idem, fingerprint
 ]]
-local idem_key, fingerprint = KEYS[7], ARGV[11]
+local idem_key, fingerprint = KEYS[8], ARGV[11]
 -- include: fence
 -- include: replay
 -- include: book
 -- include: clock
 -- include: open
 local code, shown_token = ARGV[4], ARGV[6]
+local quarantine = KEYS[7]
 -- include: holder
 local held_ms = redis.call("PTTL", KEYS[4])
 local held_token = redis.call("GET", KEYS[4])

@@ -42,6 +42,7 @@ PATIENCE_S = 0.5
 """How long a request waits for a book or for codes to come to Redis before it is told to come again."""
 PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 1000
 
+QUARANTINED = "quarantined"
 _ANSWERED = frozenset({"ok", "replayed", "already_yours", "renewed"})
 
 
@@ -95,6 +96,7 @@ class Coupons:
             keys.holders(place.book_id),
             keys.coupons(tenant_id, body.user_id),
             keys.events,
+            keys.quarantine(place.book_id),
             *idem_keys,
         ]
         args: list[str | int] = [tenant_id, place.book_id, body.user_id, idem, fingerprint, code]
@@ -129,6 +131,7 @@ class Coupons:
             keys.holders(place.book_id),
             keys.lock(place.book_id, code),
             keys.free(place.book_id),
+            keys.quarantine(place.book_id),
             *idem_keys,
         ]
         args: list[str | int] = [
@@ -177,6 +180,7 @@ class Coupons:
             keys.lock(place.book_id, code),
             keys.free(place.book_id),
             keys.events,
+            keys.quarantine(place.book_id),
             *idem_keys,
         ]
         args: list[str | int] = [
@@ -211,12 +215,12 @@ class Coupons:
     async def read_code(self, call: Call) -> Answer:
         code, place = await self._find(call)
         uses_max, (coupon,) = await self._read_codes(place, call.key.tenant_id, [code])
-        if coupon is not None:
+        if isinstance(coupon, CouponAnswer):
             return Answer(200, msgspec.convert(coupon, CodeAnswer, from_attributes=True))
         answer = CodeAnswer(
             code=code,
             book_id=place.book_id,
-            status="available",
+            status="quarantined" if coupon == QUARANTINED else "available",
             user_id=None,
             assigned_at=None,
             redemptions_used=0,
@@ -297,29 +301,30 @@ class Coupons:
         for shard, member in members:
             book_id, _, code = member.partition(":")
             state = states[book_id, code]
-            if state is None:  # Redis lists the coupon and does not know its holder: it has been tampered with
+            if not isinstance(state, CouponAnswer):  # listed, and held by nobody: Redis has been tampered with
                 raise Refused(Outcome.RECOVERING)
             listed.append((shard, member, state))
         return listed
 
     async def _read_codes(
         self, place: _Place, tenant_id: int, codes: list[str]
-    ) -> tuple[int | None, list[CouponAnswer | None]]:
-        """How often a code of the book may be redeemed (None: without limit), and the coupon of each code, None where
-        nobody holds it. Waits until what it shows is durable."""
+    ) -> tuple[int | None, list[CouponAnswer | str | None]]:
+        """How often a code of the book may be redeemed (None: without limit), and the coupon of each code: None where
+        nobody holds it, QUARANTINED where it is not known whether anybody does. Waits until what it shows is durable."""
         keys = place.view.keys
         touched = [
             keys.book(place.book_id),
             keys.holders(place.book_id),
             keys.free(place.book_id),
+            keys.quarantine(place.book_id),
             *(keys.lock(place.book_id, code) for code in codes),
         ]
         reply = await self._run_read("read_codes", place, tenant_id, touched, codes)
         _, now_ms, ack, uses_max, holders, locks = reply
-        coupons: list[CouponAnswer | None] = []
+        coupons: list[CouponAnswer | str | None] = []
         for code, holder, lock_ms in zip(codes, holders, locks, strict=True):
-            if not holder:
-                coupons.append(None)
+            if holder in ("", QUARANTINED):
+                coupons.append(holder or None)
                 continue
             position, uses, at_ms, user_id = holder.split(" ", 3)
             await self._until_durable(place, position, ack, late=Outcome.LEDGER_BEHIND)
@@ -412,7 +417,7 @@ class Coupons:
             view.seen_seq = max(view.seen_seq, seq)
         elif not made and int(epoch) < view.epoch:
             return True
-        if ack != "ledger":
+        if ack != "ledger" and self._store.may_answer_early(view, int(epoch)):
             return False
         try:
             await self._store.positions.wait(place.shard, int(epoch), seq)

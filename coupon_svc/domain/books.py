@@ -24,7 +24,8 @@ class Book(msgspec.Struct, frozen=True, kw_only=True):
     """A book as the ledger stores it. Times are Unix milliseconds; None means unlimited or unset.
 
     `version` grows by one with every change of the rules or of the codes; Redis takes only a newer one.
-    `total` counts the codes of the book, `lent` those of them that Redis was lent.
+    `total` counts the codes of the book, `lent` those of them that Redis was lent, `quarantined` those that may have been
+    given away before records were lost.
     """
 
     book_id: str
@@ -43,6 +44,12 @@ class Book(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     total: int
     lent: int
+    quarantined: int
+
+    @property
+    def unlent(self) -> int:
+        """Codes that are still to be lent."""
+        return self.total - self.lent - self.quarantined
 
 
 class Counters(msgspec.Struct, frozen=True):

@@ -8,7 +8,8 @@ import msgspec
 from coupon_svc.domain.books import Ack, Book, BookStatus
 
 BOOK_COLUMNS = """book_id, tenant_id, name, max_codes_per_user, max_redemptions_per_code, lock_ttl_seconds, starts_at_ms,
-    expires_at_ms, ack, metadata, status, created_at_ms, version, total, lent"""
+    expires_at_ms, ack, metadata, status, created_at_ms, version, total, lent,
+    quarantined"""
 
 
 def book_from_row(row: asyncpg.Record) -> Book:

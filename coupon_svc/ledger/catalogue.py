@@ -216,9 +216,10 @@ async def _place_span(connection: asyncpg.Connection, book_id: str) -> tuple[int
     stays locked: nothing is lent meanwhile.
     """
     row = await connection.fetchrow(
-        "SELECT total, lent, leased_upto, places_upto FROM books WHERE book_id = $1 FOR UPDATE", book_id
+        "SELECT total - lent - quarantined AS unlent, leased_upto, places_upto FROM books WHERE book_id = $1 FOR UPDATE",
+        book_id,
     )
-    if row["total"] > row["lent"]:
+    if row["unlent"] > 0:
         return row["leased_upto"], row["places_upto"]
     upto = row["places_upto"] + ROUND
     await connection.execute(

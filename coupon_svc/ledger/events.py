@@ -36,6 +36,16 @@ _REDEMPTION_COLUMNS = (
 )  # fmt: skip
 
 
+class DeadLetter(NamedTuple):
+    """An event that the ledger cannot take: its fields as JSON, the reason, and its code where that can be told."""
+
+    seq: int
+    fields: bytes
+    reason: str
+    book_id: str | None = None
+    code: str | None = None
+
+
 class Batch(NamedTuple):
     """Events of one shard that follow the ledger's position `committed` without a hole, up to `upto`.
 
@@ -48,7 +58,7 @@ class Batch(NamedTuple):
     committed: int
     upto: int
     events: Sequence[Event]
-    dead: Sequence[tuple[int, bytes, str]] = ()
+    dead: Sequence[DeadLetter] = ()
 
 
 class NotOwner(Exception):
@@ -66,6 +76,11 @@ async def write_batches(connection: asyncpg.Connection, writer_id: str, batches:
     advanced = await connection.execute(_ADVANCE, writer_id, *columns)
     if advanced != f"UPDATE {len(ordered)}":
         raise NotOwner
+    await write_events(connection, ordered)
+
+
+async def write_events(connection: asyncpg.Connection, ordered: Sequence[Batch]) -> None:
+    """The rows of batches and what follows from them, without a look at positions: that is the caller's to do."""
     rows = [(batch.shard, batch.epoch, *event) for batch in ordered for event in batch.events]
     if rows:
         await connection.copy_records_to_table("events", records=rows, columns=_EVENT_COLUMNS)
@@ -89,7 +104,9 @@ async def write_batches(connection: asyncpg.Connection, writer_id: str, batches:
     dead = [(batch.shard, batch.epoch, *letter) for batch in ordered for letter in batch.dead]
     if dead:
         await connection.executemany(
-            "INSERT INTO dead_letters (shard, epoch, seq, fields, reason) VALUES ($1, $2, $3, $4, $5)", dead
+            "INSERT INTO dead_letters (shard, epoch, seq, fields, reason, book_id, code)"
+            " VALUES ($1, $2, $3, $4, $5, $6, $7)",
+            dead,
         )
 
 

@@ -68,7 +68,7 @@ async def lease_block(
     async with connection.transaction():
         await _require_owner(connection, writer_id, owned)
         book = await connection.fetchrow(
-            "SELECT leased_upto, total - lent AS unlent FROM books WHERE book_id = $1 FOR UPDATE", book_id
+            "SELECT leased_upto, total - lent - quarantined AS unlent FROM books WHERE book_id = $1 FOR UPDATE", book_id
         )
         upto = await connection.fetchval(
             "SELECT max(place) FROM (SELECT place FROM codes WHERE book_id = $1 AND place > $2 ORDER BY place LIMIT $3) b",
@@ -93,18 +93,18 @@ async def lease_block(
 async def outstanding_lease(connection: asyncpg.Connection, book_id: str) -> Lease:
     """Every code that Redis was lent and the ledger has not seen assigned. Redis skips those it knows of."""
     rows = await connection.fetch(
-        "SELECT code FROM codes JOIN books USING (book_id) WHERE book_id = $1 AND place <= leased_upto"
+        "SELECT code FROM codes JOIN books USING (book_id) WHERE book_id = $1 AND place BETWEEN 0 AND leased_upto"
         " AND NOT EXISTS (SELECT FROM coupons WHERE coupons.book_id = $1 AND coupons.code = codes.code)",
         book_id,
     )
-    unlent = await connection.fetchval("SELECT total - lent FROM books WHERE book_id = $1", book_id)
+    unlent = await connection.fetchval("SELECT total - lent - quarantined FROM books WHERE book_id = $1", book_id)
     return Lease([row["code"] for row in rows], unlent)
 
 
 async def lone_leases(connection: asyncpg.Connection, shards: Sequence[int], most: int = 500) -> dict[str, Lease]:
     """Codes that were lent alone and are not in Redis yet, by book."""
     rows = await connection.fetch(
-        "SELECT book_id, array_agg(code) AS codes, min(total - lent) AS unlent FROM"
+        "SELECT book_id, array_agg(code) AS codes, min(total - lent - quarantined) AS unlent FROM"
         f" (SELECT * FROM lone_leases WHERE shard = ANY ($1) LIMIT {most}) l JOIN books USING (book_id) GROUP BY book_id",
         list(shards),
     )

@@ -76,15 +76,3 @@ async def release_shards(connection: asyncpg.Connection, writer_id: str, shards:
     )
     if shards is None:
         await connection.execute("DELETE FROM writers WHERE writer_id = $1", writer_id)
-
-
-async def begin_first_epoch(connection: asyncpg.Connection, owned: OwnedShard, writer_id: str) -> OwnedShard | None:
-    """Give a shard that was never opened its first epoch. None when it is not this owner's any more."""
-    row = await connection.fetchrow(
-        "UPDATE shards SET epoch = 1 WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = 0"
-        " RETURNING shard, epoch, committed, generation",
-        owned.shard,
-        writer_id,
-        owned.generation,
-    )
-    return OwnedShard(*row) if row is not None else None

@@ -213,7 +213,8 @@ async def bench_memory(codes: int) -> None:
     with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(Path(folder) / "redis") as server:
         owner = OwnerStore(server.url, 1, Scripts())
         term, keys, book_id = Term(0, 1, 1), ShardKeys(0, 1), "bk_00" + "m" * 16
-        await owner.open_shard(term, 0, 10**9, fresh=True)
+        await owner.shut_shard(term)
+        await owner.certify_shard(term, 10**9)
         rules = {"tenant_id": "1", "status": "active", "starts_at_ms": "", "expires_at_ms": "", "ack": "redis"}
         rules |= {"max_redemptions_per_code": "1", "max_codes_per_user": "1", "unlent": "0"}
         await owner.put_book(term, book_id, 1, rules, known=False)

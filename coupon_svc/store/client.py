@@ -29,14 +29,23 @@ TICK_S = 0.05
 class ShardView:
     """What this process knows of a shard: the epoch it is certified in, and the highest seq it has seen of it."""
 
-    __slots__ = ("backlog_max", "certified", "epoch", "keys", "seen_seq")
+    __slots__ = ("backlog_max", "certified", "epoch", "epoch_min", "keys", "past", "seen_seq")
 
     def __init__(self, keys: ShardKeys) -> None:
         self.keys = keys
         self.certified = False
         self.epoch = 0
+        self.epoch_min = 0
+        """Older epochs are over, whatever a Redis says: the ledger has begun this one."""
         self.seen_seq = 0
+        self.past: dict[int, int] = {}
+        """What was seen of epochs that this process has left and not reported yet."""
         self.backlog_max = 0
+
+    def enter(self, epoch: int) -> None:
+        """Go on in a newer epoch."""
+        self.past[self.epoch] = self.seen_seq
+        self.epoch, self.seen_seq = epoch, 0
 
 
 class Store:
@@ -50,6 +59,8 @@ class Store:
         self._connection: Connection | None = None
         self._listener: Connection | None = None
         self._verify_wanted = False
+        self.answer_early_until = 0.0
+        """Until then (by the loop's clock) this process is registered, and may answer before the ledger knows."""
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -74,6 +85,26 @@ class Store:
         view = self.views[shard]
         epoch, committed = self.positions.committed(shard)
         return max(0, view.seen_seq - committed) if epoch == view.epoch else 0
+
+    def may_answer_early(self, view: ShardView, epoch: int) -> bool:
+        """Whether an answer of an `ack = redis` book may leave before the ledger knows its event, made in `epoch`."""
+        return epoch >= view.epoch_min and asyncio.get_running_loop().time() < self.answer_early_until
+
+    def end_epochs(self, shard: int, epoch: int) -> list[tuple[int, int]]:
+        """The ledger is in `epoch`: nothing of an older one is answered early from now on.
+
+        Returns (epoch, highest seq seen) of each older epoch that is not reported yet.
+        """
+        view = self.views[shard]
+        if epoch <= view.epoch_min:
+            return []
+        over = dict.fromkeys(range(max(1, view.epoch_min), epoch), 0) | view.past
+        if 0 < view.epoch < epoch:
+            over[view.epoch] = view.seen_seq
+            view.certified = False
+        view.epoch_min = epoch
+        view.past = {}
+        return [(number, seen) for number, seen in over.items() if 0 < number < epoch]
 
     # --- running scripts
 
@@ -103,6 +134,8 @@ class Store:
                 raise Refused(Outcome.STORE_UNAVAILABLE if sure else Outcome.OUTCOME_UNKNOWN) from None
             if not isinstance(reply, ReplyError):
                 if reply[0] == "suspect":
+                    if reply[1:] == ["counts"]:
+                        await self._doubt(view)
                     self._suspect(view, shard)
                     raise Refused(Outcome.RECOVERING)
                 return reply
@@ -128,6 +161,14 @@ class Store:
             raise Refused(Outcome.STORE_UNAVAILABLE)
         log.error("a script failed in shard %02d: %s", shard, word)
         raise Refused(Outcome.INTERNAL_ERROR)
+
+    async def _doubt(self, view: ShardView) -> None:
+        """Keys of the shard are missing: let nobody decide anything there until its owner has recovered it."""
+        if self._connection is not None:
+            log.error("codes are missing from redis: the shard is to be recovered")
+            with contextlib.suppress(StoreUnavailable, StoreOutcomeUnknown):
+                script = self._scripts["doubt_shard"]
+                await self._connection.send("EVALSHA", script.sha, 1, view.keys.meta, view.epoch, view.seen_seq)
 
     def _suspect(self, view: ShardView, shard: int) -> None:
         if view.certified:
@@ -161,12 +202,15 @@ class Store:
         ]
         for shard, (view, meta) in enumerate(zip(self.views, metas, strict=True)):
             run_id, replid, epoch, seq, committed, backlog_max = await meta
-            view.certified = (run_id, replid) == (identity.run_id, identity.replid) and (
-                int(epoch) > view.epoch or (int(epoch) == view.epoch and int(seq) >= view.seen_seq)
+            view.certified = (
+                (run_id, replid) == (identity.run_id, identity.replid)
+                and epoch.isdigit()
+                and int(epoch) >= view.epoch_min
+                and (int(epoch), int(seq)) >= (view.epoch, view.seen_seq)
             )
             if view.certified:
                 if int(epoch) > view.epoch:
-                    view.epoch, view.seen_seq = int(epoch), 0
+                    view.enter(int(epoch))
                 view.seen_seq = max(view.seen_seq, int(seq))
                 view.backlog_max = int(backlog_max)
                 self.positions.advance(shard, view.epoch, int(committed))
@@ -213,8 +257,9 @@ class Store:
             return
         shard, epoch, committed = map(int, message[2].split())
         view = self.views[shard]
-        # A message is no certificate: it wakes waiters of the epoch we trust, and otherwise only makes us look.
-        if view.certified and epoch == view.epoch:
+        # A message says what the ledger holds, and that is so whatever becomes of this Redis. It is no certificate: that
+        # an epoch is over is learnt from Postgres or a certified Redis alone.
+        if epoch == view.epoch:
             self.positions.advance(shard, epoch, committed)
-        else:
+        elif epoch > view.epoch:
             self._verify_wanted = True

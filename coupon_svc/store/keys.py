@@ -17,6 +17,8 @@ class ShardKeys:
 
     def __init__(self, shard: int, shards: int, tag: str | None = None) -> None:
         self.prefix = f"cb:{{{tag or shard_tag(shard, shards)}}}:"
+        self.pattern = self.prefix + "*"
+        """What SCAN finds the shard's keys by."""
         self.meta = self.prefix + "meta"
         self.events = self.prefix + "events"
 
@@ -31,6 +33,9 @@ class ShardKeys:
 
     def coupons(self, tenant_id: int, user_id: str) -> str:
         return f"{self.prefix}coupons:{tenant_id}:{user_id}"
+
+    def quarantine(self, book_id: str) -> str:
+        return f"{self.prefix}quarantine:{book_id}"
 
     def lock(self, book_id: str, code: str) -> str:
         return f"{self.prefix}lock:{book_id}:{code}"

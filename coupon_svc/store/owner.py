@@ -12,7 +12,7 @@ from coupon_svc.store.keys import POSITIONS_CHANNEL, ShardKeys
 from coupon_svc.store.scripts import Scripts
 from coupon_svc.store.server import Identity, ServerUnfit, load_scripts, read_identity
 
-CODES_PER_CALL_MAX = 500
+CODES_PER_CALL_MAX = KEYS_PER_CALL_MAX = 500
 REPLY_TIMEOUT_S = 3.0
 EVENTS_PER_READ_MAX = 2_000
 
@@ -45,6 +45,17 @@ class OwnerStore:
         self._connecting = asyncio.Lock()
         self.identity: Identity | None = None
 
+    async def refresh_identity(self) -> None:
+        """Ask again who is at the other end: a change of master shows on a live connection only so. Raises StoreLost."""
+        await self.connect()
+        assert self._connection is not None
+        try:
+            async with asyncio.timeout(REPLY_TIMEOUT_S):
+                self.identity = await read_identity(self._connection)
+        except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError) as error:
+            self.close()
+            raise StoreLost(str(error) or type(error).__name__) from None
+
     async def connect(self) -> Identity:
         """Make sure there is a connection, and return who is at its other end. Raises StoreLost."""
         async with self._connecting:
@@ -68,25 +79,22 @@ class OwnerStore:
 
     # --- writing
 
-    async def open_shard(self, term: Term, committed: int, backlog_max: int, *, fresh: bool) -> int:
-        """Certify this Redis for the shard. Returns its seq. Raises StoreLost, Suspect."""
+    async def open_shard(self, term: Term, committed: int, backlog_max: int) -> int:
+        """Take over a shard that is certified on this Redis. Returns its seq. Raises StoreLost, Suspect."""
         identity = await self.connect()
-        keys = self._keys[term.shard]
-        reply = await self._run(
-            "open_shard", term, [keys.events], identity.run_id, identity.replid, backlog_max, committed,
-            "fresh" if fresh else "",
-        )  # fmt: skip
+        reply = await self._run("open_shard", term, [], identity.run_id, identity.replid, backlog_max, committed)
         return int(reply[1])
 
     async def publish_position(
         self, term: Term, committed: int, *, ledger_here: bool = True, trim_seq: int = 0, tell: bool = True
-    ) -> None:
-        """Tell how far the ledger is. Raises StoreLost, Suspect."""
+    ) -> int:
+        """Tell how far the ledger is. Returns the shard's seq. Raises StoreLost, Suspect."""
         message = f"{term.shard} {term.epoch} {committed}" if tell else ""
-        await self._run(
+        reply = await self._run(
             "publish_position", term, [self._keys[term.shard].events], committed, "here" if ledger_here else "away",
             trim_seq, POSITIONS_CHANNEL, message,
         )  # fmt: skip
+        return int(reply[1])
 
     async def put_book(self, term: Term, book_id: str, version: int, rules: Mapping[str, str], *, known: bool) -> None:
         """Bring a book's rules, unless Redis has newer ones. Raises StoreLost; Suspect also when a known book is gone."""
@@ -116,16 +124,18 @@ class OwnerStore:
         return in_pool
 
     async def _run(self, name: str, term: Term, keys: Sequence[str], *args: str | int) -> Reply:
+        """Run one of the owner's scripts. Raises StoreLost, Suspect."""
+        return await self._send(name, term.shard, keys, term.epoch, term.generation, *args)
+
+    async def _send(self, name: str, shard: int, keys: Sequence[str], *args: str | int) -> Reply:
         script = self._scripts[name]
-        meta = self._keys[term.shard].meta
+        meta = self._keys[shard].meta
         for _ in range(2):  # a second time only after NOSCRIPT: nothing ran
             await self.connect()
             assert self._connection is not None
             try:
                 async with asyncio.timeout(REPLY_TIMEOUT_S):
-                    reply = await self._connection.send(
-                        "EVALSHA", script.sha, len(keys) + 1, meta, *keys, term.epoch, term.generation, *args
-                    )
+                    reply = await self._connection.send("EVALSHA", script.sha, len(keys) + 1, meta, *keys, *args)
             except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError):
                 self.close()
                 raise StoreLost(name) from None
@@ -139,7 +149,102 @@ class OwnerStore:
             self.close()  # connecting anew verifies the server and loads the scripts
         raise StoreLost(f"{name}: NOSCRIPT")
 
+    # --- recovering: these need no epoch, for there is none; the shard is shut and this generation's
+
+    async def shut_shard(self, term: Term) -> None:
+        """No script decides anything in the shard from now on. Raises StoreLost, Suspect (a newer owner was here)."""
+        await self._send("shut_shard", term.shard, [], term.generation)
+
+    async def tell_position(self, shard: int, epoch: int, committed: int) -> None:
+        """Tell those who wait how far the ledger got, without a certified shard. Raises StoreLost."""
+        await self._ask("PUBLISH", POSITIONS_CHANNEL, f"{shard} {epoch} {committed}")
+
+    async def wipe_shard(self, term: Term) -> None:
+        """Drop every key of the shard but its meta. Raises StoreLost, Suspect."""
+        await self.connect()
+        assert self._connection is not None
+        keys = self._keys[term.shard]
+        cursor = "0"
+        while True:
+            try:
+                async with asyncio.timeout(REPLY_TIMEOUT_S):
+                    cursor, found = await self._connection.ask("SCAN", cursor, "MATCH", keys.pattern, "COUNT", 2000)
+            except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ReplyError):
+                self.close()
+                raise StoreLost("SCAN") from None
+            doomed = [key for key in found if key != keys.meta]
+            for start in range(0, len(doomed), KEYS_PER_CALL_MAX):
+                await self._send("wipe_keys", term.shard, doomed[start : start + KEYS_PER_CALL_MAX], term.generation)
+            if cursor == "0":
+                return
+
+    async def restore_book(
+        self, term: Term, book_id: str, fields: Mapping[str, str], quarantined: Sequence[str]
+    ) -> None:
+        """A book with an empty pool, and its quarantine. Raises StoreLost, Suspect."""
+        keys = self._keys[term.shard]
+        touched = [keys.book(book_id), keys.free(book_id), keys.quarantine(book_id)]
+        flat = [part for pair in fields.items() for part in pair]
+        for start in range(0, len(quarantined) or 1, CODES_PER_CALL_MAX):
+            codes = quarantined[start : start + CODES_PER_CALL_MAX]
+            await self._send("restore_book", term.shard, touched, term.generation, len(flat), *flat, *codes)
+
+    async def restore_coupons(
+        self, term: Term, tenant_id: int, book_id: str, coupons: Sequence[tuple[str, str, str]]
+    ) -> None:
+        """Coupons of a book, each as (code, user_id, holder), at most 500. Raises StoreLost, Suspect."""
+        keys = self._keys[term.shard]
+        touched = [keys.holders(book_id), *(keys.coupons(tenant_id, user_id) for _, user_id, _ in coupons)]
+        flat = [part for code, _, holder in coupons for part in (code, holder)]
+        await self._send("restore_coupons", term.shard, touched, term.generation, book_id, *flat)
+
+    async def restore_idem(self, term: Term, book_id: str, records: Sequence[tuple[str, str, int]]) -> None:
+        """Idempotency records, each as (key, JSON, ttl in ms), at most 500. Raises StoreLost, Suspect."""
+        keys = self._keys[term.shard]
+        touched = [keys.idem(book_id, key) for key, _, _ in records]
+        flat = [part for _, record, ttl_ms in records for part in (record, ttl_ms)]
+        await self._send("restore_idem", term.shard, touched, term.generation, *flat)
+
+    async def certify_shard(self, term: Term, backlog_max: int) -> None:
+        """This Redis agrees with the ledger: it decides from now on, in the term's epoch. Raises StoreLost, Suspect."""
+        identity = await self.connect()
+        await self._send(
+            "certify_shard", term.shard, [self._keys[term.shard].events], term.generation, term.epoch,
+            identity.run_id, identity.replid, backlog_max,
+        )  # fmt: skip
+
     # --- reading
+
+    async def read_meta(self, shard: int) -> dict[str, str]:
+        """The shard's meta as it is, whoever wrote it; empty when there is none. Raises StoreLost."""
+        flat = await self._ask("HGETALL", self._keys[shard].meta)
+        return dict(zip(flat[::2], flat[1::2], strict=True))
+
+    async def stream_after(self, shard: int, epoch: int, seq: int) -> list[list[Reply]]:
+        """Up to EVENTS_PER_READ_MAX entries that follow (epoch, seq), without waiting. Raises StoreLost."""
+        entries: list[list[Reply]] = await self._ask(
+            "XRANGE", self._keys[shard].events, f"({epoch}-{seq}", "+", "COUNT", EVENTS_PER_READ_MAX
+        )
+        return entries
+
+    async def pool_counts(self, shard: int, book_id: str) -> tuple[int, int, int]:
+        """(codes in the pool, codes held, codes ever brought) of a book as it stands in Redis. Raises StoreLost."""
+        keys = self._keys[shard]
+        return (
+            int(await self._ask("ZCARD", keys.free(book_id))),
+            int(await self._ask("HLEN", keys.holders(book_id))),
+            int(await self._ask("HGET", keys.book(book_id), "lent") or -1),
+        )
+
+    async def _ask(self, *command: str | int) -> Reply:
+        await self.connect()
+        assert self._connection is not None
+        try:
+            async with asyncio.timeout(REPLY_TIMEOUT_S):
+                return await self._connection.ask(*command)
+        except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ReplyError):
+            self.close()
+            raise StoreLost(str(command[0])) from None
 
     async def held_counts(self, shard: int, book_ids: Sequence[str]) -> list[int | None]:
         """How many codes of each book were ever brought to Redis; None for a book it does not have. Raises StoreLost."""

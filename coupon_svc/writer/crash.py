@@ -16,7 +16,13 @@ CRASH_POINTS = (
     "lend.marked",
     "lend.lone_brought",
     "own.taken",
-    "own.opened",
+    "recover.begun",
+    "recover.shut",
+    "recover.drained",
+    "recover.settled",
+    "recover.wiped",
+    "recover.restored",
+    "recover.certified",
 )
 _CRASH_AT = os.environ.get("COUPON_TEST_CRASH_AT", "")
 

@@ -7,8 +7,6 @@ import asyncio
 import logging
 from typing import Any
 
-import msgspec
-
 from coupon_svc.domain.books import Book
 from coupon_svc.ledger import lending
 from coupon_svc.ledger.catalogue import WRITER_CHANNEL
@@ -17,6 +15,7 @@ from coupon_svc.ledger.events import NotOwner
 from coupon_svc.ledger.idempotency import forget_old
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.writer.crash import crash_point
+from coupon_svc.writer.rules import book_fields
 from coupon_svc.writer.shard import Pool, Shard
 
 log = logging.getLogger(__name__)
@@ -92,9 +91,11 @@ class Lender:
             await self._guarded(self._load_book, connection, book)
         for book_id, lease in (await lending.lone_leases(connection, open_shards)).items():
             await self._guarded(self._bring_lone, connection, book_id, lease)
-        while self._low:
-            book_id, shard = self._low.popitem()
-            if shard.opened_on is not None:
+        low, self._low = self._low, {}
+        for book_id, shard in low.items():
+            if shard.opened_on is None:
+                self._low.setdefault(book_id, shard)  # it is being opened: look again then
+            else:
                 await self._guarded(self._refill, connection, shard, book_id)
 
     async def settle(self, connection: Any, shard: Shard) -> None:
@@ -110,15 +111,15 @@ class Lender:
             if count != book.lent:
                 lease = await lending.outstanding_lease(connection, book.book_id)
                 await self._bring(shard, book.book_id, lease)
-            if book.lent < book.total:
+            if book.unlent > 0:
                 self.look_at(shard, book.book_id)
 
     async def _guarded(self, work: Any, connection: Any, *args: Any) -> None:
         """Do one piece of work; a suspect shard is shut and does not keep the others from theirs."""
         try:
             await work(connection, *args)
-        except Suspect:
-            log.exception("a shard is suspect")
+        except Suspect as error:
+            log.error("a shard is suspect: %s", error)
 
     async def _load_book(self, connection: Any, book: Book) -> None:
         shard = self._shard_of(book.book_id)
@@ -126,7 +127,7 @@ class Lender:
             return
         _, loaded = await lending.read_book(connection, book.book_id)
         try:
-            await self._store.put_book(shard.term, book.book_id, book.version, _rules(book), known=loaded)
+            await self._store.put_book(shard.term, book.book_id, book.version, book_fields(book), known=loaded)
         except Suspect:
             shard.opened_on = None
             raise
@@ -143,7 +144,7 @@ class Lender:
         if pool is None:
             pool = shard.pools[book_id] = Pool(self._lease_min)
         book, _ = await lending.read_book(connection, book_id)
-        pool.unlent = book.total - book.lent
+        pool.unlent = book.unlent
         pool.in_pool = await self._store.load_codes(shard.term, book_id, [], pool.unlent)
         if not pool.wants_refill():
             return
@@ -187,24 +188,3 @@ class Lender:
             await self._connection.add_listener(WRITER_CHANNEL, lambda *_: self._work.set())
             self._work.set()
         return self._connection
-
-
-def _rules(book: Book) -> dict[str, str]:
-    """A book as the fields of its hash in Redis. What is unlimited or unset is the empty text."""
-
-    def text(value: int | None) -> str:
-        return "" if value is None else str(value)
-
-    return {
-        "tenant_id": str(book.tenant_id),
-        "status": book.status.value,
-        "starts_at_ms": text(book.starts_at_ms),
-        "expires_at_ms": text(book.expires_at_ms),
-        "ack": book.ack.value,
-        "max_redemptions_per_code": text(book.max_redemptions_per_code),
-        "max_codes_per_user": text(book.max_codes_per_user),
-        "lock_ttl_ms": str(book.lock_ttl_seconds * 1000),
-        "total": str(book.total),
-        "unlent": str(book.total - book.lent),
-        "stored": msgspec.json.encode(book).decode(),
-    }

@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
+from coupon_svc.domain.codes import normalise_code
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_entry_id, parse_event
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
-from coupon_svc.ledger.events import DATA_ERRORS, Batch, NotOwner, first_data_error, write_batches
+from coupon_svc.ledger.events import DATA_ERRORS, Batch, DeadLetter, NotOwner, first_data_error, write_batches
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.shard import Shard
@@ -122,7 +123,7 @@ class Persister:
         """
         connection = await self._connected()
         good: list[Event] = []
-        dead: list[tuple[int, bytes, str]] = list(batch.dead)
+        dead: list[DeadLetter] = list(batch.dead)
         rest: list[Sequence[Event]] = [batch.events]
         while rest:
             part = rest.pop()
@@ -139,7 +140,7 @@ class Persister:
                 return None
             else:
                 log.error("event %d of shard %02d goes to the dead letters", part[0].seq, batch.shard)
-                dead.append((part[0].seq, msgspec.json.encode(part[0]), type(error).__name__))
+                dead.append(_dead_letter(part[0], type(error).__name__))
         return batch._replace(events=good, dead=dead)
 
     async def _publish(self, shard: Shard, batch: Batch) -> None:
@@ -170,10 +171,19 @@ class Persister:
         return self._connection
 
 
+def _dead_letter(event: Event, reason: str) -> DeadLetter:
+    """An event that Postgres cannot store, and its code where that is not what is wrong with it."""
+    book_id, code = event.book_id, normalise_code(event.code)
+    known = code == event.code and book_id.isascii() and book_id.isprintable()
+    return DeadLetter(
+        event.seq, msgspec.json.encode(event), reason, book_id if known else None, code if known else None
+    )
+
+
 def _batch(shard: Shard, entries: Sequence[Sequence[Any]]) -> Batch:
     """The entries of a stream as a batch that follows the shard's position. Raises Hole."""
     events: list[Event] = []
-    dead: list[tuple[int, bytes, str]] = []
+    dead: list[DeadLetter] = []
     expected = shard.committed
     for entry_id, fields in entries:
         epoch, seq = parse_entry_id(entry_id)
@@ -183,5 +193,5 @@ def _batch(shard: Shard, entries: Sequence[Sequence[Any]]) -> Batch:
         try:
             events.append(parse_event(seq, fields))
         except MalformedEvent as error:
-            dead.append((seq, msgspec.json.encode(fields), str(error)))
+            dead.append(DeadLetter(seq, msgspec.json.encode(fields), str(error)))
     return Batch(shard.owned.shard, shard.owned.epoch, shard.owned.generation, shard.committed, expected, events, dead)

@@ -37,11 +37,20 @@ class Shard:
         self.stopped = False
         """Its history contradicts itself: nothing is persisted any more until a person has looked."""
         self.pools: dict[str, Pool] = {}
+        self._gone: dict[str, int] = {}
         self._marks: deque[tuple[float, int]] = deque()
 
     @property
     def term(self) -> Term:
         return Term(self.owned.shard, self.owned.epoch, self.owned.generation)
+
+    def answered_by_gone(self, gone: list[str], seq: int) -> list[tuple[str, int]]:
+        """API processes that are gone and all of whose answers the ledger has by now, each with the seq it can have seen.
+
+        `seq` is the shard's, read after they were found gone: they can have seen nothing beyond it.
+        """
+        self._gone = {process: self._gone.get(process, seq) for process in gone}
+        return [(process, seen) for process, seen in self._gone.items() if seen <= self.committed]
 
     def mark(self, now: float) -> None:
         """Remember where the ledger is at this moment."""

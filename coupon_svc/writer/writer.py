@@ -1,4 +1,4 @@
-"""The writer: owns shards, and while it owns them persists their events and lends them codes."""
+"""The writer: owns shards, and while it owns them persists their events, lends them codes and recovers them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from typing import Any
 
 from coupon_svc.config import Settings
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.ledger.events import NotOwner
 from coupon_svc.ledger.migrations import check_shards
-from coupon_svc.ledger.shards import begin_first_epoch, owned_shards, release_shards, renew_writer, take_shards
+from coupon_svc.ledger.processes import expired_processes, forget_processes, report_seen
+from coupon_svc.ledger.recovery import HistoryForked
+from coupon_svc.ledger.shards import owned_shards, release_shards, renew_writer, take_shards
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.store.scripts import Scripts
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.lend import Lender
 from coupon_svc.writer.persist import Persister
+from coupon_svc.writer.recover import Recoverer
 from coupon_svc.writer.shard import Shard
 
 log = logging.getLogger(__name__)
 
 RENEW_EVERY_S = 1.0
+LOOK_EVERY_S = 0.05
 STATEMENTS_TIMEOUT_S = 3.0
+RECOVERY_TIMEOUT_S = 600.0
 
 
 class Writer:
@@ -44,11 +50,13 @@ class Writer:
         self._persister = Persister(
             settings.database_url, self.writer_id, self._store, self._shards, self._lender.count_assigned
         )
-        self._connection: Any = None
+        self._recoverer = Recoverer(self.writer_id, self._store, settings.backlog_events_max)
+        self._connections: dict[str, Any] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then hand the shards over, so that another writer need not wait."""
-        tasks = [asyncio.create_task(part) for part in (self._own(), self._persister.run(), self._lender.run())]
+        parts = (self._keep_owning(), self._keep_open(), self._persister.run(), self._lender.run())
+        tasks = [asyncio.create_task(part) for part in parts]
         stopped = asyncio.create_task(stop.wait())
         try:
             done, _ = await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -59,46 +67,35 @@ class Writer:
                 task.cancel()
             await asyncio.gather(*tasks, stopped, return_exceptions=True)
             with contextlib.suppress(LedgerUnavailable):
-                connection = await self._connected()
+                connection = await self._connected("owning")
                 await bounded(connection, release_shards(connection, self.writer_id), STATEMENTS_TIMEOUT_S)
             self._store.close()
 
-    async def _own(self) -> None:
-        """Renew, take what nobody owns, open what is shut, and show every second that the ledger is there."""
+    # --- owning
+
+    async def _keep_owning(self) -> None:
+        """Once a second: say that this writer lives, take what nobody owns, and show that the ledger is there."""
         while True:
             try:
-                connection = await self._connected()
+                connection = await self._connected("owning")
                 await bounded(connection, self._renew(connection), STATEMENTS_TIMEOUT_S)
-                for shard in list(self._shards.values()):
-                    if shard.opened_on is None or shard.opened_on != self._store.identity:
-                        await self._open(connection, shard)
-                    else:
-                        await self._store.publish_position(
-                            shard.term, shard.committed, trim_seq=shard.trim_seq(asyncio.get_running_loop().time())
-                        )
+                await self._show_alive(connection)
             except LedgerUnavailable as error:
                 log.warning("postgres cannot be used: %s", error)
             except StoreLost as error:
                 log.warning("redis cannot be used: %s", error)
-                await asyncio.sleep(0.1)
-                continue
-            except Suspect:
-                log.warning("a shard has changed hands or is suspect")
-                for shard in self._shards.values():
-                    shard.opened_on = None
-                await asyncio.sleep(0.1)
-                continue
             await asyncio.sleep(RENEW_EVERY_S)
 
     async def _renew(self, connection: Any) -> None:
-        pids = [pid for pid in (self._persister.backend_pid, self._lender.backend_pid) if pid is not None]
-        fair_share = await renew_writer(connection, self.writer_id, [*pids, connection.get_server_pid()])
+        pids = [c.get_server_pid() for c in self._connections.values() if not c.is_closed()]
+        pids += [pid for pid in (self._persister.backend_pid, self._lender.backend_pid) if pid is not None]
+        fair_share = await renew_writer(connection, self.writer_id, pids)
         mine = {owned.shard: owned for owned in await owned_shards(connection, self.writer_id)}
         for lost in set(self._shards) - set(mine):
             log.warning("shard %02d has another owner now", lost)
             del self._shards[lost]
-        if len(mine) > fair_share:
-            surplus = sorted(mine)[fair_share:]
+        surplus = sorted(mine)[fair_share:]
+        if surplus:
             await release_shards(connection, self.writer_id, surplus)
             for number in surplus:
                 self._shards.pop(number, None)
@@ -109,40 +106,78 @@ class Writer:
             if taken:
                 log.info("took %d shards", len(taken))
                 crash_point("own.taken")
-        for number, owned in mine.items():
-            shard = self._shards.get(number)
-            if shard is not None and shard.opened_on is None:
+
+    async def _show_alive(self, connection: Any) -> None:
+        await self._store.refresh_identity()
+        gone = await bounded(connection, expired_processes(connection), STATEMENTS_TIMEOUT_S)
+        for shard in list(self._shards.values()):
+            if shard.opened_on is None:
+                continue
+            if shard.opened_on != self._store.identity:
+                shard.opened_on = None
+                continue
+            trim_seq = shard.trim_seq(asyncio.get_running_loop().time())
+            try:
+                seq = await self._store.publish_position(shard.term, shard.committed, trim_seq=trim_seq)
+            except Suspect:
+                log.warning("shard %02d is suspect", shard.owned.shard)
+                shard.opened_on = None
+                continue
+            if answered := shard.answered_by_gone(gone, seq):
+                reports = [(shard.owned.shard, shard.owned.epoch, seen) for _, seen in answered]
+                for (process_id, _), report in zip(answered, reports, strict=True):
+                    work = report_seen(connection, process_id, [report])
+                    await bounded(connection, work, STATEMENTS_TIMEOUT_S)
+        if gone:
+            await bounded(connection, forget_processes(connection), STATEMENTS_TIMEOUT_S)
+
+    # --- opening
+
+    async def _keep_open(self) -> None:
+        """Open every owned shard that is shut: take over what is in order, recover what is not."""
+        while True:
+            for shard in list(self._shards.values()):
+                if shard.opened_on is None and not shard.stopped:
+                    try:
+                        await self._open(shard)
+                    except (LedgerUnavailable, StoreLost) as error:
+                        log.warning("shard %02d has to wait: %s", shard.owned.shard, error)
+                        await asyncio.sleep(0.2)
+                    except (Suspect, NotOwner):
+                        log.warning("shard %02d has another owner", shard.owned.shard)
+                    except HistoryForked:
+                        shard.stopped = True
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _open(self, shard: Shard) -> None:
+        connection = await self._connected("opening")
+        for owned in await bounded(connection, owned_shards(connection, self.writer_id), STATEMENTS_TIMEOUT_S):
+            if owned.shard == shard.owned.shard:
                 shard.owned, shard.committed = owned, owned.committed  # as the ledger has it, whatever we thought
-
-    async def _open(self, connection: Any, shard: Shard) -> None:
-        """Certify Redis for a shard, if it is what the ledger knows. Otherwise the shard stays shut."""
-        shard.opened_on = None
         identity = await self._store.connect()
-        fresh = shard.owned.epoch == 0
-        if fresh:
-            begun = await bounded(
-                connection, begin_first_epoch(connection, shard.owned, self.writer_id), STATEMENTS_TIMEOUT_S
-            )
-            if begun is None:
-                return
-            shard.owned = begun
-        # An epoch that has no event yet may have died between Postgres and Redis: that is as good as fresh.
-        fresh = fresh or (shard.owned.epoch == 1 and shard.owned.committed == 0)
-        try:
-            await self._store.open_shard(shard.term, shard.committed, self._settings.backlog_events_max, fresh=fresh)
-            crash_point("own.opened")
-            shard.opened_on = identity
-            await bounded(connection, self._lender.settle(connection, shard), 10 * STATEMENTS_TIMEOUT_S)
-        except Suspect as error:
-            shard.opened_on = None
-            log.error(
-                "shard %02d: this Redis is not what the ledger knows (%s); it stays shut: recovery is needed",
-                shard.owned.shard,
-                error,
-            )
+        if not await self._in_order(shard):
+            work = self._recoverer.recover(connection, shard.owned)
+            shard.owned = await bounded(connection, work, RECOVERY_TIMEOUT_S)
+            shard.committed = 0
+            shard.pools.clear()
+        await bounded(connection, self._lender.settle(connection, shard), RECOVERY_TIMEOUT_S)
+        shard.opened_on = identity
 
-    async def _connected(self) -> Any:
-        if self._connection is None or self._connection.is_closed():
-            self._connection = await open_connection(self._settings.database_url, "coupon-writer")
-            await check_shards(self._connection, self._settings.shards)
-        return self._connection
+    async def _in_order(self, shard: Shard) -> bool:
+        """Whether Redis is as the shard's last owner certified it, and holds every event that the ledger has not."""
+        try:
+            seq = await self._store.open_shard(shard.term, shard.committed, self._settings.backlog_events_max)
+        except Suspect:
+            return False
+        if seq == shard.committed:
+            return True
+        following = await self._store.stream_after(shard.owned.shard, shard.owned.epoch, shard.committed)
+        return bool(following) and following[0][0] == f"{shard.owned.epoch}-{shard.committed + 1}"
+
+    async def _connected(self, name: str) -> Any:
+        connection = self._connections.get(name)
+        if connection is None or connection.is_closed():
+            connection = await open_connection(self._settings.database_url, "coupon-writer")
+            self._connections[name] = connection
+            await check_shards(connection, self._settings.shards)
+        return connection

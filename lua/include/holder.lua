@@ -1,8 +1,11 @@
 -- Who holds the code. A code that is in nobody's hands must be in the pool or not lent at all: the counts tell.
 local holder = redis.call("HGET", KEYS[3], code)
 if not holder then
+  if redis.call("SISMEMBER", quarantine, code) == 1 then
+    return {"code_quarantined"}
+  end
   if redis.call("ZCARD", KEYS[5]) + redis.call("HLEN", KEYS[3]) ~= tonumber(book[9]) then
-    return {"suspect"}
+    return {"suspect", "counts"}
   end
   return {"not_assigned"}
 end

@@ -1,0 +1,83 @@
+"""Tells Postgres that this process lives, and learns from it which epochs are over.
+
+Only while registered may an answer of an `ack = redis` book leave before the ledger knows: see `Store.may_answer_early`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from typing import Any
+
+from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.ledger.processes import PROCESS_TTL_S, end_process, renew_process, report_seen
+from coupon_svc.ledger.recovery import EPOCH_CHANNEL
+from coupon_svc.store.client import Store
+
+log = logging.getLogger(__name__)
+
+RENEW_EVERY_S = 1.0
+TIMEOUT_S = 2.0
+MARGIN_S = 1.0
+
+
+class Registration:
+    """Runs in the background of an API process; `start` and `stop` it with the store."""
+
+    def __init__(self, url: str, store: Store) -> None:
+        self._url = url
+        self._store = store
+        self._process_id = "api_" + secrets.token_hex(8)
+        self._connection: Any = None
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """End for good: report what was seen of every epoch. No request may be under way any more."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._store.answer_early_until = 0.0
+        try:
+            connection = await self._connected()
+            reports = [(shard, view.epoch, view.seen_seq) for shard, view in enumerate(self._store.views) if view.epoch]
+            await bounded(connection, report_seen(connection, self._process_id, reports), TIMEOUT_S)
+            await bounded(connection, end_process(connection, self._process_id), TIMEOUT_S)
+            connection.terminate()
+        except LedgerUnavailable:
+            log.warning("postgres is away: what this process has answered is not reported")
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                connection = await self._connected()
+                await bounded(connection, self._renew(connection), TIMEOUT_S)
+            except LedgerUnavailable:
+                pass
+            try:
+                async with asyncio.timeout(RENEW_EVERY_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+
+    async def _renew(self, connection: Any) -> None:
+        asked_at = asyncio.get_running_loop().time()
+        epochs = await renew_process(connection, self._process_id)
+        reports = []
+        for shard, epoch in enumerate(epochs):
+            # From this line on nothing of an older epoch is answered early; so what was seen of it is all there is.
+            reports += [(shard, over, seen) for over, seen in self._store.end_epochs(shard, epoch)]
+        if reports:
+            await report_seen(connection, self._process_id, reports)
+        self._store.answer_early_until = asked_at + PROCESS_TTL_S - MARGIN_S
+
+    async def _connected(self) -> Any:
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await open_connection(self._url, "coupon-api-registration")
+            await self._connection.add_listener(EPOCH_CHANNEL, lambda *_: self._wake.set())
+        return self._connection

@@ -1,0 +1,303 @@
+"""What the ledger does when a shard is recovered: begins an epoch, takes in what the stream still holds, and settles the
+codes of which nobody knows. Every step may be killed and run again."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
+
+import asyncpg
+
+from coupon_svc.domain.books import Ack, Book
+from coupon_svc.domain.events import COUPON_ASSIGNED, Event
+from coupon_svc.ledger.books import BOOK_COLUMNS, book_from_row
+from coupon_svc.ledger.catalogue import random_places
+from coupon_svc.ledger.events import Batch, DeadLetter, NotOwner, write_events
+from coupon_svc.ledger.shards import OwnedShard
+
+EPOCH_CHANNEL = "coupon_epoch"
+"""NOTIFY channel on which API processes hear that an epoch has begun: they answer nothing of the older one any more."""
+
+MISSING = "missing from the stream"
+
+_BEGIN_EPOCH = """
+    UPDATE shards SET epoch = epoch + 1, committed = 0
+    WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 AND stopped IS NULL
+    RETURNING shard, epoch, committed, generation, certified_epoch, settled_epoch
+"""
+# Codes that were lent and of which the ledger has no assignment. Place -1 is the quarantine, 0 a code that was lent alone.
+_UNACCOUNTED = """
+    SELECT code, EXISTS (SELECT FROM dead_letters d WHERE d.book_id = $1 AND d.code = codes.code) AS dead
+    FROM codes WHERE book_id = $1 AND place BETWEEN 0 AND $2
+      AND NOT EXISTS (SELECT FROM coupons WHERE coupons.book_id = $1 AND coupons.code = codes.code)
+"""
+_MOVE = """
+    UPDATE codes SET place = moved.place FROM unnest($2::text[], $3::bigint[]) AS moved (code, place)
+    WHERE tenant_id = $1 AND codes.code = moved.code
+"""
+_IDEMPOTENT_EVENTS = """
+    SELECT event, epoch, seq, code, user_id, at_ms, uses, idem, fingerprint FROM events
+    WHERE shard = $1 AND book_id = $2 AND idem IS NOT NULL AND at_ms > $3
+"""
+
+
+class HistoryForked(Exception):
+    """The stream and the ledger tell different stories of the same position. A person must look; the message says where."""
+
+
+class NewEpoch(NamedTuple):
+    """A shard at the beginning of its recovery.
+
+    `live_epoch` is the one in which Redis decided last, and whose codes are not settled yet; 0 when there is none. Events
+    of any other epoch are late.
+    """
+
+    owned: OwnedShard
+    live_epoch: int
+
+
+class Settled(NamedTuple):
+    """How many codes went back to be dealt, and how many into quarantine."""
+
+    returned: int
+    quarantined: int
+
+
+async def begin_epoch(connection: asyncpg.Connection, writer_id: str, owned: OwnedShard) -> NewEpoch:
+    """Step 1: the next epoch. From its commit on, no batch of an older one can be committed. Raises NotOwner."""
+    async with connection.transaction():
+        row = await connection.fetchrow(_BEGIN_EPOCH, owned.shard, writer_id, owned.generation, owned.epoch)
+        if row is None:
+            raise NotOwner
+        await connection.execute("SELECT pg_notify($1, $2)", EPOCH_CHANNEL, str(owned.shard))
+    live = row["certified_epoch"] if row["certified_epoch"] > row["settled_epoch"] else 0
+    return NewEpoch(OwnedShard(*row[:4]), live)
+
+
+async def last_seq(connection: asyncpg.Connection, shard: int, epoch: int) -> int:
+    """The seq up to which the ledger knows an epoch, 0 for nothing."""
+    seq = await connection.fetchval(
+        "SELECT greatest((SELECT max(seq) FROM events WHERE shard = $1 AND epoch = $2),"
+        " (SELECT max(seq) FROM dead_letters WHERE shard = $1 AND epoch = $2))",
+        shard,
+        epoch,
+    )
+    return seq or 0
+
+
+async def drain(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, batch: Batch) -> int:
+    """Step 2: events of the live epoch into the ledger, though it is over. Those that the ledger has must be the same;
+    those that are missing before or among them are noted as dead letters.
+
+    Returns the seq up to which the ledger accounts for the epoch. Raises HistoryForked, NotOwner.
+    """
+    shard, epoch = begun.owned.shard, batch.epoch
+    async with connection.transaction():
+        await require_recoverer(connection, writer_id, begun.owned)
+        rows = await connection.fetch(
+            "SELECT seq, event, book_id, code, user_id FROM events WHERE shard = $1 AND epoch = $2 AND seq = ANY ($3)",
+            shard,
+            epoch,
+            [event.seq for event in batch.events],
+        )
+        known = {row["seq"]: tuple(row)[1:] for row in rows}
+        for event in batch.events:
+            if event.seq in known and known[event.seq] != event[1:5]:
+                raise HistoryForked(f"event {epoch}-{event.seq} differs from the one in the ledger")
+        last = await last_seq(connection, shard, epoch)
+        new = [event for event in batch.events if event.seq > last]
+        dead = [letter for letter in batch.dead if letter.seq > last]
+        there = {event.seq for event in new} | {letter.seq for letter in dead}
+        dead += [DeadLetter(seq, b"", MISSING) for seq in range(last + 1, batch.upto) if seq not in there]
+        await write_events(connection, [batch._replace(events=new, dead=dead)])
+    return max(last, batch.upto)
+
+
+async def anything_missing(connection: asyncpg.Connection, shard: int, epoch: int) -> bool:
+    """Whether events of the epoch were gone from the stream when it was drained."""
+    return bool(
+        await connection.fetchval(
+            "SELECT EXISTS (SELECT FROM dead_letters WHERE shard = $1 AND epoch = $2 AND reason = $3)",
+            shard,
+            epoch,
+            MISSING,
+        )
+    )
+
+
+async def may_have_answered_early(connection: asyncpg.Connection, shard: int) -> bool:
+    """Whether a book of the shard answers before the ledger knows, and has codes lent."""
+    return bool(
+        await connection.fetchval(
+            "SELECT EXISTS (SELECT FROM books WHERE shard = $1 AND ack = 'redis' AND lent > 0)", shard
+        )
+    )
+
+
+async def take_late(
+    connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, epoch: int, events: Sequence[Event]
+) -> int:
+    """Events of a settled epoch: kept apart; one that assigned a code which is in quarantine gives it to its user.
+
+    Returns how many codes left the quarantine.
+    """
+    released = 0
+    async with connection.transaction():
+        await require_recoverer(connection, writer_id, begun.owned)
+        last = await last_seq(connection, begun.owned.shard, epoch)
+        for event in events:
+            if event.seq <= last:
+                continue
+            await connection.execute(
+                "INSERT INTO late_events (shard, epoch, seq, event, book_id, code, user_id, at_ms)"
+                " VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING",
+                begun.owned.shard, epoch, event.seq, event.event, event.book_id, event.code, event.user_id, event.at_ms,
+            )  # fmt: skip
+            if event.event == COUPON_ASSIGNED and await release(connection, event.book_id, event.code, "late_event"):
+                await connection.execute("UPDATE books SET lent = lent + 1 WHERE book_id = $1", event.book_id)
+                await connection.execute("UPDATE codes SET place = 0 WHERE book_id = $1 AND code = $2", *event[2:4])
+                await write_events(connection, [_alone(begun.owned.shard, epoch, event)])
+                released += 1
+    return released
+
+
+async def release(connection: asyncpg.Connection, book_id: str, code: str, decision: str) -> bool:
+    """Take a code out of the quarantine and note why; False when it is not in it. The caller says what it is then."""
+    done = await connection.execute("DELETE FROM quarantine WHERE book_id = $1 AND code = $2", book_id, code)
+    if done != "DELETE 1":
+        return False
+    await connection.execute("UPDATE books SET quarantined = quarantined - 1 WHERE book_id = $1", book_id)
+    await connection.execute(
+        "INSERT INTO quarantine_decisions (book_id, code, decision) VALUES ($1, $2, $3)", book_id, code, decision
+    )
+    return True
+
+
+async def settle(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, *, nothing_lost: bool) -> Settled:
+    """Step 3: what becomes of codes that were lent and have no record. One transaction for the whole shard.
+
+    Of a book with `ack = ledger` nobody was answered, and so it is when it was shown that nothing was lost: the codes go
+    back to be dealt. Otherwise somebody may have been answered: they are quarantined. Raises NotOwner.
+    """
+    shard = begun.owned.shard
+    returned = quarantined = 0
+    async with connection.transaction():
+        await require_recoverer(connection, writer_id, begun.owned)
+        books = await connection.fetch(
+            "SELECT book_id, tenant_id, ack, leased_upto, places_upto FROM books WHERE shard = $1 AND lent > 0 FOR UPDATE",
+            shard,
+        )
+        for book in books:
+            rows = await connection.fetch(_UNACCOUNTED, book["book_id"], book["leased_upto"])
+            keep_back = book["ack"] == Ack.REDIS and not nothing_lost
+            held = [row["code"] for row in rows if row["dead"] or keep_back]
+            back = [row["code"] for row in rows if not (row["dead"] or keep_back)]
+            upto = book["places_upto"]
+            if back and book["leased_upto"] == upto:  # no place is left in this round
+                upto += 1 << 32
+            await connection.execute(
+                _MOVE, book["tenant_id"], back, random_places(len(back), book["leased_upto"], upto)
+            )
+            await connection.execute(_MOVE, book["tenant_id"], held, [-1] * len(held))
+            await connection.execute(
+                "INSERT INTO quarantine (book_id, code, shard, epoch) SELECT $1, unnest($2::text[]), $3, $4",
+                book["book_id"], held, shard, begun.live_epoch,
+            )  # fmt: skip
+            await connection.execute(
+                "UPDATE books SET lent = lent - $2, quarantined = quarantined + $3, places_upto = $4, loaded = true"
+                " WHERE book_id = $1",
+                book["book_id"], len(rows), len(held), upto,
+            )  # fmt: skip
+            returned += len(back)
+            quarantined += len(held)
+        await connection.execute("DELETE FROM lone_leases WHERE shard = $1", shard)
+        await connection.execute("UPDATE shards SET settled_epoch = certified_epoch WHERE shard = $1", shard)
+        await connection.execute("DELETE FROM api_reports WHERE shard = $1 AND epoch < $2", shard, begun.live_epoch)
+    return Settled(returned, quarantined)
+
+
+async def mark_certified(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch) -> None:
+    """The last word before Redis is certified: from now on it may decide in this epoch. Raises NotOwner."""
+    async with connection.transaction():
+        await require_recoverer(connection, writer_id, begun.owned)
+        await connection.execute("UPDATE shards SET certified_epoch = epoch WHERE shard = $1", begun.owned.shard)
+
+
+async def stop_shard(connection: asyncpg.Connection, shard: int, reason: str) -> None:
+    """Nothing of the shard is persisted or recovered until a person has cleared `stopped`."""
+    await connection.execute("UPDATE shards SET stopped = $2 WHERE shard = $1", shard, reason)
+
+
+async def require_recoverer(connection: asyncpg.Connection, writer_id: str, owned: OwnedShard) -> None:
+    """Raises NotOwner unless this writer owns the shard in this generation and epoch; holds it until the commit."""
+    if not await connection.fetchval(
+        "SELECT true FROM shards WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 FOR UPDATE",
+        owned.shard, writer_id, owned.generation, owned.epoch,
+    ):  # fmt: skip
+        raise NotOwner
+
+
+# --- what Redis is rebuilt from
+
+
+async def books_of_shard(connection: asyncpg.Connection, shard: int) -> list[Book]:
+    """Every book of the shard that was ever brought to Redis."""
+    rows = await connection.fetch(f"SELECT {BOOK_COLUMNS} FROM books WHERE shard = $1 AND loaded", shard)
+    return [book_from_row(row) for row in rows]
+
+
+async def quarantined_codes(connection: asyncpg.Connection, book_id: str) -> list[str]:
+    """The codes of a book that are in quarantine."""
+    rows = await connection.fetch("SELECT code FROM quarantine WHERE book_id = $1", book_id)
+    return [row["code"] for row in rows]
+
+
+async def count_coupons(connection: asyncpg.Connection, book: Book) -> tuple[int, int]:
+    """(codes of the book that somebody holds, those of them that are wholly spent)."""
+    row = await connection.fetchrow(
+        "SELECT count(*) AS held, count(*) FILTER (WHERE uses >= $2) AS spent FROM coupons WHERE book_id = $1",
+        book.book_id,
+        book.max_redemptions_per_code,
+    )
+    return row["held"], row["spent"]
+
+
+async def coupons_of_book(connection: asyncpg.Connection, book_id: str) -> AsyncIterator[asyncpg.Record]:
+    """Every coupon of a book: code, user_id, assigned_at_ms, uses, epoch, seq. Within a transaction."""
+    async for row in connection.cursor(
+        "SELECT code, user_id, assigned_at_ms, uses, epoch, seq FROM coupons WHERE book_id = $1", book_id, prefetch=5000
+    ):
+        yield row
+
+
+async def idempotent_events(
+    connection: asyncpg.Connection, shard: int, book_id: str, since_ms: int
+) -> list[asyncpg.Record]:
+    """Events of a book that carry an Idempotency-Key and are younger than `since_ms`."""
+    return list(await connection.fetch(_IDEMPOTENT_EVENTS, shard, book_id, since_ms))
+
+
+# --- who may have been answered
+
+
+async def silent_processes(connection: asyncpg.Connection, shard: int, epoch: int) -> list[str]:
+    """API processes that could have answered in an epoch and have not said what they saw of it."""
+    rows = await connection.fetch(
+        "SELECT process_id FROM api_processes p WHERE NOT EXISTS"
+        " (SELECT FROM api_reports r WHERE r.process_id = p.process_id AND r.shard = $1 AND r.epoch = $2)",
+        shard,
+        epoch,
+    )
+    return [row["process_id"] for row in rows]
+
+
+async def highest_seen(connection: asyncpg.Connection, shard: int, epoch: int) -> int:
+    """The highest seq of an epoch that any API process has answered from, of those that reported."""
+    seq = await connection.fetchval(
+        "SELECT max(seen_seq) FROM api_reports WHERE shard = $1 AND epoch = $2", shard, epoch
+    )
+    return seq or 0
+
+
+def _alone(shard: int, epoch: int, event: Event) -> Batch:
+    return Batch(shard, epoch, 0, event.seq - 1, event.seq, [event])

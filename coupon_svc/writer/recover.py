@@ -1,0 +1,197 @@
+"""Recovery: makes Redis agree with the ledger again, whatever happened to it, and certifies it in a new epoch.
+
+Nothing here asks what went wrong. Every recovery takes the same steps, each of which may be killed and run again:
+
+1. the next epoch in Postgres: no batch of an older one can be committed any more, and API processes say what they saw;
+2. the shard is shut in Redis, and what its stream still holds goes into the ledger;
+3. codes that were lent and have no record go back to be dealt, or into quarantine when somebody may have been answered;
+4. Redis is rebuilt from the ledger, or kept when it provably stands where the ledger stands; its pools are emptied;
+5. Redis is certified.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from coupon_svc.domain.books import Book
+from coupon_svc.domain.clock import now_ms
+from coupon_svc.domain.events import COUPON_ASSIGNED, MalformedEvent, parse_entry_id, parse_event
+from coupon_svc.ledger import recovery
+from coupon_svc.ledger.events import Batch, DeadLetter
+from coupon_svc.ledger.recovery import HistoryForked, NewEpoch
+from coupon_svc.ledger.shards import OwnedShard
+from coupon_svc.store.owner import KEYS_PER_CALL_MAX, OwnerStore, Term
+from coupon_svc.writer.crash import crash_point
+from coupon_svc.writer.rules import book_fields
+
+log = logging.getLogger(__name__)
+
+REPORTS_WAIT_S = 2.5
+IDEMPOTENCY_MS = 24 * 3600 * 1000
+
+
+class Recoverer:
+    """Recovers one shard at a time, on the connection it is given."""
+
+    def __init__(self, writer_id: str, store: OwnerStore, backlog_max: int) -> None:
+        self._writer_id = writer_id
+        self._store = store
+        self._backlog_max = backlog_max
+
+    async def recover(self, connection: Any, owned: OwnedShard) -> OwnedShard:
+        """Recover the shard and certify Redis for it. Returns the shard in its new epoch.
+
+        Raises NotOwner, StoreLost, LedgerUnavailable: try again from the start; Suspect: a newer owner is at work;
+        HistoryForked: the shard is stopped now, and a person must look.
+        """
+        begun = await recovery.begin_epoch(connection, self._writer_id, owned)
+        crash_point("recover.begun")
+        shard, term = begun.owned.shard, Term(begun.owned.shard, begun.owned.epoch, begun.owned.generation)
+        try:
+            meta = await self._store.read_meta(shard)
+            self._refuse_newer(meta, begun)
+            await self._store.shut_shard(term)
+            crash_point("recover.shut")
+            drained, whole = await self._drain(connection, begun, meta)
+        except HistoryForked as error:
+            log.critical("shard %02d is stopped: %s", shard, error)
+            await recovery.stop_shard(connection, shard, str(error))
+            raise
+        crash_point("recover.drained")
+        nothing_lost = await self._nothing_lost(connection, begun, drained)
+        settled = await recovery.settle(connection, self._writer_id, begun, nothing_lost=nothing_lost)
+        crash_point("recover.settled")
+        kept = whole and await self._agrees(connection, shard)
+        if not kept:
+            await self._store.wipe_shard(term)
+            crash_point("recover.wiped")
+        await self._restore(connection, term, keep_coupons=kept)
+        crash_point("recover.restored")
+        await recovery.mark_certified(connection, self._writer_id, begun)
+        await self._store.certify_shard(term, self._backlog_max)
+        crash_point("recover.certified")
+        log.info(
+            "shard %02d is certified in epoch %d: redis was %s, %d codes go back to be dealt, %d are quarantined",
+            shard, begun.owned.epoch, "kept" if kept else "rebuilt", settled.returned, settled.quarantined,
+        )  # fmt: skip
+        return begun.owned
+
+    def _refuse_newer(self, meta: Mapping[str, str], begun: NewEpoch) -> None:
+        """A Redis that was certified in an epoch which the ledger has not reached: the ledger went back."""
+        epoch = meta.get("epoch", "")
+        if epoch.isdigit() and int(epoch) >= begun.owned.epoch:
+            raise HistoryForked(f"redis is in epoch {epoch}, the ledger was in {begun.owned.epoch - 1}: it went back")
+
+    async def _drain(self, connection: Any, begun: NewEpoch, meta: Mapping[str, str]) -> tuple[int, bool]:
+        """What the stream holds and the ledger does not, into the ledger. Returns the seq up to which the ledger accounts
+        for the live epoch, and whether this Redis stands just there and nothing is missing."""
+        shard, live = begun.owned.shard, begun.live_epoch
+        reached = await recovery.last_seq(connection, shard, live)
+        if (
+            meta.get("epoch") == str(live)
+            and int(meta["committed"]) > reached
+            and not await self._store.stream_after(shard, live, reached)
+        ):
+            raise HistoryForked(f"the ledger has {reached} events of epoch {live} and had more: it went back")
+        epoch, seq = 0, 0
+        while entries := await self._store.stream_after(shard, epoch, seq):
+            for number, batch in _by_epoch(shard, entries):
+                if number == live:
+                    reached = await recovery.drain(connection, self._writer_id, begun, batch)
+                else:
+                    await recovery.take_late(connection, self._writer_id, begun, number, batch.events)
+            epoch, seq = parse_entry_id(entries[-1][0])
+        missing = await recovery.anything_missing(connection, shard, live)
+        if live and not missing:
+            await self._store.tell_position(shard, live, reached)  # whoever still waits in that epoch is answered
+        stands = live > 0 and meta.get("epoch") == str(live) and meta.get("seq") == str(reached) and not missing
+        return reached, stands
+
+    async def _nothing_lost(self, connection: Any, begun: NewEpoch, drained: int) -> bool:
+        """Whether every API process that could have answered in the live epoch has said that the ledger has it all."""
+        shard, live = begun.owned.shard, begun.live_epoch
+        if not live or not await recovery.may_have_answered_early(connection, shard):
+            return True
+        if await recovery.anything_missing(connection, shard, live):
+            return False
+        deadline = asyncio.get_running_loop().time() + REPORTS_WAIT_S
+        while silent := await recovery.silent_processes(connection, shard, live):
+            if asyncio.get_running_loop().time() >= deadline:
+                log.warning("shard %02d: %d API processes cannot be asked what they have answered", shard, len(silent))
+                return False
+            await asyncio.sleep(0.05)
+        return await recovery.highest_seen(connection, shard, live) <= drained
+
+    async def _agrees(self, connection: Any, shard: int) -> bool:
+        """Whether every book in Redis has as many holders as the ledger, and no code is missing from its keys."""
+        for book in await recovery.books_of_shard(connection, shard):
+            in_pool, held, lent = await self._store.pool_counts(shard, book.book_id)
+            in_ledger, _ = await recovery.count_coupons(connection, book)
+            if held != in_ledger or in_pool + held != lent:
+                return False
+        return True
+
+    async def _restore(self, connection: Any, term: Term, *, keep_coupons: bool) -> None:
+        for book in await recovery.books_of_shard(connection, term.shard):
+            held, spent = await recovery.count_coupons(connection, book)
+            quarantined = await recovery.quarantined_codes(connection, book.book_id)
+            counters = {"lent": held, "redeemed": spent, "quarantined": len(quarantined)}
+            fields = {**book_fields(book), "version": str(book.version), **{k: str(v) for k, v in counters.items()}}
+            await self._store.restore_book(term, book.book_id, fields, quarantined)
+            if not keep_coupons:
+                await self._restore_coupons(connection, term, book)
+                await self._restore_idem(connection, term, book)
+
+    async def _restore_coupons(self, connection: Any, term: Term, book: Book) -> None:
+        chunk: list[tuple[str, str, str]] = []
+        async with connection.transaction():
+            async for row in recovery.coupons_of_book(connection, book.book_id):
+                holder = f"{row['epoch']}-{row['seq']} {row['uses']} {row['assigned_at_ms']} {row['user_id']}"
+                chunk.append((row["code"], row["user_id"], holder))
+                if len(chunk) == KEYS_PER_CALL_MAX:
+                    await self._store.restore_coupons(term, book.tenant_id, book.book_id, chunk)
+                    chunk = []
+        if chunk:
+            await self._store.restore_coupons(term, book.tenant_id, book.book_id, chunk)
+
+    async def _restore_idem(self, connection: Any, term: Term, book: Book) -> None:
+        now = now_ms()
+        rows = await recovery.idempotent_events(connection, term.shard, book.book_id, now - IDEMPOTENCY_MS)
+        records = [(str(row["idem"]), _record(row, book), max(1, row["at_ms"] + IDEMPOTENCY_MS - now)) for row in rows]
+        for start in range(0, len(records), KEYS_PER_CALL_MAX):
+            await self._store.restore_idem(term, book.book_id, records[start : start + KEYS_PER_CALL_MAX])
+
+
+def _by_epoch(shard: int, entries: Sequence[Sequence[Any]]) -> list[tuple[int, Batch]]:
+    """Stream entries as one batch for each epoch among them."""
+    parts: dict[int, tuple[list[Any], list[DeadLetter], list[int]]] = {}
+    for entry_id, fields in entries:
+        epoch, seq = parse_entry_id(entry_id)
+        events, dead, seqs = parts.setdefault(epoch, ([], [], []))
+        seqs.append(seq)
+        try:
+            events.append(parse_event(seq, fields))
+        except MalformedEvent as error:
+            dead.append(DeadLetter(seq, msgspec.json.encode(fields), str(error)))
+    return [
+        (epoch, Batch(shard, epoch, 0, seqs[0] - 1, seqs[-1], events, dead))
+        for epoch, (events, dead, seqs) in parts.items()
+    ]
+
+
+def _record(row: Any, book: Book) -> str:
+    """An idempotency record as the scripts keep it."""
+    position = f"{row['epoch']}-{row['seq']}"
+    most = book.max_redemptions_per_code
+    if row["event"] == COUPON_ASSIGNED:
+        left = "" if most is None else str(most)
+        answer = [row["fingerprint"], row["code"], str(row["at_ms"]), position, book.ack.value, left]
+    else:
+        left = "" if most is None else str(most - row["uses"])
+        answer = [row["fingerprint"], row["user_id"], str(row["at_ms"]), position, str(row["uses"]), left]
+    return msgspec.json.encode(answer).decode()

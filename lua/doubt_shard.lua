@@ -1,0 +1,18 @@
+#!lua flags=allow-oom
+--[[
+doubt_shard: a caller found that keys of the shard are missing. Nothing is decided in it until its owner has recovered it.
+
+Keys
+  KEYS[1] meta      hash    read, write
+
+Args
+  ARGV[1] epoch     int
+  ARGV[2] seen_seq  int   the highest seq of this epoch the caller has seen
+
+Replies, the first that applies
+  suspect    it is in doubt already
+  ok
+]]
+-- include: fence
+redis.call("HSET", KEYS[1], "epoch", "doubt")
+return {"ok"}

@@ -1,0 +1,28 @@
+#!lua flags=allow-oom
+--[[
+restore_book: a book as the ledger knows it, with an empty pool: what is dealt next is lent anew. Its holders are restored
+apart. Safe to send twice.
+
+Keys
+  KEYS[1] meta         hash    read
+  KEYS[2] book         hash    write
+  KEYS[3] free         zset    delete
+  KEYS[4] quarantine   set     write
+
+Args
+  ARGV[1] generation   int   of the owner
+  ARGV[2] fields       int   how many of the following are fields and values of the book
+  ARGV[3…] rules       text  field, value, field, value …; then quarantined codes; at most 4000 in all
+
+Replies, the first that applies
+  fenced     the shard is not shut, or another owner's
+  ok
+]]
+-- include: recoverer
+redis.call("UNLINK", KEYS[3], KEYS[4])
+local fields = tonumber(ARGV[2])
+redis.call("HSET", KEYS[2], unpack(ARGV, 3, 2 + fields))
+for i = 3 + fields, #ARGV do
+  redis.call("SADD", KEYS[4], ARGV[i])
+end
+return {"ok"}
