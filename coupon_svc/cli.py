@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvicorn
 
 from coupon_svc.app import make_api, run_writer
@@ -69,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command("writer", _writer, "carries events to the ledger; any number may run")
     command("migrate", _migrate, "bring the database to the newest schema")
+
+    verify = command("verify", _verify, "show from Redis and Postgres that the promises hold")
+    verify.add_argument("--json", action="store_true", help="the report for machines")
 
     key = command("keys", lambda _: key.print_help(), "make, list and revoke API keys")
     actions = key.add_subparsers(metavar="ACTION")
@@ -140,6 +144,14 @@ def _migrate(args: argparse.Namespace) -> None:
     settings = load_settings(**_no_redis())
     applied = _with_database(settings, lambda connection: migrate(connection, settings.shards))
     print("\n".join(f"applied {name}" for name in applied) or "the schema is the newest already")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from coupon_svc.ops.verify import run_verify
+
+    settings = load_settings()
+    stored = _with_database(settings, lambda connection: connection.fetchval("SELECT shards FROM settings"))
+    return run_verify(msgspec.structs.replace(settings, shards=stored), as_json=args.json)
 
 
 # --- keys

@@ -1,0 +1,295 @@
+"""`coupon-svc verify`: shows from Redis and Postgres alone that the promises hold, shard by shard, while the service runs.
+
+What is checked, and which promise it shows (docs/guarantees.md):
+
+* the ledger by itself: positions without a hole (P2), every code assigned once and to the user its event names (P1), uses
+  as many as redemptions and never more than the book allows (P3), every code in one state and the sum right (P4);
+* Redis against the ledger: who holds what is the same in both (P1, P2), what is free is nobody's (P1, P4), every coupon is
+  in its user's list (P2), the counts add up (P4).
+
+While the service runs, Redis is ahead of the ledger by the events under way. What it has and the ledger has not must be
+among them, and must have arrived in the ledger a moment later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from coupon_svc.config import Settings
+from coupon_svc.domain.books import Book
+from coupon_svc.ledger.database import LedgerUnavailable, open_connection
+from coupon_svc.ledger.recovery import books_of_shard, coupons_of_book
+from coupon_svc.store.keys import ShardKeys
+
+ARRIVAL_WAIT_S = 10.0
+CHUNK = 500
+SHOWN_MAX = 20
+
+_LEDGER_CHECKS = {
+    "a position is missing or doubled": """
+        SELECT count(*) FROM (
+            SELECT epoch, max(seq) AS last, count(DISTINCT seq) AS number FROM (
+                SELECT epoch, seq FROM events WHERE shard = $1
+                UNION ALL SELECT epoch, seq FROM dead_letters WHERE shard = $1) p
+            WHERE NOT EXISTS (SELECT FROM late_events l WHERE l.shard = $1 AND l.epoch = p.epoch AND l.seq = p.seq)
+            GROUP BY epoch) e WHERE last <> number""",
+    "the ledger's position is not where its events end": """
+        SELECT count(*) FROM shards WHERE shard = $1 AND committed <> coalesce(greatest(
+            (SELECT max(seq) FROM events e WHERE e.shard = $1 AND e.epoch = shards.epoch),
+            (SELECT max(seq) FROM dead_letters d WHERE d.shard = $1 AND d.epoch = shards.epoch)), 0)""",
+    "a code was assigned twice, or its coupon is not what its event says": """
+        SELECT count(*) FROM (SELECT * FROM events WHERE shard = $1 AND event = 'coupon_assigned') e
+        FULL JOIN (SELECT coupons.* FROM coupons JOIN books USING (book_id) WHERE shard = $1) c
+            ON c.book_id = e.book_id AND c.code = e.code AND c.user_id = e.user_id AND (c.epoch, c.seq) = (e.epoch, e.seq)
+        WHERE c.code IS NULL OR e.code IS NULL""",
+    "a coupon's uses are not its redemptions": """
+        SELECT count(*) FROM (SELECT coupons.* FROM coupons JOIN books USING (book_id) WHERE shard = $1) c
+        LEFT JOIN (SELECT book_id, code, count(*) AS number, max(uses) AS uses, min(user_id) AS first_user,
+                          max(user_id) AS last_user FROM redemptions GROUP BY book_id, code) r USING (book_id, code)
+        WHERE c.uses <> coalesce(r.number, 0) OR c.uses <> coalesce(r.uses, 0)
+           OR (r.number > 0 AND (r.first_user <> c.user_id OR r.last_user <> c.user_id))""",
+    "a redemption has no coupon": """
+        SELECT count(*) FROM redemptions r JOIN books USING (book_id) WHERE shard = $1
+        AND NOT EXISTS (SELECT FROM coupons c WHERE c.book_id = r.book_id AND c.code = r.code)""",
+    "a code was redeemed more often than its book allows": """
+        SELECT count(*) FROM coupons JOIN books USING (book_id)
+        WHERE shard = $1 AND uses > max_redemptions_per_code""",
+    "a book's counts are not those of its codes": """
+        SELECT count(*) FROM books LEFT JOIN (
+            SELECT book_id, count(*) AS total, count(*) FILTER (WHERE place = -1) AS quarantined,
+                   count(*) FILTER (WHERE place BETWEEN 0 AND leased_upto) AS lent
+            FROM codes JOIN books USING (book_id) WHERE shard = $1 GROUP BY book_id) c USING (book_id)
+        WHERE shard = $1 AND (books.total, books.lent, books.quarantined)
+              <> (coalesce(c.total, 0), coalesce(c.lent, 0), coalesce(c.quarantined, 0))""",
+    "a code in somebody's hands was not lent": """
+        SELECT count(*) FROM coupons JOIN books USING (book_id)
+        LEFT JOIN codes ON codes.tenant_id = books.tenant_id AND codes.code = coupons.code
+        WHERE shard = $1 AND (codes.code IS NULL OR codes.place NOT BETWEEN 0 AND leased_upto)""",
+    "the quarantine's list is not what its codes say": """
+        SELECT count(*) FROM (SELECT book_id, code FROM quarantine WHERE shard = $1) q
+        FULL JOIN (SELECT book_id, code FROM codes JOIN books USING (book_id) WHERE shard = $1 AND place = -1) c
+            USING (book_id, code) WHERE q.book_id IS NULL OR c.book_id IS NULL""",
+}
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that is not as it should be. It names books and numbers, never a code, a user or a key."""
+
+    shard: int
+    what: str
+    number: int
+    book_id: str | None = None
+
+
+class Report(msgspec.Struct):
+    """What was looked at, and what was found."""
+
+    shards: int = 0
+    books: int = 0
+    codes_held: int = 0
+    codes_free: int = 0
+    under_way: int = 0
+    unchecked: list[str] = []
+    findings: list[Finding] = []
+
+    @property
+    def holds(self) -> bool:
+        return not self.findings and not self.unchecked
+
+
+class _Held(NamedTuple):
+    epoch: int
+    seq: int
+    uses: int
+    user_id: str
+
+
+class Verifier:
+    """Verifies with reads alone: it changes nothing in either store."""
+
+    def __init__(self, settings: Settings, connection: Any, redis: Redis, *, show_progress: bool) -> None:
+        self._settings = settings
+        self._connection = connection
+        self._redis = redis
+        self._show_progress = show_progress
+        self.report = Report()
+
+    async def verify(self) -> Report:
+        """Look at every shard. Raises LedgerUnavailable, RedisError."""
+        for shard in range(self._settings.shards):
+            self._progress(shard)
+            for what, statement in _LEDGER_CHECKS.items():
+                self._find(shard, what, await self._consistent(statement, shard))
+            await self._verify_redis(shard)
+            self.report.shards += 1
+        self._progress(self._settings.shards)
+        return self.report
+
+    async def _consistent(self, statement: str, shard: int) -> int:
+        number: int = await self._connection.fetchval(statement, shard)
+        return number
+
+    async def _verify_redis(self, shard: int) -> None:
+        keys = ShardKeys(shard, self._settings.shards)
+        meta = await self._redis.hgetall(keys.meta)
+        epoch = await self._connection.fetchval("SELECT epoch FROM shards WHERE shard = $1", shard)
+        if meta.get("epoch") != str(epoch):
+            self.report.unchecked.append(
+                f"shard {shard:02d} is not certified in Redis: it is being recovered, or stopped"
+            )
+            return
+        for book in await books_of_shard(self._connection, shard):
+            await self._verify_book(shard, keys, book, epoch)
+            self.report.books += 1
+
+    async def _verify_book(self, shard: int, keys: ShardKeys, book: Book, epoch: int) -> None:
+        ledger = await self._ledger_coupons(book)
+        held = {code: parse_holder(text) async for code, text in self._scan_hash(keys.holders(book.book_id))}
+        missing = [code for code, (user, uses) in ledger.items() if not _same(held.get(code), user, uses)]
+        self._find(shard, "a coupon of the ledger is not in Redis, or another's there", len(missing), book)
+        ahead = {code: holder for code, holder in held.items() if code not in ledger or ledger[code][1] < holder.uses}
+        old = sum(1 for holder in ahead.values() if holder.epoch != epoch)
+        self._find(shard, "a coupon of an older epoch is in Redis and not in the ledger", old, book)
+        self.report.under_way += len(ahead)
+        if ahead and not old:
+            lost = await self._not_arrived(shard, book, ahead)
+            self._find(shard, "an event was made and has not arrived in the ledger", lost, book)
+        free = {code async for code in self._scan_zset(keys.free(book.book_id))}
+        self._find(shard, "a code is free that somebody holds", len(free & ledger.keys()), book)
+        self._find(shard, "a coupon is not in its user's list", await self._unlisted(keys, book, held), book)
+        self._find(shard, "a free code was not lent", await self._unlent(book, list(free)), book)
+        in_pool, in_hands, lent = await self._counts(keys, book.book_id)
+        if in_pool + in_hands != lent:
+            self._find(shard, "codes are missing from Redis", abs(lent - in_pool - in_hands), book)
+        self.report.codes_held += len(held)
+        self.report.codes_free += len(free)
+
+    async def _ledger_coupons(self, book: Book) -> dict[str, tuple[str, int]]:
+        async with self._connection.transaction():
+            return {
+                row["code"]: (row["user_id"], row["uses"])
+                async for row in coupons_of_book(self._connection, book.book_id)
+            }
+
+    async def _not_arrived(self, shard: int, book: Book, ahead: dict[str, _Held]) -> int:
+        """How many of the coupons that were only in Redis are still not in the ledger a moment later."""
+        deadline = asyncio.get_running_loop().time() + ARRIVAL_WAIT_S
+        while True:
+            rows = await self._connection.fetch(
+                "SELECT code, user_id, uses FROM coupons WHERE book_id = $1 AND code = ANY ($2)",
+                book.book_id,
+                list(ahead),
+            )
+            arrived = {row["code"]: (row["user_id"], row["uses"]) for row in rows}
+            wrong = [
+                code
+                for code, holder in ahead.items()
+                if code not in arrived or arrived[code][0] != holder.user_id or arrived[code][1] < holder.uses
+            ]
+            if not wrong or asyncio.get_running_loop().time() >= deadline:
+                return len(wrong)
+            await asyncio.sleep(0.2)
+
+    async def _unlisted(self, keys: ShardKeys, book: Book, held: dict[str, _Held]) -> int:
+        unlisted = 0
+        codes = list(held.items())
+        for start in range(0, len(codes), CHUNK):
+            pipe = self._redis.pipeline(transaction=False)
+            for code, holder in codes[start : start + CHUNK]:
+                pipe.zscore(keys.coupons(book.tenant_id, holder.user_id), f"{book.book_id}:{code}")
+            unlisted += sum(1 for score in await pipe.execute() if score is None)
+        return unlisted
+
+    async def _unlent(self, book: Book, free: list[str]) -> int:
+        number: int = await self._connection.fetchval(
+            "SELECT count(*) FROM unnest($2::text[]) AS free (code) WHERE NOT EXISTS (SELECT FROM codes JOIN books USING"
+            " (book_id) WHERE codes.tenant_id = $3 AND codes.code = free.code AND book_id = $1"
+            " AND place BETWEEN 0 AND leased_upto)",
+            book.book_id,
+            free,
+            book.tenant_id,
+        )
+        return number
+
+    async def _counts(self, keys: ShardKeys, book_id: str) -> tuple[int, int, int]:
+        pipe = self._redis.pipeline(transaction=True)  # one moment
+        pipe.zcard(keys.free(book_id))
+        pipe.hlen(keys.holders(book_id))
+        pipe.hget(keys.book(book_id), "lent")
+        in_pool, in_hands, lent = await pipe.execute()
+        return in_pool, in_hands, int(lent if lent is not None else -1)
+
+    async def _scan_hash(self, key: str) -> AsyncIterator[tuple[str, str]]:
+        async for field, value in self._redis.hscan_iter(key, count=CHUNK):
+            yield field, value
+
+    async def _scan_zset(self, key: str) -> AsyncIterator[str]:
+        async for member, _ in self._redis.zscan_iter(key, count=CHUNK):
+            yield member
+
+    def _find(self, shard: int, what: str, number: int, book: Book | None = None) -> None:
+        if number:
+            self.report.findings.append(Finding(shard, what, number, book.book_id if book else None))
+
+    def _progress(self, done: int) -> None:
+        if self._show_progress:
+            total = self._settings.shards
+            bar = "#" * (30 * done // total)
+            print(f"\r[{bar:30}] {done}/{total} shards", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def parse_holder(text: str) -> _Held:
+    """Who holds a code, as `holders` has it: `epoch-seq uses at_ms user`."""
+    position, uses, _, user_id = text.split(" ", 3)
+    epoch, _, seq = position.partition("-")
+    return _Held(int(epoch), int(seq), int(uses), user_id)
+
+
+def _same(holder: _Held | None, user_id: str, uses: int) -> bool:
+    return holder is not None and holder.user_id == user_id and holder.uses >= uses
+
+
+def run_verify(settings: Settings, *, as_json: bool) -> int:
+    """Print the report and return the exit status: 0 the promises hold, 1 they do not, 2 it could not be told."""
+
+    async def run() -> Report:
+        connection = await open_connection(settings.database_url, "coupon-verify")
+        redis = Redis.from_url(settings.redis_url, decode_responses=True)
+        try:
+            return await Verifier(settings, connection, redis, show_progress=sys.stderr.isatty()).verify()
+        finally:
+            await redis.aclose()
+            connection.terminate()
+
+    try:
+        report = asyncio.run(run())
+    except (LedgerUnavailable, RedisError, OSError) as error:
+        print(f"coupon-svc verify: a store cannot be read ({type(error).__name__}); nothing is shown.", file=sys.stderr)
+        return 2
+    if as_json:
+        print(msgspec.json.encode({"holds": report.holds, **msgspec.structs.asdict(report)}).decode())
+    else:
+        _print(report)
+    return 0 if report.holds else 1 if report.findings else 2
+
+
+def _print(report: Report) -> None:
+    print(
+        f"{report.shards} shards, {report.books} books: {report.codes_held} codes held, {report.codes_free} free in Redis,"
+        f" {report.under_way} were on their way to the ledger."
+    )
+    for text in report.unchecked:
+        print(f"NOT CHECKED  {text}")
+    for finding in report.findings[:SHOWN_MAX]:
+        where = f"shard {finding.shard:02d}" + (f", book {finding.book_id}" if finding.book_id else "")
+        print(f"BROKEN       {where}: {finding.what} ({finding.number})")
+    if len(report.findings) > SHOWN_MAX:
+        print(f"             and {len(report.findings) - SHOWN_MAX} more; see --json")
+    print("The promises hold." if report.holds else "The promises are not shown to hold.")
