@@ -18,6 +18,7 @@ from coupon_svc.api.metrics import Metrics
 from coupon_svc.api.public import Public
 from coupon_svc.api.registration import Registration
 from coupon_svc.api.routes import make_router
+from coupon_svc.api.runner import BookRunner
 from coupon_svc.config import Settings, load_settings
 from coupon_svc.ledger.database import Database
 from coupon_svc.ledger.resolve import Resolver
@@ -34,6 +35,7 @@ def make_api(settings: Settings | None = None) -> Router:
     store = Store(settings.redis_url, settings.shards, positions, Scripts())
     database = Database(settings.database_url, "coupon-api")
     resolver = Resolver(database)
+    runner = BookRunner(store, resolver, database, settings.shards)
     metrics = Metrics()
     registration = Registration(settings.database_url, store)
 
@@ -49,8 +51,8 @@ def make_api(settings: Settings | None = None) -> Router:
             await database.close()
 
     return make_router(
-        Books(store, database, settings.shards),
-        Coupons(store, resolver, database, settings.shards),
+        Books(runner, database, settings.shards),
+        Coupons(store, runner, resolver, database, registration),
         Public(store, metrics),
         KeyRing(resolver, settings.key_cache_ms),
         metrics,

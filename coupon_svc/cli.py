@@ -17,7 +17,7 @@ import uvicorn
 
 from coupon_svc.app import make_api, run_writer
 from coupon_svc.config import Settings, SettingsError, load_settings
-from coupon_svc.ledger import keys
+from coupon_svc.ledger import keys, quarantine
 from coupon_svc.ledger.database import LedgerUnavailable, open_connection
 from coupon_svc.ledger.migrations import ShardsDiffer, migrate
 
@@ -73,6 +73,20 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = command("verify", _verify, "show from Redis and Postgres that the promises hold")
     verify.add_argument("--json", action="store_true", help="the report for machines")
+
+    rebuild = command("rebuild", _rebuild, "rebuild Redis from the ledger, while the service runs")
+    rebuild.add_argument("--shard", type=int, metavar="N", help="default: all")
+
+    held_back = command(
+        "quarantine", lambda _: held_back.print_help(), "codes that may have been given away unrecorded"
+    )
+    actions = held_back.add_subparsers(metavar="ACTION")
+    sub = actions.add_parser("list", help="show the books that have such codes")
+    sub.set_defaults(run=_quarantine_list)
+    sub = actions.add_parser("release", help="deal the codes of a book again, though somebody may hold them")
+    sub.set_defaults(run=_quarantine_release)
+    sub.add_argument("book_id")
+    sub.add_argument("--deal-again", action="store_true", help="yes: a user may be told that a code is taken")
 
     key = command("keys", lambda _: key.print_help(), "make, list and revoke API keys")
     actions = key.add_subparsers(metavar="ACTION")
@@ -152,6 +166,35 @@ def _verify(args: argparse.Namespace) -> int:
     settings = load_settings()
     stored = _with_database(settings, lambda connection: connection.fetchval("SELECT shards FROM settings"))
     return run_verify(msgspec.structs.replace(settings, shards=stored), as_json=args.json)
+
+
+def _rebuild(args: argparse.Namespace) -> None:
+    shards = None if args.shard is None else [args.shard]
+    number = _with_database(
+        load_settings(**_no_redis()), lambda connection: quarantine.want_recovery(connection, shards, rebuild=True)
+    )
+    if not number:
+        raise UsageError(f"there is no shard {args.shard}.")
+    print(f"{number} shards are being rebuilt by their writers; `coupon-svc verify` shows when it is done")
+
+
+def _quarantine_list(args: argparse.Namespace) -> None:
+    for book in _with_database(load_settings(**_no_redis()), quarantine.quarantined_books):
+        print(f"{book.book_id}  {book.codes} codes since {book.since:%Y-%m-%d %H:%M}Z  {book.name}")
+
+
+def _quarantine_release(args: argparse.Namespace) -> None:
+    if not args.deal_again:
+        raise UsageError(
+            "somebody may hold these codes: who has a receipt gets the record back with it. To deal them to others all the"
+            " same, say --deal-again; the ledger records it."
+        )
+    number = _with_database(
+        load_settings(**_no_redis()), lambda connection: quarantine.deal_again(connection, args.book_id)
+    )
+    if not number:
+        raise UsageError(f"the book {args.book_id} has no codes in quarantine; see `coupon-svc quarantine list`.")
+    print(f"{number} codes of {args.book_id} are dealt again")
 
 
 # --- keys

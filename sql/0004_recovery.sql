@@ -7,11 +7,15 @@ ALTER TABLE shards
     -- Epochs up to this one are settled: their codes without a record were dealt with, and an event of theirs that turns
     -- up now is late.
     ADD COLUMN settled_epoch   bigint NOT NULL DEFAULT 0,
+    ADD COLUMN rebuild         boolean NOT NULL DEFAULT false,  -- asked for by an operator: the next recovery keeps nothing
     ADD COLUMN stopped         text;   -- why nothing is recovered or persisted until a person has looked
 
 ALTER TABLE books
     ADD COLUMN quarantined bigint NOT NULL DEFAULT 0,
     ADD CONSTRAINT lent_and_quarantined_are_part_of_total CHECK (quarantined >= 0 AND lent + quarantined <= total);
+
+-- What receipts are signed with.
+ALTER TABLE settings ADD COLUMN receipt_secret bytea;
 
 ALTER TABLE dead_letters
     ADD COLUMN book_id text,
@@ -34,7 +38,7 @@ CREATE TABLE quarantine_decisions (
     code      text NOT NULL COLLATE "C",
     decision  text NOT NULL,
     at        timestamptz NOT NULL DEFAULT now(),
-    CONSTRAINT decision_is_known CHECK (decision IN ('late_event', 'receipt', 'voided', 'dealt_again'))
+    CONSTRAINT decision_is_known CHECK (decision IN ('late_event', 'receipt', 'dealt_again'))
 );
 
 -- Events of a settled epoch that turned up after all. Of a quarantined code it brought the record back.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ from msgspec import UNSET
 
 from coupon_svc.api.coupons import decode_cursor, encode_cursor, encode_metadata, invalid, page_limit
 from coupon_svc.api.http import Answer, Call
+from coupon_svc.api.runner import BookRunner
 from coupon_svc.api.schemas import (
     REJECTED_SHOWN_MAX,
     BookAnswer,
@@ -27,12 +29,10 @@ from coupon_svc.domain.codes import CODE_LENGTH_MAX, normalise_code, parse_patte
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.shards import book_shard, new_book_id
 from coupon_svc.ledger import catalogue
-from coupon_svc.ledger.database import Database
+from coupon_svc.ledger.database import Database, LedgerUnavailable
 from coupon_svc.ledger.idempotency import recall, remember
-from coupon_svc.store.client import Store
 
 IN_FORCE_WAIT_S = 5.0
-PATIENCE_S = 0.5
 BULK_S = 120.0
 """How long the largest upload may take in Postgres: a million generated codes need a fraction of it."""
 
@@ -42,8 +42,8 @@ _encode = msgspec.json.Encoder().encode
 class Books:
     """The control plane. Every method answers one operation; refusals are raised as Refused."""
 
-    def __init__(self, store: Store, database: Database, shards: int) -> None:
-        self._store = store
+    def __init__(self, runner: BookRunner, database: Database, shards: int) -> None:
+        self._runner = runner
         self._database = database
         self._shards = shards
 
@@ -88,7 +88,7 @@ class Books:
         if (body.codes is None) == (body.generate is None):
             raise invalid("", "give either codes or generate")
         pattern = parse_pattern(body.generate.pattern, body.generate.alphabet) if body.generate else None
-        self._shard(body.book_id)
+        self._runner.place(body.book_id)
         idempotent = call.idempotent(body.book_id, "/coupons/codes")
         async with self._database.connection(BULK_S) as connection, connection.transaction():
             await catalogue.read_book(connection, call.key.tenant_id, body.book_id)
@@ -118,7 +118,7 @@ class Books:
         async with self._database.connection() as connection:
             books = await catalogue.list_books(connection, call.key.tenant_id, limit + 1, before)
         page = books[:limit]
-        answers = await asyncio.gather(*(self._with_counters(book) for book in page))
+        answers = await asyncio.gather(*(self._live(book.tenant_id, book.book_id) for book in page))
         more = len(books) > limit
         return Answer(
             200, BooksPage(list(answers), encode_cursor(page[-1].created_at_ms, page[-1].book_id) if more else None)
@@ -126,7 +126,7 @@ class Books:
 
     async def update_book(self, call: Call) -> Answer:
         book_id = call.path["book_id"]
-        self._shard(book_id)
+        self._runner.place(book_id)
         async with self._database.connection() as connection, connection.transaction():
             book = await catalogue.update_book(connection, call.key.tenant_id, book_id, _changes(call.body))
         if not await self._in_force(book):
@@ -135,18 +135,13 @@ class Books:
 
     # --- what all of them need
 
-    def _shard(self, book_id: str) -> int:
-        shard = book_shard(book_id, self._shards)
-        if shard is None:
-            raise Refused(Outcome.BOOK_NOT_FOUND)
-        return shard
-
     async def _ask(self, tenant_id: int, book_id: str) -> list[Any]:
-        shard = self._shard(book_id)
-        keys = self._store.views[shard].keys
-        reply: list[Any] = await self._store.run(
-            "read_book", shard, [keys.book(book_id), keys.holders(book_id)], [tenant_id], sure=True
-        )
+        """What Redis has of the book. Raises Refused."""
+        place = self._runner.place(book_id)
+        keys = [place.view.keys.book(book_id), place.view.keys.holders(book_id)]
+        reply: list[Any] = await self._runner.run("read_book", place, tenant_id, keys, [tenant_id], sure=True)
+        if reply[0] != "ok":
+            raise Refused(Outcome(reply[0]))
         return reply
 
     async def _in_force(self, book: Book) -> bool:
@@ -154,37 +149,26 @@ class Books:
         loop = asyncio.get_running_loop()
         deadline, pause = loop.time() + IN_FORCE_WAIT_S, 0.002
         while loop.time() < deadline:
-            try:
+            with contextlib.suppress(Refused, LedgerUnavailable):
                 reply = await self._ask(book.tenant_id, book.book_id)
-            except Refused:
-                reply = ["away"]
-            if reply[0] == "ok" and int(reply[1]) >= book.version:
-                return True
+                if int(reply[1]) >= book.version:
+                    return True
             await asyncio.sleep(pause)
             pause = min(1.5 * pause, 0.1)
         return False
 
     async def _live(self, tenant_id: int, book_id: str) -> BookAnswer:
-        """A book as Redis has it: rules in force, counters of this moment. Postgres is asked only about a book that
-        Redis does not know, and then a moment is waited for it."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + PATIENCE_S
-        reply = await self._ask(tenant_id, book_id)
-        if reply[0] == "book_not_loaded":
-            async with self._database.connection() as connection:
-                await catalogue.read_book(connection, tenant_id, book_id)
-        while reply[0] == "book_not_loaded":
-            if loop.time() >= deadline:
-                raise Refused(Outcome.RECOVERING)
-            await asyncio.sleep(0.01)
-            reply = await self._ask(tenant_id, book_id)
-        if reply[0] != "ok":
-            raise Refused(Outcome(reply[0]))
-        return _live_answer(reply)
-
-    async def _with_counters(self, book: Book) -> BookAnswer:
-        reply = await self._ask(book.tenant_id, book.book_id)
-        return _live_answer(reply) if reply[0] == "ok" else book_answer(book, _untouched(book))
+        """A book as Redis has it: rules in force, counters of this moment."""
+        _, _, stored, *numbers = await self._ask(tenant_id, book_id)
+        total, held, redeemed, quarantined = map(int, numbers)
+        counters = CodeCounters(
+            total=total,
+            available=total - held - quarantined,
+            assigned=held - redeemed,
+            redeemed=redeemed,
+            quarantined=quarantined,
+        )
+        return book_answer(msgspec.json.decode(stored, type=Book), counters)
 
 
 def book_answer(book: Book, codes: CodeCounters) -> BookAnswer:
@@ -203,19 +187,6 @@ def book_answer(book: Book, codes: CodeCounters) -> BookAnswer:
         created_at=rfc3339(book.created_at_ms),
         codes=codes,
     )
-
-
-def _live_answer(reply: list[Any]) -> BookAnswer:
-    _, _, stored, *numbers = reply
-    total, held, redeemed, quarantined = map(int, numbers)
-    counters = CodeCounters(
-        total=total,
-        available=total - held - quarantined,
-        assigned=held - redeemed,
-        redeemed=redeemed,
-        quarantined=quarantined,
-    )
-    return book_answer(msgspec.json.decode(stored, type=Book), counters)
 
 
 def _untouched(book: Book) -> CodeCounters:

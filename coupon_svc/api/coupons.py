@@ -8,11 +8,14 @@ import base64
 import binascii
 import secrets
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from coupon_svc.api.http import Answer, Call
+from coupon_svc.api.registration import Registration
+from coupon_svc.api.runner import BookRunner, Place
 from coupon_svc.api.schemas import (
     METADATA_BYTES_MAX,
     USER_ID,
@@ -31,44 +34,37 @@ from coupon_svc.api.schemas import (
 from coupon_svc.domain.clock import rfc3339
 from coupon_svc.domain.codes import normalise_code
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.domain.shards import book_shard
-from coupon_svc.ledger.catalogue import lease_code
+from coupon_svc.domain.receipts import Receipt, check_receipt, make_receipt
 from coupon_svc.ledger.database import Database
+from coupon_svc.ledger.quarantine import redeem_receipt
 from coupon_svc.ledger.resolve import Resolver
-from coupon_svc.store.client import ShardView, Store
+from coupon_svc.store.client import Store
 from coupon_svc.store.connection import Reply
 
-PATIENCE_S = 0.5
-"""How long a request waits for a book or for codes to come to Redis before it is told to come again."""
 PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 1000
 
 QUARANTINED = "quarantined"
 _ANSWERED = frozenset({"ok", "replayed", "already_yours", "renewed"})
 
 
-class _Place(NamedTuple):
-    """Where a book lives."""
-
-    shard: int
-    book_id: str
-    view: ShardView
-
-
 class Coupons:
     """The data plane. Every method answers one operation; refusals are raised as Refused."""
 
-    def __init__(self, store: Store, resolver: Resolver, database: Database, shards: int) -> None:
+    def __init__(
+        self, store: Store, runner: BookRunner, resolver: Resolver, database: Database, registration: Registration
+    ) -> None:
         self._store = store
+        self._runner = runner
         self._resolver = resolver
         self._database = database
-        self._shards = shards
+        self._registration = registration
 
     # --- assign
 
     async def assign_coupon(self, call: Call) -> Answer:
         body: AssignCoupon = call.body
         tenant_id = call.key.tenant_id
-        place = self._place(body.book_id)
+        place = self._runner.place(body.book_id)
         keys = place.view.keys
         idem_keys, idem, fingerprint = _idempotency(call, place, "/coupons/assign")
         touched = [
@@ -100,10 +96,10 @@ class Coupons:
             *idem_keys,
         ]
         args: list[str | int] = [tenant_id, place.book_id, body.user_id, idem, fingerprint, code]
-        reply = await self._run("assign_code", place, tenant_id, touched, args, code=code)
+        reply = await self._run("assign_code", place, tenant_id, touched, args, code=code, receipt=body.receipt)
         return await self._assigned(reply, place, tenant_id, body.user_id)
 
-    async def _assigned(self, reply: Reply, place: _Place, tenant_id: int, user_id: str) -> Answer:
+    async def _assigned(self, reply: Reply, place: Place, tenant_id: int, user_id: str) -> Answer:
         outcome, code, at_ms, position, ack, left = reply
         self._resolver.learn_code(tenant_id, code, place.book_id)
         durable = await self._until_durable(place, position, ack, made=outcome == "ok")
@@ -115,6 +111,7 @@ class Coupons:
             redemptions_left=int(left) if left else None,
             position=f"{place.shard:02d}:{position}",
             durable=durable,
+            receipt=UNSET if ack == "ledger" else self._receipt(place, tenant_id, code, user_id, position, at_ms),
         )
         return Answer(200 if outcome == "already_yours" else 201, answer, outcome == "replayed")
 
@@ -143,7 +140,7 @@ class Coupons:
             body.ttl_seconds * 1000 if body.ttl_seconds else "",
             fingerprint,
         ]
-        reply = await self._run("lock_coupon", place, tenant_id, touched, args)
+        reply = await self._run("lock_coupon", place, tenant_id, touched, args, code=code, receipt=body.receipt)
         outcome, user_id, token, until_ms, ttl_ms, position, ack = reply
         await self._until_durable(place, position, ack)
         answer = LockAnswer(
@@ -194,7 +191,7 @@ class Coupons:
             idem,
             fingerprint,
         ]
-        reply = await self._run("redeem_coupon", place, tenant_id, touched, args)
+        reply = await self._run("redeem_coupon", place, tenant_id, touched, args, code=code, receipt=body.receipt)
         outcome, user_id, at_ms, position, uses, left = reply
         await self._until_durable(place, position, "ledger", made=outcome == "ok")
         answer = RedeemAnswer(
@@ -240,7 +237,7 @@ class Coupons:
         if status not in (None, "assigned", "locked", "redeemed"):
             raise invalid("/status", "give assigned, locked or redeemed")
         if book_id is not None:
-            place = self._place(book_id)
+            place = self._runner.place(book_id)
             await self._run_read(
                 "read_book", place, tenant_id, [place.view.keys.book(book_id), place.view.keys.holders(book_id)], []
             )
@@ -265,9 +262,9 @@ class Coupons:
         """The next (shard, `book:code`) of a user, in that order. A user's coupons may be in any shard: all are asked,
         and none of them may be in doubt, or the list would be too short."""
         if book_id is not None:
-            shards: Sequence[int] = [self._place(book_id).shard]
+            shards: Sequence[int] = [self._runner.place(book_id).shard]
         else:
-            shards = range(self._shards)
+            shards = range(len(self._store.views))
 
         async def of_shard(shard: int) -> list[tuple[int, str]]:
             low = f"[{book_id}:" if book_id else "-"
@@ -290,7 +287,7 @@ class Coupons:
             book_id, _, code = member.partition(":")
             by_book.setdefault(book_id, []).append(code)
         answers = await asyncio.gather(
-            *(self._read_codes(self._place(book_id), tenant_id, codes) for book_id, codes in by_book.items())
+            *(self._read_codes(self._runner.place(book_id), tenant_id, codes) for book_id, codes in by_book.items())
         )
         states = {
             (book_id, code): state
@@ -307,7 +304,7 @@ class Coupons:
         return listed
 
     async def _read_codes(
-        self, place: _Place, tenant_id: int, codes: list[str]
+        self, place: Place, tenant_id: int, codes: list[str]
     ) -> tuple[int | None, list[CouponAnswer | str | None]]:
         """How often a code of the book may be redeemed (None: without limit), and the coupon of each code: None where
         nobody holds it, QUARANTINED where it is not known whether anybody does. Waits until what it shows is durable."""
@@ -346,13 +343,7 @@ class Coupons:
 
     # --- what all of them need
 
-    def _place(self, book_id: str) -> _Place:
-        shard = book_shard(book_id, self._shards)
-        if shard is None:
-            raise Refused(Outcome.BOOK_NOT_FOUND)
-        return _Place(shard, book_id, self._store.views[shard])
-
-    async def _find(self, call: Call) -> tuple[str, _Place]:
+    async def _find(self, call: Call) -> tuple[str, Place]:
         """The code in the path, normalised, and where its book lives. Raises Refused(code_not_found)."""
         code = normalise_code(call.path["code"])
         if code is None:
@@ -360,51 +351,68 @@ class Coupons:
         book_id = await self._resolver.book_of_code(call.key.tenant_id, code)
         if book_id is None:
             raise Refused(Outcome.CODE_NOT_FOUND)
-        return code, self._place(book_id)
+        return code, self._runner.place(book_id)
 
     async def _run_read(
-        self, name: str, place: _Place, tenant_id: int, keys: list[str], args: Sequence[str | int]
+        self, name: str, place: Place, tenant_id: int, keys: list[str], args: Sequence[str | int]
     ) -> Reply:
-        return await self._run(name, place, tenant_id, keys, [tenant_id, *args], sure=True)
+        reply = await self._runner.run(name, place, tenant_id, keys, [tenant_id, *args], sure=True)
+        if reply[0] != "ok":
+            raise refusal(reply)
+        return reply
 
     async def _run(
         self,
         name: str,
-        place: _Place,
+        place: Place,
         tenant_id: int,
         keys: list[str],
         args: Sequence[str | int],
         *,
+        receipt: str | None = None,
         code: str = "",
-        sure: bool = False,
     ) -> Reply:
-        """Run a script of a book. While the book or its codes are on their way to Redis, wait a moment for them."""
-        reply = await self._store.run(name, place.shard, keys, args, sure=sure)
+        """Run a script of a book; a code in quarantine whose receipt is shown leaves it first. Raises Refused."""
+        reply = await self._runner.run(name, place, tenant_id, keys, args, code=code)
         if reply[0] in _ANSWERED:
             return reply
-        loop = asyncio.get_running_loop()
-        deadline, pause = loop.time() + PATIENCE_S, 0.004
-        asked = False
-        while reply[0] in ("book_not_loaded", "refilling", "not_lent"):
-            if reply[0] == "book_not_loaded" and not asked:
-                if not await self._resolver.book_exists(tenant_id, place.book_id):
-                    raise Refused(Outcome.BOOK_NOT_FOUND)
-                asked = True
-            if reply[0] == "not_lent" and not asked:
-                async with self._database.connection() as connection, connection.transaction():
-                    await lease_code(connection, tenant_id, place.book_id, code)
-                asked = True
-            if loop.time() >= deadline:
-                raise Refused(Outcome.RECOVERING if reply[0] == "book_not_loaded" else Outcome.REFILLING)
-            await asyncio.sleep(pause)
-            pause *= 1.5
-            reply = await self._store.run(name, place.shard, keys, args, sure=sure)
-        if reply[0] in _ANSWERED:
-            return reply
+        if reply[0] == "code_quarantined" and receipt and await self._restore(place, tenant_id, code, receipt):
+            reply = await self._runner.run(name, place, tenant_id, keys, args, code=code)
+            if reply[0] in _ANSWERED:
+                return reply
         raise refusal(reply)
 
+    async def _restore(self, place: Place, tenant_id: int, code: str, text: str) -> bool:
+        """Bring back the record that a receipt proves: into the ledger first, then to Redis. False for a false receipt."""
+        secret = self._registration.receipt_secret
+        receipt = check_receipt(secret, tenant_id, place.book_id, code, text) if secret else None
+        if receipt is None:
+            return False
+        async with self._database.connection() as connection, connection.transaction():
+            if not await redeem_receipt(connection, place.shard, place.book_id, code, receipt):
+                return False
+        keys = place.view.keys
+        holder = f"{receipt.epoch}-{receipt.seq} 0 {receipt.at_ms} {receipt.user_id}"
+        touched = [
+            keys.book(place.book_id),
+            keys.quarantine(place.book_id),
+            keys.holders(place.book_id),
+            keys.coupons(tenant_id, receipt.user_id),
+        ]
+        await self._store.run("release_coupon", place.shard, touched, [tenant_id, place.book_id, code, holder])
+        return True
+
+    def _receipt(
+        self, place: Place, tenant_id: int, code: str, user_id: str, position: str, at_ms: str
+    ) -> str | UnsetType:
+        secret = self._registration.receipt_secret
+        if secret is None:
+            return UNSET
+        epoch, _, seq = position.partition("-")
+        return make_receipt(secret, tenant_id, place.book_id, code, Receipt(user_id, int(epoch), int(seq), int(at_ms)))
+
     async def _until_durable(
-        self, place: _Place, position: str, ack: str, *, made: bool = False, late: Outcome = Outcome.OUTCOME_UNKNOWN
+        self, place: Place, position: str, ack: str, *, made: bool = False, late: Outcome = Outcome.OUTCOME_UNKNOWN
     ) -> bool:
         """In a book with `ack = ledger`, return once the ledger holds the event at `position`.
 
@@ -476,7 +484,7 @@ def _coupon_cursor(text: str | None) -> tuple[int, str]:
     return after
 
 
-def _idempotency(call: Call, place: _Place, path: str) -> tuple[list[str], str, str]:
+def _idempotency(call: Call, place: Place, path: str) -> tuple[list[str], str, str]:
     """(the record's key, the Idempotency-Key, the fingerprint): all empty without an Idempotency-Key."""
     key = call.idempotency_key
     if key is None:

@@ -11,7 +11,7 @@ import secrets
 from typing import Any
 
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
-from coupon_svc.ledger.processes import PROCESS_TTL_S, end_process, renew_process, report_seen
+from coupon_svc.ledger.processes import PROCESS_TTL_S, end_process, receipt_secret, renew_process, report_seen
 from coupon_svc.ledger.recovery import EPOCH_CHANNEL
 from coupon_svc.store.client import Store
 
@@ -30,6 +30,8 @@ class Registration:
         self._store = store
         self._process_id = "api_" + secrets.token_hex(8)
         self._connection: Any = None
+        self.receipt_secret: bytes | None = None
+        """Known from the first registration on, and so before the first answer that may need one."""
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -66,6 +68,8 @@ class Registration:
             self._wake.clear()
 
     async def _renew(self, connection: Any) -> None:
+        if self.receipt_secret is None:
+            self.receipt_secret = await receipt_secret(connection)
         asked_at = asyncio.get_running_loop().time()
         epochs = await renew_process(connection, self._process_id)
         reports = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import asyncpg
@@ -34,6 +35,9 @@ async def migrate(connection: asyncpg.Connection, shards: int, folder: Path | No
                 await connection.execute("INSERT INTO schema_migrations (name) VALUES ($1)", path.stem)
                 applied.append(path.stem)
         await connection.execute("INSERT INTO settings (shards) VALUES ($1) ON CONFLICT DO NOTHING", shards)
+        await connection.execute(
+            "UPDATE settings SET receipt_secret = $1 WHERE receipt_secret IS NULL", secrets.token_bytes(32)
+        )
         await connection.execute(
             "INSERT INTO shards (shard) SELECT generate_series(0, shards - 1) FROM settings ON CONFLICT DO NOTHING"
         )

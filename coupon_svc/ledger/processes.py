@@ -26,6 +26,12 @@ async def renew_process(connection: asyncpg.Connection, process_id: str) -> list
     return [row["epoch"] for row in await connection.fetch("SELECT epoch FROM shards ORDER BY shard")]
 
 
+async def receipt_secret(connection: asyncpg.Connection) -> bytes:
+    """What receipts are signed with; every process has the same."""
+    secret: bytes = await connection.fetchval("SELECT receipt_secret FROM settings")
+    return secret
+
+
 async def report_seen(connection: asyncpg.Connection, process_id: str, reports: list[tuple[int, int, int]]) -> None:
     """Promise, as (shard, epoch, seen seq), never to answer from these epochs again; what was seen of them is all."""
     await connection.executemany(

@@ -23,7 +23,7 @@ MISSING = "missing from the stream"
 _BEGIN_EPOCH = """
     UPDATE shards SET epoch = epoch + 1, committed = 0
     WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 AND stopped IS NULL
-    RETURNING shard, epoch, committed, generation, certified_epoch, settled_epoch
+    RETURNING shard, epoch, committed, generation, certified_epoch, settled_epoch, rebuild
 """
 # Codes that were lent and of which the ledger has no assignment. Place -1 is the quarantine, 0 a code that was lent alone.
 _UNACCOUNTED = """
@@ -54,6 +54,8 @@ class NewEpoch(NamedTuple):
 
     owned: OwnedShard
     live_epoch: int
+    rebuild: bool
+    """An operator asked that nothing in Redis be kept."""
 
 
 class Settled(NamedTuple):
@@ -71,7 +73,7 @@ async def begin_epoch(connection: asyncpg.Connection, writer_id: str, owned: Own
             raise NotOwner
         await connection.execute("SELECT pg_notify($1, $2)", EPOCH_CHANNEL, str(owned.shard))
     live = row["certified_epoch"] if row["certified_epoch"] > row["settled_epoch"] else 0
-    return NewEpoch(OwnedShard(*row[:4]), live)
+    return NewEpoch(OwnedShard(*row[:4]), live, row["rebuild"])
 
 
 async def last_seq(connection: asyncpg.Connection, shard: int, epoch: int) -> int:
@@ -220,7 +222,9 @@ async def mark_certified(connection: asyncpg.Connection, writer_id: str, begun: 
     """The last word before Redis is certified: from now on it may decide in this epoch. Raises NotOwner."""
     async with connection.transaction():
         await require_recoverer(connection, writer_id, begun.owned)
-        await connection.execute("UPDATE shards SET certified_epoch = epoch WHERE shard = $1", begun.owned.shard)
+        await connection.execute(
+            "UPDATE shards SET certified_epoch = epoch, rebuild = false WHERE shard = $1", begun.owned.shard
+        )
 
 
 async def stop_shard(connection: asyncpg.Connection, shard: int, reason: str) -> None:

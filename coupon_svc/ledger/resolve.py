@@ -55,10 +55,12 @@ class Resolver:
         async with self._database.connection() as connection:
             return await find_key(connection, key_hash)
 
-    async def book_exists(self, tenant_id: int, book_id: str) -> bool:
-        """Whether the tenant has this book. Raises LedgerUnavailable."""
-        rows = await self._database.fetch("SELECT FROM books WHERE book_id = $1 AND tenant_id = $2", book_id, tenant_id)
-        return bool(rows)
+    async def book_loaded(self, tenant_id: int, book_id: str) -> bool | None:
+        """Whether the tenant's book was ever brought to Redis; None when there is no such book. Raises LedgerUnavailable."""
+        rows = await self._database.fetch(
+            "SELECT loaded FROM books WHERE book_id = $1 AND tenant_id = $2", book_id, tenant_id
+        )
+        return rows[0]["loaded"] if rows else None
 
     async def _ask(self) -> None:
         """Ask everything that is asked now with one statement, until nothing is asked any more."""

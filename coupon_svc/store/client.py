@@ -135,7 +135,7 @@ class Store:
             if not isinstance(reply, ReplyError):
                 if reply[0] == "suspect":
                     if reply[1:] == ["counts"]:
-                        await self._doubt(view)
+                        await self.doubt(shard)
                     self._suspect(view, shard)
                     raise Refused(Outcome.RECOVERING)
                 return reply
@@ -162,10 +162,11 @@ class Store:
         log.error("a script failed in shard %02d: %s", shard, word)
         raise Refused(Outcome.INTERNAL_ERROR)
 
-    async def _doubt(self, view: ShardView) -> None:
+    async def doubt(self, shard: int) -> None:
         """Keys of the shard are missing: let nobody decide anything there until its owner has recovered it."""
+        view = self.views[shard]
         if self._connection is not None:
-            log.error("codes are missing from redis: the shard is to be recovered")
+            log.error("keys of shard %02d are missing from redis: it is to be recovered", shard)
             with contextlib.suppress(StoreUnavailable, StoreOutcomeUnknown):
                 script = self._scripts["doubt_shard"]
                 await self._connection.send("EVALSHA", script.sha, 1, view.keys.meta, view.epoch, view.seen_seq)

@@ -66,7 +66,7 @@ class Recoverer:
         nothing_lost = await self._nothing_lost(connection, begun, drained)
         settled = await recovery.settle(connection, self._writer_id, begun, nothing_lost=nothing_lost)
         crash_point("recover.settled")
-        kept = whole and await self._agrees(connection, shard)
+        kept = whole and not begun.rebuild and await self._agrees(connection, shard)
         if not kept:
             await self._store.wipe_shard(term)
             crash_point("recover.wiped")

@@ -94,6 +94,10 @@ class Writer:
         for lost in set(self._shards) - set(mine):
             log.warning("shard %02d has another owner now", lost)
             del self._shards[lost]
+        for number, owned in mine.items():
+            shard = self._shards.get(number)
+            if shard is not None and owned.epoch > shard.owned.epoch:
+                shard.opened_on = None  # somebody wants it recovered
         surplus = sorted(mine)[fair_share:]
         if surplus:
             await release_shards(connection, self.writer_id, surplus)
