@@ -1,0 +1,39 @@
+"""A seeded selection of the fault suite: every fault once. `make chaos` runs many more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos import FAULTS, Run, run_once
+
+SEED = 20_261_122
+AT_ONCE = 4
+
+
+@pytest.fixture(scope="module")
+async def runs(
+    tmp_path_factory: pytest.TempPathFactory, postgres_url: str
+) -> AsyncIterator[dict[str, asyncio.Task[Run]]]:
+    """All runs, a few at a time, since they mostly wait. Each test awaits its own."""
+    places = asyncio.Semaphore(AT_ONCE)
+    folder = tmp_path_factory.mktemp("chaos")
+
+    async def run(fault: str, place: Path) -> Run:
+        async with places:
+            return await run_once(postgres_url, place, fault, SEED)
+
+    tasks = {fault: asyncio.create_task(run(fault, folder / fault)) for fault in FAULTS}
+    yield tasks
+    for task in tasks.values():
+        task.cancel()
+    await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_the_promises_hold_through(fault: str, runs: dict[str, asyncio.Task[Run]]) -> None:
+    run = await runs[fault]
+    assert any(attempt.outcome == "ok" for attempt in run.history), "nothing was done: nothing was shown"
