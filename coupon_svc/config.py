@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -72,13 +73,33 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: object)
         number = values.get(name)
         if isinstance(number, int) and not low <= number <= high:
             raise SettingsError(f"{variable(name)} must be between {low} and {high}, not {number}.")
-    return Settings(**values)  # type: ignore[arg-type]  # names and types checked above
+    for name in _SCHEMES:
+        _check_url(name, str(values[name]))
+    settings = Settings(**values)  # type: ignore[arg-type]  # names and types checked above
+    if settings.lease_codes_min > settings.lease_codes_max:
+        raise SettingsError("COUPON_LEASE_CODES_MIN must not be above COUPON_LEASE_CODES_MAX.")
+    return settings
 
 
 _EXAMPLES = {
     "redis_url": "redis://user:password@127.0.0.1:6379",
     "database_url": "postgresql://user:password@127.0.0.1:5432/coupons",
 }
+
+
+_SCHEMES = {"redis_url": ("redis", "rediss", "unix"), "database_url": ("postgresql", "postgres")}
+
+
+def _check_url(name: str, url: str) -> None:
+    """Raises SettingsError for what is no address; its text, which may hold a password, is not repeated."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  # raises when it is no number
+        good = parts.scheme in _SCHEMES[name]
+    except ValueError:
+        good = False
+    if not good:
+        raise SettingsError(f"{variable(name)} is no address of such a server; it should look like {_EXAMPLES[name]}")
 
 
 def _parse(name: str, text: str) -> int:

@@ -24,11 +24,12 @@ Args
 
 Replies, the first that applies
   suspect                 another epoch or behind what the caller has seen; `counts`: codes are missing
-  replayed                code, at_ms, position, ack, redemptions_left
+  replayed                code, at_ms, position, ack, redemptions_left; then `already_yours` when that was the reply
   idempotency_key_reused
   book_not_loaded
   book_not_found
-  already_yours           code, at_ms, position, ack, redemptions_left ("" is unlimited)
+  already_yours           code, at_ms, position (of a redeemed one: `assigned/redeemed`), ack, redemptions_left ("" is
+                          unlimited)
   book_closed
   book_paused
   book_not_started
@@ -60,8 +61,8 @@ if holder then
       left = string.format("%d", tonumber(left) - tonumber(held_uses))
     end
     if idem_key then
-      redis.call("SET", idem_key, cjson.encode({fingerprint, code, held_at_ms, held_position, book[5], left}),
-        "PX", 86400000)
+      redis.call("SET", idem_key, cjson.encode({fingerprint, code, held_at_ms, held_position, book[5], left,
+        "already_yours"}), "PX", 86400000)
     end
     return {"already_yours", code, held_at_ms, held_position, book[5], left}
   end

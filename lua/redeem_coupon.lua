@@ -81,7 +81,9 @@ if held_token then
 end
 local seq = redis.call("HINCRBY", KEYS[1], "seq", 1)
 local position = ARGV[1] .. "-" .. string.format("%d", seq)
-redis.call("HSET", KEYS[3], code, position .. " " .. uses .. " " .. held_at_ms .. " " .. held_by)
+-- The position of the assignment stays in front: it is answered again when the code is assigned to its holder again.
+local positions = string.match(held_position, "^[^/]+") .. "/" .. position
+redis.call("HSET", KEYS[3], code, positions .. " " .. uses .. " " .. held_at_ms .. " " .. held_by)
 if left == "0" then
   redis.call("HINCRBY", KEYS[2], "redeemed", 1)
 end

@@ -30,6 +30,7 @@ class KeyRing:
         self._resolver = resolver
         self._kept_ms = kept_ms
         self._kept: dict[bytes, _Kept] = {}
+        self._unknown: dict[bytes, _Kept] = {}  # apart, so that made-up keys push no good one out
         self._asking: dict[bytes, asyncio.Task[_Kept]] = {}
 
     async def authenticate(self, authorization: bytes) -> KeyRow:
@@ -40,7 +41,7 @@ class KeyRing:
             raise Refused(Outcome.UNAUTHENTICATED)
         key_hash = hashlib.sha256(key.strip()).digest()
         now = now_ms()
-        kept = self._kept.get(key_hash)
+        kept = self._kept.get(key_hash) or self._unknown.get(key_hash)
         if kept is None or now - kept.asked_at_ms > (self._kept_ms if kept.row else UNKNOWN_KEPT_MS):
             kept = await self._ask_once(key_hash, kept, now)
         row = kept.row
@@ -63,7 +64,8 @@ class KeyRing:
             if kept is not None and kept.row is not None and now - kept.asked_at_ms < KEPT_WHILE_AWAY_MS:
                 return kept
             raise Refused(Outcome.STORE_UNAVAILABLE) from None
-        if len(self._kept) >= KEYS_KEPT_MAX:
-            del self._kept[next(iter(self._kept))]
-        self._kept[key_hash] = fresh
+        kept_here = self._kept if fresh.row is not None else self._unknown
+        if len(kept_here) >= KEYS_KEPT_MAX:
+            del kept_here[next(iter(kept_here))]
+        kept_here[key_hash] = fresh
         return fresh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ from coupon_svc.api.schemas import (
 )
 from coupon_svc.domain.books import Book
 from coupon_svc.domain.clock import now_ms, rfc3339, to_ms
-from coupon_svc.domain.codes import CODE_LENGTH_MAX, normalise_code, parse_pattern
+from coupon_svc.domain.codes import CODE_LENGTH_MAX, check_capacity, normalise_code, parse_pattern
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.shards import book_shard, new_book_id
 from coupon_svc.ledger import catalogue
@@ -33,6 +34,7 @@ from coupon_svc.ledger.database import Database, LedgerUnavailable
 from coupon_svc.ledger.idempotency import recall, remember
 
 IN_FORCE_WAIT_S = 5.0
+MOMENT_MIN_MS, MOMENT_END_MS = 0, 253_402_300_800_000
 BULK_S = 120.0
 """How long the largest upload may take in Postgres: a million generated codes need a fraction of it."""
 
@@ -62,8 +64,8 @@ class Books:
             max_codes_per_user=body.max_codes_per_user,
             max_redemptions_per_code=body.max_redemptions_per_code,
             lock_ttl_seconds=body.lock_ttl_seconds,
-            starts_at_ms=to_ms(body.starts_at) if body.starts_at else None,
-            expires_at_ms=to_ms(body.expires_at) if body.expires_at else None,
+            starts_at_ms=_moment_ms("/starts_at", body.starts_at),
+            expires_at_ms=_moment_ms("/expires_at", body.expires_at),
             ack=body.ack,
             metadata=encode_metadata(body.metadata),
             created_at_ms=now_ms(),
@@ -88,6 +90,8 @@ class Books:
         if (body.codes is None) == (body.generate is None):
             raise invalid("", "give either codes or generate")
         pattern = parse_pattern(body.generate.pattern, body.generate.alphabet) if body.generate else None
+        if pattern and body.generate:
+            check_capacity(pattern, body.generate.total, 0)  # what can never fit is no question of which book
         self._runner.place(body.book_id)
         idempotent = call.idempotent(body.book_id, "/coupons/codes")
         async with self._database.connection(BULK_S) as connection, connection.transaction():
@@ -114,8 +118,8 @@ class Books:
     async def list_books(self, call: Call) -> Answer:
         limit = page_limit(call.query)
         cursor = call.query.get("cursor")
-        before: tuple[int, str] | None = decode_cursor(cursor, tuple[int, str]) if cursor else None
-        async with self._database.connection() as connection:
+        before = decode_cursor(cursor) if cursor else None
+        async with self._database.connection(only_reads=True) as connection:
             books = await catalogue.list_books(connection, call.key.tenant_id, limit + 1, before)
         page = books[:limit]
         answers = await asyncio.gather(*(self._live(book.tenant_id, book.book_id) for book in page))
@@ -125,10 +129,10 @@ class Books:
         )
 
     async def update_book(self, call: Call) -> Answer:
-        book_id = call.path["book_id"]
+        book_id, changes = call.path["book_id"], _changes(call.body)
         self._runner.place(book_id)
         async with self._database.connection() as connection, connection.transaction():
-            book = await catalogue.update_book(connection, call.key.tenant_id, book_id, _changes(call.body))
+            book = await catalogue.update_book(connection, call.key.tenant_id, book_id, changes)
         if not await self._in_force(book):
             raise Refused(Outcome.OUTCOME_UNKNOWN)
         return Answer(200, await self._live(call.key.tenant_id, book_id))
@@ -228,6 +232,16 @@ def _upload_answer(
     )
 
 
+def _moment_ms(pointer: str, moment: datetime | None) -> int | None:
+    """A moment in milliseconds. Raises Refused(invalid_request) for one that cannot be told as RFC 3339 in UTC."""
+    if moment is None:
+        return None
+    at_ms = to_ms(moment)
+    if not MOMENT_MIN_MS <= at_ms < MOMENT_END_MS:
+        raise invalid(pointer, "give a time from 1970 to 9999")
+    return at_ms
+
+
 def _changes(body: UpdateBook) -> dict[str, object]:
     """The columns that a PATCH changes. Raises Refused(invalid_request) for metadata that is too large."""
     changes: dict[str, object] = {}
@@ -237,7 +251,7 @@ def _changes(body: UpdateBook) -> dict[str, object]:
     for name in ("starts_at", "expires_at"):
         moment = getattr(body, name)
         if moment is not UNSET:
-            changes[f"{name}_ms"] = to_ms(moment) if moment is not None else None
+            changes[f"{name}_ms"] = _moment_ms(f"/{name}", moment)
     if body.metadata is not UNSET:
         changes["metadata"] = msgspec.Raw(encode_metadata(body.metadata).encode())
     return changes

@@ -25,6 +25,7 @@ from coupon_svc.api.schemas import (
     CodeAnswer,
     CouponAnswer,
     CouponsPage,
+    Cursor,
     LockAnswer,
     LockCoupon,
     RedeemAnswer,
@@ -100,20 +101,23 @@ class Coupons:
         return await self._assigned(reply, place, tenant_id, body.user_id)
 
     async def _assigned(self, reply: Reply, place: Place, tenant_id: int, user_id: str) -> Answer:
-        outcome, code, at_ms, position, ack, left = reply
+        outcome, code, at_ms, position, ack, left, *first = reply
         self._resolver.learn_code(tenant_id, code, place.book_id)
         durable = await self._until_durable(place, position, ack, made=outcome == "ok")
+        assigned_position = position.partition("/")[0]
         answer = AssignAnswer(
             code=code,
             book_id=place.book_id,
             user_id=user_id,
             assigned_at=rfc3339(int(at_ms)),
             redemptions_left=int(left) if left else None,
-            position=f"{place.shard:02d}:{position}",
+            position=f"{place.shard:02d}:{assigned_position}",
             durable=durable,
-            receipt=UNSET if ack == "ledger" else self._receipt(place, tenant_id, code, user_id, position, at_ms),
+            receipt=UNSET
+            if ack == "ledger"
+            else self._receipt(place, tenant_id, code, user_id, assigned_position, at_ms),
         )
-        return Answer(200 if outcome == "already_yours" else 201, answer, outcome == "replayed")
+        return Answer(200 if "already_yours" in (outcome, *first) else 201, answer, outcome == "replayed")
 
     # --- lock, unlock, redeem
 
@@ -236,12 +240,14 @@ class Coupons:
         status, book_id = query.get("status"), query.get("book_id")
         if status not in (None, "assigned", "locked", "redeemed"):
             raise invalid("/status", "give assigned, locked or redeemed")
+        after = decode_cursor(query["cursor"]) if query.get("cursor") else (0, "")
+        if book_id is not None and after[1] and not after[1].startswith(f"{book_id}:"):
+            raise invalid("/cursor", "this cursor is of another list")
         if book_id is not None:
             place = self._runner.place(book_id)
             await self._run_read(
                 "read_book", place, tenant_id, [place.view.keys.book(book_id), place.view.keys.holders(book_id)], []
             )
-        after = _coupon_cursor(query.get("cursor"))
         coupons: list[CouponAnswer] = []
         while True:
             members = await self._members(tenant_id, user_id, book_id, after, limit + 1)
@@ -419,7 +425,7 @@ class Coupons:
         `made`: the event was made by this very request. A record found in a certified Redis, of an older epoch than
         Redis is in, is durable; an event of one's own of an older epoch says nothing.
         """
-        epoch, _, seq_text = position.partition("-")
+        epoch, _, seq_text = position.rpartition("/")[2].partition("-")  # of several, the last
         seq, view = int(seq_text), place.view
         if int(epoch) == view.epoch:
             view.seen_seq = max(view.seen_seq, seq)
@@ -459,29 +465,22 @@ def encode_metadata(metadata: dict[str, Any] | None) -> str:
 def page_limit(query: dict[str, str]) -> int:
     """The page size asked for. Raises Refused(invalid_request) unless it is 1..1000."""
     text = query.get("limit", str(PAGE_LIMIT_DEFAULT))
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= PAGE_LIMIT_MAX):
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= PAGE_LIMIT_MAX):
         raise invalid("/limit", f"give a number from 1 to {PAGE_LIMIT_MAX}")
     return int(text)
 
 
-def encode_cursor(*parts: str | int) -> str:
+def encode_cursor(number: int, text: str) -> str:
     """Where a page ended, URL-safe; for us alone to read."""
-    return base64.urlsafe_b64encode(msgspec.json.encode(parts)).decode().rstrip("=")
+    return base64.urlsafe_b64encode(msgspec.json.encode((number, text))).decode().rstrip("=")
 
 
-def decode_cursor(text: str, kind: type[Any]) -> Any:
-    """What `encode_cursor` was given, as a tuple type. Raises Refused(invalid_request)."""
+def decode_cursor(text: str) -> tuple[int, str]:
+    """What `encode_cursor` was given: a number and a text. Raises Refused(invalid_request)."""
     try:
-        return msgspec.json.decode(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=kind)
+        return msgspec.json.decode(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=Cursor)
     except (binascii.Error, ValueError, msgspec.MsgspecError):
         raise invalid("/cursor", "give the next_cursor of the page before, as it was") from None
-
-
-def _coupon_cursor(text: str | None) -> tuple[int, str]:
-    if not text:
-        return 0, ""
-    after: tuple[int, str] = decode_cursor(text, tuple[int, str])
-    return after
 
 
 def _idempotency(call: Call, place: Place, path: str) -> tuple[list[str], str, str]:
@@ -489,4 +488,4 @@ def _idempotency(call: Call, place: Place, path: str) -> tuple[list[str], str, s
     key = call.idempotency_key
     if key is None:
         return [], "", ""
-    return [place.view.keys.idem(place.book_id, key)], key, call.fingerprint(path)
+    return [place.view.keys.idem(call.key.tenant_id, place.book_id, key)], key, call.fingerprint(path)

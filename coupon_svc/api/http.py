@@ -29,6 +29,8 @@ _IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 _AT = re.compile(r" - at `(?:key in )?\$(.*)`$")
 _JSON = (b"content-type", b"application/json")
 _encode = msgspec.json.Encoder().encode
+_encode_in_order = msgspec.json.Encoder(order="deterministic").encode
+_PLAIN_NAME = re.compile(r"[a-z][a-z_]{0,40}")
 
 
 class Call:
@@ -52,7 +54,7 @@ class Call:
         """What tells this request from another with the same Idempotency-Key: method, `path` with its code normalised,
         and the body as parsed, so that white space and the order of fields do not matter."""
         seen = hashlib.blake2b(f"{self.method} {path}\n".encode(), digest_size=16)
-        seen.update(_encode(self.body))
+        seen.update(_encode_in_order(self.body))
         return seen.hexdigest()
 
     def idempotent(self, scope: str, path: str) -> IdempotentCall | None:
@@ -129,9 +131,10 @@ class Endpoint:
         except Refused as refused:
             outcome = refused.outcome.value
             await self._refuse(send, refused)
-        except LedgerUnavailable:
-            outcome = Outcome.STORE_UNAVAILABLE.value
-            await self._refuse(send, Refused(Outcome.STORE_UNAVAILABLE))
+        except LedgerUnavailable as error:
+            unavailable = Outcome.OUTCOME_UNKNOWN if error.may_have_happened else Outcome.STORE_UNAVAILABLE
+            outcome = unavailable.value
+            await self._refuse(send, Refused(unavailable))
         except Exception as error:
             outcome = Outcome.INTERNAL_ERROR.value
             request_id = await self._refuse(send, Refused(Outcome.INTERNAL_ERROR))
@@ -161,7 +164,7 @@ class Endpoint:
                 if refused.outcome is not Outcome.INVALID_REQUEST:
                     raise
                 invalid = refused
-            if b"idempotency-key" in headers:
+            if operation.method == "POST" and b"idempotency-key" in headers:
                 call.idempotency_key = parse_idempotency_key(headers[b"idempotency-key"])
             if invalid is not None:
                 raise invalid
@@ -224,14 +227,31 @@ def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
     try:
         return decoder.decode(body or b"{}")
     except msgspec.ValidationError as error:
+        _check_json(body)  # what is wrong was found before the end was seen
         text = str(error)
         at = _AT.search(text)
-        detail = text[: at.start()] if at else text
+        detail = _without_values(text[: at.start()] if at else text)
         raise Refused(
             Outcome.INVALID_REQUEST, errors=[{"pointer": json_pointer(at[1] if at else ""), "detail": detail}]
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Refused(Outcome.MALFORMED_JSON) from None
+
+
+def _check_json(body: bytes) -> None:
+    """Raises Refused(malformed_json) unless the body is JSON, whatever it says."""
+    try:
+        msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise Refused(Outcome.MALFORMED_JSON) from None
+
+
+def _without_values(detail: str) -> str:
+    """msgspec's sentence without what the caller sent, which may be a code: field names stay where they look like some."""
+    kind, _, value = detail.partition(" `" if "unknown field" in detail else " '")
+    if not value or _PLAIN_NAME.fullmatch(value.rstrip("`")):
+        return detail
+    return kind
 
 
 def json_pointer(path: str) -> str:

@@ -35,7 +35,7 @@ OPERATIONS = (
         scopes=("books:write",),
         body=schemas.CreateBook,
         answers={201: schemas.BookAnswer},
-        outcomes=(*_BODY, *_IDEMPOTENT, Outcome.PATTERN_CAPACITY),
+        outcomes=(*_BODY, *_IDEMPOTENT, Outcome.PATTERN_CAPACITY, Outcome.OUTCOME_UNKNOWN),
     ),
     Operation(
         name="list_books",

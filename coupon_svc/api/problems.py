@@ -95,3 +95,16 @@ def problem_response(refused: Refused, extra_headers: Headers | None = None) -> 
     if problem.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     return problem.status, headers, msgspec.json.encode(body), request_id
+
+
+def bad_request() -> bytes:
+    """The body of the answer to what is not even valid HTTP."""
+    problem = {
+        "type": "/problems/malformed_http",
+        "title": "Malformed HTTP",
+        "status": 400,
+        "detail": "This is not a valid HTTP/1.1 request.",
+        "code": "malformed_http",
+        "request_id": "req_" + secrets.token_hex(8),
+    }
+    return msgspec.json.encode(problem)

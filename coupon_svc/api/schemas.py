@@ -16,7 +16,7 @@ GENERATED_PER_CALL_MAX = 1_000_000
 METADATA_BYTES_MAX = 4_096
 REJECTED_SHOWN_MAX = 100
 
-_NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f]*$"
+_NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f]*(?![\s\S])"  # `$` would let a line break pass at the end
 Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=_NO_CONTROLS, description="1..200 characters")]
 UserId = Annotated[
     str, Meta(min_length=1, max_length=128, pattern=_NO_CONTROLS, description="the caller's own id, 1..128 characters")
@@ -25,7 +25,7 @@ Reference = Annotated[str, Meta(min_length=1, max_length=200, pattern=_NO_CONTRO
 LockToken = Annotated[str, Meta(min_length=1, max_length=100, pattern=_NO_CONTROLS)]
 Receipt = Annotated[str, Meta(min_length=1, max_length=1500, pattern=_NO_CONTROLS)]
 ReceiptGiven = Annotated[str, Meta(description="in ack = redis books: brings the record back should it be lost")]
-BookId = Annotated[str, Meta(max_length=200)]
+BookId = str
 Limit = Annotated[int, Meta(ge=1, le=2_147_483_647)]
 TtlSeconds = Annotated[int, Meta(ge=1, le=3600)]
 Moment = Annotated[datetime, Meta(tz=True, description="RFC 3339")]
@@ -241,4 +241,8 @@ class Problem(msgspec.Struct, kw_only=True):
     request_id: str
 
 
-USER_ID = re.compile(r"[^\x00-\x1f\x7f-\x9f]{1,128}")
+Cursor = tuple[
+    Annotated[int, Meta(ge=0, le=9_007_199_254_740_991)], Annotated[str, Meta(max_length=300, pattern=_NO_CONTROLS)]
+]
+USER_ID = re.compile(r"[^\x00-\x1f\x7f-\x9f\ufffd]{1,128}")
+"""A user id in a path; bytes that are no UTF-8 arrive as U+FFFD."""

@@ -168,10 +168,8 @@ async def generate_codes(
         inserted = int(done.removeprefix("INSERT 0 "))
         missing -= inserted
         barren = 0 if inserted else barren + 1
-        if barren == 20:  # at least half of the pattern is free of generated codes: uploaded ones have filled the rest
-            raise Refused(
-                Outcome.PATTERN_CAPACITY, capacity=pattern.capacity, requested=total, already_used=pattern.capacity
-            )
+        if barren == 200:  # at least half of the pattern is free of generated codes: uploaded ones have filled the rest
+            raise Refused(Outcome.PATTERN_CAPACITY, capacity=pattern.capacity, requested=total, already_used=used)
         await asyncio.sleep(0)
     await connection.execute(
         "UPDATE patterns SET used = used + $4 WHERE tenant_id = $1 AND pattern = $2 AND symbols = $3",

@@ -15,7 +15,12 @@ CONNECT_TIMEOUT_S = 2.0
 
 
 class LedgerUnavailable(Exception):
-    """Postgres could not be reached or did not answer in time. What was under way may or may not have happened."""
+    """Postgres could not be reached or did not answer in time.
+
+    `may_have_happened` tells whether a transaction was under way, which may have been committed all the same.
+    """
+
+    may_have_happened = False
 
 
 UNAVAILABLE = (
@@ -37,7 +42,12 @@ UNAVAILABLE = (
 async def open_connection(url: str, name: str) -> asyncpg.Connection:
     """One connection of one's own. Raises LedgerUnavailable."""
     try:
-        return await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_S, server_settings={"application_name": name})
+        connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_S, server_settings={"application_name": name})
+        # A server may be set up to forget the last commits when it crashes. What we have answered must not be among them.
+        await connection.execute(
+            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+        )
+        return connection
     except UNAVAILABLE as error:
         raise LedgerUnavailable(type(error).__name__) from None
 
@@ -71,7 +81,7 @@ class Database:
         self._slots = asyncio.Semaphore(size)
 
     @asynccontextmanager
-    async def connection(self, seconds: float = 5.0) -> AsyncIterator[asyncpg.Connection]:
+    async def connection(self, seconds: float = 5.0, *, only_reads: bool = False) -> AsyncIterator[asyncpg.Connection]:
         """A connection for a few statements that take at most `seconds` together.
 
         Raises LedgerUnavailable for whatever goes wrong with the server. A connection on which that happened, or that
@@ -96,9 +106,11 @@ class Database:
             finally:
                 watchdog.cancel()
         except UNAVAILABLE as error:
+            unavailable = LedgerUnavailable(type(error).__name__)
             if connection is not None:
+                unavailable.may_have_happened = not only_reads
                 connection.terminate()
-            raise LedgerUnavailable(type(error).__name__) from None
+            raise unavailable from None
         finally:
             if connection is not None:
                 if connection.is_closed() or connection.is_in_transaction():
@@ -112,6 +124,6 @@ class Database:
             self._free.pop().terminate()
 
     async def fetch(self, statement: str, *args: Any) -> list[asyncpg.Record]:
-        """Rows of one statement."""
-        async with self.connection() as connection:
+        """Rows of one statement that only reads."""
+        async with self.connection(only_reads=True) as connection:
             return list(await connection.fetch(statement, *args))

@@ -73,10 +73,10 @@ async def create_key(
             expires_at,
         )
         stored = await find_key(connection, hash_key(key))
-    assert stored is not None
-    if stored.tenant_id != tenant_id:
-        raise ValueError("this key belongs to another tenant already")
-    return stored.key_id
+        assert stored is not None
+        if stored.tenant_id != tenant_id:
+            raise ValueError("this key belongs to another tenant already")
+        return stored.key_id
 
 
 async def list_keys(connection: asyncpg.Connection, tenant: str | None = None) -> list[KeyRow]:

@@ -52,7 +52,7 @@ class Resolver:
 
     async def find_key(self, key_hash: bytes) -> KeyRow | None:
         """The API key with this hash, or None. Raises LedgerUnavailable."""
-        async with self._database.connection() as connection:
+        async with self._database.connection(only_reads=True) as connection:
             return await find_key(connection, key_hash)
 
     async def book_loaded(self, tenant_id: int, book_id: str) -> bool | None:

@@ -246,9 +246,9 @@ class Verifier:
 
 
 def parse_holder(text: str) -> _Held:
-    """Who holds a code, as `holders` has it: `epoch-seq uses at_ms user`."""
+    """Who holds a code, as `holders` has it: `position uses at_ms user`; of several positions the last counts."""
     position, uses, _, user_id = text.split(" ", 3)
-    epoch, _, seq = position.partition("-")
+    epoch, _, seq = position.rpartition("/")[2].partition("-")
     return _Held(int(epoch), int(seq), int(uses), user_id)
 
 

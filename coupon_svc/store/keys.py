@@ -40,5 +40,6 @@ class ShardKeys:
     def lock(self, book_id: str, code: str) -> str:
         return f"{self.prefix}lock:{book_id}:{code}"
 
-    def idem(self, book_id: str, idempotency_key: str) -> str:
-        return f"{self.prefix}idem:{book_id}:{idempotency_key}"
+    def idem(self, tenant_id: int, book_id: str, idempotency_key: str) -> str:
+        """The tenant is part of it: a record is looked up before its book is, and must be nobody else's."""
+        return f"{self.prefix}idem:{tenant_id}:{book_id}:{idempotency_key}"

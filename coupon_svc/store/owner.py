@@ -198,10 +198,12 @@ class OwnerStore:
         flat = [part for code, _, holder in coupons for part in (code, holder)]
         await self._send("restore_coupons", term.shard, touched, term.generation, book_id, *flat)
 
-    async def restore_idem(self, term: Term, book_id: str, records: Sequence[tuple[str, str, int]]) -> None:
+    async def restore_idem(
+        self, term: Term, tenant_id: int, book_id: str, records: Sequence[tuple[str, str, int]]
+    ) -> None:
         """Idempotency records, each as (key, JSON, ttl in ms), at most 500. Raises StoreLost, Suspect."""
         keys = self._keys[term.shard]
-        touched = [keys.idem(book_id, key) for key, _, _ in records]
+        touched = [keys.idem(tenant_id, book_id, key) for key, _, _ in records]
         flat = [part for _, record, ttl_ms in records for part in (record, ttl_ms)]
         await self._send("restore_idem", term.shard, touched, term.generation, *flat)
 

@@ -91,12 +91,10 @@ class Lender:
             await self._guarded(self._load_book, connection, book)
         for book_id, lease in (await lending.lone_leases(connection, open_shards)).items():
             await self._guarded(self._bring_lone, connection, book_id, lease)
-        low, self._low = self._low, {}
-        for book_id, shard in low.items():
-            if shard.opened_on is None:
-                self._low.setdefault(book_id, shard)  # it is being opened: look again then
-            else:
+        for book_id, shard in list(self._low.items()):
+            if shard.opened_on is not None:  # else it is being opened: look again then
                 await self._guarded(self._refill, connection, shard, book_id)
+                del self._low[book_id]  # only now: what fails is tried again
 
     async def settle(self, connection: Any, shard: Shard) -> None:
         """After a take-over: bring again what was lent and may not have arrived, and look at every pool.

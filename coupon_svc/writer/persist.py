@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from coupon_svc.domain.codes import normalise_code
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_entry_id, parse_event
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
 from coupon_svc.ledger.events import DATA_ERRORS, Batch, DeadLetter, NotOwner, first_data_error, write_batches
+from coupon_svc.ledger.recovery import stop_shard
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.shard import Shard
@@ -135,13 +137,22 @@ class Persister:
                 half = len(part) // 2
                 rest += (part[half:], part[:half])
             elif getattr(error, "sqlstate", None) == "23505":
-                log.critical("shard %02d is stopped: event %d contradicts the ledger", batch.shard, part[0].seq)
-                self._shards[batch.shard].stopped = True
+                await self._stop(connection, batch, part[0].seq)
                 return None
             else:
                 log.error("event %d of shard %02d goes to the dead letters", part[0].seq, batch.shard)
                 dead.append(_dead_letter(part[0], type(error).__name__))
         return batch._replace(events=good, dead=dead)
+
+    async def _stop(self, connection: Any, batch: Batch, seq: int) -> None:
+        """History has forked: nothing of the shard is decided or persisted until a person has looked."""
+        reason = f"event {batch.epoch}-{seq} contradicts the ledger"
+        log.critical("shard %02d is stopped: %s", batch.shard, reason)
+        shard = self._shards[batch.shard]
+        shard.stopped, shard.opened_on = True, None
+        await bounded(connection, stop_shard(connection, batch.shard, reason), COMMIT_TIMEOUT_S)
+        with contextlib.suppress(Suspect):
+            await self._store.shut_shard(shard.term)
 
     async def _publish(self, shard: Shard, batch: Batch) -> None:
         shard.committed = batch.upto

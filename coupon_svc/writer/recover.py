@@ -164,7 +164,9 @@ class Recoverer:
         rows = await recovery.idempotent_events(connection, term.shard, book.book_id, now - IDEMPOTENCY_MS)
         records = [(str(row["idem"]), _record(row, book), max(1, row["at_ms"] + IDEMPOTENCY_MS - now)) for row in rows]
         for start in range(0, len(records), KEYS_PER_CALL_MAX):
-            await self._store.restore_idem(term, book.book_id, records[start : start + KEYS_PER_CALL_MAX])
+            await self._store.restore_idem(
+                term, book.tenant_id, book.book_id, records[start : start + KEYS_PER_CALL_MAX]
+            )
 
 
 def _by_epoch(shard: int, entries: Sequence[Sequence[Any]]) -> list[tuple[int, Batch]]:
