@@ -18,8 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-run: install ## The whole service on 127.0.0.1:8080, with embedded Valkey and Postgres; Ctrl-C stops it
-	@exec $(BIN)/coupon-svc dev
+run: install ## The whole service on 127.0.0.1:8080, embedded servers included; make run ARGS='--port 9090'
+	@exec $(BIN)/coupon-svc dev $(ARGS)
 
 demo: install ## The life of a coupon, step by step, without a human
 	@exec $(BIN)/coupon-svc demo

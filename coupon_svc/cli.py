@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import logging
 import socket
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import uvicorn
+from asyncpg import InvalidCatalogNameError, UndefinedColumnError, UndefinedTableError
 
 from coupon_svc.app import make_api, run_writer
 from coupon_svc.config import Settings, SettingsError, load_settings
@@ -30,23 +32,41 @@ class UsageError(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status: 0 done, 1 not done, 2 not understood."""
-    args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "…" is no reason to fail
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     try:
         status: int | None = args.run(args)
         return status or 0
-    except (SettingsError, UsageError, ShardsDiffer, ValueError) as error:
+    except (SettingsError, UsageError, ShardsDiffer) as error:
         print(f"coupon-svc: {error}", file=sys.stderr)
     except LedgerUnavailable as error:
         print(f"coupon-svc: Postgres cannot be used ({error}); check COUPON_DATABASE_URL.", file=sys.stderr)
+    except InvalidCatalogNameError as error:
+        print(f"coupon-svc: {error}; create it, or check COUPON_DATABASE_URL.", file=sys.stderr)
+    except (UndefinedTableError, UndefinedColumnError) as error:
+        print(f"coupon-svc: {error}; run `coupon-svc migrate` first.", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what was wrong, instead of putting it below a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="coupon-svc", description="Books of coupon codes: assign, lock, redeem.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = _Parser(prog="coupon-svc", description="Books of coupon codes: assign, lock, redeem.")
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
@@ -55,17 +75,17 @@ def _parser() -> argparse.ArgumentParser:
 
     dev = command("dev", _dev, "the whole service on this machine, with embedded servers")
     dev.add_argument("--host", default="127.0.0.1")
-    dev.add_argument("--port", type=int, default=8080)
+    dev.add_argument("--port", type=_between(0, 65_535), default=8080, help="0 takes a free one")
     dev.add_argument("--data-dir", type=Path, default=Path(".data"), metavar="DIR")
-    dev.add_argument("--workers", type=int, default=1, metavar="N", help="API processes")
+    dev.add_argument("--workers", type=_between(1, 64), default=1, metavar="N", help="API processes")
     dev.add_argument("--api-key", metavar="KEY", help="make this key: all scopes, tenant dev")
 
     command("demo", _demo, "the life of a coupon, step by step, on a service of its own")
 
     api = command("api", _api, "the HTTP API")
     api.add_argument("--host")
-    api.add_argument("--port", type=int)
-    api.add_argument("--workers", type=int, metavar="N")
+    api.add_argument("--port", type=_between(0, 65_535))
+    api.add_argument("--workers", type=_between(1, 64), metavar="N")
     api.add_argument("--fd", type=int, help="serve on this listening socket instead")
 
     command("writer", _writer, "carries events to the ledger; any number may run")
@@ -109,12 +129,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _between(low: int, high: int) -> Callable[[str], int]:
+    """What argparse needs to take a whole number within bounds."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"give a whole number between {low} and {high}, not {text!r}")
+        return int(text)
+
+    return parse
+
+
 # --- the parts
 
 
 def _dev(args: argparse.Namespace) -> int:
     from coupon_svc.dev.supervisor import run_dev  # only here: it needs packages that a server does not
 
+    # What its parts would die of, each with a log of its own, is better said here.
+    load_settings(**_no_redis(), database_url="postgresql://unused")
+    if args.api_key is not None:
+        _check_key(args.api_key, "--api-key")
     return run_dev(args.host, args.port, args.data_dir, args.workers, args.api_key)
 
 
@@ -209,9 +244,13 @@ def _keys_create(args: argparse.Namespace) -> None:
 
 def _keys_import(args: argparse.Namespace) -> None:
     key = sys.stdin.readline().strip()
-    if not key.isascii() or not key.isprintable() or not 1 <= len(key) <= 200 or " " in key:
-        raise UsageError("a key has 1..200 printable ASCII characters and no spaces; give it on standard input.")
+    _check_key(key, "standard input")
     print(_store_key(args, key))
+
+
+def _check_key(key: str, source: str) -> None:
+    if not key.isascii() or not key.isprintable() or not 1 <= len(key) <= 200 or " " in key:
+        raise UsageError(f"a key has 1..200 printable ASCII characters and no spaces; {source} has no such key.")
 
 
 def _store_key(args: argparse.Namespace, key: str) -> str:
@@ -221,20 +260,33 @@ def _store_key(args: argparse.Namespace, key: str) -> str:
         raise UsageError(f"scopes are some of {', '.join(keys.SCOPES)}.")
     if not 1 <= len(args.tenant) <= 100 or not args.tenant.isprintable():
         raise UsageError("a tenant's name has 1..100 printable characters.")
+    if len(args.label) > 200 or not args.label.isprintable():
+        raise UsageError("a label has at most 200 printable characters.")
     expires_at = None
     if args.expires_in_days is not None:
         if not 0 < args.expires_in_days <= 36_500:
             raise UsageError("--expires-in-days must be between 0 and 36500.")
         expires_at = datetime.now(UTC) + timedelta(days=args.expires_in_days)
-    key_id: str = _with_database(
-        load_settings(**_no_redis()),
-        lambda connection: keys.create_key(connection, args.tenant, key, scopes, args.label, expires_at),
-    )
-    return key_id
+
+    async def store(connection: Any) -> tuple[str, keys.KeyRow | None]:
+        try:
+            async with connection.transaction():  # or a refused key would leave its tenant behind
+                key_id = await keys.create_key(connection, args.tenant, key, scopes, args.label, expires_at)
+        except ValueError as error:
+            raise UsageError(f"{error}; nothing was changed.") from None
+        return key_id, await keys.find_key(connection, keys.hash_key(key))
+
+    key_id, stored = _with_database(load_settings(**_no_redis()), store)
+    if stored.revoked or stored.scopes != set(scopes):
+        how = "is revoked" if stored.revoked else f"has the scopes {','.join(sorted(stored.scopes))}"
+        raise UsageError(f"this key was stored before, as {key_id}, and {how}; nothing was changed.")
+    return str(key_id)
 
 
 def _keys_list(args: argparse.Namespace) -> None:
     rows = _with_database(load_settings(**_no_redis()), lambda connection: keys.list_keys(connection, args.tenant))
+    if not rows:
+        print("there are none", file=sys.stderr)
     for row in rows:
         ends = "revoked" if row.revoked else "never expires"
         if row.expires_at_ms is not None and not row.revoked:
@@ -255,7 +307,10 @@ def _no_redis() -> dict[str, Any]:
 
 def _with_database(settings: Settings, work: Callable[[Any], Any]) -> Any:
     async def run() -> Any:
-        connection = await open_connection(settings.database_url, "coupon-cli")
+        try:
+            connection = await open_connection(settings.database_url, "coupon-cli")
+        except ValueError:
+            raise UsageError("COUPON_DATABASE_URL is not an address such as postgresql://user@host:5432/db.") from None
         try:
             return await work(connection)
         finally:

@@ -46,7 +46,7 @@ def cluster_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded
     with EmbeddedRedis(tmp_path_factory.mktemp("cluster"), extra=("cluster-enabled yes",)) as server:
         with BlockingRedis.from_url(server.admin_url) as client:
             client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
-            while b"cluster_state:ok" not in client.execute_command("CLUSTER INFO"):
+            while client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
                 pass
         yield server
 

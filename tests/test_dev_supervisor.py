@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -37,16 +36,12 @@ STUB = """
 import http.server, json, os, signal, socket, sys
 
 class Api(http.server.BaseHTTPRequestHandler):
-    def answer(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        told = {"pid": os.getpid(), "path": self.path, "method": self.command, "auth": self.headers["Authorization"]}
-        told |= {"book_id": "bk_07x", "code": "SUMMER-1", "lock_token": "lt_1"}
-        body = json.dumps(told, separators=(",", ":")).encode()
+    def do_GET(self):
+        body = json.dumps({"pid": os.getpid()}).encode()
         self.send_response(503 if os.environ.get("STUB_WRITER") == "fails" else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-    do_GET = do_POST = answer
 
 def api(fd):
     server = http.server.HTTPServer(("", 0), Api, bind_and_activate=False)
@@ -76,6 +71,8 @@ match sys.argv[1:]:
 class Dev:
     """One `coupon-svc dev` in a process of its own."""
 
+    made: ClassVar[list[Dev]] = []
+
     def __init__(self, directory: Path, port: int = 0, key: str = "", environ: dict[str, str] | None = None) -> None:
         self.data_dir = directory / "data"
         stub = directory / "stub.py"
@@ -88,6 +85,7 @@ class Dev:
                 stderr=output,
                 env={**os.environ, **(environ or {})},
             )
+        self.made.append(self)
 
     def told(self) -> dict[str, Any]:
         told: dict[str, Any] = json.loads((self.data_dir / "dev.json").read_text())
@@ -98,7 +96,8 @@ class Dev:
         return self.told()
 
     def ended(self) -> int:
-        return self.process.wait(timeout=10)
+        """The exit status. The start that it may interrupt, or wait for, takes its time on a busy machine."""
+        return self.process.wait(timeout=20)
 
     def pids(self) -> list[int]:
         return flat(self.told()["pids"])
@@ -109,8 +108,14 @@ class Dev:
         return [pid for server in servers for pid in leash.find_processes(server.marker)]
 
     def close(self) -> None:
-        self.process.terminate()
-        self.ended()
+        """Its parts end with it, by their leash, even where it must be killed."""
+        try:
+            if self.process.poll() is None:
+                self.process.terminate()
+            self.ended()
+        finally:
+            self.process.kill()
+            self.process.wait()
 
 
 def flat(pids: dict[str, Any]) -> list[int]:
@@ -118,7 +123,7 @@ def flat(pids: dict[str, Any]) -> list[int]:
 
 
 def wait_for(fact: Any, what: str, dev: Dev) -> None:
-    assert leash.wait_until(fact, timeout=10), f"no {what}; the supervisor said:\n{dev.output.read_text()}"
+    assert leash.wait_until(fact, timeout=20), f"no {what}; the supervisor said:\n{dev.output.read_text()}"
 
 
 def gone(pid: int) -> bool:
@@ -138,9 +143,19 @@ def get(url: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
     one = Dev(tmp_path_factory.mktemp("dev"))
-    one.ready()
-    yield one
-    one.close()
+    one.made.remove(one)
+    try:
+        one.ready()
+        yield one
+    finally:
+        one.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_a_failed_test() -> Iterator[None]:
+    yield
+    while Dev.made:
+        Dev.made.pop().close()
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -195,27 +210,6 @@ def test_the_key_of_the_first_start_is_shown_and_private(dev: Dev) -> None:
     assert (dev.data_dir / "api_key").read_text() == key
     assert (dev.data_dir / "api_key").stat().st_mode & 0o777 == 0o600
     assert key in dev.output.read_text()
-
-
-@pytest.mark.skipif(not shutil.which("curl"), reason="the tour needs curl")
-@pytest.mark.parametrize("shell", ["sh", "bash"])
-def test_the_tour_works_when_pasted_as_one_block(dev: Dev, shell: str) -> None:
-    if not shutil.which(shell):
-        pytest.skip(f"no {shell}")
-    shown = dev.output.read_text()
-    block = shown[shown.index("# where, and who") : shown.index("Ctrl-C stops")]
-    ran = subprocess.run([shell], input=block, capture_output=True, text=True, timeout=20, check=True)
-    assert ran.stderr == ""
-    answers = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert [(answer["method"], answer["path"]) for answer in answers] == [
-        ("POST", "/coupons"),
-        ("POST", "/coupons/assign"),
-        ("POST", "/coupons/lock/SUMMER-1"),
-        ("POST", "/coupons/redeem/SUMMER-1"),
-        ("GET", "/users/alice/coupons"),
-        ("GET", "/coupons/bk_07x"),
-    ]
-    assert {answer["auth"] for answer in answers} == {f"Bearer {dev.told()['api_key']}"}
 
 
 def test_a_second_start_on_the_same_directory_is_refused(dev: Dev) -> None:

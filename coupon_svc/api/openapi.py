@@ -15,7 +15,13 @@ from coupon_svc.api.schemas import Problem
 from coupon_svc.domain.outcomes import Outcome
 
 _REF = "#/components/schemas/{name}"
-_CODE = {"type": "string", "description": "Case-insensitive; 3..64 of A-Z 0-9 . _ ~ + @ -, a letter or digit first."}
+_PATH = {
+    "code": "Case-insensitive; 3..64 of A-Z 0-9 . _ ~ + @ -, a letter or digit first.",
+    "user_id": "The caller's own id, percent-encoded; a / in it, too.",
+    "book_id": "As a create answered it.",
+    "job_id": "As an upload answered it.",
+    "outcome": "The `code` of a problem.",
+}
 _PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "list_books": [],
     "list_coupons": [
@@ -34,6 +40,43 @@ _IDEMPOTENCY_KEY = {
     "description": "1..255 printable characters, bare or quoted. The same key has one effect, for 24 hours.",
 }
 _REPLAYED = {"Idempotent-Replayed": {"schema": {"const": "true"}, "description": "present on an answer given before"}}
+_LOCATION = {"Location": {"schema": {"type": "string"}, "description": "the book's address"}}
+_NUMBER = {"type": "integer"}
+_NUMBERS: dict[Outcome, dict[str, Any]] = {
+    Outcome.MISSING_SCOPE: {"scopes": {"type": "array", "items": {"type": "string"}, "description": "one is enough"}},
+    Outcome.BODY_TOO_LARGE: {"limit_bytes": _NUMBER},
+    Outcome.INVALID_REQUEST: {
+        "errors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"pointer": {"type": "string"}, "detail": {"type": "string"}},
+                "required": ["pointer", "detail"],
+            },
+            "description": "what is wrong, and where (RFC 6901; the name of a parameter of path or query likewise)",
+        }
+    },
+    Outcome.PATTERN_CAPACITY: {"capacity": _NUMBER, "requested": _NUMBER, "already_used": _NUMBER},
+    Outcome.USER_CODE_LIMIT: {"limit": _NUMBER, "held": _NUMBER},
+    Outcome.LOCKED: {"retry_after_seconds": {"type": "integer", "minimum": 1}},
+}
+"""What else a problem of an outcome says."""
+_EXAMPLES: dict[str, Any] = {
+    "create_book": {
+        "name": "Summer 2026",
+        "max_codes_per_user": 1,
+        "generate": {"pattern": "SUMMER-####-####", "total": 1000},
+        "metadata": {"campaign": "s26"},
+    },
+    "update_book": {"status": "paused"},
+    "upload_codes": {"book_id": "bk_…", "codes": ["WELCOME-1", "WELCOME-2"]},
+    "assign_coupon": {"book_id": "bk_…", "user_id": "user-1"},
+    "assign_code": {"user_id": "user-1"},
+    "lock_coupon": {"user_id": "user-1", "ttl_seconds": 60},
+    "unlock_coupon": {"lock_token": "lk_…"},
+    "redeem_coupon": {"user_id": "user-1", "reference": "order-4711"},
+}
+"""Bodies to begin with; `…` stands for what an answer told."""
 
 
 def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
@@ -66,7 +109,7 @@ def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
 
 def _operation(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     parameters = [
-        {"name": name, "in": "path", "required": True, "schema": _CODE if name == "code" else {"type": "string"}}
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}, "description": _PATH[name]}
         for name in re.findall(r"{(\w+)", operation.path)
     ]
     if operation.name in _PARAMETERS:
@@ -81,7 +124,8 @@ def _operation(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
         "responses": _responses(operation, refs),
     }
     if operation.body is not None:
-        described["requestBody"] = {"content": {"application/json": {"schema": refs[operation.body]}}}
+        content = {"schema": refs[operation.body], "example": _EXAMPLES[operation.name]}
+        described["requestBody"] = {"content": {"application/json": content}}
     return described
 
 
@@ -92,7 +136,7 @@ def _responses(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
         if answer is not None:
             response["content"] = {"application/json": {"schema": refs[answer]}}
         if operation.method == "POST":
-            response["headers"] = _REPLAYED
+            response["headers"] = _REPLAYED | (_LOCATION if operation.name == "create_book" else {})
         responses[str(status)] = response
     by_status: dict[int, list[Outcome]] = {}
     for outcome in (*operation.outcomes, *ANY_OPERATION):
@@ -103,10 +147,13 @@ def _responses(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _problem(status: int, outcomes: list[Outcome]) -> dict[str, Any]:
+    properties: dict[str, Any] = {"code": {"enum": [outcome.value for outcome in outcomes]}}
+    for outcome in outcomes:
+        properties |= _NUMBERS.get(outcome, {})
     schema = {
         "allOf": [
             {"$ref": _REF.format(name="Problem")},
-            {"properties": {"code": {"enum": [outcome.value for outcome in outcomes]}}},
+            {"properties": properties},
         ]
     }
     lines = [f"`{outcome.value}`: {PROBLEMS[outcome].detail}" for outcome in outcomes]
@@ -120,16 +167,32 @@ def _problem(status: int, outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def _public_paths() -> dict[str, Any]:
-    def get(summary: str, media_type: str, *, unready: bool = False) -> dict[str, Any]:
+    def get(name: str, summary: str, media_type: str, **problems: list[Outcome]) -> dict[str, Any]:
         responses: dict[str, Any] = {"200": {"description": "OK", "content": {media_type: {}}}}
-        if unready:
-            responses["503"] = _problem(503, [Outcome.RECOVERING, Outcome.STORE_UNAVAILABLE, Outcome.BACKLOG_FULL])
-        return {"get": {"summary": summary, "security": [], "responses": responses}}
+        shut = [Outcome.METHOD_NOT_ALLOWED]
+        for outcomes in (*problems.values(), shut):
+            status = PROBLEMS[outcomes[0]].status
+            responses[str(status)] = _problem(status, outcomes)
+        return {"get": {"operationId": name, "summary": summary, "security": [], "responses": responses}}
 
+    unready = [Outcome.RECOVERING, Outcome.STORE_UNAVAILABLE, Outcome.BACKLOG_FULL]
+    explained = get("read_problem", "What a problem is about", "application/json", missing=[Outcome.NOT_FOUND])
+    explained["get"]["parameters"] = [
+        {
+            "name": "outcome",
+            "in": "path",
+            "required": True,
+            "schema": {"enum": [outcome.value for outcome in Outcome]},
+            "description": _PATH["outcome"],
+        }
+    ]
     return {
-        "/healthz": get("The process lives", "application/json"),
-        "/readyz": get("Redis is certified and the backlog is below its cap", "application/json", unready=True),
-        "/metrics": get("Counters for Prometheus", "text/plain"),
-        "/openapi.json": get("This document", "application/json"),
-        "/docs": get("This document, for people", "text/html"),
+        "/healthz": get("read_health", "The process lives", "application/json"),
+        "/readyz": get(
+            "read_readiness", "Redis is certified and the backlog is below its cap", "application/json", unready=unready
+        ),
+        "/metrics": get("read_metrics", "Counters for Prometheus", "text/plain"),
+        "/openapi.json": get("read_openapi", "This document", "application/json"),
+        "/docs": get("read_docs", "This document, for people", "text/html"),
+        "/problems/{outcome}": explained,
     }

@@ -1,0 +1,127 @@
+"""The documents name only what exists, and leave out nothing of what callers and operators meet."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from coupon_svc.api.http import Operation
+from coupon_svc.api.operations import OPERATIONS
+from coupon_svc.domain.outcomes import Outcome
+from coupon_svc.domain.shards import shard_tag
+from coupon_svc.store.keys import POSITIONS_CHANNEL, ShardKeys
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+SQL = "\n".join(path.read_text() for path in sorted((ROOT / "sql").glob("*.sql")))
+
+_PATH = re.compile(r"\.?[\w-]+(/[\w.-]+)*(\.(py|lua|sql|md|toml|yaml|txt)|/)|Dockerfile|Makefile|LICENSE")
+_ROWS = {  # what a section of docs/api.md says by naming a row of its table of outcomes
+    "body": {"body_too_large", "unsupported_media_type", "malformed_json", "invalid_request"},
+    "idempotency": {"invalid_idempotency_key", "idempotency_key_reused", "idempotency_in_progress"},
+}
+
+
+def anchors(path: Path) -> set[str]:
+    """The fragments that a document's headings can be linked by, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_relative_link_leads_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if re.match(r"[a-z]+:", link):
+            continue
+        target, _, fragment = link.partition("#")
+        file = path.parent / target if target else path
+        assert file.exists(), link
+        assert not fragment or fragment in anchors(file), link
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_named_exists(path: Path) -> None:
+    for name in re.findall(r"`([^`\n]+)`", path.read_text()):
+        if _PATH.fullmatch(name) and not name.startswith(".data/"):
+            assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_function_said_to_be_in_a_file_is_there(path: Path) -> None:
+    for name, file in re.findall(r"`(\w+)`\s+in\s+`([\w/]+\.py)`", path.read_text()):
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text()), (name, file)
+
+
+def sections() -> dict[str, str]:
+    """The text of docs/api.md below each heading `METHOD /path`."""
+    parts = re.split(r"^#{2,3} (.+)$", (DOCS / "api.md").read_text(), flags=re.MULTILINE)
+    return {
+        heading: text
+        for heading, text in zip(parts[1::2], parts[2::2], strict=True)
+        if re.match(r"(GET|POST|PATCH) /", heading)
+    }
+
+
+def test_every_endpoint_is_described_and_no_other() -> None:
+    assert sorted(sections()) == sorted(f"{operation.method} {operation.path}" for operation in OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
+def test_an_endpoint_is_described_with_its_scopes_statuses_and_outcomes(operation: Operation) -> None:
+    text = sections()[f"{operation.method} {operation.path}"]
+    _, errors, rest = text.partition("Errors: ")
+    assert errors, "say what it is refused with"
+    told = set(re.findall(r"`(\w+)`", rest))
+    for row, outcomes in _ROWS.items():
+        if re.search(rf"(^|, ){row},", rest):
+            told |= outcomes
+    assert {outcome.value for outcome in operation.outcomes} <= told
+    assert all(f"`{scope}`" in text for scope in operation.scopes)
+    assert all(str(status) in text or status == 200 for status in operation.answers)
+
+
+def test_every_outcome_stands_in_the_table() -> None:
+    table = (DOCS / "api.md").read_text().partition("## Outcomes")[2].partition("\n## ")[0]
+    assert [outcome for outcome in Outcome if f"`{outcome.value}`" not in table] == []
+
+
+def test_every_key_is_described() -> None:
+    text = (DOCS / "redis.md").read_text()
+    keys = ShardKeys(0, 16, tag="<tag>")
+    patterns = [keys.meta, keys.events]
+    for name, method in inspect.getmembers(ShardKeys, inspect.isfunction):
+        if not name.startswith("_"):
+            parameters = list(inspect.signature(method).parameters)[1:]
+            patterns.append(method(keys, *(f"<{parameter}>" for parameter in parameters)))
+    assert [pattern for pattern in patterns if f"| `{pattern}` |" not in text] == []
+    assert f"`{POSITIONS_CHANNEL}`" in text
+
+
+def test_the_tags_told_are_the_tags() -> None:
+    assert " ".join(shard_tag(shard, 16) for shard in range(16)) in (DOCS / "redis.md").read_text()
+
+
+def test_every_script_that_writes_is_named_beside_the_keys() -> None:
+    text = (DOCS / "redis.md").read_text()
+    writing = [path.name for path in (ROOT / "lua").glob("*.lua") if "flags=no-writes" not in path.read_text()]
+    assert writing
+    assert [name for name in writing if f"`lua/{name}`" not in text] == []
+
+
+def test_every_table_and_constraint_is_described() -> None:
+    text = (DOCS / "database.md").read_text()
+    tables = [*re.findall(r"^CREATE TABLE (\w+)", SQL, re.MULTILINE), "schema_migrations"]
+    assert [table for table in tables if f"**`{table}`**" not in text] == []
+    rules = re.findall(r"CONSTRAINT (\w+)", SQL)
+    assert [rule for rule in rules if f"`{rule}`" not in text] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_targets_of_make_exist(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for target in re.findall(r"`make ([a-z]+)`|^    make ([a-z]+) ", path.read_text(), re.MULTILINE):
+        assert set(target) - {""} <= targets
