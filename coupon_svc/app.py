@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import uvloop
-from starlette.routing import Router
+from starlette.types import ASGIApp
 
 from coupon_svc.api.auth import KeyRing
 from coupon_svc.api.books import Books
@@ -17,7 +17,7 @@ from coupon_svc.api.coupons import Coupons
 from coupon_svc.api.metrics import Metrics
 from coupon_svc.api.public import Public
 from coupon_svc.api.registration import Registration
-from coupon_svc.api.routes import make_router
+from coupon_svc.api.routes import KeepSlashes, make_router
 from coupon_svc.api.runner import BookRunner
 from coupon_svc.config import Settings, load_settings
 from coupon_svc.ledger.database import Database
@@ -28,7 +28,7 @@ from coupon_svc.store.scripts import Scripts
 from coupon_svc.writer.writer import Writer
 
 
-def make_api(settings: Settings | None = None) -> Router:
+def make_api(settings: Settings | None = None) -> ASGIApp:
     """The API as an ASGI application. It connects when it starts, and starts whether or not the stores are there."""
     settings = settings or load_settings()
     positions = Positions(settings.shards, settings.ledger_wait_ms)
@@ -50,7 +50,7 @@ def make_api(settings: Settings | None = None) -> Router:
             await store.stop()
             await database.close()
 
-    return make_router(
+    router = make_router(
         Books(runner, database, settings.shards),
         Coupons(store, runner, resolver, database, registration),
         Public(store, metrics),
@@ -58,6 +58,7 @@ def make_api(settings: Settings | None = None) -> Router:
         metrics,
         lifespan,
     )
+    return KeepSlashes(router)
 
 
 def run_writer(settings: Settings) -> None:

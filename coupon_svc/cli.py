@@ -17,13 +17,12 @@ import msgspec
 import uvicorn
 from asyncpg import InvalidCatalogNameError, UndefinedColumnError, UndefinedTableError
 
+from coupon_svc.api.server import SERVER_SETTINGS, ProblemProtocol
 from coupon_svc.app import make_api, run_writer
 from coupon_svc.config import Settings, SettingsError, load_settings
 from coupon_svc.ledger import keys, quarantine
 from coupon_svc.ledger.database import LedgerUnavailable, open_connection
 from coupon_svc.ledger.migrations import ShardsDiffer, migrate
-
-GRACE_S = 5
 
 
 class UsageError(Exception):
@@ -161,14 +160,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _api(args: argparse.Namespace) -> None:
     settings = load_settings(host=args.host, port=args.port, workers=args.workers)
-    common: dict[str, Any] = {
-        "loop": "uvloop",
-        "http": "httptools",
-        "access_log": False,  # it would print codes
-        "log_config": None,
-        "server_header": False,
-        "timeout_graceful_shutdown": GRACE_S,
-    }
+    common: dict[str, Any] = {**SERVER_SETTINGS, "http": ProblemProtocol}
     if args.fd is not None:
         server = uvicorn.Server(uvicorn.Config(lambda: make_api(settings), factory=True, **common))
         server.run(sockets=[socket.socket(fileno=args.fd)])

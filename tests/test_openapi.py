@@ -336,7 +336,6 @@ async def test_a_key_without_scopes_is_refused_as_documented(service: Stack, rec
 async def test_an_invalid_idempotency_key_is_documented_wherever_it_is_refused(
     service: Stack, recorder: Recorder
 ) -> None:
-    # BUG: PATCH looks at the header as well, though it is taken on POST, and its refusal is not documented.
     key = await service.key()
     async with httpx.AsyncClient(
         base_url=service.base_url, headers={"Authorization": f"Bearer {key}"}, transport=recorder

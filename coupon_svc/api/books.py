@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from coupon_svc.api.coupons import decode_cursor, encode_cursor, encode_metadata, invalid, page_limit
 from coupon_svc.api.http import Answer, Call
+from coupon_svc.api.inputs import decode_cursor, encode_cursor, encode_metadata, invalid, page_limit
 from coupon_svc.api.runner import BookRunner
 from coupon_svc.api.schemas import (
     REJECTED_SHOWN_MAX,

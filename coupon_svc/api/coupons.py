@@ -4,20 +4,17 @@ a code this process has not met, or to lend a code that is named before its turn
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import secrets
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from coupon_svc.api.http import Answer, Call
+from coupon_svc.api.inputs import decode_cursor, encode_cursor, encode_metadata, invalid, page_limit
 from coupon_svc.api.registration import Registration
 from coupon_svc.api.runner import BookRunner, Place
 from coupon_svc.api.schemas import (
-    METADATA_BYTES_MAX,
     USER_ID,
     AssignAnswer,
     AssignCode,
@@ -25,7 +22,6 @@ from coupon_svc.api.schemas import (
     CodeAnswer,
     CouponAnswer,
     CouponsPage,
-    Cursor,
     LockAnswer,
     LockCoupon,
     RedeemAnswer,
@@ -41,8 +37,6 @@ from coupon_svc.ledger.quarantine import redeem_receipt
 from coupon_svc.ledger.resolve import Resolver
 from coupon_svc.store.client import Store
 from coupon_svc.store.connection import Reply
-
-PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 1000
 
 QUARANTINED = "quarantined"
 _ANSWERED = frozenset({"ok", "replayed", "already_yours", "renewed"})
@@ -448,39 +442,6 @@ def refusal(reply: Reply) -> Refused:
     if outcome is Outcome.LOCKED:
         return Refused(outcome, retry_after_seconds=max(1, -(-reply[1] // 1000)))
     return Refused(outcome)
-
-
-def invalid(pointer: str, detail: str) -> Refused:
-    return Refused(Outcome.INVALID_REQUEST, errors=[{"pointer": pointer, "detail": detail}])
-
-
-def encode_metadata(metadata: dict[str, Any] | None) -> str:
-    """The caller's object as compact JSON. Raises Refused(invalid_request) beyond METADATA_BYTES_MAX."""
-    text = msgspec.json.encode(metadata or {})
-    if len(text) > METADATA_BYTES_MAX:
-        raise invalid("/metadata", f"at most {METADATA_BYTES_MAX} bytes of JSON")
-    return text.decode()
-
-
-def page_limit(query: dict[str, str]) -> int:
-    """The page size asked for. Raises Refused(invalid_request) unless it is 1..1000."""
-    text = query.get("limit", str(PAGE_LIMIT_DEFAULT))
-    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= PAGE_LIMIT_MAX):
-        raise invalid("/limit", f"give a number from 1 to {PAGE_LIMIT_MAX}")
-    return int(text)
-
-
-def encode_cursor(number: int, text: str) -> str:
-    """Where a page ended, URL-safe; for us alone to read."""
-    return base64.urlsafe_b64encode(msgspec.json.encode((number, text))).decode().rstrip("=")
-
-
-def decode_cursor(text: str) -> tuple[int, str]:
-    """What `encode_cursor` was given: a number and a text. Raises Refused(invalid_request)."""
-    try:
-        return msgspec.json.decode(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=Cursor)
-    except (binascii.Error, ValueError, msgspec.MsgspecError):
-        raise invalid("/cursor", "give the next_cursor of the page before, as it was") from None
 
 
 def _idempotency(call: Call, place: Place, path: str) -> tuple[list[str], str, str]:

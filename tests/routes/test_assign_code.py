@@ -33,7 +33,6 @@ async def test_the_named_code_is_assigned_and_the_second_time_it_is_the_users_al
 
 
 async def test_what_is_the_users_already_keeps_the_place_of_its_assignment(client: httpx.AsyncClient) -> None:
-    # BUG: after a redemption of a code with uses left, `position` is the redemption's.
     await make_book(client, codes=["NAMED-1"], max_redemptions_per_code=2)
     first = (await client.post("/coupons/assign/NAMED-1", json={"user_id": "u"})).json()
     await redeem(client, "NAMED-1")

@@ -62,7 +62,6 @@ async def test_a_limit_out_of_bounds_is_invalid(client: httpx.AsyncClient, limit
 
 @pytest.mark.parametrize("limit", ["0000019999", "000001" + "0" * 5000])
 async def test_a_limit_out_of_bounds_is_invalid_behind_leading_zeros_too(client: httpx.AsyncClient, limit: str) -> None:
-    # BUG: only the first six digits are checked: the first asks for 19999, the second is a 500.
     refused(await client.get("/coupons", params={"limit": limit}), 422, "invalid_request")
 
 
@@ -73,14 +72,12 @@ async def test_a_cursor_of_ones_own_making_is_invalid(client: httpx.AsyncClient,
 
 @pytest.mark.parametrize("parts", [(10**30, "x"), (2**63, "x"), (1, "\0"), (-(2**70), "x")], ids=str)
 async def test_a_cursor_with_impossible_values_is_invalid(client: httpx.AsyncClient, parts: tuple[int, str]) -> None:
-    # BUG: they go to Postgres as they are, which refuses them: a 500.
     cursor = base64.urlsafe_b64encode(json.dumps(parts).encode()).decode().rstrip("=")
     refused(await client.get("/coupons", params={"cursor": cursor}), 422, "invalid_request")
 
 
 @pytest.mark.parametrize("moment", ["0001-01-01T00:00:00+02:00", "9999-12-31T23:59:59-02:00"])
 async def test_one_book_with_a_strange_time_does_not_take_the_list_away(client: httpx.AsyncClient, moment: str) -> None:
-    # BUG: PATCH stores the time, cannot tell it, and from then on every GET /coupons of the tenant is a 500.
     book = await make_book(client, codes=[])
     await client.patch(f"/coupons/{book}", json={"starts_at": moment})
     assert (await client.get(f"/coupons/{book}")).status_code == 200

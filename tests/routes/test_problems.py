@@ -81,7 +81,6 @@ async def test_no_refusal_repeats_a_code_a_key_or_a_token_and_no_log_does(
 async def test_a_code_sent_as_a_field_or_as_a_word_is_not_repeated(
     client: httpx.AsyncClient, body: dict[str, Any]
 ) -> None:
-    # BUG: msgspec's own text names an unknown field and an unknown word of an enumeration.
     answer = await client.post("/coupons", json={"name": "a", **body})
     refused(answer, 422, "invalid_request")
     assert CODE not in answer.text

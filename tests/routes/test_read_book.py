@@ -78,7 +78,6 @@ async def test_an_id_of_any_shape_that_names_no_book_is_not_found(client: httpx.
 
 
 async def test_an_id_with_a_slash_is_not_found_like_any_other(client: httpx.AsyncClient) -> None:
-    # BUG: decoded, it is an address that no route knows: not_found, even without a key.
     for method in ("GET", "PATCH"):
         refused(await client.request(method, "/coupons/a%2Fb", json={}), 404, "book_not_found")
 

@@ -155,7 +155,6 @@ async def test_an_invalid_change_is_refused_before_it_is_asked_which_book(
 
 
 async def test_metadata_that_is_too_large_is_told_before_a_book_id_of_no_shape(client: httpx.AsyncClient) -> None:
-    # BUG: the shape of the book's id is judged first.
     refused(await client.patch("/coupons/x", json={"metadata": {"a": "x" * 4096}}), 422, "invalid_request")
 
 

@@ -152,13 +152,11 @@ async def test_no_such_book_and_another_tenants_are_alike(client: httpx.AsyncCli
 async def test_a_pattern_that_can_never_be_wide_enough_is_told_before_the_book_is_looked_up(
     client: httpx.AsyncClient,
 ) -> None:
-    # BUG: the capacity is judged (step 4) after the book was looked up (step 7).
     body = {"book_id": NO_SUCH_BOOK, "generate": {"pattern": "AAA", "total": 1}}
     refused(await client.post("/coupons/codes", json=body), 422, "pattern_capacity")
 
 
 async def test_a_book_id_of_any_length_is_not_found(client: httpx.AsyncClient) -> None:
-    # BUG: beyond 200 characters it is an invalid_request.
     sent = await client.post("/coupons/codes", json={"book_id": "x" * 201, "codes": []})
     refused(sent, 404, "book_not_found")
 

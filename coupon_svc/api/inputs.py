@@ -1,0 +1,51 @@
+"""Parts of requests that a struct alone cannot judge: pages, cursors, metadata."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any
+
+import msgspec
+
+from coupon_svc.api.schemas import METADATA_BYTES_MAX, Cursor
+from coupon_svc.domain.outcomes import Outcome, Refused
+
+PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 1000
+
+
+def invalid(pointer: str, detail: str) -> Refused:
+    """The refusal of one part of a request: where, as a JSON pointer, and what to do about it."""
+    return Refused(Outcome.INVALID_REQUEST, errors=[{"pointer": pointer, "detail": detail}])
+
+
+def encode_metadata(metadata: dict[str, Any] | None) -> str:
+    """The caller's object as compact JSON. Raises Refused(invalid_request) beyond METADATA_BYTES_MAX."""
+    text = msgspec.json.encode(metadata or {})
+    if len(text) > METADATA_BYTES_MAX:
+        raise invalid("/metadata", f"at most {METADATA_BYTES_MAX} bytes of JSON")
+    return text.decode()
+
+
+def page_limit(query: dict[str, str]) -> int:
+    """The page size asked for. Raises Refused(invalid_request) unless it is 1..1000."""
+    text = query.get("limit", str(PAGE_LIMIT_DEFAULT))
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= PAGE_LIMIT_MAX):
+        raise invalid("/limit", f"give a number from 1 to {PAGE_LIMIT_MAX}")
+    return int(text)
+
+
+def encode_cursor(number: int, text: str) -> str:
+    """Where a page ended, URL-safe; for us alone to read."""
+    return base64.urlsafe_b64encode(msgspec.json.encode((number, text))).decode().rstrip("=")
+
+
+def decode_cursor(text: str) -> tuple[int, str]:
+    """What `encode_cursor` was given: a number and a text. Raises Refused(invalid_request)."""
+    try:
+        after: tuple[int, str] = msgspec.json.decode(
+            base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=Cursor
+        )
+        return after
+    except (binascii.Error, ValueError, msgspec.MsgspecError):
+        raise invalid("/cursor", "give the next_cursor of the page before, as it was") from None
