@@ -1,0 +1,33 @@
+"""Every test of a script runs twice: on a plain server, and on a cluster, which refuses a script that touches two slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from coupon_svc.dev.servers import EmbeddedRedis
+from coupon_svc.store.scripts import Scripts
+from tests.scripts.runner import Server, Shard
+
+
+@pytest.fixture(scope="session", params=["plain_redis", "cluster_redis"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server with all scripts loaded."""
+    embedded: EmbeddedRedis = request.getfixturevalue(request.param)
+    with Server(embedded, Scripts()) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def unopened(server: Server) -> Shard:
+    """A shard nobody has opened yet: no key has its tag."""
+    return Shard(server)
+
+
+@pytest.fixture
+def shard(unopened: Shard) -> Shard:
+    """A shard that was opened, and whose ledger is at hand however slow the test is."""
+    assert unopened.open_shard(fresh="fresh") == ["ok", 0]
+    unopened.keep_ledger_at_hand()
+    return unopened

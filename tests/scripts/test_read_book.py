@@ -1,0 +1,42 @@
+"""read_book: every reply and their order; it writes nothing."""
+
+from __future__ import annotations
+
+from tests.scripts.runner import EPOCH, STRANGER, Obstacle, Shard, assert_fenced, book_is_shut, book_is_unknown, peel
+
+
+def test_the_rules_and_the_live_counters_are_told(shard: Shard) -> None:
+    book = shard.new_book("A-1", "B-2", "C-3", unlent=4, stored='{"name":"ä"}')
+    shard.put_book(book, 5, known=True, total=7)
+    shard.assign_coupon(book, "u")
+    shard.assign_coupon(book, "v")
+    shard.redeem_coupon(book, "A-1")
+    shard.set_rule(book, quarantined=2)
+    with shard.writes_nothing():
+        assert shard.read_book(book) == ["ok", "5", '{"name":"ä"}', "7", 2, "1", "2"]
+
+
+def test_a_new_book_has_counters_at_zero(shard: Shard) -> None:
+    assert shard.read_book(shard.new_book()) == ["ok", "1", "{}", "0", 0, "0", "0"]
+
+
+def test_a_book_that_is_shut_is_read_all_the_same(shard: Shard) -> None:
+    book = shard.assigned()
+    book_is_shut(shard, book)
+    assert shard.read_book(book)[:2] == ["ok", "1"]
+
+
+def test_replies_come_in_the_documented_order(shard: Shard) -> None:
+    book = shard.assigned()
+    shard.set_meta(epoch=EPOCH + 1)
+    doubt = Obstacle("suspect", lambda: shard.set_meta(epoch=EPOCH))
+    assert peel(shard, lambda: shard.read_book(book), [doubt, *book_is_unknown(shard, book)])[0] == "ok"
+
+
+def test_a_shard_in_doubt_is_suspect(shard: Shard) -> None:
+    book = shard.assigned()
+    assert_fenced(shard, lambda caller: shard.read_book(book, caller))
+
+
+def test_a_book_of_another_tenant_does_not_exist(shard: Shard) -> None:
+    assert shard.read_book(shard.assigned(), STRANGER) == ["book_not_found"]

@@ -1,0 +1,74 @@
+"""read_codes: every reply and their order; it writes nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.scripts.runner import EPOCH, STRANGER, Obstacle, Shard, assert_fenced, book_is_shut, book_is_unknown, peel
+
+
+def test_holders_and_locks_are_told_in_the_order_asked(shard: Shard) -> None:
+    book = shard.new_book("A-1", "B-2", "C-3", "D-4", max_redemptions_per_code="3", ack="redis")
+    first, second = (shard.assign_coupon(book, user_id)[2] for user_id in ("u", "a user: {x}"))
+    shard.redeem_coupon(book, "B-2")
+    shard.lock_coupon(book, "A-1", ttl_ms=60_000)
+    before = shard.now_ms()
+    with shard.writes_nothing():
+        outcome, now_ms, ack, uses_max, holders, locks = shard.read_codes(book, ["D-4", "B-2", "X-9", "A-1"])
+    assert (outcome, ack, uses_max) == ("ok", "redis", "3")
+    assert before <= int(now_ms) <= shard.now_ms()
+    assert holders == ["", f"4-3 1 {second} a user: {{x}}", "", f"4-1 0 {first} u"]
+    assert locks[:3] == [-2, -2, -2]
+    assert 50_000 < locks[3] <= 60_000
+
+
+def test_a_book_without_a_redemption_limit_says_so(shard: Shard) -> None:
+    book = shard.assigned(max_redemptions_per_code="")
+    assert shard.read_codes(book, ["A-1"])[2:4] == ["ledger", ""]
+
+
+def test_a_thousand_codes_are_read_at_once(shard: Shard) -> None:
+    codes = [f"{number:04d}" + "X" * 60 for number in range(1000)]
+    book = shard.new_book()
+    for start in (0, 500):
+        shard.load_codes(book, codes[start : start + 500])
+    shard.assign_code(book, "u", codes[999])
+    shard.lock_coupon(book, codes[999])
+    holders, locks = shard.read_codes(book, codes)[4:]
+    assert holders[:999] == [""] * 999
+    assert holders[999].endswith(" u")
+    assert [lock > 0 for lock in locks] == [False] * 999 + [True]
+
+
+def test_a_book_that_is_shut_is_read_all_the_same(shard: Shard) -> None:
+    book = shard.assigned()
+    book_is_shut(shard, book)
+    assert shard.read_codes(book, ["A-1"])[0] == "ok"
+
+
+def test_replies_come_in_the_documented_order(shard: Shard) -> None:
+    book = shard.assigned()
+    shard.set_meta(epoch=EPOCH + 1)
+    shard.set_rule(book, lent=2)
+    doubt = Obstacle("suspect", lambda: shard.set_meta(epoch=EPOCH))
+    missing = Obstacle("suspect", lambda: shard.set_rule(book, lent=1))
+    obstacles = [doubt, *book_is_unknown(shard, book), missing]
+    assert peel(shard, lambda: shard.read_codes(book, ["A-1"]), obstacles)[0] == "ok"
+
+
+@pytest.mark.parametrize("lost", ["free", "holders"])
+def test_codes_that_are_missing_are_suspect(shard: Shard, lost: str) -> None:
+    book = shard.new_book("A-1", "B-2")
+    shard.assign_coupon(book, "u")
+    shard.redis.delete(f"{shard.keys.prefix}{lost}:{book}")
+    for code in ("A-1", "B-2", "X-9"):
+        assert shard.read_codes(book, [code]) == ["suspect"]
+
+
+def test_a_shard_in_doubt_is_suspect(shard: Shard) -> None:
+    book = shard.assigned()
+    assert_fenced(shard, lambda caller: shard.read_codes(book, ["A-1"], caller))
+
+
+def test_a_book_of_another_tenant_does_not_exist(shard: Shard) -> None:
+    assert shard.read_codes(shard.assigned(), ["A-1"], STRANGER) == ["book_not_found"]
