@@ -2,8 +2,8 @@
 --[[
 assign_coupon: give a user a random code of a book.
 
-The pool is a sorted set with scores from a CSPRNG, so the lowest score is a fair draw; SPOP is not (its choice leans
-on how codes hash). Refused as a whole when memory is out, with the code still in the pool.
+The pool is a sorted set with scores from a CSPRNG, so the lowest score is a fair draw. SPOP is not one everywhere: the
+choice of Redis (unlike Valkey's) leans on how codes hash. Refused as a whole when memory is out, with the code still in the pool.
 
 Keys
   KEYS[1] meta      hash    read, count
@@ -34,8 +34,8 @@ Replies, the first that applies
   book_not_started
   book_expired
   user_code_limit         limit, held
-  refilling
   book_exhausted
+  refilling
   backlog_full
   ledger_behind
   ok                      code, at_ms, position, ack, redemptions_left ("" is unlimited)
@@ -61,10 +61,10 @@ if redis.call("ZCARD", KEYS[3]) == 0 then
   if redis.call("HLEN", KEYS[4]) ~= tonumber(book[9]) then
     return {"suspect", "counts"}
   end
-  if tonumber(book[8]) > 0 then
-    return {"refilling"}
+  if tonumber(book[8]) == 0 then
+    return {"book_exhausted"}
   end
-  return {"book_exhausted"}
+  return {"refilling"}
 end
 local backlog_share, waits_for_ledger = 1, book[5] == "ledger"
 -- include: room

@@ -16,13 +16,17 @@ Args
   ARGV[4…] codes      text  score, code, score, code …; at most 500 codes; scores from a CSPRNG
 
 Replies, the first that applies
-  suspect            another epoch or owner
+  suspect            another epoch or owner; or codes are missing, and whose they were is not known
   book_not_loaded
   ok                 added, in_pool
 ]]
 -- include: owner
-if redis.call("EXISTS", KEYS[2]) == 0 then
+local lent = redis.call("HGET", KEYS[2], "lent")
+if not lent then
   return {"book_not_loaded"}
+end
+if redis.call("ZCARD", KEYS[3]) + redis.call("HLEN", KEYS[4]) ~= tonumber(lent) then
+  return {"suspect"}
 end
 local codes = {}
 for i = 5, #ARGV, 2 do

@@ -6,6 +6,7 @@ Keys
   KEYS[1] meta      hash    read
   KEYS[2] book      hash    read
   KEYS[3] holders   hash    read
+  KEYS[4] free      zset    read
 
 Args
   ARGV[1] epoch      int
@@ -13,12 +14,16 @@ Args
   ARGV[3] tenant_id  int
 
 Replies, the first that applies
-  suspect           another epoch, or behind what the caller has seen
+  suspect           another epoch or behind what the caller has seen; `counts`: codes are missing
   book_not_loaded
   book_not_found
   ok                version, stored (JSON), total, held, redeemed, quarantined
 ]]
 -- include: fence
 -- include: book
+local held = redis.call("HLEN", KEYS[3])
+if redis.call("ZCARD", KEYS[4]) + held ~= tonumber(book[9]) then
+  return {"suspect", "counts"}
+end
 local rest = redis.call("HMGET", KEYS[2], "version", "stored", "total", "redeemed", "quarantined")
-return {"ok", rest[1], rest[2], rest[3], redis.call("HLEN", KEYS[3]), rest[4], rest[5]}
+return {"ok", rest[1], rest[2], rest[3], held, rest[4], rest[5]}

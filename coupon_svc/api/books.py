@@ -142,7 +142,8 @@ class Books:
     async def _ask(self, tenant_id: int, book_id: str) -> list[Any]:
         """What Redis has of the book. Raises Refused."""
         place = self._runner.place(book_id)
-        keys = [place.view.keys.book(book_id), place.view.keys.holders(book_id)]
+        of_shard = place.view.keys
+        keys = [of_shard.book(book_id), of_shard.holders(book_id), of_shard.free(book_id)]
         reply: list[Any] = await self._runner.run("read_book", place, tenant_id, keys, [tenant_id], sure=True)
         if reply[0] != "ok":
             raise Refused(Outcome(reply[0]))

@@ -239,8 +239,9 @@ class Coupons:
             raise invalid("/cursor", "this cursor is of another list")
         if book_id is not None:
             place = self._runner.place(book_id)
+            keys = place.view.keys
             await self._run_read(
-                "read_book", place, tenant_id, [place.view.keys.book(book_id), place.view.keys.holders(book_id)], []
+                "read_book", place, tenant_id, [keys.book(book_id), keys.holders(book_id), keys.free(book_id)], []
             )
         coupons: list[CouponAnswer] = []
         while True:

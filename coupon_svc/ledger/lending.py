@@ -42,10 +42,23 @@ async def loaded_books(connection: asyncpg.Connection, shard: int) -> list[Book]
     return [book_from_row(row) for row in rows]
 
 
-async def read_book(connection: asyncpg.Connection, book_id: str) -> tuple[Book, bool]:
-    """A book as it is now, and whether it was ever brought to Redis."""
-    row = await connection.fetchrow(f"SELECT {BOOK_COLUMNS}, loaded FROM books WHERE book_id = $1", book_id)
-    return book_from_row(row), row["loaded"]
+class BookNow(NamedTuple):
+    """A book as it is now, whether it was ever brought to Redis, and how many of its codes were lent alone and are still
+    on their way there."""
+
+    book: Book
+    loaded: bool
+    lone: int
+
+
+async def read_book(connection: asyncpg.Connection, book_id: str) -> BookNow:
+    """The book as the ledger has it."""
+    row = await connection.fetchrow(
+        f"SELECT {BOOK_COLUMNS}, loaded, (SELECT count(*) FROM lone_leases l WHERE l.book_id = books.book_id) AS lone"
+        " FROM books WHERE book_id = $1",
+        book_id,
+    )
+    return BookNow(book_from_row(row), row["loaded"], row["lone"])
 
 
 async def mark_loaded(

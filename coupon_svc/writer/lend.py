@@ -123,7 +123,7 @@ class Lender:
         shard = self._shard_of(book.book_id)
         if shard is None:
             return
-        _, loaded = await lending.read_book(connection, book.book_id)
+        loaded = (await lending.read_book(connection, book.book_id)).loaded
         try:
             await self._store.put_book(shard.term, book.book_id, book.version, book_fields(book), known=loaded)
         except Suspect:
@@ -141,9 +141,10 @@ class Lender:
         pool = shard.pools.get(book_id)
         if pool is None:
             pool = shard.pools[book_id] = Pool(self._lease_min)
-        book, _ = await lending.read_book(connection, book_id)
+        book, _, lone = await lending.read_book(connection, book_id)
         pool.unlent = book.unlent
-        pool.in_pool = await self._store.load_codes(shard.term, book_id, [], pool.unlent)
+        # Codes that were lent alone and are on their way count as unlent: the book is not exhausted while there are any.
+        pool.in_pool = await self._store.load_codes(shard.term, book_id, [], pool.unlent + lone)
         if not pool.wants_refill():
             return
         now = asyncio.get_running_loop().time()
@@ -154,7 +155,7 @@ class Lender:
             pool.block = max(pool.block // 2, self._lease_min)
         lease = await lending.lease_block(connection, self._writer_id, shard.owned, book_id, pool.block)
         crash_point("lend.leased")
-        pool.in_pool = await self._bring(shard, book_id, lease)
+        pool.in_pool = await self._bring(shard, book_id, lease._replace(unlent=lease.unlent + lone))
         pool.unlent, pool.refilled_at = lease.unlent, now
         crash_point("lend.brought")
 
