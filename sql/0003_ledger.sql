@@ -12,9 +12,8 @@ CREATE TABLE shards (
 
 -- One row a living writer, renewed every second. Apart from `shards`, so that a renewal never waits for a commit.
 CREATE TABLE writers (
-    writer_id     text PRIMARY KEY,
-    backend_pids  integer[] NOT NULL,            -- its connections, ended by whoever takes a shard from it
-    expires_at    timestamptz NOT NULL
+    writer_id   text PRIMARY KEY,
+    expires_at  timestamptz NOT NULL
 );
 
 CREATE TABLE events (

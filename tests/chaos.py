@@ -345,7 +345,7 @@ async def redis_stopped(run: Run) -> None:
 async def backend_stopped(run: Run) -> None:
     """A Postgres backend of the writer stops: no time-out of the server reaches it."""
     rows = await run.stack.ledger(
-        "SELECT pid FROM pg_stat_activity WHERE application_name = 'coupon-writer' AND datname = current_database()"
+        "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'coupon-writer%' AND datname = current_database()"
     )
     for row in rows:
         os.kill(row["pid"], signal.SIGSTOP)

@@ -9,9 +9,8 @@ import asyncpg
 WRITER_TTL_S = 5
 
 _RENEW = f"""
-    INSERT INTO writers (writer_id, backend_pids, expires_at)
-    VALUES ($1, $2, now() + interval '{WRITER_TTL_S} seconds')
-    ON CONFLICT (writer_id) DO UPDATE SET backend_pids = $2, expires_at = excluded.expires_at
+    INSERT INTO writers (writer_id, expires_at) VALUES ($1, now() + interval '{WRITER_TTL_S} seconds')
+    ON CONFLICT (writer_id) DO UPDATE SET expires_at = excluded.expires_at
 """
 _COUNTS = """
     SELECT (SELECT count(*) FROM writers WHERE expires_at > now()) AS writers, (SELECT count(*) FROM shards) AS shards
@@ -21,11 +20,10 @@ _ORPHANS = """
     WHERE writers.writer_id IS NULL OR writers.expires_at <= now()
     ORDER BY random() LIMIT $1
 """
-# The connections of an owner that no longer renews its row. One of them, paused half-way through a transaction, may hold
-# the row we want. A pid may be another's by now, so the name is compared, too.
+# An owner that no longer renews its row may be paused half-way through a transaction that holds the row we want.
 _END_OWNER = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity, writers
-    WHERE writer_id = $1 AND expires_at <= now() AND pid = ANY (backend_pids) AND application_name = 'coupon-writer'
+    WHERE writer_id = $1 AND expires_at <= now() AND application_name = $2
 """
 _TAKE = """
     UPDATE shards SET owner = $2, generation = generation + 1
@@ -43,9 +41,14 @@ class OwnedShard(NamedTuple):
     generation: int
 
 
-async def renew_writer(connection: asyncpg.Connection, writer_id: str, backend_pids: list[int]) -> int:
+def connection_name(writer_id: str) -> str:
+    """What a writer calls its connections, so that whoever takes over can end them."""
+    return f"coupon-writer {writer_id}"
+
+
+async def renew_writer(connection: asyncpg.Connection, writer_id: str) -> int:
     """Say that this writer lives. Returns how many shards it should own: an equal part, rounded up."""
-    await connection.execute(_RENEW, writer_id, backend_pids)
+    await connection.execute(_RENEW, writer_id)
     counts = await connection.fetchrow(_COUNTS)
     return int(-(-counts["shards"] // max(1, counts["writers"])))
 
@@ -54,7 +57,7 @@ async def take_shards(connection: asyncpg.Connection, writer_id: str, most: int)
     """Take up to `most` shards whose owner is gone. Their generation grows, which shuts the old owner out."""
     taken = []
     for orphan in await connection.fetch(_ORPHANS, most):
-        await connection.execute(_END_OWNER, orphan["owner"])
+        await connection.execute(_END_OWNER, orphan["owner"], connection_name(orphan["owner"] or ""))
         row = await connection.fetchrow(_TAKE, orphan["shard"], writer_id)
         if row is not None:
             taken.append(OwnedShard(*row))

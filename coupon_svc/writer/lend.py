@@ -13,6 +13,7 @@ from coupon_svc.ledger.catalogue import WRITER_CHANNEL
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
 from coupon_svc.ledger.events import NotOwner
 from coupon_svc.ledger.idempotency import forget_old
+from coupon_svc.ledger.shards import connection_name
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.rules import book_fields
@@ -47,7 +48,6 @@ class Lender:
         self._work = asyncio.Event()
         self._low: dict[str, Shard] = {}
         self._connection: Any = None
-        self.backend_pid: int | None = None
 
     def count_assigned(self, shard: Shard, book_id: str) -> None:
         """The persister saw one code of the book leave the pool."""
@@ -182,8 +182,7 @@ class Lender:
 
     async def _connected(self) -> Any:
         if self._connection is None or self._connection.is_closed():
-            self._connection = await open_connection(self._url, "coupon-writer")
-            self.backend_pid = self._connection.get_server_pid()
+            self._connection = await open_connection(self._url, connection_name(self._writer_id))
             await self._connection.add_listener(WRITER_CHANNEL, lambda *_: self._work.set())
             self._work.set()
         return self._connection

@@ -15,6 +15,7 @@ from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, par
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
 from coupon_svc.ledger.events import DATA_ERRORS, Batch, DeadLetter, NotOwner, first_data_error, write_batches
 from coupon_svc.ledger.recovery import stop_shard
+from coupon_svc.ledger.shards import connection_name
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.shard import Shard
@@ -46,7 +47,6 @@ class Persister:
         self._shards = shards
         self._on_assigned = on_assigned
         self._connection: Any = None
-        self.backend_pid: int | None = None
 
     async def run(self) -> None:
         """Persist until cancelled. Trouble with Redis or Postgres is told, waited out, and never loses an event."""
@@ -177,8 +177,7 @@ class Persister:
 
     async def _connected(self) -> Any:
         if self._connection is None or self._connection.is_closed():
-            self._connection = await open_connection(self._url, "coupon-writer")
-            self.backend_pid = self._connection.get_server_pid()
+            self._connection = await open_connection(self._url, connection_name(self._writer_id))
         return self._connection
 
 

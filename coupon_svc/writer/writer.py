@@ -14,7 +14,7 @@ from coupon_svc.ledger.events import NotOwner
 from coupon_svc.ledger.migrations import check_shards
 from coupon_svc.ledger.processes import expired_processes, forget_processes, report_seen
 from coupon_svc.ledger.recovery import HistoryForked
-from coupon_svc.ledger.shards import owned_shards, release_shards, renew_writer, take_shards
+from coupon_svc.ledger.shards import connection_name, owned_shards, release_shards, renew_writer, take_shards
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.store.scripts import Scripts
 from coupon_svc.writer.crash import crash_point
@@ -87,9 +87,7 @@ class Writer:
             await asyncio.sleep(RENEW_EVERY_S)
 
     async def _renew(self, connection: Any) -> None:
-        pids = [c.get_server_pid() for c in self._connections.values() if not c.is_closed()]
-        pids += [pid for pid in (self._persister.backend_pid, self._lender.backend_pid) if pid is not None]
-        fair_share = await renew_writer(connection, self.writer_id, pids)
+        fair_share = await renew_writer(connection, self.writer_id)
         mine = {owned.shard: owned for owned in await owned_shards(connection, self.writer_id)}
         for lost in set(self._shards) - set(mine):
             log.warning("shard %02d has another owner now", lost)
@@ -181,7 +179,7 @@ class Writer:
     async def _connected(self, name: str) -> Any:
         connection = self._connections.get(name)
         if connection is None or connection.is_closed():
-            connection = await open_connection(self._settings.database_url, "coupon-writer")
+            connection = await open_connection(self._settings.database_url, connection_name(self.writer_id))
             self._connections[name] = connection
             await check_shards(connection, self._settings.shards)
         return connection
