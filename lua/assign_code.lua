@@ -28,8 +28,7 @@ Replies, the first that applies
   idempotency_key_reused
   book_not_loaded
   book_not_found
-  already_yours           code, at_ms, position (of a redeemed one: `assigned/redeemed`), ack, redemptions_left ("" is
-                          unlimited)
+  already_yours           code, at_ms, position (`assigned/redeemed` of one that was redeemed), ack, redemptions_left
   book_closed
   book_paused
   book_not_started
@@ -40,7 +39,7 @@ Replies, the first that applies
   not_lent                the code is not in Redis: it must be lent first
   backlog_full
   ledger_behind
-  ok                      code, at_ms, position, ack, redemptions_left
+  ok                      code, at_ms, position, ack, redemptions_left ("" is unlimited)
 
 Event
   coupon_assigned    book, code, user, at_ms, idem, fingerprint

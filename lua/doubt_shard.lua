@@ -10,7 +10,7 @@ Args
   ARGV[2] seen_seq  int   the highest seq of this epoch the caller has seen
 
 Replies, the first that applies
-  suspect    it is in doubt already
+  suspect    another epoch, behind what the caller has seen, shut or in doubt already
   ok
 ]]
 -- include: fence

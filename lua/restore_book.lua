@@ -7,7 +7,7 @@ Keys
   KEYS[1] meta         hash    read
   KEYS[2] book         hash    write
   KEYS[3] free         zset    delete
-  KEYS[4] quarantine   set     write
+  KEYS[4] quarantine   set     delete, add
 
 Args
   ARGV[1] generation   int   of the owner

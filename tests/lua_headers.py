@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.store.scripts import Script
@@ -23,6 +23,16 @@ INTERNAL_WORDS = {
 }
 """Replies that a client is never shown, with what becomes of them. Every other word is an Outcome."""
 
+OWNER_WORDS = {
+    "suspect": "the owner has the shard recovered, or finds that it has lost it",
+    "fenced": "a newer owner is at work, or the shard is not shut: the owner begins anew",
+    "gone": "as suspect",
+    "stale": "as good as done",
+    "book_not_loaded": "as suspect",
+    "ok": "done",
+}
+"""Replies to the shard's owner, with what becomes of them. There are no others."""
+
 COMMANDS = {
     "HGET": ("hash", "read"),
     "HMGET": ("hash", "read"),
@@ -36,6 +46,9 @@ COMMANDS = {
     "ZADD": ("zset", "add"),
     "ZREM": ("zset", "remove"),
     "ZPOPMIN": ("zset", "pop"),
+    "SISMEMBER": ("set", "read"),
+    "SADD": ("set", "add"),
+    "SREM": ("set", "remove"),
     "GET": ("string", "read"),
     "SET": ("string", "write"),
     "XADD": ("stream", "append"),
@@ -43,20 +56,24 @@ COMMANDS = {
     "EXISTS": ("", "read"),
     "PTTL": ("", "read"),
     "DEL": ("", "delete"),
+    "UNLINK": ("", "delete"),
 }
-"""What a script may call on a key: the type it takes ("" is any), and the word for it in the head.
+"""What a script may call on a key: the type it takes ("" is any), and the word for it in the head. Of a key that the
+head calls `any` nothing else is known, so only such commands fit it.
 
 None of them walks over a whole key, and none picks at random: SPOP is not fair, and two replicas would not agree.
 """
 KEYLESS_COMMANDS = ("TIME", "PUBLISH")
+MANY_KEYS_COMMANDS = ("DEL", "EXISTS", "UNLINK")
 FORBIDDEN_COMMANDS = ("EVAL", "EVALSHA", "KEYS", "SCAN")
 
 _SCRIPT = re.compile(r"#!lua(?P<flags> flags=[a-z,-]+)?\n--\[\[\n(?P<head>.*?)\n\]\]\n(?P<body>.*)", re.DOTALL)
 _KEY = re.compile(
-    r"KEYS\[(?P<number>\d+)(?P<open>…)?\] +(?P<name>\w+) +(?P<type>\w+) +(?P<access>\w+(?:, \w+)*)(?:;.*)?"
+    r"KEYS\[(?P<number>\d+)(?P<open>…)?\] +(?P<name>\w+) +(?P<type>hash|zset|set|string|stream|any) +"
+    r"(?P<access>\w+(?:, \w+)*)(?:;.*)?"
 )
 _ARG = re.compile(r"ARGV\[(?P<number>\d+)(?P<open>…)?\] +(?P<name>\w+) +(?P<type>int|text)(?: .*)?")
-_REPLY = re.compile(r"(?P<word>[a-z_]+)(?: {2,}.*)?")
+_REPLY = re.compile(r"(?P<word>[a-z_]+)(?: {2,}(?P<note>.*))?")
 _EVENT = re.compile(r"(?P<name>[a-z_]+) {2,}(?P<fields>\w+(?:, \w+)*)")
 _SECTIONS = {"Keys": _KEY, "Args": _ARG, "Replies, the first that applies": _REPLY, "Event": _EVENT}
 
@@ -77,12 +94,13 @@ class Slot(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The contract in a script's first comment."""
+    """The contract in a script's first comment. `notes` are what stands behind each reply's word."""
 
     name: str
     keys: list[Slot]
     args: list[Slot]
     replies: list[str]
+    notes: dict[str, str]
     events: dict[str, list[str]]
 
 
@@ -93,7 +111,7 @@ def complaints(script: Script) -> list[str]:
         return ["the file does not begin with #!lua and a --[[ comment ]]"]
     try:
         head = read_head(parts["head"])
-        is_for_callers(head)
+        sender(head)
     except ValueError as error:
         return [str(error)]
     body = _without_dead_refusals(_COMMENT.sub(lambda match: match[1] or "", parts["body"]))
@@ -131,6 +149,7 @@ def read_head(text: str) -> Head:
         [_slot(match, frozenset(match["access"].split(", "))) for match in keys],
         [_slot(match, frozenset()) for match in args],
         [match["word"] for match in replies],
+        {match["word"]: match["note"] or "" for match in replies},
         {match["name"]: match["fields"].split(", ") for match in events},
     )
 
@@ -203,17 +222,18 @@ def _compare_access(keys: Sequence[Slot], body: str) -> Iterator[str]:
             yield f"{command} is not among the commands a script may call"
         if command not in COMMANDS:
             continue
-        index = re.fullmatch(r"KEYS\[([^\]]+)\]", call[1])
-        if index is None:
-            yield f"{command} is called on {call[1]}, which is not one of KEYS"
-            continue
-        slot = by_number.get(index[1]) if index[1].isdigit() else next((slot for slot in keys if slot.open), None)
-        if slot is None:
-            continue  # complained about above
-        kind, access = COMMANDS[command]
-        if kind not in ("", slot.type):
-            yield f"{command} is called on {slot.name}, which the head calls a {slot.type}"
-        done[slot].add(access)
+        for name in call[1:] if command in MANY_KEYS_COMMANDS else call[1:2]:
+            index = re.fullmatch(r"KEYS\[([^\]]+)\]", name)
+            if index is None:
+                yield f"{command} is called on {name}, which is not one of KEYS"
+                continue
+            slot = by_number.get(index[1]) if index[1].isdigit() else next((slot for slot in keys if slot.open), None)
+            if slot is None:
+                continue  # complained about above
+            kind, access = COMMANDS[command]
+            if kind not in ("", slot.type):
+                yield f"{command} is called on {slot.name}, which the head calls a {slot.type}"
+            done[slot].add(access)
     for slot, accesses in done.items():
         missing, idle = accesses - slot.access, slot.access - accesses
         if "pop" in slot.access:
@@ -263,18 +283,42 @@ def _compare_replies(head: Head, body: str) -> Iterator[str]:
     shown = [word for word in head.replies if word in known]
     if shown != sorted(shown, key=known.index):
         yield f"Outcome has them in the order {', '.join(sorted(shown, key=known.index))}; the head in {', '.join(shown)}"
-    if is_for_callers(head):
-        for word in head.replies:
-            if word not in known and word not in INTERNAL_WORDS:
-                yield f"{word} is neither an Outcome nor an internal word"
+    for word in head.replies:
+        if sender(head) == "api" and word not in known and word not in INTERNAL_WORDS:
+            yield f"{word} is neither an Outcome nor an internal word"
+        if sender(head) != "api" and word not in OWNER_WORDS:
+            yield f"{word} is not among the words for an owner"
+    yield from _compare_details(head, body)
 
 
-def is_for_callers(head: Head) -> bool:
-    """Whether the API runs the script, and so has to tell a client what it replied. Raises ValueError when unclear."""
-    second = head.args[1].name if len(head.args) > 1 else ""
-    if head.args[:1] and head.args[0].name == "epoch" and second in ("seen_seq", "generation"):
-        return second == "seen_seq"
-    raise ValueError(f"{head.name}: the first arguments must be epoch, and seen_seq (API) or generation (owner)")
+def _compare_details(head: Head, body: str) -> Iterator[str]:
+    """A literal word that a reply carries behind its first stands in backquotes in the head; of `suspect` the reverse."""
+    details: dict[str, set[str]] = {word: set() for word in head.replies}
+    for match in re.finditer(rf"\breturn \{{({_STRING}), ({_STRING}(?:, {_STRING})*)\}}", body):
+        details.setdefault(match[1].strip('"'), set()).update(re.findall(r'"([^"]*)"', match[2]))
+    for word, literals in details.items():
+        told = set(re.findall(r"`(\w+)`", head.notes.get(word, "")))
+        for literal in sorted(literals - told):
+            yield f"{word} carries {literal}, and the head does not say so"
+        if word == "suspect":
+            for literal in sorted(told - literals):
+                yield f"the head says that suspect carries {literal}, and it does not"
+
+
+def sender(head: Head) -> Literal["api", "owner", "recoverer"]:
+    """Who runs the script: the API, which has to tell a client what it replied; the owner of a certified shard; or an owner
+    that recovers it, when there is no epoch. Raises ValueError when unclear."""
+    first, second = [arg.name for arg in head.args[:2]] + [""] * (2 - len(head.args[:2]))
+    if first == "epoch" and second == "seen_seq":
+        return "api"
+    if first == "epoch" and second == "generation":
+        return "owner"
+    if first == "generation":
+        return "recoverer"
+    raise ValueError(
+        f"{head.name}: the first arguments must be epoch, and seen_seq (API) or generation (owner);"
+        " or generation (recoverer)"
+    )
 
 
 # --- events
