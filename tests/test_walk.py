@@ -1,0 +1,503 @@
+"""A random walk over the real scripts beside a plain Python model that foretells each reply, to the word."""
+
+from __future__ import annotations
+
+import secrets
+import zlib
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from redis import Redis
+
+from coupon_svc.dev.servers import EmbeddedRedis
+from coupon_svc.store.keys import ShardKeys
+from coupon_svc.store.scripts import Scripts
+
+EPOCH, GENERATION, TENANT = 1, 1, 7
+BACKLOG_MAX = 4
+HOUR_MS = 3_600_000
+FAR_MS = {"past": "1000", "future": "9999999999999", "never": ""}
+
+numbers = st.integers(0, 7)
+users = st.sampled_from(["ann", "bob", "eve x"])
+maybe_users = st.sampled_from(["", "ann", "bob"])
+keys_or_none = st.sampled_from([None, None, None, "k1", "k2"])
+tokens = st.sampled_from(["none", "right", "right", "wrong"])
+limits = st.sampled_from([None, None, 1, 2])
+
+
+def score(code: str) -> int:
+    """A code's place in the pool: scattered, but the same in every run, so that a failure can be repeated."""
+    return zlib.crc32(code.encode())
+
+
+class Held:
+    """A coupon as the model knows it."""
+
+    def __init__(self, user: str, position: str) -> None:
+        self.user = user
+        self.position = position
+        self.uses = 0
+        self.token = ""
+
+
+class Book:
+    """A book as the model knows it."""
+
+    def __init__(self, number: int, ack: str, uses_max: int | None, limit: int | None, total: int) -> None:
+        self.book_id = f"bk_00{number:016d}"
+        self.ack = ack
+        self.uses_max = uses_max
+        self.limit = limit
+        self.codes = [f"C{number}-{i}" for i in range(total)]
+        self.lent = 0
+        self.status = "active"
+        self.starts = self.expires = "never"
+        self.version = 1
+        self.free: set[str] = set()
+        self.held: dict[str, Held] = {}
+        self.idem: dict[str, tuple[str, list[Any]]] = {}
+
+    def shut(self) -> str | None:
+        """Why the book deals nothing, if it does not."""
+        if self.status != "active":
+            return f"book_{self.status}"
+        if self.starts == "future":
+            return "book_not_started"
+        return "book_expired" if self.expires == "past" else None
+
+    def left(self, uses: int) -> str:
+        return "" if self.uses_max is None else str(self.uses_max - uses)
+
+    def held_by(self, user: str) -> int:
+        return sum(held.user == user for held in self.held.values())
+
+
+class Walk(RuleBasedStateMachine):
+    """One shard in a Redis that others use, too: its tag keeps it apart."""
+
+    server: EmbeddedRedis
+    scripts = Scripts()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.redis: Any = Redis.from_url(self.server.url, decode_responses=True)
+        self.keys = ShardKeys(0, 1, tag="walk" + secrets.token_hex(8))
+        self.books: list[Book] = []
+        self.seq = self.committed = 0
+        self.away = False
+
+    def teardown(self) -> None:
+        mine = list(self.redis.scan_iter(self.keys.prefix + "*", count=10_000))
+        if mine:
+            self.redis.unlink(*mine)
+        self.redis.close()
+
+    # --- calls
+
+    def run(self, name: str, keys: list[str], *args: Any, epoch: int = EPOCH, second: int = 0) -> list[Any]:
+        """Run a script; `second` is what follows the epoch: the seen seq, or the owner's generation."""
+        script = self.scripts[name]
+        reply: list[Any] = self.redis.evalsha(script.sha, len(keys) + 1, self.keys.meta, *keys, epoch, second, *args)
+        return reply
+
+    def publish(self) -> None:
+        """The ledger is seen, or known to be away, at this moment."""
+        told = "away" if self.away else "here"
+        reply = self.run(
+            "publish_position", [self.keys.events], self.committed, told, 0, "cb:walk", "", second=GENERATION
+        )
+        assert reply == ["ok"]
+
+    def fields_of(self, book: Book) -> list[str]:
+        fields = {
+            "tenant_id": str(TENANT),
+            "status": book.status,
+            "starts_at_ms": FAR_MS[book.starts],
+            "expires_at_ms": FAR_MS[book.expires],
+            "ack": book.ack,
+            "max_redemptions_per_code": str(book.uses_max or ""),
+            "max_codes_per_user": str(book.limit or ""),
+            "lock_ttl_ms": str(HOUR_MS),
+            "total": str(len(book.codes)),
+            "unlent": str(len(book.codes) - book.lent),
+            "stored": "{}",
+        }
+        return [part for pair in fields.items() for part in pair]
+
+    def put(self, book: Book, known: str = "known") -> list[Any]:
+        args = (book.version, known, *self.fields_of(book))
+        return self.run("put_book", [self.keys.book(book.book_id)], *args, second=GENERATION)
+
+    def book(self, number: int) -> Book:
+        return self.books[number % len(self.books)]
+
+    def code(self, book: Book, number: int) -> str:
+        """A code of the book, one that somebody holds more often than not."""
+        held = sorted(book.held)
+        return held[number % len(held)] if held and number % 4 else book.codes[number % len(book.codes)]
+
+    def idem(self, book: Book, key: str | None) -> list[str]:
+        return [self.keys.idem(book.book_id, key)] if key else []
+
+    def seen_before(self, book: Book, key: str | None, fingerprint: str) -> list[Any] | None:
+        if key is None or key not in book.idem:
+            return None
+        known, answer = book.idem[key]
+        return ["replayed", *answer] if known == fingerprint else ["idempotency_key_reused"]
+
+    def remember(self, book: Book, key: str | None, fingerprint: str, answer: list[Any]) -> None:
+        if key is not None:
+            book.idem[key] = fingerprint, answer
+
+    def room(self, share: float, waits: bool) -> str | None:
+        if self.seq - self.committed >= BACKLOG_MAX * share:
+            return "backlog_full"
+        return "ledger_behind" if waits and self.away else None
+
+    def next_position(self) -> str:
+        self.seq += 1
+        return f"{EPOCH}-{self.seq}"
+
+    # --- the owner's side
+
+    @initialize()
+    def open_shard(self) -> None:
+        args = ("run", "repl", BACKLOG_MAX, 0, "fresh")
+        assert self.run("open_shard", [self.keys.events], *args, second=GENERATION) == ["ok", 0]
+
+    @rule(ack=st.sampled_from(["ledger", "redis"]), uses_max=limits, limit=limits, total=st.integers(1, 6))
+    @precondition(lambda self: len(self.books) < 3)
+    def new_book(self, ack: str, uses_max: int | None, limit: int | None, total: int) -> None:
+        book = Book(len(self.books), ack, uses_max, limit, total)
+        assert self.put(book) == ["gone"], "a book that was loaded before and is not here is lost, not new"
+        assert self.put(book, "") == ["ok"]
+        self.books.append(book)
+        self.lend(number=len(self.books) - 1, count=2, resend=0)
+
+    @rule(number=numbers, count=st.integers(1, 3), resend=st.integers(0, 3))
+    @precondition(lambda self: self.books)
+    def lend(self, number: int, count: int, resend: int) -> None:
+        """The next codes, and some of those before again, as after a reply that was lost."""
+        book = self.book(number)
+        fresh = book.codes[book.lent : book.lent + count]
+        again = book.codes[max(0, book.lent - resend) : book.lent]
+        book.lent += len(fresh)
+        book.free |= set(fresh)
+        entries = [part for code in again + fresh for part in (score(code), code)]
+        touched = [self.keys.book(book.book_id), self.keys.free(book.book_id), self.keys.holders(book.book_id)]
+        unlent = len(book.codes) - book.lent
+        assert self.run("load_codes", touched, unlent, *entries, second=GENERATION + 1) == ["suspect"]
+        reply = self.run("load_codes", touched, unlent, *entries, second=GENERATION)
+        assert reply == ["ok", len(fresh), len(book.free)]
+
+    @rule(
+        number=numbers, change=st.sampled_from(["active", "active", "active", "paused", "closed", "starts", "expires"])
+    )
+    @precondition(lambda self: self.books)
+    def update_book(self, number: int, change: str) -> None:
+        book = self.book(number)
+        if book.status == "closed":
+            return
+        if change == "starts":
+            book.starts = {"never": "future", "future": "past", "past": "never"}[book.starts]
+        elif change == "expires":
+            book.expires = {"never": "past", "past": "future", "future": "never"}[book.expires]
+        elif change != "closed" or number == 7:  # seldom: nothing happens in a closed book
+            book.status = change
+        book.version += 1
+        assert self.put(book) == ["ok"]
+        assert self.put(book) == ["stale"]
+
+    @rule(most=st.integers(0, 6))
+    @precondition(lambda self: self.seq - self.committed >= BACKLOG_MAX - 1)
+    def commit(self, most: int) -> None:
+        self.committed = min(self.seq, self.committed + most)
+        self.publish()
+
+    @rule(away=st.sampled_from([False, False, False, True]))
+    def postgres(self, away: bool) -> None:
+        self.away = away
+
+    # --- the callers' side
+
+    @rule(number=numbers, user=users, key=keys_or_none)
+    @precondition(lambda self: self.books)
+    def assign_coupon(self, number: int, user: str, key: str | None) -> None:
+        self.publish()
+        book, fingerprint = self.book(number), f"assign {user}"
+        told = self.seen_before(book, key, fingerprint) or self.refuse_assign(book, user)
+        held = book.held_by(user)
+        if told is None and book.limit is not None and held >= book.limit:
+            told = ["user_code_limit", book.limit, held]
+        if told is None and not book.free:
+            told = ["refilling" if book.lent < len(book.codes) else "book_exhausted"]
+        if told is None and (reason := self.room(1, book.ack == "ledger")):
+            told = [reason]
+        args = (TENANT, book.book_id, user, key or "", fingerprint if key else "")
+        reply = self.run("assign_coupon", self.assign_keys(book, user, key), *args)
+        if told is not None:
+            assert reply == told
+            return
+        assert reply[1] == min(book.free, key=score), "the lowest score is dealt"
+        self.assigned(book, user, reply, key, fingerprint)
+
+    @rule(number=numbers, which=numbers, user=users, key=keys_or_none)
+    @precondition(lambda self: self.books)
+    def assign_code(self, number: int, which: int, user: str, key: str | None) -> None:
+        self.publish()
+        book = self.book(number)
+        code = self.code(book, which)
+        fingerprint = f"assign {code} {user}"
+        told = self.seen_before(book, key, fingerprint)
+        holder, held = book.held.get(code), book.held_by(user)
+        args = (TENANT, book.book_id, user, key or "", fingerprint if key else "", code)
+        reply = self.run("assign_code", self.assign_keys(book, user, key), *args)
+        if told is None and holder is not None and holder.user == user:
+            answer = [code, reply[2], holder.position, book.ack, book.left(holder.uses)]
+            assert reply == ["already_yours", *answer]
+            self.remember(book, key, fingerprint, answer)
+            return
+        told = told or self.refuse_assign(book, user)
+        if told is None and holder is not None:
+            told = ["already_assigned"]
+        if told is None and book.limit is not None and held >= book.limit:
+            told = ["user_code_limit", book.limit, held]
+        if told is None and code not in book.free:
+            told = ["not_lent"]
+        if told is None and (reason := self.room(1, book.ack == "ledger")):
+            told = [reason]
+        if told is not None:
+            assert reply == told
+            return
+        assert reply[1] == code
+        self.assigned(book, user, reply, key, fingerprint)
+
+    def refuse_assign(self, book: Book, user: str) -> list[Any] | None:
+        reason = book.shut()
+        return [reason] if reason else None
+
+    def assign_keys(self, book: Book, user: str, key: str | None) -> list[str]:
+        of = self.keys
+        mine = [
+            of.book(book.book_id),
+            of.free(book.book_id),
+            of.holders(book.book_id),
+            of.coupons(TENANT, user),
+            of.events,
+        ]
+        return mine + self.idem(book, key)
+
+    def assigned(self, book: Book, user: str, reply: list[Any], key: str | None, fingerprint: str) -> None:
+        position = self.next_position()
+        code = reply[1]
+        assert reply == ["ok", code, reply[2], position, book.ack, book.left(0)]
+        book.free.remove(code)
+        book.held[code] = Held(user, position)
+        self.remember(book, key, fingerprint, reply[1:])
+        self.told_event(position, event="coupon_assigned", book=book.book_id, code=code, user=user, idem=key or "")
+
+    def told_event(self, position: str, **expected: str) -> None:
+        ((entry_id, fields),) = self.redis.xrevrange(self.keys.events, count=1)
+        assert entry_id == position
+        assert {name: fields[name] for name in expected} == expected
+
+    def refuse_holder(self, book: Book, code: str, user: str, shown: str) -> list[Any] | None:
+        """What lock and redeem refuse alike, but for the room."""
+        if reason := book.shut():
+            return [reason]
+        held = book.held.get(code)
+        if held is None:
+            return ["not_assigned"]
+        if user and user != held.user:
+            return ["not_holder"]
+        if book.uses_max is not None and held.uses >= book.uses_max:
+            return ["already_redeemed"]
+        if shown and shown != held.token:
+            return ["lock_not_held"]
+        return ["locked"] if held.token and not shown else None
+
+    def shown(self, book: Book, code: str, token: str) -> str:
+        held = book.held.get(code)
+        return {"none": "", "wrong": "lk_wrong", "right": held.token if held else ""}[token]
+
+    @rule(number=numbers, which=numbers, user=maybe_users, token=tokens, key=keys_or_none)
+    @precondition(lambda self: self.books)
+    def lock_coupon(self, number: int, which: int, user: str, token: str, key: str | None) -> None:
+        self.publish()
+        book = self.book(number)
+        code = self.code(book, which)
+        shown, new_token = self.shown(book, code, token), "lk_" + secrets.token_hex(4)
+        fingerprint = f"lock {code} {user} {shown}"
+        told = self.seen_before(book, key, fingerprint) or self.refuse_holder(book, code, user, shown)
+        if told is None and (reason := self.room(1, False)):
+            told = [reason]
+        of, book_id = self.keys, book.book_id
+        touched = [
+            of.book(book_id),
+            of.holders(book_id),
+            of.lock(book_id, code),
+            of.free(book_id),
+            *self.idem(book, key),
+        ]
+        args = (TENANT, code, user, shown, new_token, "", fingerprint if key else "")
+        reply = self.run("lock_coupon", touched, *args)
+        if told is not None:
+            assert reply[: len(told)] == told
+            assert told != ["locked"] or 0 < reply[1] <= HOUR_MS
+            return
+        held = book.held[code]
+        answer = [held.user, held.token or new_token, reply[3], str(HOUR_MS), held.position, book.ack]
+        assert reply == ["renewed" if held.token else "ok", *answer]
+        held.token = held.token or new_token
+        self.remember(book, key, fingerprint, answer)
+
+    @rule(number=numbers, which=numbers, token=tokens, key=keys_or_none)
+    @precondition(lambda self: self.books)
+    def unlock_coupon(self, number: int, which: int, token: str, key: str | None) -> None:
+        book = self.book(number)
+        code = self.code(book, which)
+        shown = self.shown(book, code, token) or "lk_none"
+        fingerprint = f"unlock {code} {shown}"
+        held = book.held.get(code)
+        told = self.seen_before(book, key, fingerprint)
+        if told is None and held is not None and held.token and held.token != shown:
+            told = ["lock_not_held"]
+        of, book_id = self.keys, book.book_id
+        touched = [of.book(book_id), of.lock(book_id, code), *self.idem(book, key)]
+        reply = self.run("unlock_coupon", touched, TENANT, shown, fingerprint if key else "")
+        assert reply == (told or ["ok"])
+        if told is None:
+            self.remember(book, key, fingerprint, [])
+            if held is not None:
+                held.token = ""
+
+    @rule(number=numbers, which=numbers, user=maybe_users, token=tokens, key=keys_or_none)
+    @precondition(lambda self: self.books)
+    def redeem_coupon(self, number: int, which: int, user: str, token: str, key: str | None) -> None:
+        self.publish()
+        book = self.book(number)
+        code = self.code(book, which)
+        shown = self.shown(book, code, token)
+        fingerprint = f"redeem {code} {user} {shown}"
+        told = self.seen_before(book, key, fingerprint) or self.refuse_holder(book, code, user, shown)
+        if told is None and (reason := self.room(1.25, True)):
+            told = [reason]
+        of, book_id = self.keys, book.book_id
+        touched = [of.book(book_id), of.holders(book_id), of.lock(book_id, code), of.free(book_id), of.events]
+        args = (TENANT, code, user, shown, book_id, "ref", "", key or "", fingerprint if key else "")
+        reply = self.run("redeem_coupon", touched + self.idem(book, key), *args)
+        if told is not None:
+            assert reply[: len(told)] == told
+            return
+        held = book.held[code]
+        held.uses += 1
+        held.position, held.token = self.next_position(), ""
+        uses = str(held.uses)
+        assert reply == ["ok", held.user, reply[2], held.position, uses, book.left(held.uses)]
+        self.remember(book, key, fingerprint, reply[1:])
+        expected = {"event": "coupon_redeemed", "book": book_id, "code": code, "user": held.user, "uses": uses}
+        self.told_event(held.position, reference="ref", **expected)
+
+    @rule(number=numbers, which=numbers)
+    @precondition(lambda self: any(held.token for book in self.books for held in book.held.values()))
+    def a_lock_runs_out(self, number: int, which: int) -> None:
+        locked = [(book, code) for book in self.books for code, held in book.held.items() if held.token]
+        book, code = locked[(number + which) % len(locked)]
+        self.redis.pexpire(self.keys.lock(book.book_id, code), 1)
+        while self.redis.exists(self.keys.lock(book.book_id, code)):
+            pass
+        book.held[code].token = ""
+
+    # --- callers and Redis that are not what they seem
+
+    @rule(number=numbers)
+    @precondition(lambda self: self.books)
+    def strangers_learn_nothing(self, number: int) -> None:
+        book = self.book(number)
+        touched = [self.keys.book(book.book_id), self.keys.holders(book.book_id)]
+        assert self.run("read_book", touched, TENANT, second=self.seq + 1) == ["suspect"]
+        assert self.run("read_book", touched, TENANT, epoch=EPOCH + 1) == ["suspect"]
+        assert self.run("read_book", touched, TENANT + 1) == ["book_not_found"]
+        assert self.run("read_book", [self.keys.book("none"), self.keys.holders("none")], TENANT) == ["book_not_loaded"]
+        if self.committed:
+            args = (self.committed - 1, "here", 0, "cb:walk", "")
+            assert self.run("publish_position", [self.keys.events], *args, second=GENERATION) == ["suspect"]
+        args = (self.seq + 1, "here", 0, "cb:walk", "")
+        assert self.run("publish_position", [self.keys.events], *args, second=GENERATION) == ["suspect"]
+        old = self.run("publish_position", [self.keys.events], self.committed, "here", 0, "cb:walk", "", second=0)
+        assert old == ["suspect"]
+
+    @rule(number=numbers, which=numbers, user=users)
+    @precondition(lambda self: any(book.free and book.shut() is None for book in self.books))
+    def a_code_that_is_gone_is_noticed(self, number: int, which: int, user: str) -> None:
+        open_books = [book for book in self.books if book.free and book.shut() is None]
+        book = open_books[number % len(open_books)]
+        code = sorted(book.free)[which % len(book.free)]
+        of, book_id = self.keys, book.book_id
+        pool = self.redis.zrange(of.free(book_id), 0, -1, withscores=True)
+        self.redis.zrem(of.free(book_id), code)
+        lock_keys = [of.book(book_id), of.holders(book_id), of.lock(book_id, code), of.free(book_id)]
+        assert self.run("lock_coupon", lock_keys, TENANT, code, "", "", "lk_new", "", "") == ["suspect"]
+        redeem = self.run("redeem_coupon", [*lock_keys, of.events], TENANT, code, "", "", book_id, "", "", "", "")
+        assert redeem == ["suspect"]
+        if book.limit is None:
+            args = (TENANT, book_id, user, "", "", code)
+            assert self.run("assign_code", self.assign_keys(book, user, None), *args) == ["suspect"]
+            self.redis.delete(of.free(book_id))
+            assert self.run("assign_coupon", self.assign_keys(book, user, None), *args[:-1]) == ["suspect"]
+        self.redis.zadd(of.free(book_id), dict(pool))
+
+    # --- after every step
+
+    @invariant()
+    def redis_is_as_the_model_has_it(self) -> None:
+        of, users_known = self.keys, ("ann", "bob", "eve x")
+        asked: Any = self.redis.pipeline(transaction=False)
+        asked.hget(of.meta, "seq")
+        asked.xlen(of.events)
+        for user in users_known:
+            asked.zrange(of.coupons(TENANT, user), 0, -1)
+        for book in self.books:
+            asked.zrange(of.free(book.book_id), 0, -1)
+            asked.hgetall(of.holders(book.book_id))
+            asked.hmget(of.book(book.book_id), "version", "lent", "redeemed")
+            asked.mget([of.meta, *(of.lock(book.book_id, code) for code in book.held)])
+        seq, length, *rest = asked.execute()
+        assert int(seq or 0) == self.seq == length
+        for user in users_known:
+            mine = {
+                f"{book.book_id}:{code}" for book in self.books for code in book.held if book.held[code].user == user
+            }
+            assert set(rest.pop(0)) == mine
+        for book in self.books:
+            free, holders, counters, locks = (rest.pop(0) for _ in range(4))
+            assert set(free) == book.free
+            expected = {code: [held.position, str(held.uses), held.user] for code, held in book.held.items()}
+            found = {code: value.split(" ", 3) for code, value in holders.items()}
+            assert {code: [value[0], value[1], value[3]] for code, value in found.items()} == expected
+            assert [lock or "" for lock in locks[1:]] == [held.token for held in book.held.values()]
+            spent = sum(held.uses == book.uses_max for held in book.held.values())
+            assert [int(counter) for counter in counters] == [book.version, len(free) + len(holders), spent]
+
+
+def test_the_scripts_do_what_a_plain_model_of_them_foretells(plain_redis: EmbeddedRedis) -> None:
+    class OnThisServer(Walk):
+        server = plain_redis
+
+    with Redis.from_url(plain_redis.admin_url) as redis:
+        for script in Walk.scripts:
+            redis.script_load(script.source)
+    run_state_machine_as_test(
+        OnThisServer,
+        settings=settings(max_examples=100, stateful_step_count=60, deadline=None, print_blob=True),
+    )
