@@ -57,7 +57,8 @@ CREATE TABLE redemptions (
     metadata        text,
     epoch           bigint NOT NULL,
     seq             bigint NOT NULL,
-    CONSTRAINT use_is_spent_once PRIMARY KEY (book_id, code, uses)
+    CONSTRAINT use_is_spent_once PRIMARY KEY (book_id, code, uses),
+    CONSTRAINT uses_count_from_1 CHECK (uses > 0)
 );
 
 -- Events that the ledger could not take, with the reason: accounted for, and to be looked at by a person.

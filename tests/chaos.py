@@ -196,6 +196,7 @@ class Run:
                 assert row["user_id"] == attempt.user, "P1: the ledger has the code in other hands than it was answered"
         redeemed = Counter(attempt.path.rpartition("/")[2] for attempt in self._ok("redeem"))
         for code, number in redeemed.items():
+            assert code in ledger, "P2: a code that was redeemed is not in the ledger"
             assert ledger[code]["uses"] >= number, "P2: a redemption that was answered is not in the ledger"
         invoked = Counter(a.path.rpartition("/")[2] for a in self.history if a.verb == "redeem")
         for code, row in ledger.items():

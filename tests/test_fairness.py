@@ -229,7 +229,8 @@ class Dealer:
 async def dealer(plain_redis: EmbeddedRedis) -> AsyncIterator[Dealer]:
     scripts = Scripts()
     owner = OwnerStore(plain_redis.url, SHARDS, scripts)
-    await owner.open_shard(TERM, 0, 1_000_000_000, fresh=True)
+    await owner.shut_shard(TERM)
+    await owner.certify_shard(TERM, 1_000_000_000)
     connection = await connect(plain_redis.url, "test-fairness")
     yield Dealer(owner, connection, scripts)
     connection.abort()

@@ -211,7 +211,11 @@ def test_a_sound_script_has_no_complaints(tmp_path: Path) -> None:
         ("book_closed", "backlog_full", "Outcome has them in the order idempotency_key_reused, locked, backlog_full"),
         ("book_closed\n  locked            retry_after_ms", "locked\n  book_closed", "the body in suspect, "),
         ("  suspect           another epoch", "  suspect           `lost`", "the head says that suspect carries lost"),
-        ('return {"book_closed"}', 'return {"book_closed", "now"}', "book_closed carries now, and the head does not say"),
+        (
+            'return {"book_closed"}',
+            'return {"book_closed", "now"}',
+            "book_closed carries now, and the head does not say",
+        ),
         # events
         ("Event\n  coupon_assigned    code, user\n", "", "coupon_assigned is added and does not stand in the head"),
         ("  coupon_assigned ", "  coupon_given ", "coupon_given stands in the head and is never added"),
@@ -308,9 +312,7 @@ def test_a_sound_script_of_a_recovery_has_no_complaints(tmp_path: Path) -> None:
         ("ok", "done", "done is not among the words for an owner"),
     ],
 )
-def test_a_broken_script_of_a_recovery_is_complained_about(
-    tmp_path: Path, old: str, new: str, complaint: str
-) -> None:
+def test_a_broken_script_of_a_recovery_is_complained_about(tmp_path: Path, old: str, new: str, complaint: str) -> None:
     assert old in RECOVERY
     found = complaints(recovery_sample(tmp_path, RECOVERY.replace(old, new)))
     assert any(complaint in text for text in found), found

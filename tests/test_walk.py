@@ -116,7 +116,7 @@ class Walk(RuleBasedStateMachine):
         reply = self.run(
             "publish_position", [self.keys.events], self.committed, told, 0, "cb:walk", "", second=GENERATION
         )
-        assert reply == ["ok"]
+        assert reply == ["ok", self.seq]
 
     def fields_of(self, book: Book) -> list[str]:
         fields = {
@@ -147,7 +147,7 @@ class Walk(RuleBasedStateMachine):
         return held[number % len(held)] if held and number % 4 else book.codes[number % len(book.codes)]
 
     def idem(self, book: Book, key: str | None) -> list[str]:
-        return [self.keys.idem(book.book_id, key)] if key else []
+        return [self.keys.idem(TENANT, book.book_id, key)] if key else []
 
     def seen_before(self, book: Book, key: str | None, fingerprint: str) -> list[Any] | None:
         if key is None or key not in book.idem:
@@ -172,8 +172,9 @@ class Walk(RuleBasedStateMachine):
 
     @initialize()
     def open_shard(self) -> None:
-        args = ("run", "repl", BACKLOG_MAX, 0, "fresh")
-        assert self.run("open_shard", [self.keys.events], *args, second=GENERATION) == ["ok", 0]
+        assert self.run("shut_shard", [], epoch=GENERATION) == ["ok"]
+        args = ("run", "repl", BACKLOG_MAX)
+        assert self.run("certify_shard", [self.keys.events], *args, epoch=GENERATION, second=EPOCH) == ["ok"]
 
     @rule(ack=st.sampled_from(["ledger", "redis"]), uses_max=limits, limit=limits, total=st.integers(1, 6))
     @precondition(lambda self: len(self.books) < 3)
@@ -261,11 +262,11 @@ class Walk(RuleBasedStateMachine):
         told = self.seen_before(book, key, fingerprint)
         holder, held = book.held.get(code), book.held_by(user)
         args = (TENANT, book.book_id, user, key or "", fingerprint if key else "", code)
-        reply = self.run("assign_code", self.assign_keys(book, user, key), *args)
+        reply = self.run("assign_code", self.assign_code_keys(book, user, key), *args)
         if told is None and holder is not None and holder.user == user:
             answer = [code, reply[2], holder.position, book.ack, book.left(holder.uses)]
             assert reply == ["already_yours", *answer]
-            self.remember(book, key, fingerprint, answer)
+            self.remember(book, key, fingerprint, [*answer, "already_yours"])
             return
         told = told or self.refuse_assign(book, user)
         if told is None and holder is not None:
@@ -296,6 +297,10 @@ class Walk(RuleBasedStateMachine):
             of.events,
         ]
         return mine + self.idem(book, key)
+
+    def assign_code_keys(self, book: Book, user: str, key: str | None) -> list[str]:
+        keys = self.assign_keys(book, user, None)
+        return [*keys, self.keys.quarantine(book.book_id), *self.idem(book, key)]
 
     def assigned(self, book: Book, user: str, reply: list[Any], key: str | None, fingerprint: str) -> None:
         position = self.next_position()
@@ -347,6 +352,7 @@ class Walk(RuleBasedStateMachine):
             of.holders(book_id),
             of.lock(book_id, code),
             of.free(book_id),
+            of.quarantine(book_id),
             *self.idem(book, key),
         ]
         args = (TENANT, code, user, shown, new_token, "", fingerprint if key else "")
@@ -394,6 +400,7 @@ class Walk(RuleBasedStateMachine):
             told = [reason]
         of, book_id = self.keys, book.book_id
         touched = [of.book(book_id), of.holders(book_id), of.lock(book_id, code), of.free(book_id), of.events]
+        touched.append(of.quarantine(book_id))
         args = (TENANT, code, user, shown, book_id, "ref", "", key or "", fingerprint if key else "")
         reply = self.run("redeem_coupon", touched + self.idem(book, key), *args)
         if told is not None:
@@ -401,12 +408,13 @@ class Walk(RuleBasedStateMachine):
             return
         held = book.held[code]
         held.uses += 1
-        held.position, held.token = self.next_position(), ""
+        position, held.token = self.next_position(), ""
+        held.position = held.position.partition("/")[0] + "/" + position
         uses = str(held.uses)
-        assert reply == ["ok", held.user, reply[2], held.position, uses, book.left(held.uses)]
+        assert reply == ["ok", held.user, reply[2], position, uses, book.left(held.uses)]
         self.remember(book, key, fingerprint, reply[1:])
         expected = {"event": "coupon_redeemed", "book": book_id, "code": code, "user": held.user, "uses": uses}
-        self.told_event(held.position, reference="ref", **expected)
+        self.told_event(position, reference="ref", **expected)
 
     @rule(number=numbers, which=numbers)
     @precondition(lambda self: any(held.token for book in self.books for held in book.held.values()))
@@ -424,11 +432,14 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: self.books)
     def strangers_learn_nothing(self, number: int) -> None:
         book = self.book(number)
-        touched = [self.keys.book(book.book_id), self.keys.holders(book.book_id)]
+        of = self.keys
+        touched = [of.book(book.book_id), of.holders(book.book_id), of.free(book.book_id)]
         assert self.run("read_book", touched, TENANT, second=self.seq + 1) == ["suspect"]
         assert self.run("read_book", touched, TENANT, epoch=EPOCH + 1) == ["suspect"]
         assert self.run("read_book", touched, TENANT + 1) == ["book_not_found"]
-        assert self.run("read_book", [self.keys.book("none"), self.keys.holders("none")], TENANT) == ["book_not_loaded"]
+        assert self.run("read_book", [of.book("none"), of.holders("none"), of.free("none")], TENANT) == [
+            "book_not_loaded"
+        ]
         if self.committed:
             args = (self.committed - 1, "here", 0, "cb:walk", "")
             assert self.run("publish_position", [self.keys.events], *args, second=GENERATION) == ["suspect"]
@@ -447,14 +458,16 @@ class Walk(RuleBasedStateMachine):
         pool = self.redis.zrange(of.free(book_id), 0, -1, withscores=True)
         self.redis.zrem(of.free(book_id), code)
         lock_keys = [of.book(book_id), of.holders(book_id), of.lock(book_id, code), of.free(book_id)]
-        assert self.run("lock_coupon", lock_keys, TENANT, code, "", "", "lk_new", "", "") == ["suspect"]
-        redeem = self.run("redeem_coupon", [*lock_keys, of.events], TENANT, code, "", "", book_id, "", "", "", "")
-        assert redeem == ["suspect"]
+        locked = self.run("lock_coupon", [*lock_keys, of.quarantine(book_id)], TENANT, code, "", "", "lk_new", "", "")
+        assert locked == ["suspect", "counts"]
+        redeem_keys = [*lock_keys, of.events, of.quarantine(book_id)]
+        redeemed = self.run("redeem_coupon", redeem_keys, TENANT, code, "", "", book_id, "", "", "", "")
+        assert redeemed == ["suspect", "counts"]
         if book.limit is None:
             args = (TENANT, book_id, user, "", "", code)
-            assert self.run("assign_code", self.assign_keys(book, user, None), *args) == ["suspect"]
+            assert self.run("assign_code", self.assign_code_keys(book, user, None), *args) == ["suspect", "counts"]
             self.redis.delete(of.free(book_id))
-            assert self.run("assign_coupon", self.assign_keys(book, user, None), *args[:-1]) == ["suspect"]
+            assert self.run("assign_coupon", self.assign_keys(book, user, None), *args[:-1]) == ["suspect", "counts"]
         self.redis.zadd(of.free(book_id), dict(pool))
 
     # --- after every step

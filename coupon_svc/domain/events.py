@@ -41,7 +41,7 @@ def parse_event(seq: int, fields: Sequence[str]) -> Event:
         if fields[1] == COUPON_ASSIGNED and len(fields) == 14:
             _, event, _, book_id, _, code, _, user_id, _, at_ms, _, idem, _, fingerprint = fields
             return Event(
-                seq, event, book_id, code, user_id, int(at_ms), idem=idem or None, fingerprint=fingerprint or None
+                seq, event, book_id, code, user_id, _int(at_ms, 63), idem=idem or None, fingerprint=fingerprint or None
             )
         values = dict(zip(fields[::2], fields[1::2], strict=True))
         if values["event"] != COUPON_REDEEMED:
@@ -52,12 +52,20 @@ def parse_event(seq: int, fields: Sequence[str]) -> Event:
             values["book"],
             values["code"],
             values["user"],
-            int(values["at_ms"]),
-            int(values["uses"]),
+            _int(values["at_ms"], 63),
+            _int(values["uses"], 31),
             values["reference"] or None,
             values["metadata"] or None,
             values["idem"] or None,
             values["fingerprint"] or None,
         )
     except (KeyError, ValueError, IndexError) as error:
-        raise MalformedEvent(f"a field is missing or no number ({type(error).__name__})") from None
+        raise MalformedEvent(f"a field is missing, no number, or out of bounds ({type(error).__name__})") from None
+
+
+def _int(text: str, bits: int) -> int:
+    """A whole number from 1 that the ledger's column can hold. Raises ValueError."""
+    number = int(text)
+    if not 0 < number < 1 << bits:
+        raise ValueError
+    return number

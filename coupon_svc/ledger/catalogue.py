@@ -26,6 +26,7 @@ WRITER_CHANNEL = "coupon_writer"
 
 INSERT_CHUNK = 10_000
 ROUND = 1 << 32
+_CODES_LOCK = 0x636F6465  # "code"; the advisory lock on a tenant's codes: shared by uploads, one generation at a time
 
 _INSERT_BOOK = f"""
     INSERT INTO books (book_id, shard, tenant_id, name, max_codes_per_user, max_redemptions_per_code, lock_ttl_seconds,
@@ -134,6 +135,7 @@ async def insert_codes(
     Returns the book as it is then and the codes that were added. Raises Refused(book_not_found).
     """
     await read_book(connection, tenant_id, book_id)
+    await connection.execute("SELECT pg_advisory_xact_lock_shared($1, $2)", _CODES_LOCK, tenant_id)
     span = await _place_span(connection, book_id)
     inserted: set[str] = set()
     for chunk in _chunks(sorted(codes)):  # in one order, so that two uploads of the same codes cannot deadlock
@@ -152,6 +154,8 @@ async def generate_codes(
     This is the place that computed codes will fill: the caller knows a pattern and a number, and no code.
     """
     await read_book(connection, tenant_id, book_id)
+    # Codes come in no order here: two that generate from patterns with codes in common would wait for each other for ever.
+    await connection.execute("SELECT pg_advisory_xact_lock($1, $2)", _CODES_LOCK, tenant_id)
     used = await connection.fetchval(
         "INSERT INTO patterns (tenant_id, pattern, symbols) VALUES ($1, $2, $3)"
         " ON CONFLICT (tenant_id, pattern, symbols) DO UPDATE SET used = patterns.used RETURNING used",

@@ -13,6 +13,7 @@ DATA_ERRORS = (
     asyncpg.DataError,  # 22, and what asyncpg itself cannot encode
     asyncpg.IntegrityConstraintViolationError,  # 23
     asyncpg.ProgramLimitExceededError,  # 54
+    OverflowError,  # what asyncpg's COPY says to a number beyond its column
 )
 """Errors that are the fault of a row, not of the server: trying again changes nothing."""
 

@@ -20,6 +20,11 @@ _STILL_OWNER = """
 """
 
 
+# An upload may hold the book's row for as long as it takes. Who waited for it while holding the shard's row would hold up
+# every commit of the shard: so the book comes first, without waiting, and the shard last.
+_LOCK_BOOK = "SELECT true FROM books WHERE book_id = $1 FOR UPDATE SKIP LOCKED"
+
+
 class Lease(NamedTuple):
     """Codes that are lent to Redis now, and how many of the book are not."""
 
@@ -63,25 +68,35 @@ async def read_book(connection: asyncpg.Connection, book_id: str) -> BookNow:
 
 async def mark_loaded(
     connection: asyncpg.Connection, writer_id: str, owned: OwnedShard, book_id: str, version: int
-) -> None:
-    """Note that Redis has this version of the book. From the first time on, a book that Redis lacks is lost, not new."""
+) -> bool:
+    """Note that Redis has this version of the book. From the first time on, a book that Redis lacks is lost, not new.
+
+    False when somebody is writing to the book just now: ask again. Raises NotOwner.
+    """
     async with connection.transaction():
-        await _require_owner(connection, writer_id, owned)
+        if not await connection.fetchval(_LOCK_BOOK, book_id):
+            return False
         await connection.execute(
             "UPDATE books SET loaded = true, loaded_version = greatest(loaded_version, $2) WHERE book_id = $1",
             book_id,
             version,
         )
+        await _require_owner(connection, writer_id, owned)
+    return True
 
 
 async def lease_block(
     connection: asyncpg.Connection, writer_id: str, owned: OwnedShard, book_id: str, count: int
-) -> Lease:
-    """Lend the next `count` codes of the book's random order (a few more when places are alike, fewer at the end)."""
+) -> Lease | None:
+    """Lend the next `count` codes of the book's random order (a few more when places are alike, fewer at the end).
+
+    None when somebody is writing to the book just now: ask again. Raises NotOwner.
+    """
     async with connection.transaction():
-        await _require_owner(connection, writer_id, owned)
+        if not await connection.fetchval(_LOCK_BOOK, book_id):
+            return None
         book = await connection.fetchrow(
-            "SELECT leased_upto, total - lent - quarantined AS unlent FROM books WHERE book_id = $1 FOR UPDATE", book_id
+            "SELECT leased_upto, total - lent - quarantined AS unlent FROM books WHERE book_id = $1", book_id
         )
         upto = await connection.fetchval(
             "SELECT max(place) FROM (SELECT place FROM codes WHERE book_id = $1 AND place > $2 ORDER BY place LIMIT $3) b",
@@ -100,6 +115,7 @@ async def lease_block(
         await connection.execute(
             "UPDATE books SET leased_upto = $2, lent = lent + $3 WHERE book_id = $1", book_id, upto, len(rows)
         )
+        await _require_owner(connection, writer_id, owned)
         return Lease([row["code"] for row in rows], book["unlent"] - len(rows))
 
 

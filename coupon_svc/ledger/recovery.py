@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
 import asyncpg
+import msgspec
 
 from coupon_svc.domain.books import Ack, Book
-from coupon_svc.domain.events import COUPON_ASSIGNED, Event
+from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.ledger.books import BOOK_COLUMNS, book_from_row
 from coupon_svc.ledger.catalogue import random_places
 from coupon_svc.ledger.events import Batch, DeadLetter, NotOwner, write_events
@@ -66,11 +67,15 @@ class Settled(NamedTuple):
 
 
 async def begin_epoch(connection: asyncpg.Connection, writer_id: str, owned: OwnedShard) -> NewEpoch:
-    """Step 1: the next epoch. From its commit on, no batch of an older one can be committed. Raises NotOwner."""
+    """Step 1: the next epoch. From its commit on, no batch of an older one can be committed.
+
+    Raises NotOwner; HistoryForked when the shard was stopped before.
+    """
     async with connection.transaction():
         row = await connection.fetchrow(_BEGIN_EPOCH, owned.shard, writer_id, owned.generation, owned.epoch)
         if row is None:
-            raise NotOwner
+            reason = await connection.fetchval("SELECT stopped FROM shards WHERE shard = $1", owned.shard)
+            raise HistoryForked(reason) if reason else NotOwner
         await connection.execute("SELECT pg_notify($1, $2)", EPOCH_CHANNEL, str(owned.shard))
     live = row["certified_epoch"] if row["certified_epoch"] > row["settled_epoch"] else 0
     return NewEpoch(OwnedShard(*row[:4]), live, row["rebuild"])
@@ -111,8 +116,41 @@ async def drain(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch,
         dead = [letter for letter in batch.dead if letter.seq > last]
         there = {event.seq for event in new} | {letter.seq for letter in dead}
         dead += [DeadLetter(seq, b"", MISSING) for seq in range(last + 1, batch.upto) if seq not in there]
+        if dead or await anything_missing(connection, shard, epoch):
+            new, orphans = await _without_orphans(connection, new)
+            dead += orphans
         await write_events(connection, [batch._replace(events=new, dead=dead)])
     return max(last, batch.upto)
+
+
+async def _without_orphans(
+    connection: asyncpg.Connection, events: Sequence[Event]
+) -> tuple[list[Event], list[DeadLetter]]:
+    """Events without the redemptions of codes whose assignment or earlier redemption is lost, and those as dead letters.
+
+    Nobody was told that such a redemption succeeded: it stood behind the lost event, and waited for the ledger.
+    """
+    redeemed = [event for event in events if event.event == COUPON_REDEEMED]
+    rows = await connection.fetch(
+        "SELECT book_id, code, uses FROM coupons JOIN unnest($1::text[], $2::text[]) AS asked (book_id, code)"
+        " USING (book_id, code)",
+        [event.book_id for event in redeemed],
+        [event.code for event in redeemed],
+    )
+    uses = {(row["book_id"], row["code"]): row["uses"] for row in rows}
+    good, orphans = [], []
+    for event in events:
+        place = (event.book_id, event.code)
+        if event.event == COUPON_ASSIGNED:
+            uses[place] = 0
+        elif uses.get(place, -1) + 1 == event.uses:
+            uses[place] = event.uses
+        else:
+            fields = msgspec.json.encode(event)
+            orphans.append(DeadLetter(event.seq, fields, "follows a lost event", event.book_id, event.code))
+            continue
+        good.append(event)
+    return good, orphans
 
 
 async def anything_missing(connection: asyncpg.Connection, shard: int, epoch: int) -> bool:
@@ -125,6 +163,22 @@ async def anything_missing(connection: asyncpg.Connection, shard: int, epoch: in
             MISSING,
         )
     )
+
+
+async def dead_letters_of_epoch(connection: asyncpg.Connection, owned: OwnedShard) -> int:
+    """How many events of the shard's epoch the ledger could not take: Redis shows what the ledger does not know."""
+    number: int = await connection.fetchval(
+        "SELECT count(*) FROM dead_letters WHERE shard = $1 AND epoch = $2", owned.shard, owned.epoch
+    )
+    return number
+
+
+async def first_dead_letter(connection: asyncpg.Connection, shard: int, epoch: int) -> int | None:
+    """The seq of the first event of an epoch that the ledger could not take; None when there is none."""
+    seq: int | None = await connection.fetchval(
+        "SELECT min(seq) FROM dead_letters WHERE shard = $1 AND epoch = $2", shard, epoch
+    )
+    return seq
 
 
 async def may_have_answered_early(connection: asyncpg.Connection, shard: int) -> bool:

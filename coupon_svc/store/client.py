@@ -202,7 +202,10 @@ class Store:
             for view in self.views
         ]
         for shard, (view, meta) in enumerate(zip(self.views, metas, strict=True)):
-            run_id, replid, epoch, seq, committed, backlog_max = await meta
+            reply = await meta
+            if isinstance(reply, ReplyError):
+                raise reply
+            run_id, replid, epoch, seq, committed, backlog_max = reply
             view.certified = (
                 (run_id, replid) == (identity.run_id, identity.replid)
                 and epoch.isdigit()

@@ -30,6 +30,8 @@ async def read_identity(connection: Connection) -> Identity:
     version = tuple(int(part) for part in info["redis_version"].split(".")[:2])
     if version < VERSION_MIN:
         raise ServerUnfit(f"Redis {info['redis_version']} is too old: 7.0 or newer, or Valkey, is needed.")
+    if info.get("loading") == "1":
+        raise ServerUnfit("Redis is still loading its file.")
     if info["role"] != "master":
         raise ServerUnfit("This Redis is a replica: point COUPON_REDIS_URL at the master.")
     if info.get("maxmemory_policy", "noeviction") != "noeviction":

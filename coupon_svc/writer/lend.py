@@ -21,7 +21,7 @@ from coupon_svc.writer.shard import Pool, Shard
 
 log = logging.getLogger(__name__)
 
-STATEMENTS_TIMEOUT_S = 30.0
+STATEMENTS_TIMEOUT_S = 10.0
 LOOK_EVERY_S = 1.0
 FORGET_EVERY_S = 600.0
 FAST_REFILL_S, SLOW_REFILL_S = 2.0, 30.0
@@ -48,6 +48,7 @@ class Lender:
         self._work = asyncio.Event()
         self._low: dict[str, Shard] = {}
         self._connection: Any = None
+        self._unsettled = False
 
     def count_assigned(self, shard: Shard, book_id: str) -> None:
         """The persister saw one code of the book leave the pool."""
@@ -82,22 +83,26 @@ class Lender:
                     forgotten_at = loop.time()
             except (StoreLost, LedgerUnavailable, NotOwner) as error:
                 log.info("lending has to wait: %s", error or type(error).__name__)
+                self._unsettled = True  # a lease may have been committed, and its reply lost
                 await asyncio.sleep(0.1)
 
     async def turn(self, connection: Any) -> None:
         """Everything there is to lend now. Raises StoreLost, LedgerUnavailable, NotOwner."""
         open_shards = [n for n, shard in self._shards.items() if shard.opened_on is not None]
+        if self._unsettled:
+            for number in open_shards:
+                await self._guarded(self.settle, connection, self._shards[number])
+            self._unsettled = False
         for book in await lending.books_to_load(connection, open_shards):
             await self._guarded(self._load_book, connection, book)
         for book_id, lease in (await lending.lone_leases(connection, open_shards)).items():
             await self._guarded(self._bring_lone, connection, book_id, lease)
         for book_id, shard in list(self._low.items()):
-            if shard.opened_on is not None:  # else it is being opened: look again then
+            if shard.opened_on is not None:  # else it is being opened, and looked at then
                 await self._guarded(self._refill, connection, shard, book_id)
-                del self._low[book_id]  # only now: what fails is tried again
 
     async def settle(self, connection: Any, shard: Shard) -> None:
-        """After a take-over: bring again what was lent and may not have arrived, and look at every pool.
+        """Bring again what was lent and may not have arrived, and look at every pool: after a take-over or a lost reply.
 
         Raises StoreLost, LedgerUnavailable; Suspect when a book is gone from Redis.
         """
@@ -130,14 +135,16 @@ class Lender:
             shard.opened_on = None
             raise
         crash_point("lend.put")
-        if not loaded:
-            await lending.mark_loaded(connection, self._writer_id, shard.owned, book.book_id, 0)
+        if not loaded and not await lending.mark_loaded(connection, self._writer_id, shard.owned, book.book_id, 0):
+            return  # somebody writes to it; it stays to be loaded
         await self._refill(connection, shard, book.book_id)
         await lending.mark_loaded(connection, self._writer_id, shard.owned, book.book_id, book.version)
         crash_point("lend.marked")
 
     async def _refill(self, connection: Any, shard: Shard, book_id: str) -> None:
-        """Lend the next block if the pool wants it; tell Redis in any case how many codes are kept back."""
+        """Lend the next block if the pool wants it; tell Redis in any case how many codes are kept back. The book stays to
+        be looked at until that is done."""
+        self._low[book_id] = shard
         pool = shard.pools.get(book_id)
         if pool is None:
             pool = shard.pools[book_id] = Pool(self._lease_min)
@@ -146,6 +153,7 @@ class Lender:
         # Codes that were lent alone and are on their way count as unlent: the book is not exhausted while there are any.
         pool.in_pool = await self._store.load_codes(shard.term, book_id, [], pool.unlent + lone)
         if not pool.wants_refill():
+            del self._low[book_id]
             return
         now = asyncio.get_running_loop().time()
         since = now - pool.refilled_at
@@ -154,9 +162,12 @@ class Lender:
         elif since > SLOW_REFILL_S:
             pool.block = max(pool.block // 2, self._lease_min)
         lease = await lending.lease_block(connection, self._writer_id, shard.owned, book_id, pool.block)
+        if lease is None:
+            return  # somebody writes to the book, and tells when it is done
         crash_point("lend.leased")
         pool.in_pool = await self._bring(shard, book_id, lease._replace(unlent=lease.unlent + lone))
         pool.unlent, pool.refilled_at = lease.unlent, now
+        del self._low[book_id]
         crash_point("lend.brought")
 
     async def _bring_lone(self, connection: Any, book_id: str, lease: lending.Lease) -> None:

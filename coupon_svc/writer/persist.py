@@ -16,7 +16,7 @@ from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connecti
 from coupon_svc.ledger.events import DATA_ERRORS, Batch, DeadLetter, NotOwner, first_data_error, write_batches
 from coupon_svc.ledger.recovery import stop_shard
 from coupon_svc.ledger.shards import connection_name
-from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
+from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect, Term
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.shard import Shard
 
@@ -148,14 +148,23 @@ class Persister:
         """History has forked: nothing of the shard is decided or persisted until a person has looked."""
         reason = f"event {batch.epoch}-{seq} contradicts the ledger"
         log.critical("shard %02d is stopped: %s", batch.shard, reason)
-        shard = self._shards[batch.shard]
-        shard.stopped, shard.opened_on = True, None
+        shard = self._shards.get(batch.shard)
+        if shard is not None:
+            shard.stopped, shard.opened_on = True, None
         await bounded(connection, stop_shard(connection, batch.shard, reason), COMMIT_TIMEOUT_S)
         with contextlib.suppress(Suspect):
-            await self._store.shut_shard(shard.term)
+            await self._store.shut_shard(Term(batch.shard, batch.epoch, batch.generation))
 
     async def _publish(self, shard: Shard, batch: Batch) -> None:
         shard.committed = batch.upto
+        if batch.dead:
+            # Nobody may be told that these are durable. The shard is recovered: whoever waits learns that the outcome is
+            # unknown, and what Redis shows of them goes.
+            log.error(
+                "shard %02d is to be recovered: the ledger could not take %d events", batch.shard, len(batch.dead)
+            )
+            shard.opened_on = None
+            return
         now = asyncio.get_running_loop().time()
         shard.mark(now)
         try:

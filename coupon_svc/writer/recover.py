@@ -107,8 +107,9 @@ class Recoverer:
                     await recovery.take_late(connection, self._writer_id, begun, number, batch.events)
             epoch, seq = parse_entry_id(entries[-1][0])
         missing = await recovery.anything_missing(connection, shard, live)
-        if live and not missing:
-            await self._store.tell_position(shard, live, reached)  # whoever still waits in that epoch is answered
+        if live:  # whoever still waits in that epoch is answered, up to what the ledger could not take
+            dead = await recovery.first_dead_letter(connection, shard, live)
+            await self._store.tell_position(shard, live, reached if dead is None else min(reached, dead - 1))
         stands = live > 0 and meta.get("epoch") == str(live) and meta.get("seq") == str(reached) and not missing
         return reached, stands
 

@@ -13,7 +13,7 @@ from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connecti
 from coupon_svc.ledger.events import NotOwner
 from coupon_svc.ledger.migrations import check_shards
 from coupon_svc.ledger.processes import expired_processes, forget_processes, report_seen
-from coupon_svc.ledger.recovery import HistoryForked
+from coupon_svc.ledger.recovery import HistoryForked, dead_letters_of_epoch
 from coupon_svc.ledger.shards import connection_name, owned_shards, release_shards, renew_writer, take_shards
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.store.scripts import Scripts
@@ -93,8 +93,8 @@ class Writer:
             log.warning("shard %02d has another owner now", lost)
             del self._shards[lost]
         for number, owned in mine.items():
-            shard = self._shards.get(number)
-            if shard is not None and owned.epoch > shard.owned.epoch:
+            shard = self._shards.setdefault(number, Shard(owned))  # new when the reply to its taking was lost
+            if owned.epoch > shard.owned.epoch:
                 shard.opened_on = None  # somebody wants it recovered
         surplus = sorted(mine)[fair_share:]
         if surplus:
@@ -166,7 +166,11 @@ class Writer:
         shard.opened_on = identity
 
     async def _in_order(self, shard: Shard) -> bool:
-        """Whether Redis is as the shard's last owner certified it, and holds every event that the ledger has not."""
+        """Whether Redis is as the shard's last owner certified it, holds every event that the ledger has not, and has made
+        none that the ledger could not take."""
+        connection = await self._connected("opening")
+        if await bounded(connection, dead_letters_of_epoch(connection, shard.owned), STATEMENTS_TIMEOUT_S):
+            return False
         try:
             seq = await self._store.open_shard(shard.term, shard.committed, self._settings.backlog_events_max)
         except Suspect:

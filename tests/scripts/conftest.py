@@ -21,13 +21,12 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @pytest.fixture
 def unopened(server: Server) -> Shard:
-    """A shard nobody has opened yet: no key has its tag."""
+    """A shard nobody has certified yet: no key has its tag."""
     return Shard(server)
 
 
 @pytest.fixture
 def shard(unopened: Shard) -> Shard:
-    """A shard that was opened, and whose ledger is at hand however slow the test is."""
-    assert unopened.open_shard(fresh="fresh") == ["ok", 0]
-    unopened.keep_ledger_at_hand()
+    """A shard that was certified, and whose ledger is at hand however slow the test is."""
+    unopened.certify()
     return unopened

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -25,6 +25,7 @@ Reply = list[Any]
 EPOCH, GENERATION, TENANT = 4, 7, 1
 DAY_MS = 86_400_000
 CHANNEL = "cb:positions"
+RUN_ID, REPLID = "run-1", "repl-1"
 
 
 class Caller(NamedTuple):
@@ -79,10 +80,15 @@ class Shard:
     # --- the owner's scripts
 
     def open_shard(
-        self, owner: Owner = OWNER, *, committed: int = 0, backlog_max: int = 1000, fresh: str = ""
+        self,
+        owner: Owner = OWNER,
+        *,
+        committed: int = 0,
+        backlog_max: int = 1000,
+        run_id: str = RUN_ID,
+        replid: str = REPLID,
     ) -> Reply:
-        keys = [self.keys.meta, self.keys.events]
-        return self._run("open_shard", keys, [*owner, "run-1", "repl-1", backlog_max, committed, fresh])
+        return self._run("open_shard", [self.keys.meta], [*owner, run_id, replid, backlog_max, committed])
 
     def publish_position(
         self, committed: int, owner: Owner = OWNER, *, ledger: str = "here", trim_seq: int = 0, message: str = ""
@@ -105,14 +111,70 @@ class Shard:
         entries = [part for pair in zip(scores or range(len(codes)), codes, strict=True) for part in pair]
         return self._run("load_codes", keys, [*owner, unlent, *entries])
 
+    # --- the scripts of a recovery
+
+    def shut_shard(self, generation: int = GENERATION) -> Reply:
+        return self._run("shut_shard", [self.keys.meta], [generation])
+
+    def wipe_keys(self, doomed: Sequence[str], generation: int = GENERATION) -> Reply:
+        return self._run("wipe_keys", [self.keys.meta, *doomed], [generation])
+
+    def restore_book(
+        self, book_id: str, generation: int = GENERATION, *, quarantined: Sequence[str] = (), **fields: Any
+    ) -> Reply:
+        """`fields` are those that differ from an active book's without limits, coupons or codes."""
+        counters = {"lent": 0, "redeemed": 0, "quarantined": len(quarantined)}
+        sent = {**new_rules(), "version": 1, **counters, **fields}
+        flat = [part for pair in sent.items() for part in pair]
+        keys = [self.keys.meta, self.keys.book(book_id), self.keys.free(book_id), self.keys.quarantine(book_id)]
+        return self._run("restore_book", keys, [generation, len(flat), *flat, *quarantined])
+
+    def restore_coupons(
+        self, book_id: str, coupons: Mapping[str, str], generation: int = GENERATION, tenant_id: int = TENANT
+    ) -> Reply:
+        """`coupons` are codes and their `position uses at_ms user`."""
+        users = [self.keys.coupons(tenant_id, user_of(holder)) for holder in coupons.values()]
+        flat = [part for pair in coupons.items() for part in pair]
+        keys = [self.keys.meta, self.keys.holders(book_id), *users]
+        return self._run("restore_coupons", keys, [generation, book_id, *flat])
+
+    def restore_idem(self, book_id: str, records: Mapping[str, tuple[str, int]], generation: int = GENERATION) -> Reply:
+        """`records` are Idempotency-Keys, each with its record and the milliseconds that it has left."""
+        keys = [self.keys.meta, *(self.idem_key(book_id, idem) for idem in records)]
+        return self._run("restore_idem", keys, [generation, *(part for record in records.values() for part in record)])
+
+    def certify_shard(
+        self, owner: Owner = OWNER, *, run_id: str = RUN_ID, replid: str = REPLID, backlog_max: int = 1000
+    ) -> Reply:
+        keys = [self.keys.meta, self.keys.events]
+        return self._run("certify_shard", keys, [owner.generation, owner.epoch, run_id, replid, backlog_max])
+
     # --- the API's scripts
 
+    def doubt_shard(self, caller: Caller = CALLER) -> Reply:
+        return self._run("doubt_shard", [self.keys.meta], caller[:2])
+
+    def release_coupon(self, book_id: str, code: str, holder: str, caller: Caller = CALLER) -> Reply:
+        """`holder` is `position uses at_ms user`."""
+        keys = [
+            self.keys.meta,
+            self.keys.book(book_id),
+            self.keys.quarantine(book_id),
+            self.keys.holders(book_id),
+            self.keys.coupons(caller.tenant_id, user_of(holder)),
+        ]
+        return self._run("release_coupon", keys, [*caller[:3], book_id, code, holder])
+
     def assign_coupon(self, book_id: str, user_id: str, caller: Caller = CALLER) -> Reply:
-        keys = self._assign_keys(book_id, user_id, caller)
+        keys = [*self._assign_keys(book_id, user_id, caller), *self._idem_keys(book_id, caller)]
         return self._run("assign_coupon", keys, self._assign_args(book_id, user_id, caller))
 
     def assign_code(self, book_id: str, user_id: str, code: str, caller: Caller = CALLER) -> Reply:
-        keys = self._assign_keys(book_id, user_id, caller)
+        keys = [
+            *self._assign_keys(book_id, user_id, caller),
+            self.keys.quarantine(book_id),
+            *self._idem_keys(book_id, caller),
+        ]
         return self._run("assign_code", keys, [*self._assign_args(book_id, user_id, caller), code])
 
     def lock_coupon(
@@ -132,6 +194,7 @@ class Shard:
             self.keys.holders(book_id),
             self.keys.lock(book_id, code),
             self.keys.free(book_id),
+            self.keys.quarantine(book_id),
             *self._idem_keys(book_id, caller),
         ]
         args = [*caller[:3], code, user_id, token, new_token, ttl_ms, caller.fingerprint]
@@ -164,18 +227,26 @@ class Shard:
             self.keys.lock(book_id, code),
             self.keys.free(book_id),
             self.keys.events,
+            self.keys.quarantine(book_id),
             *self._idem_keys(book_id, caller),
         ]
         args = [*caller[:3], code, user_id, token, book_id, reference, metadata, caller.idem, caller.fingerprint]
         return self._run("redeem_coupon", keys, args)
 
     def read_book(self, book_id: str, caller: Caller = CALLER) -> Reply:
-        keys = [self.keys.meta, self.keys.book(book_id), self.keys.holders(book_id)]
+        keys = [self.keys.meta, self.keys.book(book_id), self.keys.holders(book_id), self.keys.free(book_id)]
         return self._run("read_book", keys, caller[:3])
 
     def read_codes(self, book_id: str, codes: Sequence[str], caller: Caller = CALLER) -> Reply:
         locks = [self.keys.lock(book_id, code) for code in codes]
-        keys = [self.keys.meta, self.keys.book(book_id), self.keys.holders(book_id), self.keys.free(book_id), *locks]
+        keys = [
+            self.keys.meta,
+            self.keys.book(book_id),
+            self.keys.holders(book_id),
+            self.keys.free(book_id),
+            self.keys.quarantine(book_id),
+            *locks,
+        ]
         return self._run("read_codes", keys, [*caller[:3], *codes])
 
     def list_coupons(
@@ -192,20 +263,25 @@ class Shard:
             self.keys.holders(book_id),
             self.keys.coupons(caller.tenant_id, user_id),
             self.keys.events,
-            *self._idem_keys(book_id, caller),
         ]
 
     def _assign_args(self, book_id: str, user_id: str, caller: Caller) -> list[str | int]:
         return [*caller[:3], book_id, user_id, caller.idem, caller.fingerprint]
 
     def _idem_keys(self, book_id: str, caller: Caller) -> list[str]:
-        return [self.keys.idem(book_id, caller.idem)] if caller.idem else []
+        return [self.keys.idem(caller.tenant_id, book_id, caller.idem)] if caller.idem else []
 
     def _run(self, name: str, keys: Sequence[str], args: Sequence[Any]) -> Reply:
         reply: Reply = self.server.run.evalsha(self.server.scripts[name].sha, len(keys), *keys, *args)
         return reply
 
     # --- what the tests prepare
+
+    def certify(self, owner: Owner = OWNER, *, backlog_max: int = 1000) -> None:
+        """As at the end of every recovery. The ledger is at hand then, however slow the test is."""
+        assert self.shut_shard(owner.generation) == ["ok"]
+        assert self.certify_shard(owner, backlog_max=backlog_max) == ["ok"]
+        self.keep_ledger_at_hand()
 
     def new_book(self, *codes: str, unlent: int = 0, **rules: Any) -> str:
         """A book with these codes in its pool, dealt in this order. Returns its id."""
@@ -219,6 +295,15 @@ class Shard:
         book_id = self.new_book(code, **rules)
         assert self.assign_coupon(book_id, user_id)[0] == "ok"
         return book_id
+
+    def quarantine(self, book_id: str, *codes: str) -> None:
+        """Codes that are in nobody's hands, as a recovery leaves them."""
+        self.redis.sadd(self.keys.quarantine(book_id), *codes)
+        self.redis.hincrby(self.keys.book(book_id), "quarantined", len(codes))
+
+    def idem_key(self, book_id: str, idem: str) -> str:
+        """The key of a record that a caller of TENANT left."""
+        return self.keys.idem(TENANT, book_id, idem)
 
     def set_rule(self, book_id: str, **rules: Any) -> None:
         """Change a book in place, with no regard for versions: also what only a tamperer could."""
@@ -234,7 +319,7 @@ class Shard:
     def remember(self, book_id: str, idem: str, *answer: str) -> None:
         """What an earlier request with this Idempotency-Key left: its fingerprint and its answer."""
         texts = ",".join(f'"{text}"' for text in answer)
-        self.redis.set(self.keys.idem(book_id, idem), f"[{texts}]", px=DAY_MS)
+        self.redis.set(self.idem_key(book_id, idem), f"[{texts}]", px=DAY_MS)
 
     def hide(self, key: str) -> Callable[[], Any]:
         """Take a key away; what is returned brings it back."""
@@ -263,6 +348,10 @@ class Shard:
     def holders(self, book_id: str) -> dict[str, str]:
         fields: dict[str, str] = self.redis.hgetall(self.keys.holders(book_id))
         return fields
+
+    def quarantined(self, book_id: str) -> set[str]:
+        codes: set[str] = self.redis.smembers(self.keys.quarantine(book_id))
+        return codes
 
     def coupons(self, user_id: str, tenant_id: int = TENANT) -> list[str]:
         members: list[str] = self.redis.zrange(self.keys.coupons(tenant_id, user_id), 0, -1)
@@ -307,6 +396,11 @@ class Shard:
     def writes_nothing(self) -> Any:
         """Not one key differs after the block."""
         return self.writes()
+
+
+def user_of(holder: str) -> str:
+    """Whose a coupon is, from its `position uses at_ms user`."""
+    return holder.split(" ", 3)[3]
 
 
 def new_rules() -> dict[str, str | int]:
@@ -365,7 +459,7 @@ def seen_before(shard: Shard, book_id: str, caller: Caller, *answer: str) -> lis
     return [
         Obstacle("suspect", lambda: shard.set_meta(epoch=EPOCH)),
         Obstacle("replayed", lambda: shard.remember(book_id, caller.idem, "another", *answer)),
-        Obstacle("idempotency_key_reused", lambda: shard.redis.delete(shard.keys.idem(book_id, caller.idem))),
+        Obstacle("idempotency_key_reused", lambda: shard.redis.delete(shard.idem_key(book_id, caller.idem))),
     ]
 
 
@@ -414,6 +508,26 @@ def assert_owned(shard: Shard, ask: Callable[[Owner], Reply]) -> None:
         assert ask(OWNER) == ["suspect"]
     bring_back()
     assert ask(OWNER)[0] != "suspect"
+
+
+def assert_shut_by(shard: Shard, ask: Callable[[int], Reply]) -> None:
+    """On a shard of OWNER's that decides, is in doubt, empty, or was shut in another generation: fenced, nothing written.
+
+    At last the shard is shut, and the script goes through.
+    """
+    for epoch in (str(EPOCH), "doubt", ""):
+        shard.set_meta(epoch=epoch)
+        with shard.writes_nothing():
+            assert ask(GENERATION) == ["fenced"]
+    bring_back = shard.hide(shard.keys.meta)
+    with shard.writes_nothing():
+        assert ask(GENERATION) == ["fenced"]
+    bring_back()
+    assert shard.shut_shard() == ["ok"]
+    for generation in (GENERATION - 1, GENERATION + 1):
+        with shard.writes_nothing():
+            assert ask(generation) == ["fenced"]
+    assert ask(GENERATION) == ["ok"]
 
 
 def wait_until_gone(shard: Shard, key: str) -> None:

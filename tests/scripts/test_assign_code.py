@@ -8,6 +8,7 @@ import pytest
 
 from coupon_svc.domain.events import Event
 from tests.scripts.runner import (
+    CALLER,
     DAY_MS,
     STRANGER,
     TENANT,
@@ -57,8 +58,10 @@ def test_what_is_the_users_already_is_told_and_not_written(shard: Shard) -> None
 def test_what_is_the_users_already_tells_how_many_uses_are_left(shard: Shard) -> None:
     book = shard.new_book("A-1", "B-2", max_redemptions_per_code="3")
     at_ms = shard.assign_code(book, "u", "A-1")[2]
-    position = shard.redeem_coupon(book, "A-1")[3]
-    assert shard.assign_code(book, "u", "A-1") == ["already_yours", "A-1", at_ms, position, "ledger", "2"]
+    shard.redeem_coupon(book, "A-1")
+    assert shard.assign_code(book, "u", "A-1") == ["already_yours", "A-1", at_ms, "4-1/4-2", "ledger", "2"]
+    shard.redeem_coupon(book, "A-1")
+    assert shard.assign_code(book, "u", "A-1") == ["already_yours", "A-1", at_ms, "4-1/4-3", "ledger", "1"]
     shard.set_rule(book, max_redemptions_per_code="")
     assert shard.assign_code(book, "u", "A-1")[5] == ""
 
@@ -76,20 +79,20 @@ def test_what_is_the_users_already_stays_so_whatever_the_book(shard: Shard) -> N
 def test_what_is_the_users_already_is_remembered_under_an_idempotency_key(shard: Shard) -> None:
     book = shard.new_book("A-1")
     first = shard.assign_code(book, "u", "A-1")
-    with shard.writes(f"idem:{book}:key 1"):
+    with shard.writes(f"idem:1:{book}:key 1"):
         assert shard.assign_code(book, "u", "A-1", KEYED) == ["already_yours", *first[1:]]
-    key = shard.keys.idem(book, "key 1")
-    assert json.loads(shard.redis.get(key)) == ["f1", *first[1:]]
+    key = shard.idem_key(book, "key 1")
+    assert json.loads(shard.redis.get(key)) == ["f1", *first[1:], "already_yours"]
     assert DAY_MS - 60_000 < shard.redis.pttl(key) <= DAY_MS
     with shard.writes_nothing():
-        assert shard.assign_code(book, "u", "A-1", KEYED) == ["replayed", *first[1:]]
+        assert shard.assign_code(book, "u", "A-1", KEYED) == ["replayed", *first[1:], "already_yours"]
 
 
 def test_the_same_request_again_is_replayed(shard: Shard) -> None:
     book = shard.new_book("A-1")
-    with shard.writes("meta", f"free:{book}", f"holders:{book}", "coupons:1:u", "events", f"idem:{book}:key 1"):
+    with shard.writes("meta", f"free:{book}", f"holders:{book}", "coupons:1:u", "events", f"idem:1:{book}:key 1"):
         first = shard.assign_code(book, "u", "A-1", KEYED)
-    key = shard.keys.idem(book, "key 1")
+    key = shard.idem_key(book, "key 1")
     assert json.loads(shard.redis.get(key)) == ["f1", *first[1:]]
     assert DAY_MS - 60_000 < shard.redis.pttl(key) <= DAY_MS
     assert (shard.events()[0].idem, shard.events()[0].fingerprint) == ("key 1", "f1")
@@ -105,20 +108,22 @@ def test_replies_come_in_the_documented_order(shard: Shard) -> None:
     known = seen_before(shard, book, KEYED, "A-1", "1", "4-1", "ledger", "1")
     shut = book_is_shut(shard, book)
     room = no_room(shard)
+    shard.quarantine(book, "A-1")
     holder = shard.holders(book)["A-1"]
 
     def give_to_another() -> None:
         shard.redis.hset(shard.keys.holders(book), "A-1", holder[:-1] + "v")
-        shard.redis.delete(shard.keys.idem(book, "key 1"))
+        shard.redis.delete(shard.idem_key(book, "key 1"))
 
     def lend() -> None:
         shard.set_meta(backlog_max=1000)
         assert shard.load_codes(book, ["A-1"]) == ["ok", 1, 1]
         shard.set_meta(backlog_max=0)
 
-    ours = [Obstacle("already_yours", give_to_another, (f"idem:{book}:key 1",))]
+    ours = [Obstacle("already_yours", give_to_another, (f"idem:1:{book}:key 1",))]
     code = [
         Obstacle("already_assigned", lambda: shard.redis.hdel(shard.keys.holders(book), "A-1")),
+        Obstacle("code_quarantined", lambda: shard.redis.srem(shard.keys.quarantine(book), "A-1")),
         Obstacle("user_code_limit", lambda: shard.set_rule(book, max_codes_per_user="")),
         Obstacle("suspect", lambda: shard.set_rule(book, lent=0)),
         Obstacle("not_lent", lend),
@@ -149,7 +154,7 @@ def test_a_code_is_not_taken_for_unlent_while_codes_are_missing(shard: Shard, lo
     shard.assign_code(book, "u", "A-1")
     shard.redis.delete(f"{shard.keys.prefix}{lost}:{book}")
     with shard.writes_nothing():
-        assert shard.assign_code(book, "v", "A-1" if lost == "holders" else "B-2") == ["suspect"]
+        assert shard.assign_code(book, "v", "A-1" if lost == "holders" else "B-2") == ["suspect", "counts"]
 
 
 def test_a_code_that_is_not_here_must_be_lent_first(shard: Shard) -> None:
@@ -178,6 +183,17 @@ def test_a_code_of_another_user_is_refused_and_not_told_whose_it_is(shard: Shard
     shard.assign_code(book, "u", "A-1")
     with shard.writes_nothing():
         assert shard.assign_code(book, "v", "A-1") == ["already_assigned"]
+
+
+def test_a_code_in_quarantine_is_refused_to_everybody_and_stays_there(shard: Shard) -> None:
+    """Also while its book has codes in the pool, and when it is in the pool by mistake."""
+    book = shard.new_book("A-1", "B-2")
+    shard.quarantine(book, "Q-1", "B-2")
+    for code in ("Q-1", "B-2"):
+        for caller in (CALLER, KEYED):
+            with shard.writes_nothing():
+                assert shard.assign_code(book, "u", code, caller) == ["code_quarantined"]
+    assert shard.assign_code(book, "u", "A-1")[0] == "ok"
 
 
 def test_a_user_holds_no_more_codes_than_the_book_allows(shard: Shard) -> None:

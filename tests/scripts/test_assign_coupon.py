@@ -77,9 +77,9 @@ def test_a_book_without_a_redemption_limit_says_so(shard: Shard) -> None:
 
 def test_the_idempotency_key_is_kept_for_a_day_with_the_answer(shard: Shard) -> None:
     book = shard.new_book("A-1", "B-2")
-    with shard.writes("meta", f"free:{book}", f"holders:{book}", "coupons:1:u", "events", f"idem:{book}:key 1"):
+    with shard.writes("meta", f"free:{book}", f"holders:{book}", "coupons:1:u", "events", f"idem:1:{book}:key 1"):
         reply = shard.assign_coupon(book, "u", KEYED)
-    key = shard.keys.idem(book, "key 1")
+    key = shard.idem_key(book, "key 1")
     assert json.loads(shard.redis.get(key)) == ["f1", *reply[1:]]
     assert DAY_MS - 60_000 < shard.redis.pttl(key) <= DAY_MS
     assert (shard.events()[0].idem, shard.events()[0].fingerprint) == ("key 1", "f1")
@@ -120,12 +120,12 @@ def test_replies_come_in_the_documented_order(shard: Shard) -> None:
     known = seen_before(shard, book, KEYED, "A-1", "1", "4-1", "ledger", "1")
     shut = book_is_shut(shard, book)
     room = no_room(shard)
-    shard.set_rule(book, lent=2, unlent=1)
+    shard.set_rule(book, lent=2, unlent=0)
     pool = [
         Obstacle("user_code_limit", lambda: shard.set_rule(book, max_codes_per_user="")),
         Obstacle("suspect", lambda: shard.set_rule(book, lent=1)),
-        Obstacle("refilling", lambda: shard.set_rule(book, unlent=0)),
-        Obstacle("book_exhausted", lambda: shard.load_codes(book, ["B-2"])),
+        Obstacle("book_exhausted", lambda: shard.set_rule(book, unlent=1)),
+        Obstacle("refilling", lambda: shard.load_codes(book, ["B-2"], unlent=1)),
     ]
     unknown = book_is_unknown(shard, book)
     last = peel(shard, lambda: shard.assign_coupon(book, "u", KEYED), [*known, *unknown, *shut, *pool, *room])
@@ -166,7 +166,7 @@ def test_codes_that_are_gone_are_no_sold_out_book(shard: Shard, lost: str) -> No
     if lost in ("holders", "both"):
         shard.redis.delete(shard.keys.holders(book))
     with shard.writes_nothing():
-        assert shard.assign_coupon(book, "v") == ["suspect"]
+        assert shard.assign_coupon(book, "v") == ["suspect", "counts"]
 
 
 def test_a_book_that_is_not_there_is_not_loaded(shard: Shard) -> None:
@@ -236,6 +236,17 @@ def test_an_empty_pool_is_refilled_while_postgres_keeps_codes_back(shard: Shard)
         assert shard.assign_coupon(book, "u") == ["book_exhausted"]
 
 
+def test_codes_in_quarantine_are_never_dealt_and_do_not_count_as_missing(shard: Shard) -> None:
+    book = shard.new_book("A-1")
+    shard.quarantine(book, "Q-1", "Q-2")
+    assert shard.assign_coupon(book, "u")[:2] == ["ok", "A-1"]
+    with shard.writes_nothing():
+        assert shard.assign_coupon(book, "u") == ["book_exhausted"]
+    shard.set_rule(book, unlent=1)
+    with shard.writes_nothing():
+        assert shard.assign_coupon(book, "u") == ["refilling"]
+
+
 def test_the_backlog_has_its_bound_and_the_code_stays_in_the_pool(shard: Shard) -> None:
     assert shard.open_shard(backlog_max=2) == ["ok", 0]
     shard.keep_ledger_at_hand()
@@ -243,14 +254,14 @@ def test_the_backlog_has_its_bound_and_the_code_stays_in_the_pool(shard: Shard) 
     assert [shard.assign_coupon(book, "u")[0] for _ in range(2)] == ["ok", "ok"]
     with shard.writes_nothing():
         assert shard.assign_coupon(book, "u") == ["backlog_full"]
-    assert shard.publish_position(1) == ["ok"]
+    assert shard.publish_position(1) == ["ok", 2]
     assert shard.assign_coupon(book, "u")[0] == "ok"
 
 
 @pytest.mark.parametrize("ack", ["ledger", "redis"])
 def test_a_ledger_that_is_away_stops_only_books_that_wait_for_it(shard: Shard, ack: str) -> None:
     book = shard.new_book("A-1", ack=ack)
-    assert shard.publish_position(0, ledger="away") == ["ok"]
+    assert shard.publish_position(0, ledger="away") == ["ok", 0]
     if ack == "ledger":
         with shard.writes_nothing():
             assert shard.assign_coupon(book, "u") == ["ledger_behind"]

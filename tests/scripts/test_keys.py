@@ -46,7 +46,7 @@ def test_a_user_id_of_any_shape_goes_through_a_coupons_life(shard: Shard, user_i
     assert shard.redeem_coupon(book, code, keyed[2]) == ["replayed", *redeemed[1:]]
     assert shard.unlock_coupon(book, code, "t1", keyed[3]) == ["ok"]
     assert shard.unlock_coupon(book, code, "t1", keyed[3]) == ["replayed"]
-    assert shard.read_codes(book, [code])[4][0].split(" ", 3) == ["4-2", "1", first[2], user_id]
+    assert shard.read_codes(book, [code])[4][0].split(" ", 3) == ["4-1/4-2", "1", first[2], user_id]
     assigned, spent = shard.events()
     assert (assigned.user_id, assigned.idem) == (user_id, keyed[0].idem)
     assert (spent.user_id, spent.reference, spent.metadata, spent.idem) == (user_id, user_id, user_id, keyed[2].idem)
@@ -62,7 +62,7 @@ def test_every_key_has_the_shards_tag_and_only_locks_and_idempotency_keys_end(sh
     shard.unlock_coupon(book, "B-2", "t2", Caller(idem="5", fingerprint="f"))
     shard.publish_position(1, trim_seq=1)
     kept = {"meta", "events", f"book:{book}", f"free:{book}", f"holders:{book}", "coupons:1:{x}", "coupons:1:u"}
-    ending = {f"lock:{book}:A-1", *(f"idem:{book}:{key}" for key in ("{1}", "2", "3", "4", "5"))}
+    ending = {f"lock:{book}:A-1", *(f"idem:1:{book}:{key}" for key in ("{1}", "2", "3", "4", "5"))}
     found = shard.snapshot()
     assert {name for name, (_, ends_at) in found.items() if ends_at == -1} == kept
     assert {name for name, (_, ends_at) in found.items() if ends_at != -1} == ending

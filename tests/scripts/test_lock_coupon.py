@@ -86,9 +86,9 @@ def test_a_lock_that_ran_out_is_nobodys(shard: Shard) -> None:
 
 def test_the_same_request_again_is_replayed(shard: Shard) -> None:
     book = shard.assigned()
-    with shard.writes(f"lock:{book}:A-1", f"idem:{book}:key 1"):
+    with shard.writes(f"lock:{book}:A-1", f"idem:1:{book}:key 1"):
         first = shard.lock_coupon(book, "A-1", KEYED, new_token="t1")
-    key = shard.keys.idem(book, "key 1")
+    key = shard.idem_key(book, "key 1")
     assert json.loads(shard.redis.get(key)) == ["f1", *first[1:]]
     assert DAY_MS - 60_000 < shard.redis.pttl(key) <= DAY_MS
     with shard.writes_nothing():
@@ -114,7 +114,9 @@ def test_replies_come_in_the_documented_order(shard: Shard) -> None:
     room = no_room(shard, ledger=False)
     held = f"4-1 1 {shard.now_ms()} u"
     shard.redis.delete(shard.keys.holders(book))
+    shard.quarantine(book, "A-1")
     coupon = [
+        Obstacle("code_quarantined", lambda: shard.redis.srem(shard.keys.quarantine(book), "A-1")),
         Obstacle("suspect", lambda: shard.set_rule(book, lent=0)),
         Obstacle("not_assigned", lambda: shard.redis.hset(shard.keys.holders(book), "A-1", held)),
         Obstacle("not_holder", lambda: asked.update(user_id="u")),
@@ -145,7 +147,7 @@ def test_a_code_is_not_taken_for_unassigned_while_codes_are_missing(shard: Shard
     shard.redis.delete(f"{shard.keys.prefix}{lost}:{book}")
     for code in ("A-1", "B-2") if lost == "holders" else ("B-2",):
         with shard.writes_nothing():
-            assert shard.lock_coupon(book, code) == ["suspect"]
+            assert shard.lock_coupon(book, code) == ["suspect", "counts"]
 
 
 def test_a_book_that_is_not_there_is_not_loaded(shard: Shard) -> None:
@@ -159,6 +161,16 @@ def test_a_book_of_another_tenant_does_not_exist(shard: Shard) -> None:
         assert shard.lock_coupon(book, "A-1", STRANGER) == ["book_not_found"]
 
 
+def test_a_code_in_quarantine_is_refused(shard: Shard) -> None:
+    book = shard.new_book("A-1")
+    shard.quarantine(book, "Q-1")
+    for user_id, token in (("", ""), ("u", ""), ("", "t1")):
+        with shard.writes_nothing():
+            assert shard.lock_coupon(book, "Q-1", KEYED, user_id=user_id, token=token) == ["code_quarantined"]
+    with shard.writes_nothing():
+        assert shard.lock_coupon(book, "A-1") == ["not_assigned"]
+
+
 def test_only_the_holder_may_be_named(shard: Shard) -> None:
     book = shard.assigned()
     with shard.writes_nothing():
@@ -169,7 +181,7 @@ def test_only_the_holder_may_be_named(shard: Shard) -> None:
 def test_a_spent_coupon_cannot_be_locked_and_a_partly_used_one_can(shard: Shard) -> None:
     book = shard.assigned(max_redemptions_per_code="2")
     shard.redeem_coupon(book, "A-1")
-    assert shard.lock_coupon(book, "A-1", new_token="t1")[5] == "4-2"
+    assert shard.lock_coupon(book, "A-1", new_token="t1")[5] == "4-1/4-2"
     shard.redeem_coupon(book, "A-1", token="t1")
     with shard.writes_nothing():
         assert shard.lock_coupon(book, "A-1") == ["already_redeemed"]

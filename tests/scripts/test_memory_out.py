@@ -23,10 +23,9 @@ def tight_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def shard(tight_server: Server) -> Iterator[Shard]:
-    """An opened shard. `out_of_memory` makes it tight; afterwards there is memory again."""
+    """A certified shard. `out_of_memory` makes it tight; afterwards there is memory again."""
     shard = Shard(tight_server)
-    assert shard.open_shard(fresh="fresh") == ["ok", 0]
-    shard.keep_ledger_at_hand()
+    shard.certify()
     yield shard
     shard.redis.config_set("maxmemory", 0)
 
@@ -81,10 +80,26 @@ def test_the_owner_goes_on_to_publish_and_trim_and_to_open(shard: Shard) -> None
     shard.assign_coupon(book, "u")
     shard.assign_coupon(book, "u")
     out_of_memory(shard)
-    assert shard.publish_position(2, trim_seq=2, message="0 4 2") == ["ok"]
+    assert shard.publish_position(2, trim_seq=2, message="0 4 2") == ["ok", 2]
     assert len(shard.entries()) == 1
     assert shard.open_shard(committed=2) == ["ok", 2]
     assert shard.put_book(book, 2, known=True, status="paused") == ["ok"]
+
+
+def test_a_recovery_goes_on_with_all_its_steps(shard: Shard) -> None:
+    """A shard that is shut for lack of memory would never be opened again."""
+    book = shard.assigned()
+    holder = shard.holders(book)["A-1"]
+    out_of_memory(shard)
+    assert shard.doubt_shard() == ["ok"]
+    assert shard.shut_shard() == ["ok"]
+    assert shard.wipe_keys([shard.keys.book(book), shard.keys.holders(book), shard.keys.coupons(1, "u")]) == ["ok"]
+    assert shard.restore_book(book, lent=1, quarantined=["Q-1"]) == ["ok"]
+    assert shard.restore_coupons(book, {"A-1": holder}) == ["ok"]
+    assert shard.restore_idem(book, {"key 1": ('["f1"]', 1000)}) == ["ok"]
+    assert shard.certify_shard() == ["ok"]
+    assert shard.release_coupon(book, "Q-1", "3-9 0 1700000000000 u") == ["ok"]
+    assert shard.list_coupons("u") == ["ok", [f"{book}:A-1", f"{book}:Q-1"]]
 
 
 def test_reads_go_on(shard: Shard) -> None:

@@ -25,7 +25,7 @@ def test_the_position_and_the_time_are_noted(shard: Shard) -> None:
     with_events(shard, 2)
     meta, before = shard.meta(), shard.now_ms()
     with shard.writes("meta"):
-        assert shard.publish_position(1) == ["ok"]
+        assert shard.publish_position(1) == ["ok", 2]
     after = shard.meta()
     assert before <= int(after.pop("ledger_at_ms")) <= shard.now_ms()
     assert after == {**{name: meta[name] for name in after}, "committed": "1"}
@@ -34,18 +34,18 @@ def test_the_position_and_the_time_are_noted(shard: Shard) -> None:
 
 def test_a_ledger_that_is_away_is_noted_as_never_seen(shard: Shard) -> None:
     with_events(shard, 1)
-    assert shard.publish_position(0, ledger="away") == ["ok"]
+    assert shard.publish_position(0, ledger="away") == ["ok", 1]
     assert (shard.meta()["committed"], shard.meta()["ledger_at_ms"]) == ("0", "0")
 
 
 def test_the_same_position_may_be_told_again_but_none_that_goes_back_or_ahead(shard: Shard) -> None:
     with_events(shard, 2)
-    assert shard.publish_position(1) == ["ok"]
-    assert shard.publish_position(1) == ["ok"]
+    assert shard.publish_position(1) == ["ok", 2]
+    assert shard.publish_position(1) == ["ok", 2]
     for committed in (0, 3):
         with shard.writes_nothing():
             assert shard.publish_position(committed) == ["suspect"]
-    assert shard.publish_position(2) == ["ok"]
+    assert shard.publish_position(2) == ["ok", 2]
 
 
 def test_only_the_owner_publishes(shard: Shard) -> None:
@@ -70,14 +70,14 @@ def test_who_listens_is_told(shard: Shard) -> None:
 def test_events_below_trim_seq_are_dropped(shard: Shard) -> None:
     with_events(shard, 5)
     with shard.writes("meta", "events"):
-        assert shard.publish_position(4, trim_seq=3) == ["ok"]
+        assert shard.publish_position(4, trim_seq=3) == ["ok", 5]
     assert ids(shard) == ["4-3", "4-4", "4-5"]
 
 
 def test_the_trim_is_exact_in_a_long_stream(shard: Shard) -> None:
     """An approximate one would leave whole nodes of a hundred entries."""
     with_events(shard, 150)
-    assert shard.publish_position(150, trim_seq=121) == ["ok"]
+    assert shard.publish_position(150, trim_seq=121) == ["ok", 150]
     assert ids(shard) == [f"4-{seq}" for seq in range(121, 151)]
 
 
@@ -85,13 +85,13 @@ def test_the_trim_is_exact_in_a_long_stream(shard: Shard) -> None:
 def test_nothing_is_trimmed_that_the_ledger_has_not(shard: Shard, trim_seq: int) -> None:
     with_events(shard, 5)
     with shard.writes("meta"):
-        assert shard.publish_position(3, trim_seq=trim_seq) == ["ok"]
+        assert shard.publish_position(3, trim_seq=trim_seq) == ["ok", 5]
     assert len(shard.events()) == 5
 
 
 def test_the_last_event_that_the_ledger_has_is_kept(shard: Shard) -> None:
     with_events(shard, 3)
-    assert shard.publish_position(3, trim_seq=3) == ["ok"]
+    assert shard.publish_position(3, trim_seq=3) == ["ok", 3]
     assert ids(shard) == ["4-3"]
 
 
@@ -112,7 +112,7 @@ def test_a_book_goes_on_at_the_next_position_after_a_trim(shard: Shard) -> None:
 def test_big_numbers_stay_exact_text(shard: Shard) -> None:
     seq = 2**53 - 10
     shard.set_meta(seq=seq, committed=seq - 3)
-    assert shard.publish_position(seq - 1) == ["ok"]
+    assert shard.publish_position(seq - 1) == ["ok", seq]
     meta = shard.meta()
     assert meta["committed"] == str(seq - 1)
     assert len(meta["ledger_at_ms"]) == 13

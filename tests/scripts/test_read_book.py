@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.scripts.runner import EPOCH, STRANGER, Obstacle, Shard, assert_fenced, book_is_shut, book_is_unknown, peel
 
 
@@ -30,7 +32,19 @@ def test_replies_come_in_the_documented_order(shard: Shard) -> None:
     book = shard.assigned()
     shard.set_meta(epoch=EPOCH + 1)
     doubt = Obstacle("suspect", lambda: shard.set_meta(epoch=EPOCH))
-    assert peel(shard, lambda: shard.read_book(book), [doubt, *book_is_unknown(shard, book)])[0] == "ok"
+    shard.set_rule(book, lent=2)
+    missing = Obstacle("suspect", lambda: shard.set_rule(book, lent=1))
+    assert peel(shard, lambda: shard.read_book(book), [doubt, *book_is_unknown(shard, book), missing])[0] == "ok"
+
+
+@pytest.mark.parametrize("lost", ["free", "holders", "both"])
+def test_codes_that_are_missing_are_suspect(shard: Shard, lost: str) -> None:
+    book = shard.new_book("A-1", "B-2")
+    shard.assign_coupon(book, "u")
+    for name in ("free", "holders") if lost == "both" else (lost,):
+        shard.redis.delete(f"{shard.keys.prefix}{name}:{book}")
+    with shard.writes_nothing():
+        assert shard.read_book(book) == ["suspect", "counts"]
 
 
 def test_a_shard_in_doubt_is_suspect(shard: Shard) -> None:

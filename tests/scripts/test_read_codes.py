@@ -22,6 +22,16 @@ def test_holders_and_locks_are_told_in_the_order_asked(shard: Shard) -> None:
     assert 50_000 < locks[3] <= 60_000
 
 
+def test_codes_in_quarantine_are_told(shard: Shard) -> None:
+    """But a coupon is its holder's, whatever else is said of its code."""
+    book = shard.new_book("A-1", "B-2")
+    at_ms = shard.assign_coupon(book, "u")[2]
+    shard.quarantine(book, "Q-1", "A-1")
+    with shard.writes_nothing():
+        holders = shard.read_codes(book, ["Q-1", "A-1", "B-2", "X-9"])[4]
+    assert holders == ["quarantined", f"4-1 0 {at_ms} u", "", ""]
+
+
 def test_a_book_without_a_redemption_limit_says_so(shard: Shard) -> None:
     book = shard.assigned(max_redemptions_per_code="")
     assert shard.read_codes(book, ["A-1"])[2:4] == ["ledger", ""]
@@ -62,7 +72,7 @@ def test_codes_that_are_missing_are_suspect(shard: Shard, lost: str) -> None:
     shard.assign_coupon(book, "u")
     shard.redis.delete(f"{shard.keys.prefix}{lost}:{book}")
     for code in ("A-1", "B-2", "X-9"):
-        assert shard.read_codes(book, [code]) == ["suspect"]
+        assert shard.read_codes(book, [code]) == ["suspect", "counts"]
 
 
 def test_a_shard_in_doubt_is_suspect(shard: Shard) -> None:

@@ -35,7 +35,7 @@ def test_a_coupon_is_redeemed(shard: Shard) -> None:
         )
     assert (outcome, user_id, position, uses, left) == ("ok", "u", "4-2", "1", "0")
     assert before <= int(at_ms) <= shard.now_ms()
-    assert shard.holders(book) == {"A-1": f"4-2 1 {assigned_at_ms} u"}
+    assert shard.holders(book) == {"A-1": f"4-1/4-2 1 {assigned_at_ms} u"}
     assert shard.entries()[1] == (
         "4-2",
         {
@@ -81,6 +81,14 @@ def test_a_code_is_counted_as_redeemed_with_its_last_use(shard: Shard) -> None:
     assert [event.uses for event in shard.events()[1:]] == [1, 2, 3]
     with shard.writes_nothing():
         assert shard.redeem_coupon(book, "A-1") == ["already_redeemed"]
+
+
+def test_the_position_of_the_assignment_stays_in_front_of_the_last_ones(shard: Shard) -> None:
+    book = shard.assigned(max_redemptions_per_code="")
+    at_ms = shard.holders(book)["A-1"].split(" ")[2]
+    for uses in (1, 2, 3):
+        assert shard.redeem_coupon(book, "A-1")[3] == f"4-{uses + 1}"
+        assert shard.holders(book) == {"A-1": f"4-1/4-{uses + 1} {uses} {at_ms} u"}
 
 
 def test_a_use_that_is_not_the_last_leaves_the_book_alone(shard: Shard) -> None:
@@ -132,9 +140,9 @@ def test_a_token_that_is_not_the_locks_is_refused(shard: Shard) -> None:
 def test_the_same_request_again_is_replayed(shard: Shard) -> None:
     book = shard.assigned()
     shard.lock_coupon(book, "A-1", new_token="t1")
-    with shard.writes("meta", f"book:{book}", f"holders:{book}", f"lock:{book}:A-1", "events", f"idem:{book}:key 1"):
+    with shard.writes("meta", f"book:{book}", f"holders:{book}", f"lock:{book}:A-1", "events", f"idem:1:{book}:key 1"):
         first = shard.redeem_coupon(book, "A-1", KEYED, token="t1")
-    key = shard.keys.idem(book, "key 1")
+    key = shard.idem_key(book, "key 1")
     assert json.loads(shard.redis.get(key)) == ["f1", *first[1:]]
     assert DAY_MS - 60_000 < shard.redis.pttl(key) <= DAY_MS
     assert (shard.events()[1].idem, shard.events()[1].fingerprint) == ("key 1", "f1")
@@ -153,7 +161,9 @@ def test_replies_come_in_the_documented_order(shard: Shard) -> None:
     room = no_room(shard)
     held = f"4-1 1 {shard.now_ms()} u"
     shard.redis.delete(shard.keys.holders(book))
+    shard.quarantine(book, "A-1")
     coupon = [
+        Obstacle("code_quarantined", lambda: shard.redis.srem(shard.keys.quarantine(book), "A-1")),
         Obstacle("suspect", lambda: shard.set_rule(book, lent=0)),
         Obstacle("not_assigned", lambda: shard.redis.hset(shard.keys.holders(book), "A-1", held)),
         Obstacle("not_holder", lambda: asked.update(user_id="u")),
@@ -185,7 +195,7 @@ def test_a_code_is_not_taken_for_unassigned_while_codes_are_missing(shard: Shard
     shard.redis.delete(f"{shard.keys.prefix}{lost}:{book}")
     for code in ("A-1", "B-2") if lost == "holders" else ("B-2",):
         with shard.writes_nothing():
-            assert shard.redeem_coupon(book, code) == ["suspect"]
+            assert shard.redeem_coupon(book, code) == ["suspect", "counts"]
 
 
 def test_a_book_that_is_not_there_is_not_loaded(shard: Shard) -> None:
@@ -197,6 +207,16 @@ def test_a_book_of_another_tenant_does_not_exist(shard: Shard) -> None:
     book = shard.assigned()
     with shard.writes_nothing():
         assert shard.redeem_coupon(book, "A-1", STRANGER) == ["book_not_found"]
+
+
+def test_a_code_in_quarantine_is_refused(shard: Shard) -> None:
+    book = shard.new_book("A-1")
+    shard.quarantine(book, "Q-1")
+    for user_id, token in (("", ""), ("u", ""), ("", "t1")):
+        with shard.writes_nothing():
+            assert shard.redeem_coupon(book, "Q-1", KEYED, user_id=user_id, token=token) == ["code_quarantined"]
+    with shard.writes_nothing():
+        assert shard.redeem_coupon(book, "A-1") == ["not_assigned"]
 
 
 def test_only_the_holder_may_be_named(shard: Shard) -> None:
@@ -234,4 +254,4 @@ def test_big_numbers_stay_exact_text(shard: Shard) -> None:
     shard.set_meta(seq=seq, committed=seq)
     shard.redis.hset(shard.keys.holders(book), "A-1", f"4-{seq} {uses} {at_ms} u")
     assert shard.redeem_coupon(book, "A-1")[3:] == [f"4-{seq + 1}", str(uses + 1), "7"]
-    assert shard.holders(book) == {"A-1": f"4-{seq + 1} {uses + 1} {at_ms} u"}
+    assert shard.holders(book) == {"A-1": f"4-{seq}/4-{seq + 1} {uses + 1} {at_ms} u"}

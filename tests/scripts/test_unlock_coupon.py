@@ -50,9 +50,9 @@ def test_somebody_elses_lock_stays(shard: Shard) -> None:
 
 def test_the_same_request_again_is_replayed_though_somebody_else_has_locked(shard: Shard) -> None:
     book = locked(shard)
-    with shard.writes(f"lock:{book}:A-1", f"idem:{book}:key 1"):
+    with shard.writes(f"lock:{book}:A-1", f"idem:1:{book}:key 1"):
         assert shard.unlock_coupon(book, "A-1", "t1", KEYED) == ["ok"]
-    key = shard.keys.idem(book, "key 1")
+    key = shard.idem_key(book, "key 1")
     assert json.loads(shard.redis.get(key)) == ["f1"]
     assert DAY_MS - 60_000 < shard.redis.pttl(key) <= DAY_MS
     shard.lock_coupon(book, "A-1", new_token="t2")
