@@ -1,4 +1,4 @@
-# One image for all parts: `api`, `writer`, `migrate`, `keys …` (see compose.yaml).
+# One image for all parts: `api`, `writer`, `migrate`, and the operator's commands, `verify` and others (see compose.yaml).
 
 FROM python:3.12-slim AS build
 WORKDIR /src

@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run demo test check clean
+.PHONY: help install run demo test chaos check clean
 
 help: ## Print the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ demo: install ## The life of a coupon, step by step, without a human
 
 test: install ## All tests, against servers they start themselves
 	$(BIN)/python -m pytest
+
+chaos: install ## Faults under load, 100 seeded runs (RUNS=…): clients record, then everything is compared
+	$(BIN)/python -m tests.chaos --runs $(or $(RUNS),100)
 
 check: install ## Style, types, import direction, Lua headers
 	$(BIN)/ruff check .

@@ -191,7 +191,11 @@ def _verify(args: argparse.Namespace) -> int:
     from coupon_svc.ops.verify import run_verify
 
     settings = load_settings()
-    stored = _with_database(settings, lambda connection: connection.fetchval("SELECT shards FROM settings"))
+    try:
+        stored = _with_database(settings, lambda connection: connection.fetchval("SELECT shards FROM settings"))
+    except LedgerUnavailable as error:
+        print(f"coupon-svc verify: Postgres cannot be read ({error}); nothing is shown.", file=sys.stderr)
+        return 2
     return run_verify(msgspec.structs.replace(settings, shards=stored), as_json=args.json)
 
 

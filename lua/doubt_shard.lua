@@ -14,5 +14,5 @@ Replies, the first that applies
   ok
 ]]
 -- include: fence
-redis.call("HSET", KEYS[1], "epoch", "doubt")
+redis.call("HSET", KEYS[1], "epoch", "doubt", "was", ARGV[1])
 return {"ok"}

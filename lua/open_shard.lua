@@ -15,14 +15,17 @@ Args
 
 Replies, the first that applies
   fenced     a newer owner has been here
-  suspect    empty, of another epoch, certified on another Redis, or behind the ledger
+  suspect    empty, of another epoch, certified on another Redis, behind the ledger, or told of more than it has
   ok         seq
 ]]
-local meta = redis.call("HMGET", KEYS[1], "epoch", "generation", "seq", "run_id", "replid")
+local meta = redis.call("HMGET", KEYS[1], "epoch", "generation", "seq", "run_id", "replid", "committed")
 if meta[2] and tonumber(meta[2]) > tonumber(ARGV[2]) then
   return {"fenced"}
 end
-if meta[1] ~= ARGV[1] or tonumber(meta[3]) < tonumber(ARGV[6]) or meta[4] ~= ARGV[3] or meta[5] ~= ARGV[4] then
+if meta[1] ~= ARGV[1] or meta[4] ~= ARGV[3] or meta[5] ~= ARGV[4] then
+  return {"suspect"}
+end
+if tonumber(meta[3]) < tonumber(ARGV[6]) or tonumber(meta[6]) > tonumber(ARGV[6]) then
   return {"suspect"}
 end
 -- include: clock

@@ -11,7 +11,7 @@ Keys
 
 Args
   ARGV[1] generation   int   of the owner
-  ARGV[2] fields       int   how many of the following are fields and values of the book
+  ARGV[2] fields       int   how many of the following are fields and values of the book; 0 with more of its codes
   ARGV[3…] rules       text  field, value, field, value …; then quarantined codes; at most 4000 in all
 
 Replies, the first that applies
@@ -19,9 +19,11 @@ Replies, the first that applies
   ok
 ]]
 -- include: recoverer
-redis.call("UNLINK", KEYS[3], KEYS[4])
 local fields = tonumber(ARGV[2])
-redis.call("HSET", KEYS[2], unpack(ARGV, 3, 2 + fields))
+if fields > 0 then
+  redis.call("UNLINK", KEYS[3], KEYS[4])
+  redis.call("HSET", KEYS[2], unpack(ARGV, 3, 2 + fields))
+end
 for i = 3 + fields, #ARGV do
   redis.call("SADD", KEYS[4], ARGV[i])
 end

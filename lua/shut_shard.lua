@@ -12,9 +12,12 @@ Replies, the first that applies
   fenced     a newer owner has been here
   ok
 ]]
-local generation = redis.call("HGET", KEYS[1], "generation")
-if generation and tonumber(generation) > tonumber(ARGV[1]) then
+local meta = redis.call("HMGET", KEYS[1], "generation", "epoch")
+if meta[1] and tonumber(meta[1]) > tonumber(ARGV[1]) then
   return {"fenced"}
+end
+if meta[2] and tonumber(meta[2]) then
+  redis.call("HSET", KEYS[1], "was", meta[2])
 end
 redis.call("HSET", KEYS[1], "epoch", "recovering", "generation", ARGV[1])
 return {"ok"}

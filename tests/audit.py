@@ -196,7 +196,7 @@ async def read_redis(stack: Stack) -> Redis:
 
 def _holder(value: str) -> Holder:
     position, uses, at_ms, user_id = value.split(" ", 3)
-    epoch, _, seq = position.partition("-")
+    epoch, _, seq = position.rpartition("/")[2].partition("-")
     return Holder(int(epoch), int(seq), int(uses), int(at_ms), user_id)
 
 

@@ -18,7 +18,8 @@ from coupon_svc.config import Settings, load_settings, variable
 ROOT = Path(__file__).parent.parent
 VARIABLES = {variable(field.name) for field in msgspec.structs.fields(Settings)}
 KNOWN_KEYS = {
-    "build", "command", "depends_on", "environment", "healthcheck", "image", "ports", "restart", "volumes",
+    "build", "command", "depends_on", "environment", "healthcheck", "image", "ports", "restart",
+    "stop_grace_period", "volumes",
 }  # fmt: skip
 LONG_RUNNING = ("valkey", "postgres", "api", "writer")
 
@@ -109,8 +110,26 @@ def test_every_command_in_compose_exists(compose: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
 def test_every_command_in_the_documents_exists(path: Path) -> None:
-    for command in re.findall(r"`coupon-svc ([a-z]+)", path.read_text()):
-        assert command in commands()
+    """In the text (`coupon-svc …`) and in blocks to be typed, with its action where it has some."""
+    known = commands()
+    with_actions = {command.partition(" ")[0] for command in known if " " in command}
+    for first, second in re.findall(r"(?:`|^    )coupon-svc ([a-z]+)(?: ([a-z]+))?", path.read_text(), re.MULTILINE):
+        assert first in known
+        assert not second or f"{first} {second}" in known or first not in with_actions, (first, second)
+
+
+def test_every_command_is_explained() -> None:
+    rows = re.findall(r"^\| (`coupon-svc [^|]+) \|", (ROOT / "docs" / "deployment.md").read_text(), re.MULTILINE)
+    told = {name for row in rows for name in re.findall(r"`coupon-svc ([a-z ]+)`", row)}
+    known = commands()
+    assert told == {name for name in known if not any(other.startswith(f"{name} ") for other in known)}
+
+
+def test_parts_are_given_time_to_end(compose: dict[str, Any]) -> None:
+    told = re.search(r"Give them (\d+) s before they are killed", (ROOT / "docs" / "deployment.md").read_text())
+    assert told
+    for name in ("api", "writer"):
+        assert compose["services"][name]["stop_grace_period"] == f"{told[1]}s"
 
 
 def test_images_are_pinned_by_major_version(compose: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from coupon_svc.api.operations import OPERATIONS
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.domain.shards import shard_tag
 from coupon_svc.store.keys import POSITIONS_CHANNEL, ShardKeys
+from tests.chaos import FAULTS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -46,8 +48,24 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_file_named_exists(path: Path) -> None:
     for name in re.findall(r"`([^`\n]+)`", path.read_text()):
-        if _PATH.fullmatch(name) and not name.startswith(".data/"):
+        if re.fullmatch(r"test_\w+\.py", name):  # a test may be named alone
+            assert (ROOT / "tests" / name).exists(), name
+        elif _PATH.fullmatch(name) and not name.startswith(".data/"):
             assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_fault_named_is_injected(path: Path) -> None:
+    assert set(re.findall(r"`(?:test_chaos\.py)?\[([a-z_]+)\]`", path.read_text())) <= set(FAULTS)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_module_to_be_run_has_the_options_told(path: Path) -> None:
+    for module, options in re.findall(r"(?:`|^    )python -m ([\w.]+)((?: --\w+)*)", path.read_text(), re.MULTILINE):
+        spec = importlib.util.find_spec(module)
+        assert spec is not None, module
+        assert spec.origin is not None, module
+        assert [option for option in options.split() if f'"{option}"' not in Path(spec.origin).read_text()] == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -110,6 +128,37 @@ def test_every_script_that_writes_is_named_beside_the_keys() -> None:
     writing = [path.name for path in (ROOT / "lua").glob("*.lua") if "flags=no-writes" not in path.read_text()]
     assert writing
     assert [name for name in writing if f"`lua/{name}`" not in text] == []
+
+
+def test_every_script_is_named_in_some_document() -> None:
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
+    assert [path.name for path in (ROOT / "lua").glob("*.lua") if f"lua/{path.name}`" not in text] == []
+
+
+def test_the_words_that_stand_for_no_epoch_are_described() -> None:
+    written = set()
+    for path in (ROOT / "lua").glob("*.lua"):
+        written |= set(re.findall(r'"epoch", "([a-z]+)"', path.read_text()))
+    written.discard("generation")  # a field that is read beside it
+    assert written == {"doubt", "recovering"}
+    text = (DOCS / "redis.md").read_text()
+    assert [word for word in written if f"`{word}`" not in text] == []
+
+
+def test_every_column_is_described() -> None:
+    """By its name, below the name of its table."""
+    text = (DOCS / "database.md").read_text().partition("## Tables")[2].partition("\n## ")[0]
+    parts = re.split(r"\*\*`(\w+)`\*\*", text)
+    told = dict(zip(parts[1::2], parts[2::2], strict=True))
+    missing = []
+    statements = re.sub(r"--[^\n]*", "", SQL)
+    for kind in (r"CREATE TABLE (\w+) \((.*?)\n\);", r"ALTER TABLE (\w+)(.*?);"):
+        for table, body in re.findall(kind, statements, re.DOTALL):
+            column = r"ADD COLUMN (\w+)" if kind.startswith("ALTER") else r"^    ([a-z]\w*) "
+            columns = re.findall(column, body, re.MULTILINE)
+            assert columns, table
+            missing += [f"{table}.{column}" for column in columns if f"`{column}`" not in told[table]]
+    assert missing == []
 
 
 def test_every_table_and_constraint_is_described() -> None:

@@ -292,6 +292,7 @@ class Lender:
 
     async def lend(self, book_id: str, count: int) -> list[str]:
         lease = await lease_block(self.connection, "test", self._owned, book_id, count)
+        assert lease is not None
         assert len(lease.codes) == count
         return lease.codes
 

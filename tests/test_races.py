@@ -10,11 +10,25 @@ from typing import Any
 import httpx
 import pytest
 
+from coupon_svc.dev.servers import EmbeddedRedis
 from tests.audit import Answer, History, audit
-from tests.harness import Stack, until
+from tests.harness import Stack, fresh_database, until
 
 both_acks = pytest.mark.parametrize("ack", ["ledger", "redis"])
 with_and_without_keys = pytest.mark.parametrize("keyed", [False, True], ids=["no-keys", "keys"])
+
+
+@pytest.fixture(scope="module")
+async def service(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[Stack]:
+    """A service of these tests' own: they count all that its stores hold."""
+    folder = tmp_path_factory.mktemp("races")
+    with EmbeddedRedis(folder / "redis") as server:
+        stack = Stack(server, server.url, await fresh_database(postgres_url, 4), folder, 4)
+        stack.writer()
+        stack.api()
+        await stack.ready()
+        yield stack
+        stack.close()
 
 
 @pytest.fixture

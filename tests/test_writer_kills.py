@@ -110,7 +110,12 @@ async def writer_dies_at(point: str, stack: Stack) -> None:
         for number in range(4):
             for book_id in book_ids:
                 await history.post("/coupons/assign", {"book_id": book_id, "user_id": f"first{number}"}, f"f{number}")
+        if point.startswith("recover."):  # there must be something to recover from
+            await stack.drained()
         healthy.stop()
+        if point.startswith("recover."):
+            async with stack.redis() as redis:
+                await redis.flushall()
         victim = stack.writer(COUPON_TEST_CRASH_AT=point, **SMALL_BLOCKS)
         traffic = asyncio.create_task(traffic_until_dead(history, victim, book_ids, point))
         assert await victim.died(60) == -signal.SIGKILL, f"the writer did not die at {point}"

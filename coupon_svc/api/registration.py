@@ -11,7 +11,15 @@ import secrets
 from typing import Any
 
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
-from coupon_svc.ledger.processes import PROCESS_TTL_S, end_process, receipt_secret, renew_process, report_seen
+from coupon_svc.ledger.processes import (
+    PROCESS_TTL_S,
+    begin_process,
+    end_process,
+    epochs_of_shards,
+    receipt_secret,
+    renew_process,
+    report_seen,
+)
 from coupon_svc.ledger.recovery import EPOCH_CHANNEL
 from coupon_svc.store.client import Store
 
@@ -28,7 +36,8 @@ class Registration:
     def __init__(self, url: str, store: Store) -> None:
         self._url = url
         self._store = store
-        self._process_id = "api_" + secrets.token_hex(8)
+        self._process_id = ""
+        """New with every registration: one that has lapsed cannot be taken up again."""
         self._connection: Any = None
         self.receipt_secret: bytes | None = None
         """Known from the first registration on, and so before the first answer that may need one."""
@@ -44,6 +53,8 @@ class Registration:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self._store.answer_early_until = 0.0
+        if not self._process_id:
+            return
         try:
             connection = await self._connected()
             reports = [(shard, view.epoch, view.seen_seq) for shard, view in enumerate(self._store.views) if view.epoch]
@@ -71,7 +82,10 @@ class Registration:
         if self.receipt_secret is None:
             self.receipt_secret = await receipt_secret(connection)
         asked_at = asyncio.get_running_loop().time()
-        epochs = await renew_process(connection, self._process_id)
+        if not self._process_id or not await renew_process(connection, self._process_id):
+            self._process_id = "api_" + secrets.token_hex(8)
+            await begin_process(connection, self._process_id)
+        epochs = await epochs_of_shards(connection)
         reports = []
         for shard, epoch in enumerate(epochs):
             # From this line on nothing of an older epoch is answered early; so what was seen of it is all there is.

@@ -186,7 +186,10 @@ async def generate_codes(
 
 
 async def lease_code(connection: asyncpg.Connection, tenant_id: int, book_id: str, code: str) -> None:
-    """Lend one code alone, before its turn, and ask the shard's owner to bring it to Redis. Safe to ask twice."""
+    """Lend one code alone, before its turn, and ask the shard's owner to bring it to Redis. Safe to ask twice.
+
+    Raises Refused(code_quarantined) for a code that is never dealt again.
+    """
     book = await connection.fetchrow("SELECT shard, leased_upto FROM books WHERE book_id = $1 FOR UPDATE", book_id)
     moved = await connection.execute(
         "UPDATE codes SET place = 0 WHERE tenant_id = $1 AND code = $2 AND place > $3",
@@ -194,6 +197,9 @@ async def lease_code(connection: asyncpg.Connection, tenant_id: int, book_id: st
         code,
         book["leased_upto"],
     )
+    place = await connection.fetchval("SELECT place FROM codes WHERE tenant_id = $1 AND code = $2", tenant_id, code)
+    if place < 0:
+        raise Refused(Outcome.CODE_QUARANTINED)
     if moved == "UPDATE 1":
         await connection.execute("UPDATE books SET lent = lent + 1 WHERE book_id = $1", book_id)
     await connection.execute(

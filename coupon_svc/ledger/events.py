@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import asyncpg
+import msgspec
 
+from coupon_svc.domain.codes import normalise_code
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 
 DATA_ERRORS = (
@@ -17,12 +19,14 @@ DATA_ERRORS = (
 )
 """Errors that are the fault of a row, not of the server: trying again changes nothing."""
 
+UNIQUE_VIOLATION = "23505"
+
 _ADVANCE = """
     UPDATE shards SET committed = batch.upto
     FROM unnest($2::int[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[])
          AS batch (shard, epoch, generation, committed, upto)
     WHERE shards.shard = batch.shard AND shards.epoch = batch.epoch AND shards.generation = batch.generation
-      AND shards.committed = batch.committed AND shards.owner = $1
+      AND shards.committed = batch.committed AND shards.owner = $1 AND shards.stopped IS NULL
 """
 _SPEND = """
     UPDATE coupons SET uses = spent.uses
@@ -45,6 +49,20 @@ class DeadLetter(NamedTuple):
     reason: str
     book_id: str | None = None
     code: str | None = None
+
+
+def dead_letter(event: Event, reason: str) -> DeadLetter:
+    """An event that the ledger cannot take, with its book and code unless it is they that are wrong with it."""
+    known = event.book_id.isascii() and event.book_id.isprintable() and normalise_code(event.code) == event.code
+    book_id, code = (event.book_id, event.code) if known else (None, None)
+    return DeadLetter(event.seq, msgspec.json.encode(event), reason, book_id, code)
+
+
+def garbled_letter(seq: int, fields: Sequence[str], reason: str) -> DeadLetter:
+    """A stream entry that is no event of ours, with its book and code where they can be told."""
+    values = dict(zip(fields[::2], fields[1::2], strict=False))
+    letter = dead_letter(Event(seq, "", values.get("book", ""), values.get("code", ""), "", 0), reason)
+    return letter._replace(fields=msgspec.json.encode(fields))
 
 
 class Batch(NamedTuple):

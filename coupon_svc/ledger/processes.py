@@ -7,9 +7,11 @@ import asyncpg
 
 PROCESS_TTL_S = 5
 
+_BEGIN = f"INSERT INTO api_processes VALUES ($1, now() + interval '{PROCESS_TTL_S} seconds')"
+# A row that has expired stays so: its shards' owners may have reported for it already.
 _RENEW = f"""
-    INSERT INTO api_processes (process_id, expires_at) VALUES ($1, now() + interval '{PROCESS_TTL_S} seconds')
-    ON CONFLICT (process_id) DO UPDATE SET expires_at = excluded.expires_at
+    UPDATE api_processes SET expires_at = now() + interval '{PROCESS_TTL_S} seconds'
+    WHERE process_id = $1 AND expires_at > now()
 """
 # A process that is gone and has a report in every epoch in which Redis may decide needs no row any more.
 _FORGET = """
@@ -20,9 +22,18 @@ _FORGET = """
 """
 
 
-async def renew_process(connection: asyncpg.Connection, process_id: str) -> list[int]:
-    """Say that the process lives. Returns the epoch of each shard; the process answers from no older one any more."""
-    await connection.execute(_RENEW, process_id)
+async def begin_process(connection: asyncpg.Connection, process_id: str) -> None:
+    """Register a process, under an id that was never used before."""
+    await connection.execute(_BEGIN, process_id)
+
+
+async def renew_process(connection: asyncpg.Connection, process_id: str) -> bool:
+    """Say that the process lives. False when that comes too late: it must register anew."""
+    return bool(await connection.execute(_RENEW, process_id) == "UPDATE 1")
+
+
+async def epochs_of_shards(connection: asyncpg.Connection) -> list[int]:
+    """The epoch of each shard. A process answers from no older one any more."""
     return [row["epoch"] for row in await connection.fetch("SELECT epoch FROM shards ORDER BY shard")]
 
 

@@ -86,7 +86,7 @@ async def want_recovery(connection: asyncpg.Connection, shards: list[int] | None
     async with connection.transaction():
         done = await connection.execute(
             "UPDATE shards SET epoch = epoch + 1, committed = 0, rebuild = rebuild OR $2"
-            " WHERE $1::int[] IS NULL OR shard = ANY ($1)",
+            " WHERE stopped IS NULL AND ($1::int[] IS NULL OR shard = ANY ($1))",
             shards,
             rebuild,
         )

@@ -7,13 +7,20 @@ from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
 import asyncpg
-import msgspec
 
 from coupon_svc.domain.books import Ack, Book
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.ledger.books import BOOK_COLUMNS, book_from_row
 from coupon_svc.ledger.catalogue import random_places
-from coupon_svc.ledger.events import Batch, DeadLetter, NotOwner, write_events
+from coupon_svc.ledger.events import (
+    DATA_ERRORS,
+    UNIQUE_VIOLATION,
+    Batch,
+    DeadLetter,
+    NotOwner,
+    dead_letter,
+    write_events,
+)
 from coupon_svc.ledger.shards import OwnedShard
 
 EPOCH_CHANNEL = "coupon_epoch"
@@ -74,7 +81,7 @@ async def begin_epoch(connection: asyncpg.Connection, writer_id: str, owned: Own
     async with connection.transaction():
         row = await connection.fetchrow(_BEGIN_EPOCH, owned.shard, writer_id, owned.generation, owned.epoch)
         if row is None:
-            reason = await connection.fetchval("SELECT stopped FROM shards WHERE shard = $1", owned.shard)
+            reason = await stopped_because(connection, owned.shard)
             raise HistoryForked(reason) if reason else NotOwner
         await connection.execute("SELECT pg_notify($1, $2)", EPOCH_CHANNEL, str(owned.shard))
     live = row["certified_epoch"] if row["certified_epoch"] > row["settled_epoch"] else 0
@@ -119,8 +126,31 @@ async def drain(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch,
         if dead or await anything_missing(connection, shard, epoch):
             new, orphans = await _without_orphans(connection, new)
             dead += orphans
-        await write_events(connection, [batch._replace(events=new, dead=dead)])
+        await _write_all(connection, batch._replace(events=new, dead=dead))
     return max(last, batch.upto)
+
+
+async def _write_all(connection: asyncpg.Connection, batch: Batch) -> None:
+    """Write a batch, each event alone when together they cannot be; what the ledger cannot take becomes a dead letter.
+
+    Raises HistoryForked for an event that contradicts the ledger.
+    """
+    try:
+        async with connection.transaction():
+            await write_events(connection, [batch])
+        return
+    except DATA_ERRORS:
+        pass
+    dead = list(batch.dead)
+    for event in batch.events:
+        try:
+            async with connection.transaction():
+                await write_events(connection, [batch._replace(events=[event], dead=())])
+        except DATA_ERRORS as error:
+            if getattr(error, "sqlstate", None) == UNIQUE_VIOLATION:
+                raise HistoryForked(f"event {batch.epoch}-{event.seq} contradicts the ledger") from None
+            dead.append(dead_letter(event, type(error).__name__))
+    await write_events(connection, [batch._replace(events=[], dead=dead)])
 
 
 async def _without_orphans(
@@ -146,21 +176,19 @@ async def _without_orphans(
         elif uses.get(place, -1) + 1 == event.uses:
             uses[place] = event.uses
         else:
-            fields = msgspec.json.encode(event)
-            orphans.append(DeadLetter(event.seq, fields, "follows a lost event", event.book_id, event.code))
+            orphans.append(dead_letter(event, "follows a lost event"))
             continue
         good.append(event)
     return good, orphans
 
 
 async def anything_missing(connection: asyncpg.Connection, shard: int, epoch: int) -> bool:
-    """Whether events of the epoch were gone from the stream when it was drained."""
+    """Whether there were events in the epoch of which not even the code is known: gone from the stream, or garbled."""
     return bool(
         await connection.fetchval(
-            "SELECT EXISTS (SELECT FROM dead_letters WHERE shard = $1 AND epoch = $2 AND reason = $3)",
+            "SELECT EXISTS (SELECT FROM dead_letters WHERE shard = $1 AND epoch = $2 AND code IS NULL)",
             shard,
             epoch,
-            MISSING,
         )
     )
 
@@ -279,6 +307,12 @@ async def mark_certified(connection: asyncpg.Connection, writer_id: str, begun: 
         await connection.execute(
             "UPDATE shards SET certified_epoch = epoch, rebuild = false WHERE shard = $1", begun.owned.shard
         )
+
+
+async def stopped_because(connection: asyncpg.Connection, shard: int) -> str | None:
+    """Why the shard was stopped; None when it is not."""
+    reason: str | None = await connection.fetchval("SELECT stopped FROM shards WHERE shard = $1", shard)
+    return reason
 
 
 async def stop_shard(connection: asyncpg.Connection, shard: int, reason: str) -> None:

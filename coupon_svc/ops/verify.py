@@ -18,6 +18,7 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
+import asyncpg
 import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -270,7 +271,7 @@ def run_verify(settings: Settings, *, as_json: bool) -> int:
 
     try:
         report = asyncio.run(run())
-    except (LedgerUnavailable, RedisError, OSError) as error:
+    except (LedgerUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError, RedisError, OSError) as error:
         print(f"coupon-svc verify: a store cannot be read ({type(error).__name__}); nothing is shown.", file=sys.stderr)
         return 2
     if as_json:

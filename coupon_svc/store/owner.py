@@ -188,6 +188,7 @@ class OwnerStore:
         for start in range(0, len(quarantined) or 1, CODES_PER_CALL_MAX):
             codes = quarantined[start : start + CODES_PER_CALL_MAX]
             await self._send("restore_book", term.shard, touched, term.generation, len(flat), *flat, *codes)
+            flat = []  # the first call empties what was there
 
     async def restore_coupons(
         self, term: Term, tenant_id: int, book_id: str, coupons: Sequence[tuple[str, str, str]]
@@ -222,10 +223,12 @@ class OwnerStore:
         flat = await self._ask("HGETALL", self._keys[shard].meta)
         return dict(zip(flat[::2], flat[1::2], strict=True))
 
-    async def stream_after(self, shard: int, epoch: int, seq: int) -> list[list[Reply]]:
-        """Up to EVENTS_PER_READ_MAX entries that follow (epoch, seq), without waiting. Raises StoreLost."""
+    async def stream_after(
+        self, shard: int, epoch: int, seq: int, count: int = EVENTS_PER_READ_MAX
+    ) -> list[list[Reply]]:
+        """Up to `count` entries that follow (epoch, seq), without waiting. Raises StoreLost."""
         entries: list[list[Reply]] = await self._ask(
-            "XRANGE", self._keys[shard].events, f"({epoch}-{seq}", "+", "COUNT", EVENTS_PER_READ_MAX
+            "XRANGE", self._keys[shard].events, f"({epoch}-{seq}", "+", "COUNT", count
         )
         return entries
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable
 from typing import Any
 
 from coupon_svc.domain.books import Book
@@ -91,15 +92,17 @@ class Lender:
         open_shards = [n for n, shard in self._shards.items() if shard.opened_on is not None]
         if self._unsettled:
             for number in open_shards:
-                await self._guarded(self.settle, connection, self._shards[number])
+                await self._guarded(self._shards[number], self.settle(connection, self._shards[number]))
             self._unsettled = False
         for book in await lending.books_to_load(connection, open_shards):
-            await self._guarded(self._load_book, connection, book)
+            if shard := self._shard_of(book.book_id):
+                await self._guarded(shard, self._load_book(connection, shard, book))
         for book_id, lease in (await lending.lone_leases(connection, open_shards)).items():
-            await self._guarded(self._bring_lone, connection, book_id, lease)
+            if shard := self._shard_of(book_id):
+                await self._guarded(shard, self._bring_lone(connection, shard, book_id, lease))
         for book_id, shard in list(self._low.items()):
             if shard.opened_on is not None:  # else it is being opened, and looked at then
-                await self._guarded(self._refill, connection, shard, book_id)
+                await self._guarded(shard, self._refill(connection, shard, book_id))
 
     async def settle(self, connection: Any, shard: Shard) -> None:
         """Bring again what was lent and may not have arrived, and look at every pool: after a take-over or a lost reply.
@@ -117,23 +120,17 @@ class Lender:
             if book.unlent > 0:
                 self.look_at(shard, book.book_id)
 
-    async def _guarded(self, work: Any, connection: Any, *args: Any) -> None:
-        """Do one piece of work; a suspect shard is shut and does not keep the others from theirs."""
+    async def _guarded(self, shard: Shard, work: Awaitable[None]) -> None:
+        """Do one piece of work for a shard. One that is suspect is shut and recovered, and does not hold up the others."""
         try:
-            await work(connection, *args)
+            await work
         except Suspect as error:
-            log.error("a shard is suspect: %s", error)
+            log.error("shard %02d is suspect: %s", shard.owned.shard, error)
+            shard.opened_on, shard.wants_recovery = None, True
 
-    async def _load_book(self, connection: Any, book: Book) -> None:
-        shard = self._shard_of(book.book_id)
-        if shard is None:
-            return
+    async def _load_book(self, connection: Any, shard: Shard, book: Book) -> None:
         loaded = (await lending.read_book(connection, book.book_id)).loaded
-        try:
-            await self._store.put_book(shard.term, book.book_id, book.version, book_fields(book), known=loaded)
-        except Suspect:
-            shard.opened_on = None
-            raise
+        await self._store.put_book(shard.term, book.book_id, book.version, book_fields(book), known=loaded)
         crash_point("lend.put")
         if not loaded and not await lending.mark_loaded(connection, self._writer_id, shard.owned, book.book_id, 0):
             return  # somebody writes to it; it stays to be loaded
@@ -170,12 +167,10 @@ class Lender:
         del self._low[book_id]
         crash_point("lend.brought")
 
-    async def _bring_lone(self, connection: Any, book_id: str, lease: lending.Lease) -> None:
-        shard = self._shard_of(book_id)
-        if shard is not None:
-            await self._bring(shard, book_id, lease)
-            crash_point("lend.lone_brought")
-            await lending.settle_lone_leases(connection, book_id, lease.codes)
+    async def _bring_lone(self, connection: Any, shard: Shard, book_id: str, lease: lending.Lease) -> None:
+        await self._bring(shard, book_id, lease)
+        crash_point("lend.lone_brought")
+        await lending.settle_lone_leases(connection, book_id, lease.codes)
 
     async def _bring(self, shard: Shard, book_id: str, lease: lending.Lease) -> int:
         """Put leased codes into the pool, however often it takes: they are lent, so nobody else will bring them."""

@@ -8,12 +8,19 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
-
-from coupon_svc.domain.codes import normalise_code
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_entry_id, parse_event
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
-from coupon_svc.ledger.events import DATA_ERRORS, Batch, DeadLetter, NotOwner, first_data_error, write_batches
+from coupon_svc.ledger.events import (
+    DATA_ERRORS,
+    UNIQUE_VIOLATION,
+    Batch,
+    DeadLetter,
+    NotOwner,
+    dead_letter,
+    first_data_error,
+    garbled_letter,
+    write_batches,
+)
 from coupon_svc.ledger.recovery import stop_shard
 from coupon_svc.ledger.shards import connection_name
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect, Term
@@ -136,12 +143,12 @@ class Persister:
             elif len(part) > 1:
                 half = len(part) // 2
                 rest += (part[half:], part[:half])
-            elif getattr(error, "sqlstate", None) == "23505":
+            elif getattr(error, "sqlstate", None) == UNIQUE_VIOLATION:
                 await self._stop(connection, batch, part[0].seq)
                 return None
             else:
                 log.error("event %d of shard %02d goes to the dead letters", part[0].seq, batch.shard)
-                dead.append(_dead_letter(part[0], type(error).__name__))
+                dead.append(dead_letter(part[0], type(error).__name__))
         return batch._replace(events=good, dead=dead)
 
     async def _stop(self, connection: Any, batch: Batch, seq: int) -> None:
@@ -190,15 +197,6 @@ class Persister:
         return self._connection
 
 
-def _dead_letter(event: Event, reason: str) -> DeadLetter:
-    """An event that Postgres cannot store, and its code where that is not what is wrong with it."""
-    book_id, code = event.book_id, normalise_code(event.code)
-    known = code == event.code and book_id.isascii() and book_id.isprintable()
-    return DeadLetter(
-        event.seq, msgspec.json.encode(event), reason, book_id if known else None, code if known else None
-    )
-
-
 def _batch(shard: Shard, entries: Sequence[Sequence[Any]]) -> Batch:
     """The entries of a stream as a batch that follows the shard's position. Raises Hole."""
     events: list[Event] = []
@@ -212,5 +210,5 @@ def _batch(shard: Shard, entries: Sequence[Sequence[Any]]) -> Batch:
         try:
             events.append(parse_event(seq, fields))
         except MalformedEvent as error:
-            dead.append(DeadLetter(seq, msgspec.json.encode(fields), str(error)))
+            dead.append(garbled_letter(seq, fields, str(error)))
     return Batch(shard.owned.shard, shard.owned.epoch, shard.owned.generation, shard.committed, expected, events, dead)

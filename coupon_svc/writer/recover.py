@@ -22,7 +22,7 @@ from coupon_svc.domain.books import Book
 from coupon_svc.domain.clock import now_ms
 from coupon_svc.domain.events import COUPON_ASSIGNED, MalformedEvent, parse_entry_id, parse_event
 from coupon_svc.ledger import recovery
-from coupon_svc.ledger.events import Batch, DeadLetter
+from coupon_svc.ledger.events import Batch, DeadLetter, garbled_letter
 from coupon_svc.ledger.recovery import HistoryForked, NewEpoch
 from coupon_svc.ledger.shards import OwnedShard
 from coupon_svc.store.owner import KEYS_PER_CALL_MAX, OwnerStore, Term
@@ -54,9 +54,10 @@ class Recoverer:
         shard, term = begun.owned.shard, Term(begun.owned.shard, begun.owned.epoch, begun.owned.generation)
         try:
             meta = await self._store.read_meta(shard)
-            self._refuse_newer(meta, begun)
             await self._store.shut_shard(term)
             crash_point("recover.shut")
+            _refuse_newer(meta.get("epoch", ""), begun)
+            _refuse_newer(meta.get("was", ""), begun)
             drained, whole = await self._drain(connection, begun, meta)
         except HistoryForked as error:
             log.critical("shard %02d is stopped: %s", shard, error)
@@ -81,37 +82,39 @@ class Recoverer:
         )  # fmt: skip
         return begun.owned
 
-    def _refuse_newer(self, meta: Mapping[str, str], begun: NewEpoch) -> None:
-        """A Redis that was certified in an epoch which the ledger has not reached: the ledger went back."""
-        epoch = meta.get("epoch", "")
-        if epoch.isdigit() and int(epoch) >= begun.owned.epoch:
-            raise HistoryForked(f"redis is in epoch {epoch}, the ledger was in {begun.owned.epoch - 1}: it went back")
-
     async def _drain(self, connection: Any, begun: NewEpoch, meta: Mapping[str, str]) -> tuple[int, bool]:
         """What the stream holds and the ledger does not, into the ledger. Returns the seq up to which the ledger accounts
-        for the live epoch, and whether this Redis stands just there and nothing is missing."""
+        for the live epoch, and whether this Redis stands just there."""
         shard, live = begun.owned.shard, begun.live_epoch
         reached = await recovery.last_seq(connection, shard, live)
-        if (
-            meta.get("epoch") == str(live)
-            and int(meta["committed"]) > reached
-            and not await self._store.stream_after(shard, live, reached)
-        ):
-            raise HistoryForked(f"the ledger has {reached} events of epoch {live} and had more: it went back")
+        if str(live) in (meta.get("epoch"), meta.get("was")):
+            await self._require_told(shard, live, reached, int(meta["committed"]))
         epoch, seq = 0, 0
         while entries := await self._store.stream_after(shard, epoch, seq):
             for number, batch in _by_epoch(shard, entries):
                 if number == live:
                     reached = await recovery.drain(connection, self._writer_id, begun, batch)
                 else:
+                    _refuse_newer(str(number), begun)
                     await recovery.take_late(connection, self._writer_id, begun, number, batch.events)
             epoch, seq = parse_entry_id(entries[-1][0])
-        missing = await recovery.anything_missing(connection, shard, live)
+        dead = await recovery.first_dead_letter(connection, shard, live)
         if live:  # whoever still waits in that epoch is answered, up to what the ledger could not take
-            dead = await recovery.first_dead_letter(connection, shard, live)
             await self._store.tell_position(shard, live, reached if dead is None else min(reached, dead - 1))
-        stands = live > 0 and meta.get("epoch") == str(live) and meta.get("seq") == str(reached) and not missing
+        stands = live > 0 and meta.get("epoch") == str(live) and meta.get("seq") == str(reached) and dead is None
         return reached, stands
+
+    async def _require_told(self, shard: int, epoch: int, reached: int, told: int) -> None:
+        """Raises HistoryForked when the ledger had events that it lacks now and the stream has not kept: it went back."""
+        while reached < told:
+            before = reached
+            for entry_id, _ in await self._store.stream_after(shard, epoch, reached):
+                if parse_entry_id(entry_id) == (epoch, reached + 1):
+                    reached += 1
+            if reached == before:
+                raise HistoryForked(
+                    f"the ledger had {told} events of epoch {epoch}, and lacks {reached + 1}: it went back"
+                )
 
     async def _nothing_lost(self, connection: Any, begun: NewEpoch, drained: int) -> bool:
         """Whether every API process that could have answered in the live epoch has said that the ledger has it all."""
@@ -170,6 +173,12 @@ class Recoverer:
             )
 
 
+def _refuse_newer(epoch: str, begun: NewEpoch) -> None:
+    """Raises HistoryForked for an epoch which the ledger has not reached: then the ledger went back."""
+    if epoch.isdigit() and int(epoch) >= begun.owned.epoch:
+        raise HistoryForked(f"redis knows of epoch {epoch}, the ledger was in {begun.owned.epoch - 1}: it went back")
+
+
 def _by_epoch(shard: int, entries: Sequence[Sequence[Any]]) -> list[tuple[int, Batch]]:
     """Stream entries as one batch for each epoch among them."""
     parts: dict[int, tuple[list[Any], list[DeadLetter], list[int]]] = {}
@@ -180,7 +189,7 @@ def _by_epoch(shard: int, entries: Sequence[Sequence[Any]]) -> list[tuple[int, B
         try:
             events.append(parse_event(seq, fields))
         except MalformedEvent as error:
-            dead.append(DeadLetter(seq, msgspec.json.encode(fields), str(error)))
+            dead.append(garbled_letter(seq, fields, str(error)))
     return [
         (epoch, Batch(shard, epoch, 0, seqs[0] - 1, seqs[-1], events, dead))
         for epoch, (events, dead, seqs) in parts.items()

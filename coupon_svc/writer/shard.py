@@ -34,6 +34,8 @@ class Shard:
         self.committed = owned.committed
         self.opened_on: Identity | None = None
         """The Redis that is certified for this shard; None while none is."""
+        self.wants_recovery = False
+        """Something was found amiss that taking the shard over again would not mend."""
         self.stopped = False
         """Its history contradicts itself: nothing is persisted any more until a person has looked."""
         self.pools: dict[str, Pool] = {}

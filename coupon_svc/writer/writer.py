@@ -13,7 +13,7 @@ from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connecti
 from coupon_svc.ledger.events import NotOwner
 from coupon_svc.ledger.migrations import check_shards
 from coupon_svc.ledger.processes import expired_processes, forget_processes, report_seen
-from coupon_svc.ledger.recovery import HistoryForked, dead_letters_of_epoch
+from coupon_svc.ledger.recovery import HistoryForked, dead_letters_of_epoch, stopped_because
 from coupon_svc.ledger.shards import connection_name, owned_shards, release_shards, renew_writer, take_shards
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.store.scripts import Scripts
@@ -118,11 +118,15 @@ class Writer:
             if shard.opened_on != self._store.identity:
                 shard.opened_on = None
                 continue
-            trim_seq = shard.trim_seq(asyncio.get_running_loop().time())
+            trim_seq, committed = shard.trim_seq(asyncio.get_running_loop().time()), shard.committed
             try:
                 seq = await self._store.publish_position(shard.term, shard.committed, trim_seq=trim_seq)
             except Suspect:
                 log.warning("shard %02d is suspect", shard.owned.shard)
+                shard.opened_on = None
+                continue
+            if seq > committed and not await self._follows(shard, committed):
+                log.error("shard %02d is suspect: event %d is not in the stream", shard.owned.shard, committed + 1)
                 shard.opened_on = None
                 continue
             if answered := shard.answered_by_gone(gone, seq):
@@ -147,7 +151,8 @@ class Writer:
                         await asyncio.sleep(0.2)
                     except (Suspect, NotOwner):
                         log.warning("shard %02d has another owner", shard.owned.shard)
-                    except HistoryForked:
+                    except HistoryForked as error:
+                        log.critical("shard %02d is stopped: %s", shard.owned.shard, error)
                         shard.stopped = True
             await asyncio.sleep(LOOK_EVERY_S)
 
@@ -157,10 +162,13 @@ class Writer:
             if owned.shard == shard.owned.shard:
                 shard.owned, shard.committed = owned, owned.committed  # as the ledger has it, whatever we thought
         identity = await self._store.connect()
-        if not await self._in_order(shard):
+        if reason := await bounded(connection, stopped_because(connection, shard.owned.shard), STATEMENTS_TIMEOUT_S):
+            await self._store.shut_shard(shard.term)
+            raise HistoryForked(reason)
+        if shard.wants_recovery or not await self._in_order(shard):
             work = self._recoverer.recover(connection, shard.owned)
             shard.owned = await bounded(connection, work, RECOVERY_TIMEOUT_S)
-            shard.committed = 0
+            shard.committed, shard.wants_recovery = 0, False
             shard.pools.clear()
         await bounded(connection, self._lender.settle(connection, shard), RECOVERY_TIMEOUT_S)
         shard.opened_on = identity
@@ -175,10 +183,12 @@ class Writer:
             seq = await self._store.open_shard(shard.term, shard.committed, self._settings.backlog_events_max)
         except Suspect:
             return False
-        if seq == shard.committed:
-            return True
-        following = await self._store.stream_after(shard.owned.shard, shard.owned.epoch, shard.committed)
-        return bool(following) and following[0][0] == f"{shard.owned.epoch}-{shard.committed + 1}"
+        return seq == shard.committed or await self._follows(shard, shard.committed)
+
+    async def _follows(self, shard: Shard, committed: int) -> bool:
+        """Whether the event after this one is in the stream. A trimmed one shows only to who looks, or with the next."""
+        following = await self._store.stream_after(shard.owned.shard, shard.owned.epoch, committed, count=1)
+        return bool(following) and following[0][0] == f"{shard.owned.epoch}-{committed + 1}"
 
     async def _connected(self, name: str) -> Any:
         connection = self._connections.get(name)

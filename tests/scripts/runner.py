@@ -129,6 +129,11 @@ class Shard:
         keys = [self.keys.meta, self.keys.book(book_id), self.keys.free(book_id), self.keys.quarantine(book_id)]
         return self._run("restore_book", keys, [generation, len(flat), *flat, *quarantined])
 
+    def restore_quarantine(self, book_id: str, codes: Sequence[str], generation: int = GENERATION) -> Reply:
+        """More codes than restore_book could take with the book itself."""
+        keys = [self.keys.meta, self.keys.book(book_id), self.keys.free(book_id), self.keys.quarantine(book_id)]
+        return self._run("restore_book", keys, [generation, 0, *codes])
+
     def restore_coupons(
         self, book_id: str, coupons: Mapping[str, str], generation: int = GENERATION, tenant_id: int = TENANT
     ) -> Reply:

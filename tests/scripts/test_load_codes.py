@@ -102,3 +102,11 @@ def test_no_codes_come_to_a_book_of_which_codes_are_missing(shard: Shard, lost: 
     for codes in ([], ["B-2"], ["C-3"]):
         with shard.writes_nothing():
             assert shard.load_codes(book, codes) == ["suspect"]
+
+
+def test_no_codes_come_to_a_book_that_has_more_codes_than_were_brought(shard: Shard) -> None:
+    """Somebody put one in by hand, or took the count back."""
+    book = shard.new_book("A-1", "B-2")
+    shard.set_rule(book, lent=1)
+    with shard.writes_nothing():
+        assert shard.load_codes(book, ["C-3"]) == ["suspect"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.scripts.runner import EPOCH, GENERATION, OWNER, Owner, Shard
+from tests.scripts.runner import EPOCH, GENERATION, OWNER, REPLID, RUN_ID, Owner, Shard
 
 NEWER = Owner(EPOCH, GENERATION + 3)  # 10: compared as a number, not as text
 
@@ -65,12 +65,12 @@ def test_a_shard_of_another_epoch_is_suspect(shard: Shard) -> None:
             assert shard.open_shard(Owner(epoch, GENERATION + 1)) == ["suspect"]
 
 
-@pytest.mark.parametrize("other", [{"run_id": "run-2"}, {"replid": "repl-2"}, {"run_id": "run-2", "replid": "repl-2"}])
-def test_a_shard_that_was_certified_on_another_redis_is_suspect(shard: Shard, other: dict[str, str]) -> None:
+@pytest.mark.parametrize(("run_id", "replid"), [("run-2", REPLID), (RUN_ID, "repl-2"), ("run-2", "repl-2")])
+def test_a_shard_that_was_certified_on_another_redis_is_suspect(shard: Shard, run_id: str, replid: str) -> None:
     """A restart changes the run_id, a change of master the replid: either may have lost the last writes."""
     for owner in (OWNER, NEWER):
         with shard.writes_nothing():
-            assert shard.open_shard(owner, **other) == ["suspect"]
+            assert shard.open_shard(owner, run_id=run_id, replid=replid) == ["suspect"]
     assert shard.open_shard() == ["ok", 0]
 
 

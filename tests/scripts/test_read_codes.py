@@ -17,7 +17,7 @@ def test_holders_and_locks_are_told_in_the_order_asked(shard: Shard) -> None:
         outcome, now_ms, ack, uses_max, holders, locks = shard.read_codes(book, ["D-4", "B-2", "X-9", "A-1"])
     assert (outcome, ack, uses_max) == ("ok", "redis", "3")
     assert before <= int(now_ms) <= shard.now_ms()
-    assert holders == ["", f"4-3 1 {second} a user: {{x}}", "", f"4-1 0 {first} u"]
+    assert holders == ["", f"4-2/4-3 1 {second} a user: {{x}}", "", f"4-1 0 {first} u"]
     assert locks[:3] == [-2, -2, -2]
     assert 50_000 < locks[3] <= 60_000
 
