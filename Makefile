@@ -25,7 +25,7 @@ demo: install ## The life of a coupon, step by step, without a human
 	@exec $(BIN)/coupon-svc demo
 
 test: install ## All tests, against servers they start themselves
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(or $(JOBS),3) --dist loadfile
 
 chaos: install ## Faults under load, 100 seeded runs (RUNS=…): clients record, then everything is compared
 	$(BIN)/python -m tests.chaos --runs $(or $(RUNS),100)
