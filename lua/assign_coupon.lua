@@ -50,13 +50,7 @@ local idem_key, fingerprint = KEYS[7], ARGV[7]
 -- include: clock
 -- include: open
 local book_id, user_id = ARGV[4], ARGV[5]
-local limit = book[7]
-if limit ~= "" then
-  local held = redis.call("ZLEXCOUNT", KEYS[5], "[" .. book_id .. ":", "(" .. book_id .. ";")
-  if held >= tonumber(limit) then
-    return {"user_code_limit", tonumber(limit), held}
-  end
-end
+-- include: limit
 if redis.call("ZCARD", KEYS[3]) == 0 then
   if redis.call("HLEN", KEYS[4]) ~= tonumber(book[9]) then
     return {"suspect", "counts"}
@@ -70,13 +64,4 @@ local backlog_share, waits_for_ledger = 1, book[5] == "ledger"
 -- include: room
 
 local code = redis.call("ZPOPMIN", KEYS[3])[1]
-local seq = redis.call("HINCRBY", KEYS[1], "seq", 1)
-local position = ARGV[1] .. "-" .. string.format("%d", seq)
-redis.call("HSET", KEYS[4], code, position .. " 0 " .. at_ms .. " " .. user_id)
-redis.call("ZADD", KEYS[5], 0, book_id .. ":" .. code)
-redis.call("XADD", KEYS[6], position, "event", "coupon_assigned", "book", book_id, "code", code, "user", user_id,
-  "at_ms", at_ms, "idem", ARGV[6], "fingerprint", fingerprint)
-if idem_key then
-  redis.call("SET", idem_key, cjson.encode({fingerprint, code, at_ms, position, book[5], book[6]}), "PX", 86400000)
-end
-return {"ok", code, at_ms, position, book[5], book[6]}
+-- include: assigned

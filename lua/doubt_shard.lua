@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 --[[
 doubt_shard: a caller found that keys of the shard are missing. Nothing is decided in it until its owner has recovered it.
+The epoch it was in stays on record as `was`.
 
 Keys
   KEYS[1] meta      hash    read, write

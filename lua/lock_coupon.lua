@@ -51,14 +51,7 @@ local idem_key, fingerprint = KEYS[7], ARGV[9]
 local code, shown_token = ARGV[4], ARGV[6]
 local quarantine = KEYS[6]
 -- include: holder
-local held_ms = redis.call("PTTL", KEYS[4])
-local held_token = redis.call("GET", KEYS[4])
-if shown_token ~= "" and held_token ~= shown_token then
-  return {"lock_not_held"}
-end
-if held_token and shown_token == "" then
-  return {"locked", held_ms}
-end
+-- include: lock
 local backlog_share, waits_for_ledger = 1, false
 -- include: room
 

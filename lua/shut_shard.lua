@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 --[[
 shut_shard: the first step of a recovery. From now on no script of an older epoch, and no older owner, does anything here.
+The epoch it was in stays on record as `was`.
 
 Keys
   KEYS[1] meta      hash    read, write

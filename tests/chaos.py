@@ -366,8 +366,8 @@ def _deleted(kind: str) -> Fault:
             return  # gone from the stream is lost only what the ledger had not: there may have been nothing
         async with run._client() as http:
             # A missing key is found when it is looked for.
-            for attempt in run._ok("assign")[:50]:
-                await http.post(f"/coupons/lock/{attempt.answer['code']}", json={"ttl_seconds": 1})
+            for book_id in run.books:
+                await http.get(f"/coupons/{book_id}")
         await run.recovered(all_shards=False)
 
     fault.__name__ = f"{kind}_deleted"

@@ -34,7 +34,7 @@ def test_a_shard_is_shut_and_keeps_all_else(shard: Shard) -> None:
     meta = shard.meta()
     with shard.writes("meta"):
         assert shard.shut_shard(GENERATION + 3) == ["ok"]  # 10: compared as a number, not as text
-    assert shard.meta() == {**meta, "epoch": "recovering", "generation": str(GENERATION + 3)}
+    assert shard.meta() == {**meta, "epoch": "recovering", "was": meta["epoch"], "generation": str(GENERATION + 3)}
 
 
 def test_an_empty_shard_is_shut_too(unopened: Shard) -> None:
