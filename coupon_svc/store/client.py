@@ -124,9 +124,10 @@ class Store:
                 raise Refused(Outcome.STORE_UNAVAILABLE)
             if not view.certified:
                 raise Refused(Outcome.RECOVERING)
+            epoch = view.epoch
             try:
                 reply = await self._connection.send(
-                    "EVALSHA", script.sha, len(keys) + 1, view.keys.meta, *keys, view.epoch, view.seen_seq, *args
+                    "EVALSHA", script.sha, len(keys) + 1, view.keys.meta, *keys, epoch, view.seen_seq, *args
                 )
             except StoreUnavailable:
                 raise Refused(Outcome.STORE_UNAVAILABLE) from None
@@ -138,6 +139,8 @@ class Store:
                         await self.doubt(shard)
                     self._suspect(view, shard)
                     raise Refused(Outcome.RECOVERING)
+                if epoch != view.epoch:  # it was over before we came to read the reply, which says nothing any more
+                    raise Refused(Outcome.RECOVERING if sure else Outcome.OUTCOME_UNKNOWN)
                 return reply
             await self._explain(reply, view, shard)
         raise Refused(Outcome.RECOVERING)

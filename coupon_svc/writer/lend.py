@@ -101,7 +101,9 @@ class Lender:
             if shard := self._shard_of(book_id):
                 await self._guarded(shard, self._bring_lone(connection, shard, book_id, lease))
         for book_id, shard in list(self._low.items()):
-            if shard.opened_on is not None:  # else it is being opened, and looked at then
+            if self._shards.get(shard.owned.shard) is not shard:
+                del self._low[book_id]  # it is another writer's by now, or was taken anew
+            elif shard.opened_on is not None:  # else it is being opened: look again then
                 await self._guarded(shard, self._refill(connection, shard, book_id))
 
     async def settle(self, connection: Any, shard: Shard) -> None:
@@ -150,7 +152,7 @@ class Lender:
         # Codes that were lent alone and are on their way count as unlent: the book is not exhausted while there are any.
         pool.in_pool = await self._store.load_codes(shard.term, book_id, [], pool.unlent + lone)
         if not pool.wants_refill():
-            del self._low[book_id]
+            self._low.pop(book_id, None)
             return
         now = asyncio.get_running_loop().time()
         since = now - pool.refilled_at
@@ -164,7 +166,10 @@ class Lender:
         crash_point("lend.leased")
         pool.in_pool = await self._bring(shard, book_id, lease._replace(unlent=lease.unlent + lone))
         pool.unlent, pool.refilled_at = lease.unlent, now
-        del self._low[book_id]
+        if pool.wants_refill():  # what was brought is gone already
+            self._work.set()
+        else:
+            self._low.pop(book_id, None)
         crash_point("lend.brought")
 
     async def _bring_lone(self, connection: Any, shard: Shard, book_id: str, lease: lending.Lease) -> None:
