@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections import defaultdict
 
 from coupon_svc.store.client import Store
@@ -22,12 +23,7 @@ class Metrics:
         """One request has ended."""
         self._requests[operation, outcome] += 1
         self._seconds[operation] += seconds
-        slot = 0
-        for bound in _BUCKETS_S:
-            if seconds <= bound:
-                break
-            slot += 1
-        self._buckets[operation][slot] += 1
+        self._buckets[operation][bisect_left(_BUCKETS_S, seconds)] += 1
 
     def render(self, store: Store) -> bytes:
         """All of it in Prometheus's text format."""

@@ -13,6 +13,7 @@ SERVER_SETTINGS: dict[str, Any] = {
     "access_log": False,  # it would print codes
     "log_config": None,
     "server_header": False,
+    "proxy_headers": False,  # nothing here depends on the caller's address
     "timeout_graceful_shutdown": 5,
 }
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import hashlib
 import hmac
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from typing import NamedTuple
-
-import msgspec
 
 _PREFIX = "rc_"
 _MAC_BYTES = 16
@@ -25,31 +23,25 @@ class Receipt(NamedTuple):
 
 def make_receipt(secret: bytes, tenant_id: int, book_id: str, code: str, receipt: Receipt) -> str:
     """The receipt as text, URL-safe. The code is not in it, but in what is signed."""
-    payload = msgspec.json.encode(receipt)
-    mac = _mac(secret, tenant_id, book_id, code, payload)
-    return _PREFIX + _encode(payload) + "." + _encode(mac)
+    payload = f"{receipt.epoch}-{receipt.seq} {receipt.at_ms} {receipt.user_id}".encode()
+    return _PREFIX + urlsafe_b64encode(_mac(secret, tenant_id, book_id, code, payload) + payload).decode()
 
 
 def check_receipt(secret: bytes, tenant_id: int, book_id: str, code: str, text: str) -> Receipt | None:
     """What the receipt says, or None when it is not one of ours for this code."""
-    payload_text, _, mac_text = text.removeprefix(_PREFIX).partition(".")
     try:
-        payload, mac = _decode(payload_text), _decode(mac_text)
+        signed = urlsafe_b64decode(text.removeprefix(_PREFIX))
     except (binascii.Error, ValueError):
         return None
+    mac, payload = signed[:_MAC_BYTES], signed[_MAC_BYTES:]
     if not hmac.compare_digest(mac, _mac(secret, tenant_id, book_id, code, payload)):
         return None
-    return msgspec.json.decode(payload, type=Receipt)
+    position, at_ms, user_id = payload.decode().split(" ", 2)
+    epoch, _, seq = position.partition("-")
+    return Receipt(user_id, int(epoch), int(seq), int(at_ms))
 
 
 def _mac(secret: bytes, tenant_id: int, book_id: str, code: str, payload: bytes) -> bytes:
-    signed = msgspec.json.encode((tenant_id, book_id, code)) + payload
-    return hmac.new(secret, signed, hashlib.sha256).digest()[:_MAC_BYTES]
-
-
-def _encode(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).decode().rstrip("=")
-
-
-def _decode(text: str) -> bytes:
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    """BLAKE2b with a key is a MAC by itself (RFC 7693), and a fraction of the price of an HMAC in Python."""
+    signed = f"{tenant_id} {book_id} {code} ".encode() + payload
+    return hashlib.blake2b(signed, key=secret, digest_size=_MAC_BYTES).digest()
