@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import random
 import secrets
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,9 @@ class Run:
         invoked = Counter(a.path.rpartition("/")[2] for a in self.history if a.verb == "redeem")
         for code, row in ledger.items():
             assert row["uses"] <= invoked[code], "a redemption is in the ledger that nobody asked for"
+        asked = Counter((a.body["book_id"], a.user) for a in self.history if a.verb == "assign")
+        given = Counter((row["book_id"], row["user_id"]) for row in rows)
+        assert all(given[place] <= asked[place] for place in given), "P5: one request had two effects"
         held = Counter((row["book_id"], row["user_id"]) for row in rows if row["book_id"] in self.limited)
         assert not held or max(held.values()) <= 1, "P3: a user holds more codes than the limit"
 
@@ -276,9 +280,22 @@ async def api_killed(run: Run) -> None:
     await run.stack.ready()
 
 
+@contextlib.asynccontextmanager
+async def written_to_redis_alone(run: Run) -> AsyncIterator[None]:
+    """What is done just before the block is in Redis and not in the ledger: the writer is paused meanwhile."""
+    writer = run.stack.parts[0]
+    writer.signal(signal.SIGSTOP)
+    try:
+        await asyncio.sleep(run.random.uniform(0.2, 0.6))
+        yield
+    finally:
+        writer.signal(signal.SIGCONT)
+
+
 async def redis_killed(run: Run) -> None:
     assert run.stack.redis_server is not None
-    run.stack.redis_server.kill()
+    async with written_to_redis_alone(run):
+        run.stack.redis_server.kill()
     run.stack.redis_server.start()
     await run.recovered()
 
@@ -290,8 +307,8 @@ async def redis_rolled_back(run: Run) -> None:
     run.loses_records = True
     (folder,) = server.directory.rglob("appendonlydir")
     shutil.copytree(folder, run.stack.folder / "old")
-    await asyncio.sleep(run.random.uniform(0.1, 0.6))  # what is done meanwhile is what will be lost
-    server.kill()
+    async with written_to_redis_alone(run):
+        server.kill()
     shutil.rmtree(folder)
     shutil.copytree(run.stack.folder / "old", folder)
     server.start()
@@ -303,7 +320,8 @@ async def redis_lost(run: Run) -> None:
     server = run.stack.redis_server
     assert server is not None
     run.loses_records = True
-    server.kill()
+    async with written_to_redis_alone(run):
+        server.kill()
     for folder in server.directory.rglob("appendonlydir"):
         shutil.rmtree(folder)
     server.start()
@@ -312,7 +330,7 @@ async def redis_lost(run: Run) -> None:
 
 async def everything_flushed(run: Run) -> None:
     run.loses_records = True
-    async with run.stack.redis() as redis:
+    async with run.stack.redis() as redis, written_to_redis_alone(run):
         await redis.flushall()
     await run.recovered()
 
@@ -321,8 +339,9 @@ async def redis_and_api_killed(run: Run) -> None:
     """Nobody is left who could say what was answered: what has no record must be quarantined."""
     run.loses_records = True
     assert run.stack.redis_server is not None
-    run.stack.parts[1].kill()
-    run.stack.redis_server.kill()
+    async with written_to_redis_alone(run):
+        run.stack.parts[1].kill()
+        run.stack.redis_server.kill()
     run.stack.redis_server.start()
     run.stack.parts[1] = run.stack.api()
     await run.recovered()
@@ -405,12 +424,17 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-async def run_once(postgres_url: str, folder: Path, fault: str, seed: int) -> Run:
-    """One run from an empty stack to the last check. Raises AssertionError with what broke."""
+async def run_once(postgres_url: str, folder: Path, fault: str, seed: int, without: str = "") -> Run:
+    """One run from an empty stack to the last check, `without` one of tests.unsafe's safeguards.
+
+    Raises AssertionError with what broke.
+    """
     os.makedirs(folder, exist_ok=True)
     server = EmbeddedRedis(folder / "redis")
     server.start()
     stack = Stack(server, server.url, await fresh_database(postgres_url, SHARDS), folder, SHARDS)
+    if without:
+        stack.module = ("tests.unsafe", without)
     run = Run(stack, seed)
     try:
         stack.writer(COUPON_LEASE_CODES_MIN="20")
@@ -432,6 +456,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--fault", choices=sorted(FAULTS))
+    parser.add_argument("--without", default="", metavar="SAFEGUARD", help="take a safeguard out: see tests/unsafe.py")
     parser.add_argument("--seed", type=int, default=None, help="of the first run; the next ones count up")
     args = parser.parse_args()
     first = args.seed if args.seed is not None else secrets.randbelow(10**6)
@@ -442,7 +467,7 @@ def main() -> int:
             fault = args.fault or sorted(FAULTS)[seed % len(FAULTS)]
             place = Path(folder) / f"run{number}"
             try:
-                run = asyncio.run(run_once(postgres.admin_url, place, fault, seed))
+                run = asyncio.run(run_once(postgres.admin_url, place, fault, seed, args.without))
                 counts = Counter(attempt.outcome for attempt in run.history)
                 doubts = sum(attempt.in_doubt for attempt in run.history)
                 print(f"ok   {fault} --seed {seed}: {dict(counts)}, {doubts} in doubt at first", flush=True)

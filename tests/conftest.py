@@ -55,7 +55,9 @@ def cluster_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded
 async def service(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[Stack]:
     """The running service, shared by the tests that only call it. Each uses a tenant of its own."""
     folder = tmp_path_factory.mktemp("service")
-    given = os.environ.get("COUPON_REDIS_URL")
+    # One Redis can serve one stack: of several test processes only the first takes the one that is given.
+    first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    given = os.environ.get("COUPON_REDIS_URL") if first else None
     server = None
     if given:
         client = Redis.from_url(given)

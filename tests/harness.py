@@ -57,10 +57,17 @@ async def fresh_database(url: str, shards: int) -> str:
 class Part:
     """One process of the service."""
 
-    def __init__(self, args: list[str], environment: dict[str, str], log: Path, pass_fds: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        args: list[str],
+        environment: dict[str, str],
+        log: Path,
+        pass_fds: tuple[int, ...] = (),
+        module: tuple[str, ...] = ("coupon_svc",),
+    ) -> None:
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "coupon_svc", *args],
+                [sys.executable, "-m", *module, *args],
                 env={**os.environ, **environment},
                 stdout=output,
                 stderr=output,
@@ -105,6 +112,8 @@ class Stack:
         self.shards = shards
         self.parts: list[Part] = []
         self.base_url = ""
+        self.module: tuple[str, ...] = ("coupon_svc",)
+        """What parts are started as; `("tests.unsafe", SAFEGUARD)` takes a safeguard out of them."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -116,7 +125,7 @@ class Stack:
 
     def writer(self, **environment: str) -> Part:
         """Start a writer; `crash_at` as COUPON_TEST_CRASH_AT="persist.committed" and the like."""
-        part = Part(["writer"], {**self.environment, **environment}, self.folder / "writer.log")
+        part = Part(["writer"], {**self.environment, **environment}, self.folder / "writer.log", module=self.module)
         self.parts.append(part)
         return part
 
@@ -130,6 +139,7 @@ class Stack:
             {**self.environment, **environment},
             self.folder / "api.log",
             pass_fds=(descriptor,),
+            module=self.module,
         )
         listener.close()
         self.parts.append(part)
