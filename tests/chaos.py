@@ -116,6 +116,7 @@ class Run:
     async def check(self) -> None:
         """Everything that must hold now, whatever happened."""
         self._check_history()
+        await self._check_replays()
         await self._check_ledger()
         await self._check_lists()
         await self._check_verify()
@@ -182,6 +183,18 @@ class Run:
         assert not uses or max(uses.values()) <= 2, "P3: a code was redeemed more often than allowed"
         positions = Counter(attempt.answer["position"] for attempt in [*self._ok("assign"), *self._ok("redeem")])
         assert not positions or max(positions.values()) == 1, "two events were answered with one position"
+
+    async def _check_replays(self) -> None:
+        """The same Idempotency-Key gives the first answer again, after all that has happened."""
+        answered = [*self._ok("assign"), *self._ok("redeem")]
+        if self.loses_records:  # what only Redis had is gone, and its key with it
+            answered = [attempt for attempt in answered if attempt.ack == "ledger"]
+        async with self._client() as http:
+            for attempt in self.random.sample(answered, min(40, len(answered))):
+                again = Attempt(attempt.verb, attempt.path, attempt.body, attempt.key, attempt.ack, attempt.user)
+                await self._send(http, again, record=False)
+                first, second = ({**answer, "durable": None} for answer in (attempt.answer, again.answer))
+                assert first == second, "P5: the same key was not given the same answer"  # but may be durable by now
 
     async def _check_ledger(self) -> None:
         rows = await self.stack.ledger("SELECT book_id, code, user_id, uses FROM coupons")
