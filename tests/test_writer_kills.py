@@ -56,20 +56,6 @@ async def retried(history: History, answers: list[Answer]) -> None:
     await asyncio.gather(*(again(answer) for answer in answers))
 
 
-async def quiet(number: Callable[[], int], seconds: float) -> None:
-    """Wait until a number has not changed for so long."""
-    loop = asyncio.get_running_loop()
-    last, since = number(), loop.time()
-
-    async def still() -> bool:
-        nonlocal last, since
-        if number() != last:
-            last, since = number(), loop.time()
-        return loop.time() - since >= seconds
-
-    await until(still, what="it should come to rest")
-
-
 def log_of(stack: Stack, part: str = "writer") -> str:
     return (stack.folder / f"{part}.log").read_text()
 

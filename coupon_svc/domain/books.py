@@ -50,13 +50,3 @@ class Book(msgspec.Struct, frozen=True, kw_only=True):
     def unlent(self) -> int:
         """Codes that are still to be lent."""
         return self.total - self.lent - self.quarantined
-
-
-class Counters(msgspec.Struct, frozen=True):
-    """How many codes of a book are in each state. The states exclude each other and add up to `total`."""
-
-    total: int
-    available: int
-    assigned: int
-    redeemed: int
-    quarantined: int
