@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import FAULTS, Run, run_once
+from tests.chaos.run import Run
+from tests.chaos.suite import FAULTS, run_once
 
 SEED = 20_261_122
 AT_ONCE = 4
@@ -26,7 +27,8 @@ async def runs(
         async with places:
             return await run_once(postgres_url, place, fault, SEED)
 
-    tasks = {fault: asyncio.create_task(run(fault, folder / fault)) for fault in FAULTS}
+    playable = [name for name, fault in FAULTS.items() if not fault.lacks()]
+    tasks = {fault: asyncio.create_task(run(fault, folder / fault)) for fault in playable}
     yield tasks
     for task in tasks.values():
         task.cancel()
@@ -35,5 +37,7 @@ async def runs(
 
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_the_promises_hold_through(fault: str, runs: dict[str, asyncio.Task[Run]]) -> None:
+    if lacking := FAULTS[fault].lacks():
+        pytest.skip(lacking)
     run = await runs[fault]
     assert any(attempt.outcome == "ok" for attempt in run.history), "nothing was done: nothing was shown"

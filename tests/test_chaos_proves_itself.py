@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import run_once
+from tests.chaos.suite import run_once
 
 SEEDS = range(3)
 

@@ -14,7 +14,7 @@ from coupon_svc.api.operations import OPERATIONS
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.domain.shards import shard_tag
 from coupon_svc.store.keys import POSITIONS_CHANNEL, ShardKeys
-from tests.chaos import FAULTS
+from tests.chaos.suite import FAULTS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

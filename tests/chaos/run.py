@@ -1,28 +1,12 @@
-"""One seeded run of the service under load and a fault, and what must be true of it afterwards.
-
-Clients record every request before they send it and every answer, outside the system under test. A fault is injected while
-they work, and the run fails if it was not seen to bite. Then the system is left to heal, what is unknown is asked again with
-the same Idempotency-Key, the ledger catches up, and the history is held against itself, Redis and Postgres.
-
-`python -m tests.chaos --runs 100 [--fault NAME] [--seed N]` repeats it; a failing run prints the seed that repeats it.
-"""
+"""Clients on one stack, the history of what they asked and were answered, and what must be true of it afterwards."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import contextlib
-import os
 import random
 import secrets
-import shutil
-import signal
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,14 +14,11 @@ import msgspec
 from redis.asyncio import Redis
 
 from coupon_svc.config import load_settings
-from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis
 from coupon_svc.ledger.database import open_connection
 from coupon_svc.ops.verify import Verifier
-from tests.harness import Stack, fresh_database, until
+from tests.harness import Stack, until
 
-SHARDS = 4
 CLIENTS = 8
-LOAD_S = 2.0
 CODES = 400
 HEAL_S = 40.0
 
@@ -73,7 +54,7 @@ class Run:
     async def prepare(self) -> None:
         """Two books of each kind: one for many codes, one with a limit of one code a user."""
         self._key = await self.stack.key()
-        async with self._client() as http:
+        async with self.client() as http:
             for ack in ("ledger", "redis"):
                 for limit in (None, 1):
                     rules = {"name": ack, "ack": ack, "max_codes_per_user": limit, "max_redemptions_per_code": 2}
@@ -83,17 +64,17 @@ class Run:
                     self.books[answer.json()["book_id"]] = ack
                     if limit:
                         self.limited.add(answer.json()["book_id"])
-        self.epochs = await self._epochs()
+        self.epochs = await self.epochs_now()
 
     async def load(self, seconds: float) -> None:
         """Work of all clients for a while."""
         deadline = time.monotonic() + seconds
-        async with self._client() as http:
+        async with self.client() as http:
             await asyncio.gather(*(self._work(http, number, deadline) for number in range(CLIENTS)))
 
     async def heal(self) -> None:
         """Wait until all books deal again, then ask what is unknown again."""
-        async with self._client() as http:
+        async with self.client() as http:
             for book_id in self.books:
 
                 async def deals(book_id: str = book_id) -> bool:
@@ -123,7 +104,7 @@ class Run:
 
     # --- load
 
-    def _client(self) -> httpx.AsyncClient:
+    def client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(
             base_url=self.stack.base_url, headers={"Authorization": f"Bearer {self._key}"}, timeout=15
         )
@@ -189,7 +170,7 @@ class Run:
         answered = [*self._ok("assign"), *self._ok("redeem")]
         if self.loses_records:  # what only Redis had is gone, and its key with it
             answered = [attempt for attempt in answered if attempt.ack == "ledger"]
-        async with self._client() as http:
+        async with self.client() as http:
             for attempt in self.random.sample(answered, min(40, len(answered))):
                 again = Attempt(attempt.verb, attempt.path, attempt.body, attempt.key, attempt.ack, attempt.user)
                 await self._send(http, again, record=False)
@@ -226,7 +207,7 @@ class Run:
         expected: dict[str, set[str]] = {}
         for attempt in self._ok("assign"):
             expected.setdefault(attempt.user, set()).add(attempt.answer["code"])
-        async with self._client() as http:
+        async with self.client() as http:
             for user, codes in expected.items():
                 answer = await http.get(f"/users/{user}/coupons", params={"limit": 1000})
                 assert answer.status_code == 200, answer.text
@@ -242,258 +223,17 @@ class Run:
         connection.terminate()
         assert report.holds, (report.findings, report.unchecked)
 
-    async def _epochs(self) -> dict[int, int]:
+    async def epochs_now(self) -> dict[int, int]:
         return {row["shard"]: row["epoch"] for row in await self.stack.ledger("SELECT shard, epoch FROM shards")}
 
     async def recovered(self, *, all_shards: bool = True) -> None:
         """Wait until shards are in a newer epoch than before the fault: it was seen to bite."""
 
         async def newer() -> bool:
-            now = await self._epochs()
+            now = await self.epochs_now()
             return (all if all_shards else any)(now[shard] > epoch for shard, epoch in self.epochs.items())
 
         await until(newer, HEAL_S, "the fault should have been followed by a recovery")
 
     def where_books_live(self) -> list[int]:
         return sorted({int(book_id[3:5]) for book_id in self.books})
-
-
-# --- faults: each takes a run under load, does its harm, and shows that it bit
-
-
-Fault = Callable[[Run], Awaitable[None]]
-
-
-async def writer_killed(run: Run) -> None:
-    run.stack.parts[0].kill()
-    run.stack.parts[0] = run.stack.writer(COUPON_LEASE_CODES_MIN="20")
-
-
-async def writer_paused_across_a_recovery(run: Run) -> None:
-    old = run.stack.parts[0]
-    old.signal(signal.SIGSTOP)
-    run.stack.writer(COUPON_LEASE_CODES_MIN="20")
-
-    async def taken_over() -> bool:
-        rows = await run.stack.ledger("SELECT count(DISTINCT owner) AS owners, min(generation) AS g FROM shards")
-        return bool(rows[0]["g"] > 1)
-
-    await until(taken_over, HEAL_S)
-    run.loses_records = True
-    async with run.stack.redis() as redis:
-        await redis.flushall()
-    await run.recovered()
-    old.signal(signal.SIGCONT)
-
-
-async def api_killed(run: Run) -> None:
-    api = run.stack.parts[1]
-    api.kill()
-    run.stack.parts[1] = run.stack.api()
-    await run.stack.ready()
-
-
-@contextlib.asynccontextmanager
-async def written_to_redis_alone(run: Run) -> AsyncIterator[None]:
-    """What is done just before the block is in Redis and not in the ledger: the writer is paused meanwhile."""
-    writer = run.stack.parts[0]
-    writer.signal(signal.SIGSTOP)
-    try:
-        await asyncio.sleep(run.random.uniform(0.2, 0.6))
-        yield
-    finally:
-        writer.signal(signal.SIGCONT)
-
-
-async def redis_killed(run: Run) -> None:
-    assert run.stack.redis_server is not None
-    async with written_to_redis_alone(run):
-        run.stack.redis_server.kill()
-    run.stack.redis_server.start()
-    await run.recovered()
-
-
-async def redis_rolled_back(run: Run) -> None:
-    """An old copy of the append-only file is restored: everything since is gone."""
-    server = run.stack.redis_server
-    assert server is not None
-    run.loses_records = True
-    (folder,) = server.directory.rglob("appendonlydir")
-    shutil.copytree(folder, run.stack.folder / "old")
-    async with written_to_redis_alone(run):
-        server.kill()
-    shutil.rmtree(folder)
-    shutil.copytree(run.stack.folder / "old", folder)
-    server.start()
-    await run.recovered()
-
-
-async def redis_lost(run: Run) -> None:
-    """Redis comes back empty."""
-    server = run.stack.redis_server
-    assert server is not None
-    run.loses_records = True
-    async with written_to_redis_alone(run):
-        server.kill()
-    for folder in server.directory.rglob("appendonlydir"):
-        shutil.rmtree(folder)
-    server.start()
-    await run.recovered()
-
-
-async def everything_flushed(run: Run) -> None:
-    run.loses_records = True
-    async with run.stack.redis() as redis, written_to_redis_alone(run):
-        await redis.flushall()
-    await run.recovered()
-
-
-async def redis_and_api_killed(run: Run) -> None:
-    """Nobody is left who could say what was answered: what has no record must be quarantined."""
-    run.loses_records = True
-    assert run.stack.redis_server is not None
-    async with written_to_redis_alone(run):
-        run.stack.parts[1].kill()
-        run.stack.redis_server.kill()
-    run.stack.redis_server.start()
-    run.stack.parts[1] = run.stack.api()
-    await run.recovered()
-    await run.stack.ready()
-
-
-async def scripts_flushed(run: Run) -> None:
-    async with run.stack.redis() as redis:
-        await redis.script_flush()
-    await asyncio.sleep(0.5)
-    assert await run._epochs() == run.epochs, "a script that is not loaded is no reason for a recovery"
-
-
-async def redis_stopped(run: Run) -> None:
-    assert run.stack.redis_server is not None
-    os.kill(run.stack.redis_server.pid, signal.SIGSTOP)
-    await asyncio.sleep(3.0)
-    os.kill(run.stack.redis_server.pid, signal.SIGCONT)
-
-
-async def backend_stopped(run: Run) -> None:
-    """A Postgres backend of the writer stops: no time-out of the server reaches it."""
-    rows = await run.stack.ledger(
-        "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'coupon-writer%' AND datname = current_database()"
-    )
-    for row in rows:
-        os.kill(row["pid"], signal.SIGSTOP)
-    await asyncio.sleep(6.0)
-    for row in rows:
-        os.kill(row["pid"], signal.SIGCONT)
-
-
-def _deleted(kind: str) -> Fault:
-    async def fault(run: Run) -> None:
-        run.loses_records = kind in ("meta", "holders", "book", "free", "events")
-        async with run.stack.redis() as redis:
-            found = [key async for key in redis.scan_iter(f"cb:*:{kind}*")]
-            assert found, "there was nothing to delete"
-            await redis.delete(*found)
-        if kind == "events":
-            return  # gone from the stream is lost only what the ledger had not: there may have been nothing
-        async with run._client() as http:
-            # A missing key is found when it is looked for.
-            for book_id in run.books:
-                await http.get(f"/coupons/{book_id}")
-        await run.recovered(all_shards=False)
-
-    fault.__name__ = f"{kind}_deleted"
-    return fault
-
-
-async def stream_trimmed(run: Run) -> None:
-    run.loses_records = True
-    async with run.stack.redis() as redis:
-        run.stack.parts[0].signal(signal.SIGSTOP)
-        await asyncio.sleep(0.3)
-        for key in [key async for key in redis.scan_iter("cb:*:events")]:
-            await redis.xtrim(key, maxlen=0, approximate=False)
-        run.stack.parts[0].signal(signal.SIGCONT)
-    await run.recovered(all_shards=False)
-
-
-FAULTS: dict[str, Fault] = {
-    fault.__name__: fault
-    for fault in (
-        writer_killed,
-        writer_paused_across_a_recovery,
-        api_killed,
-        redis_killed,
-        redis_rolled_back,
-        redis_lost,
-        everything_flushed,
-        redis_and_api_killed,
-        scripts_flushed,
-        redis_stopped,
-        backend_stopped,
-        stream_trimmed,
-        *(_deleted(kind) for kind in ("meta", "holders", "book", "free", "events")),
-    )
-}
-
-
-async def run_once(postgres_url: str, folder: Path, fault: str, seed: int, without: str = "") -> Run:
-    """One run from an empty stack to the last check, `without` one of tests.unsafe's safeguards.
-
-    Raises AssertionError with what broke.
-    """
-    os.makedirs(folder, exist_ok=True)
-    server = EmbeddedRedis(folder / "redis")
-    server.start()
-    stack = Stack(server, server.url, await fresh_database(postgres_url, SHARDS), folder, SHARDS)
-    if without:
-        stack.module = ("tests.unsafe", without)
-    run = Run(stack, seed)
-    try:
-        stack.writer(COUPON_LEASE_CODES_MIN="20")
-        stack.api()
-        await stack.ready()
-        await run.prepare()
-        load = asyncio.create_task(run.load(LOAD_S))
-        await asyncio.sleep(run.random.uniform(0.3, 1.2))  # the moment of the fault is drawn
-        await FAULTS[fault](run)
-        await load
-        await run.heal()
-        await run.check()
-        return run
-    finally:
-        stack.close()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--fault", choices=sorted(FAULTS))
-    parser.add_argument("--without", default="", metavar="SAFEGUARD", help="take a safeguard out: see tests/unsafe.py")
-    parser.add_argument("--seed", type=int, default=None, help="of the first run; the next ones count up")
-    args = parser.parse_args()
-    first = args.seed if args.seed is not None else secrets.randbelow(10**6)
-    failed = 0
-    with tempfile.TemporaryDirectory() as folder, EmbeddedPostgres(Path(folder) / "postgres") as postgres:
-        for number in range(args.runs):
-            seed = first + number
-            fault = args.fault or sorted(FAULTS)[seed % len(FAULTS)]
-            place = Path(folder) / f"run{number}"
-            try:
-                run = asyncio.run(run_once(postgres.admin_url, place, fault, seed, args.without))
-                counts = Counter(attempt.outcome for attempt in run.history)
-                doubts = sum(attempt.in_doubt for attempt in run.history)
-                print(f"ok   {fault} --seed {seed}: {dict(counts)}, {doubts} in doubt at first", flush=True)
-            except AssertionError as error:
-                failed += 1
-                print(
-                    f"FAIL {fault}: {error}\n     repeat: python -m tests.chaos --runs 1 --fault {fault} --seed {seed}"
-                )
-                for log in ("writer.log", "api.log"):
-                    print("     " + "\n     ".join((place / log).read_text().splitlines()[-15:]))
-    print(f"{args.runs - failed} passed, {failed} failed")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

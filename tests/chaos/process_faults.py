@@ -1,0 +1,190 @@
+"""Faults of the plain stage: processes killed and stopped, Redis emptied, rolled back and tampered with.
+
+Each takes a run under load, does its harm, and shows that it bit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator
+
+from tests.chaos.fault import Fault, Strike
+from tests.chaos.run import HEAL_S, Run
+from tests.harness import until
+
+
+async def writer_killed(run: Run) -> None:
+    run.stack.parts[0].kill()
+    run.stack.parts[0] = run.stack.writer(COUPON_LEASE_CODES_MIN="20")
+
+
+async def writer_paused_across_a_recovery(run: Run) -> None:
+    old = run.stack.parts[0]
+    old.signal(signal.SIGSTOP)
+    run.stack.writer(COUPON_LEASE_CODES_MIN="20")
+
+    async def taken_over() -> bool:
+        rows = await run.stack.ledger("SELECT count(DISTINCT owner) AS owners, min(generation) AS g FROM shards")
+        return bool(rows[0]["g"] > 1)
+
+    await until(taken_over, HEAL_S)
+    run.loses_records = True
+    async with run.stack.redis() as redis:
+        await redis.flushall()
+    await run.recovered()
+    old.signal(signal.SIGCONT)
+
+
+async def api_killed(run: Run) -> None:
+    api = run.stack.parts[1]
+    api.kill()
+    run.stack.parts[1] = run.stack.api()
+    await run.stack.ready()
+
+
+@contextlib.asynccontextmanager
+async def written_to_redis_alone(run: Run) -> AsyncIterator[None]:
+    """What is done just before the block is in Redis and not in the ledger: the writer is paused meanwhile."""
+    writer = run.stack.parts[0]
+    writer.signal(signal.SIGSTOP)
+    try:
+        await asyncio.sleep(run.random.uniform(0.2, 0.6))
+        yield
+    finally:
+        writer.signal(signal.SIGCONT)
+
+
+async def redis_killed(run: Run) -> None:
+    assert run.stack.redis_server is not None
+    async with written_to_redis_alone(run):
+        run.stack.redis_server.kill()
+    run.stack.redis_server.start()
+    await run.recovered()
+
+
+async def redis_rolled_back(run: Run) -> None:
+    """An old copy of the append-only file is restored: everything since is gone."""
+    server = run.stack.redis_server
+    assert server is not None
+    run.loses_records = True
+    (folder,) = server.directory.rglob("appendonlydir")
+    shutil.copytree(folder, run.stack.folder / "old")
+    async with written_to_redis_alone(run):
+        server.kill()
+    shutil.rmtree(folder)
+    shutil.copytree(run.stack.folder / "old", folder)
+    server.start()
+    await run.recovered()
+
+
+async def redis_lost(run: Run) -> None:
+    """Redis comes back empty."""
+    server = run.stack.redis_server
+    assert server is not None
+    run.loses_records = True
+    async with written_to_redis_alone(run):
+        server.kill()
+    for folder in server.directory.rglob("appendonlydir"):
+        shutil.rmtree(folder)
+    server.start()
+    await run.recovered()
+
+
+async def everything_flushed(run: Run) -> None:
+    run.loses_records = True
+    async with run.stack.redis() as redis, written_to_redis_alone(run):
+        await redis.flushall()
+    await run.recovered()
+
+
+async def redis_and_api_killed(run: Run) -> None:
+    """Nobody is left who could say what was answered: what has no record must be quarantined."""
+    run.loses_records = True
+    assert run.stack.redis_server is not None
+    async with written_to_redis_alone(run):
+        run.stack.parts[1].kill()
+        run.stack.redis_server.kill()
+    run.stack.redis_server.start()
+    run.stack.parts[1] = run.stack.api()
+    await run.recovered()
+    await run.stack.ready()
+
+
+async def scripts_flushed(run: Run) -> None:
+    async with run.stack.redis() as redis:
+        await redis.script_flush()
+    await asyncio.sleep(0.5)
+    assert await run.epochs_now() == run.epochs, "a script that is not loaded is no reason for a recovery"
+
+
+async def redis_stopped(run: Run) -> None:
+    assert run.stack.redis_server is not None
+    os.kill(run.stack.redis_server.pid, signal.SIGSTOP)
+    await asyncio.sleep(3.0)
+    os.kill(run.stack.redis_server.pid, signal.SIGCONT)
+
+
+async def backend_stopped(run: Run) -> None:
+    """A Postgres backend of the writer stops: no time-out of the server reaches it."""
+    rows = await run.stack.ledger(
+        "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'coupon-writer%' AND datname = current_database()"
+    )
+    for row in rows:
+        os.kill(row["pid"], signal.SIGSTOP)
+    await asyncio.sleep(6.0)
+    for row in rows:
+        os.kill(row["pid"], signal.SIGCONT)
+
+
+def _deleted(kind: str) -> Strike:
+    async def fault(run: Run) -> None:
+        run.loses_records = kind in ("meta", "holders", "book", "free", "events")
+        async with run.stack.redis() as redis:
+            found = [key async for key in redis.scan_iter(f"cb:*:{kind}*")]
+            assert found, "there was nothing to delete"
+            await redis.delete(*found)
+        if kind == "events":
+            return  # gone from the stream is lost only what the ledger had not: there may have been nothing
+        async with run.client() as http:
+            # A missing key is found when it is looked for.
+            for book_id in run.books:
+                await http.get(f"/coupons/{book_id}")
+        await run.recovered(all_shards=False)
+
+    fault.__name__ = f"{kind}_deleted"
+    return fault
+
+
+async def stream_trimmed(run: Run) -> None:
+    run.loses_records = True
+    async with run.stack.redis() as redis:
+        run.stack.parts[0].signal(signal.SIGSTOP)
+        await asyncio.sleep(0.3)
+        for key in [key async for key in redis.scan_iter("cb:*:events")]:
+            await redis.xtrim(key, maxlen=0, approximate=False)
+        run.stack.parts[0].signal(signal.SIGCONT)
+    await run.recovered(all_shards=False)
+
+
+PROCESS_FAULTS = [
+    Fault(strike)
+    for strike in (
+        writer_killed,
+        writer_paused_across_a_recovery,
+        api_killed,
+        redis_killed,
+        redis_rolled_back,
+        redis_lost,
+        everything_flushed,
+        redis_and_api_killed,
+        scripts_flushed,
+        redis_stopped,
+        backend_stopped,
+        stream_trimmed,
+        *(_deleted(kind) for kind in ("meta", "holders", "book", "free", "events")),
+    )
+]

@@ -1,0 +1,41 @@
+"""All faults by name, and one seeded run of one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+from tests.chaos.fault import Fault
+from tests.chaos.process_faults import PROCESS_FAULTS
+from tests.chaos.run import Run
+
+LOAD_S = 2.0
+
+FAULTS: dict[str, Fault] = {fault.name: fault for fault in PROCESS_FAULTS}
+
+
+async def run_once(postgres_url: str, folder: Path, fault: str, seed: int, without: str = "") -> Run:
+    """One run from an empty stack to the last check, `without` one of tests.unsafe's safeguards.
+
+    Raises AssertionError with what broke.
+    """
+    os.makedirs(folder, exist_ok=True)
+    async with FAULTS[fault].stage(postgres_url, folder) as stack:
+        if without:
+            stack.module = ("tests.unsafe", without)
+        run = Run(stack, seed)
+        try:
+            stack.writer(COUPON_LEASE_CODES_MIN="20")
+            stack.api()
+            await stack.ready()
+            await run.prepare()
+            load = asyncio.create_task(run.load(LOAD_S))
+            await asyncio.sleep(run.random.uniform(0.3, 1.2))  # the moment of the fault is drawn
+            await FAULTS[fault].strike(run)
+            await load
+            await run.heal()
+            await run.check()
+            return run
+        finally:
+            stack.close()
