@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import uvloop
-from starlette.types import ASGIApp
 
 from coupon_svc.api.auth import KeyRing
 from coupon_svc.api.books import Books
@@ -17,7 +16,7 @@ from coupon_svc.api.coupons import Coupons
 from coupon_svc.api.metrics import Metrics
 from coupon_svc.api.public import Public
 from coupon_svc.api.registration import Registration
-from coupon_svc.api.routes import KeepSlashes, make_router
+from coupon_svc.api.routes import Api, make_app
 from coupon_svc.api.runner import BookRunner
 from coupon_svc.config import Settings, load_settings
 from coupon_svc.ledger.database import Database
@@ -28,7 +27,7 @@ from coupon_svc.store.scripts import Scripts
 from coupon_svc.writer.writer import Writer
 
 
-def make_api(settings: Settings | None = None) -> ASGIApp:
+def make_api(settings: Settings | None = None) -> Api:
     """The API as an ASGI application. It connects when it starts, and starts whether or not the stores are there."""
     settings = settings or load_settings()
     positions = Positions(settings.shards, settings.ledger_wait_ms)
@@ -50,7 +49,7 @@ def make_api(settings: Settings | None = None) -> ASGIApp:
             await store.stop()
             await database.close()
 
-    router = make_router(
+    return make_app(
         Books(runner, database, settings.shards),
         Coupons(store, runner, resolver, database, registration),
         Public(store, metrics),
@@ -58,7 +57,6 @@ def make_api(settings: Settings | None = None) -> ASGIApp:
         metrics,
         lifespan,
     )
-    return KeepSlashes(router)
 
 
 def run_writer(settings: Settings) -> None:

@@ -17,7 +17,7 @@ import msgspec
 import uvicorn
 from asyncpg import InvalidCatalogNameError, UndefinedColumnError, UndefinedTableError
 
-from coupon_svc.api.server import SERVER_SETTINGS, ProblemProtocol
+from coupon_svc.api.server import SERVER_SETTINGS, CouponProtocol
 from coupon_svc.app import make_api, run_writer
 from coupon_svc.config import Settings, SettingsError, load_settings
 from coupon_svc.ledger import keys, quarantine
@@ -160,7 +160,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _api(args: argparse.Namespace) -> None:
     settings = load_settings(host=args.host, port=args.port, workers=args.workers)
-    common: dict[str, Any] = {**SERVER_SETTINGS, "http": ProblemProtocol}
+    common: dict[str, Any] = {**SERVER_SETTINGS, "http": CouponProtocol}
     if args.fd is not None:
         server = uvicorn.Server(uvicorn.Config(lambda: make_api(settings), factory=True, **common))
         server.run(sockets=[socket.socket(fileno=args.fd)])

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from coupon_svc.api.openapi import openapi_document
 from coupon_svc.api.operations import OPERATIONS
 from coupon_svc.api.public import Public, PublicEndpoint
-from coupon_svc.api.routes import make_router
+from coupon_svc.api.routes import make_app
 from coupon_svc.domain.outcomes import Outcome
 from tests.harness import Stack
 
@@ -170,7 +170,7 @@ def test_a_retry_after_is_promised_where_one_has_to_wait() -> None:
 def test_the_router_and_the_document_know_the_same_methods_and_paths() -> None:
     nothing: Any = type("Nothing", (), {"__getattr__": lambda self, name: None})()
     public = Public.__new__(Public)
-    router = make_router(nothing, nothing, public, nothing, nothing, nothing)
+    router = make_app(nothing, nothing, public, nothing, nothing, nothing).router
     routed = set()
     for route in router.routes:
         assert isinstance(route, Route)

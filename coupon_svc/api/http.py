@@ -8,7 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -79,6 +79,14 @@ class Answer(msgspec.Struct, frozen=True):
         return cls(remembered.status, msgspec.Raw(remembered.answer), True, location)
 
 
+class Response(NamedTuple):
+    """What goes out, but for Content-Length, which whoever sends it adds."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
 Handler = Callable[[Call], Awaitable[Answer]]
 
 
@@ -113,56 +121,68 @@ class Endpoint:
             self._methods["HEAD"] = self._methods["GET"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = {name: value.replace(ENCODED_SLASH, "/") for name, value in scope["path_params"].items()}
+        response = await self.respond(scope["method"], path, scope["query_string"], dict(scope["headers"]), receive)
+        if response is not None:
+            await respond(send, *response)
+
+    async def respond(
+        self,
+        method: str,
+        path: Mapping[str, str],
+        query_string: bytes,
+        headers: Mapping[bytes, bytes],
+        body: bytes | Receive,
+    ) -> Response | None:
+        """The response to one request. `headers` have lower-case names; `body` is whole, or to be received yet. Raises
+        nothing; None when the caller hung up before its request was complete."""
         started = time.perf_counter()
-        found = self._methods.get(scope["method"])
+        found = self._methods.get(method)
         name = found[0].name if found else "none"
+        response: Response | None = None
         try:
             if found is None:
                 raise Refused(Outcome.METHOD_NOT_ALLOWED)
-            answer = await self._answer(*found, scope, receive)
+            response = _encoded(await self._answer(*found, path, query_string, headers, body))
             outcome = "ok"
-            headers = [_JSON]
-            if answer.replayed:
-                headers.append((b"idempotent-replayed", b"true"))
-            if answer.location is not None:
-                headers.append((b"location", answer.location.encode()))
-            body = b"" if answer.body is None else _encode(answer.body)
-            await respond(send, answer.status, headers if body else headers[1:], body)
         except ClientGone:
             outcome = "client_gone"
         except Refused as refused:
             outcome = refused.outcome.value
-            await self._refuse(send, refused)
+            response, _ = self._refuse(refused)
         except LedgerUnavailable as error:
             unavailable = Outcome.OUTCOME_UNKNOWN if error.may_have_happened else Outcome.STORE_UNAVAILABLE
             outcome = unavailable.value
-            await self._refuse(send, Refused(unavailable))
+            response, _ = self._refuse(Refused(unavailable))
         except Exception as error:
             outcome = Outcome.INTERNAL_ERROR.value
-            request_id = await self._refuse(send, Refused(Outcome.INTERNAL_ERROR))
+            response, request_id = self._refuse(Refused(Outcome.INTERNAL_ERROR))
             # The message of an error may hold a code or a key; its kind and place do not.
             log.error("%s in %s, request %s, at %s", type(error).__name__, name, request_id, _place(error))
         self._metrics.count(name, outcome, time.perf_counter() - started)
+        return response
 
     async def _answer(
         self,
         operation: Operation,
         handler: Handler,
         decoder: msgspec.json.Decoder[Any] | None,
-        scope: Scope,
-        receive: Receive,
+        path: Mapping[str, str],
+        query_string: bytes,
+        headers: Mapping[bytes, bytes],
+        body: bytes | Receive,
     ) -> Answer:
-        headers = dict(scope["headers"])
         key = await self._keys.authenticate(headers.get(b"authorization", b""))
         if key.scopes.isdisjoint(operation.scopes):
             raise Refused(Outcome.MISSING_SCOPE, scopes=list(operation.scopes))
-        path = {name: value.replace(ENCODED_SLASH, "/") for name, value in scope["path_params"].items()}
-        call = Call(key, operation.method, path, scope["query_string"])
+        call = Call(key, operation.method, path, query_string)
         if decoder is not None:
             invalid: Refused | None = None
-            body = await read_body(headers, receive)
+            content = body if isinstance(body, bytes) else await read_body(headers, body)
+            if content:
+                check_media_type(headers)
             try:
-                call.body = decode_body(decoder, body)
+                call.body = decode_body(decoder, content)
             except Refused as refused:
                 if refused.outcome is not Outcome.INVALID_REQUEST:
                     raise
@@ -173,13 +193,21 @@ class Endpoint:
                 raise invalid
         return await handler(call)
 
-    async def _refuse(self, send: Send, refused: Refused) -> str:
+    def _refuse(self, refused: Refused) -> tuple[Response, str]:
         extra: Headers = []
         if refused.outcome is Outcome.METHOD_NOT_ALLOWED:
             extra.append((b"allow", ", ".join(sorted(self._methods)).encode()))
         status, headers, body, request_id = problem_response(refused, extra)
-        await respond(send, status, headers, body)
-        return request_id
+        return Response(status, headers, body), request_id
+
+
+def _encoded(answer: Answer) -> Response:
+    headers = [] if answer.body is None else [_JSON]
+    if answer.replayed:
+        headers.append((b"idempotent-replayed", b"true"))
+    if answer.location is not None:
+        headers.append((b"location", answer.location.encode()))
+    return Response(answer.status, headers, b"" if answer.body is None else _encode(answer.body))
 
 
 class ClientGone(Exception):
@@ -199,8 +227,7 @@ async def respond(send: Send, status: int, headers: Headers, body: bytes) -> Non
 
 
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
-    """The whole body. Raises Refused: body_too_large beyond BODY_BYTES_MAX, unsupported_media_type when it is not JSON;
-    ClientGone."""
+    """The whole body. Raises Refused(body_too_large) beyond BODY_BYTES_MAX; ClientGone."""
     length = headers.get(b"content-length")
     if length is not None and int(length) > BODY_BYTES_MAX:
         raise Refused(Outcome.BODY_TOO_LARGE, limit_bytes=BODY_BYTES_MAX)
@@ -218,11 +245,14 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
             if len(parts) > BODY_BYTES_MAX:
                 raise Refused(Outcome.BODY_TOO_LARGE, limit_bytes=BODY_BYTES_MAX)
         body = bytes(parts)
-    if body:
-        media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if media_type != b"application/json":
-            raise Refused(Outcome.UNSUPPORTED_MEDIA_TYPE)
     return body
+
+
+def check_media_type(headers: Mapping[bytes, bytes]) -> None:
+    """Raises Refused(unsupported_media_type) unless the body is said to be JSON."""
+    media_type = headers.get(b"content-type", b"")
+    if media_type != b"application/json" and media_type.partition(b";")[0].strip().lower() != b"application/json":
+        raise Refused(Outcome.UNSUPPORTED_MEDIA_TYPE)
 
 
 def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:

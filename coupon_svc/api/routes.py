@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from starlette.routing import Route, Router
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from coupon_svc.api.auth import KeyRing
 from coupon_svc.api.books import Books
@@ -20,20 +20,31 @@ from coupon_svc.api.operations import OPERATIONS
 from coupon_svc.api.public import Public, PublicEndpoint, not_found
 from coupon_svc.domain.outcomes import Outcome, Refused
 
+HOT_PATHS = (
+    "/coupons/assign",
+    "/coupons/assign/{code}",
+    "/coupons/lock/{code}",
+    "/coupons/unlock/{code}",
+    "/coupons/redeem/{code}",
+)
+"""What a flash sale is made of: POST only, and the code is the last part."""
+_PLAIN = re.compile(rb"[A-Za-z0-9._~-]+")
+"""Parts of a path that stand for themselves (RFC 3986, unreserved)."""
+
 
 async def read_job(call: Call) -> Answer:
     """Streamed uploads, and so their jobs, are still to come: no job exists."""
     raise Refused(Outcome.JOB_NOT_FOUND)
 
 
-def make_router(
+def make_app(
     books: Books,
     coupons: Coupons,
     public: Public,
     keys: KeyRing,
     metrics: Metrics,
     lifespan: Callable[[Any], AbstractAsyncContextManager[None]],
-) -> Router:
+) -> Api:
     """The whole HTTP application. A path has one endpoint for all its methods, so that a wrong one is answered 405."""
     handlers: dict[str, Handler] = {
         "create_book": books.create_book,
@@ -54,8 +65,7 @@ def make_router(
     for operation in OPERATIONS:
         endpoint = endpoints.setdefault(operation.path, Endpoint(keys, metrics))
         endpoint.add(operation, handlers[operation.name])
-    hot = ("/coupons/assign", "/coupons/lock/{code}", "/coupons/redeem/{code}")
-    ordered = sorted(endpoints, key=lambda path: (path not in hot, "{book_id}" in path))
+    ordered = sorted(endpoints, key=lambda path: (path not in HOT_PATHS, "{book_id}" in path))
     routes = [Route(path, endpoints[path]) for path in ordered]
     open_to_all = {
         "/healthz": public.healthz,
@@ -66,18 +76,39 @@ def make_router(
         "/problems/{outcome}": public.problem,
     }
     routes += [Route(path, PublicEndpoint(answer)) for path, answer in open_to_all.items()]
-    return Router(routes, redirect_slashes=False, default=not_found, lifespan=lifespan)
+    return Api(Router(routes, redirect_slashes=False, default=not_found, lifespan=lifespan))
 
 
-class KeepSlashes:
-    """Keeps a percent-encoded slash within its part of the path. Servers decode it before anybody can route by it."""
+class Api:
+    """The ASGI application: routes what uvicorn has parsed, and names the endpoints that need no routing.
 
-    def __init__(self, router: ASGIApp) -> None:
-        self._router = router
+    A percent-encoded slash stays within its part of the path; servers decode it before anybody can route by it.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+        self._hot_whole: dict[bytes, Endpoint] = {}
+        self._hot_folders: dict[bytes, Endpoint] = {}
+        for route in router.routes:
+            if isinstance(route, Route) and route.path in HOT_PATHS:
+                assert isinstance(route.app, Endpoint)
+                folder, code, _ = route.path.partition("/{code}")
+                (self._hot_folders if code else self._hot_whole)[folder.encode()] = route.app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         raw: bytes = scope.get("raw_path") or b""
         if b"%2" in raw:
             parts = re.split("%2[Ff]", raw.decode("latin-1"))
             scope = {**scope, "path": ENCODED_SLASH.join(unquote(part) for part in parts)}
-        await self._router(scope, receive, send)
+        await self.router(scope, receive, send)
+
+    def hot_endpoint(self, url: bytes) -> tuple[Endpoint, dict[str, str]] | None:
+        """The endpoint of a hot path as it stands in the request line, and its parameters. None for any other, and for
+        one with a query or anything in it that is or may be escaped."""
+        if url in self._hot_whole:
+            return self._hot_whole[url], {}
+        folder, _, code = url.rpartition(b"/")
+        endpoint = self._hot_folders.get(folder)
+        if endpoint is None or not _PLAIN.fullmatch(code):
+            return None
+        return endpoint, {"code": code.decode()}

@@ -28,7 +28,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from coupon_svc.api.server import SERVER_SETTINGS, ProblemProtocol
+from coupon_svc.api.server import SERVER_SETTINGS
 from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis
 from coupon_svc.ledger.database import open_connection
 from coupon_svc.ledger.keys import create_key, new_key
@@ -107,7 +107,7 @@ def echo_app() -> Starlette:
 
 def serve_echo(fd: int) -> None:
     """Serve the echo as `coupon-svc api` serves the API: same server, same settings."""
-    config = uvicorn.Config(echo_app, factory=True, http=ProblemProtocol, **SERVER_SETTINGS)
+    config = uvicorn.Config(echo_app, factory=True, http="httptools", **SERVER_SETTINGS)
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=fd)])
 
 
