@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = command("verify", _verify, "show from Redis and Postgres that the promises hold")
     verify.add_argument("--json", action="store_true", help="the report for machines")
+    verify.add_argument(
+        "--heads", type=Path, metavar="FILE", help="an earlier report in JSON: history must run through its heads"
+    )
 
     rebuild = command("rebuild", _rebuild, "rebuild Redis from the ledger, while the service runs")
     rebuild.add_argument("--shard", type=int, metavar="N", help="default: all")
@@ -196,7 +199,7 @@ def _verify(args: argparse.Namespace) -> int:
     except LedgerUnavailable as error:
         print(f"coupon-svc verify: Postgres cannot be read ({error}); nothing is shown.", file=sys.stderr)
         return 2
-    return run_verify(msgspec.structs.replace(settings, shards=stored), as_json=args.json)
+    return run_verify(msgspec.structs.replace(settings, shards=stored), as_json=args.json, heads=args.heads)
 
 
 def _rebuild(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ error of that code is not made twice.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 import httpx
+import msgspec
 
 from coupon_svc.domain.shards import shard_tag
 from tests.harness import Stack, until
@@ -206,6 +208,7 @@ async def audit(stack: Stack, history: History | Iterable[Answer] | None = None)
     async with _one_connection(stack) as ledger:
         await _settled(stack, ledger)
         await _audit_ledger(ledger)
+        await _audit_history_of_rows(ledger)
         redis = await _audit_books_at_rest(stack, ledger)
         await _audit_streams(ledger, redis)
         if history is not None:
@@ -246,7 +249,8 @@ async def _audit_ledger(ledger: Any) -> None:
         "positions are not exactly 1..committed",
         """
         SELECT shards.shard, shards.epoch, committed, count(seq), min(seq), max(seq) FROM shards
-        LEFT JOIN (SELECT shard, epoch, seq FROM events UNION ALL SELECT shard, epoch, seq FROM dead_letters) e
+        LEFT JOIN (SELECT shard, epoch, seq FROM events WHERE chain IS NOT NULL
+                   UNION ALL SELECT shard, epoch, seq FROM dead_letters) e
              ON e.shard = shards.shard AND e.epoch = shards.epoch
         GROUP BY shards.shard, shards.epoch, committed
         HAVING count(seq) <> committed OR count(DISTINCT seq) <> committed
@@ -258,7 +262,8 @@ async def _audit_ledger(ledger: Any) -> None:
         "an older epoch has a gap",
         """
         SELECT shard, epoch, count(*), max(seq)
-        FROM (SELECT shard, epoch, seq FROM events UNION ALL SELECT shard, epoch, seq FROM dead_letters) e
+        FROM (SELECT shard, epoch, seq FROM events WHERE chain IS NOT NULL
+              UNION ALL SELECT shard, epoch, seq FROM dead_letters) e
         GROUP BY shard, epoch HAVING count(DISTINCT seq) <> max(seq) OR count(*) <> max(seq) OR min(seq) <> 1
         """,
     )
@@ -337,6 +342,52 @@ async def _audit_ledger(ledger: Any) -> None:
         WHERE place > leased_upto
         """,
     )
+
+
+async def _audit_history_of_rows(ledger: Any) -> None:
+    """Each row carries the hash of itself and the one before it; what carries none is in the log of late events."""
+    record = (
+        "jsonb_build_array(seq, event, book_id, code, user_id, at_ms, uses, reference, metadata, idem, fingerprint)"
+    )
+    for end in await ledger.fetch(
+        "SELECT shard, s.chain, l.chain AS late FROM shards s LEFT JOIN late_heads l USING (shard)"
+    ):
+        rows = await ledger.fetch(
+            f"""
+            SELECT epoch, seq, {record} AS event, NULL AS fields, NULL AS reason, NULL AS book_id, NULL AS code, chain
+            FROM events WHERE shard = $1 AND chain IS NOT NULL UNION ALL
+            SELECT epoch, seq, NULL, fields, reason, book_id, code, chain FROM dead_letters WHERE shard = $1
+            ORDER BY epoch, seq
+            """,
+            end["shard"],
+        )
+        last = bytes(32)
+        for row in rows:
+            what = json.loads(row["event"]) if row["event"] else [row["seq"], *list(row)[3:7]]
+            last = _hash(last, end["shard"], row["epoch"], what)
+            assert last == row["chain"], f"the row at {row['epoch']}-{row['seq']} is not as it was written"
+        assert last == end["chain"], "the chain does not end where the shard says"
+        last = bytes(32)
+        late = await ledger.fetch(
+            f"SELECT epoch, link, recorded, {record} AS event, chain FROM late_events WHERE shard = $1 ORDER BY link",
+            end["shard"],
+        )
+        for row in late:
+            last = _hash(last, end["shard"], row["epoch"], [row["link"], row["recorded"], json.loads(row["event"])])
+            assert last == row["chain"], f"late event {row['link']} is not as it was written"
+        assert last == (end["late"] or bytes(32)), "the chain of late events does not end where its head says"
+    await _nothing(
+        ledger,
+        "an event without a hash did not come late",
+        """
+        SELECT shard, epoch, seq FROM events WHERE chain IS NULL EXCEPT
+        SELECT shard, epoch, seq FROM late_events WHERE recorded
+        """,
+    )
+
+
+def _hash(before: bytes, shard: int, epoch: int, what: list[Any]) -> bytes:
+    return hashlib.blake2b(msgspec.msgpack.encode([before, shard, epoch, what]), digest_size=32).digest()
 
 
 async def _audit_books(ledger: Any, redis: Redis, dead: set[str]) -> None:

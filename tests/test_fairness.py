@@ -20,6 +20,7 @@ import pytest
 
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.books import Ack
+from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.shards import new_book_id
 from coupon_svc.ledger.catalogue import NewBook, insert_book, insert_codes, random_places
 from coupon_svc.ledger.lending import lease_block
@@ -273,7 +274,7 @@ class Lender:
     def __init__(self, connection: Any, tenant_id: int) -> None:
         self.connection = connection
         self._tenant_id = tenant_id
-        self._owned = OwnedShard(SHARD, epoch=1, generation=1, committed=0)
+        self._owned = OwnedShard(SHARD, epoch=1, generation=1, committed=0, chain=CHAIN_START)
 
     async def new_book(self) -> str:
         """A book without codes. Returns its id."""

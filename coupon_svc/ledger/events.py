@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
 import msgspec
 
+from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.codes import normalise_code
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 
@@ -22,11 +23,18 @@ DATA_ERRORS = (
 UNIQUE_VIOLATION = "23505"
 
 _ADVANCE = """
-    UPDATE shards SET committed = batch.upto
-    FROM unnest($2::int[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[])
-         AS batch (shard, epoch, generation, committed, upto)
+    UPDATE shards SET committed = batch.upto, chain = batch.head
+    FROM unnest($2::int[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bytea[], $8::bytea[])
+         AS batch (shard, epoch, generation, committed, upto, chain, head)
     WHERE shards.shard = batch.shard AND shards.epoch = batch.epoch AND shards.generation = batch.generation
-      AND shards.committed = batch.committed AND shards.owner = $1 AND shards.stopped IS NULL
+      AND shards.committed = batch.committed AND shards.chain = batch.chain AND shards.owner = $1
+      AND shards.stopped IS NULL
+"""
+_EDITED = """
+    SELECT shard FROM shards
+    JOIN unnest($2::int[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bytea[])
+         AS batch (shard, epoch, generation, committed, chain) USING (shard, epoch, generation, committed)
+    WHERE shards.chain <> batch.chain AND owner = $1 AND stopped IS NULL
 """
 _SPEND = """
     UPDATE coupons SET uses = spent.uses
@@ -34,7 +42,7 @@ _SPEND = """
           GROUP BY book_id, code) AS spent
     WHERE coupons.book_id = spent.book_id AND coupons.code = spent.code AND coupons.uses < spent.uses
 """
-_EVENT_COLUMNS = ("shard", "epoch", *Event._fields)
+_EVENT_COLUMNS = ("shard", "epoch", *Event._fields, "chain")
 _COUPON_COLUMNS = ("book_id", "code", "user_id", "assigned_at_ms", "epoch", "seq")
 _REDEMPTION_COLUMNS = (
     "book_id", "code", "uses", "user_id", "redeemed_at_ms", "reference", "metadata", "epoch", "seq",
@@ -68,7 +76,8 @@ def garbled_letter(seq: int, fields: Sequence[str], reason: str) -> DeadLetter:
 class Batch(NamedTuple):
     """Events of one shard that follow the ledger's position `committed` without a hole, up to `upto`.
 
-    `events` may lack some of them: those stand in `dead`, with the reason why the ledger cannot take them.
+    `events` may lack some of them: those stand in `dead`, with the reason why the ledger cannot take them. `chain` is the
+    hash of the row before the first (coupon_svc/domain/chain.py).
     """
 
     shard: int
@@ -78,29 +87,69 @@ class Batch(NamedTuple):
     upto: int
     events: Sequence[Event]
     dead: Sequence[DeadLetter] = ()
+    chain: bytes = CHAIN_START
 
 
 class NotOwner(Exception):
     """A shard of the batch has another owner, epoch or position by now: the batch must be thrown away."""
 
 
-async def write_batches(connection: asyncpg.Connection, writer_id: str, batches: Sequence[Batch]) -> None:
+class LedgerEdited(Exception):
+    """The position of these shards is right, and their last hash is not the one that was written: history was edited."""
+
+    def __init__(self, shards: Sequence[int]) -> None:
+        super().__init__(f"the hash chain of shards {shards} was changed")
+        self.shards = shards
+
+
+async def write_batches(connection: asyncpg.Connection, writer_id: str, batches: Sequence[Batch]) -> dict[int, bytes]:
     """Write the batches of several shards within the caller's transaction: all of it is to be committed, or nothing.
 
-    Raises NotOwner when a shard was taken over, has a new epoch, or is not where its batch begins; one of DATA_ERRORS
-    when a row cannot be stored.
+    Returns each shard's last hash. Raises NotOwner when a shard was taken over, has a new epoch, or is not where its batch
+    begins; LedgerEdited; one of DATA_ERRORS when a row cannot be stored.
     """
-    ordered = sorted(batches)
-    columns = [[batch[i] for batch in ordered] for i in range(5)]
-    advanced = await connection.execute(_ADVANCE, writer_id, *columns)
-    if advanced != f"UPDATE {len(ordered)}":
-        raise NotOwner
-    await write_events(connection, ordered)
+    linked = [link_batch(batch) for batch in sorted(batches)]
+    *terms, chains = ([one.batch[i] for one in linked] for i in (0, 1, 2, 3, 4, 7))
+    advanced = await connection.execute(_ADVANCE, writer_id, *terms, chains, [one.head for one in linked])
+    if advanced != f"UPDATE {len(linked)}":
+        edited = await connection.fetch(_EDITED, writer_id, *terms[:4], chains)
+        raise LedgerEdited([row["shard"] for row in edited]) if edited else NotOwner
+    await write_linked(connection, linked)
+    return {one.batch.shard: one.head for one in linked}
 
 
-async def write_events(connection: asyncpg.Connection, ordered: Sequence[Batch]) -> None:
+class Linked(NamedTuple):
+    """A batch as its rows in `events` and `dead_letters`, each with its hash, and the last of these."""
+
+    batch: Batch
+    rows: Sequence[tuple[Any, ...]]
+    dead: Sequence[tuple[Any, ...]]
+    head: bytes
+
+
+def link_batch(batch: Batch) -> Linked:
+    """Give each row of the batch its hash, in the order of the positions."""
+    shard, epoch, head = batch.shard, batch.epoch, batch.chain
+    records: Sequence[Event | DeadLetter] = batch.events
+    if batch.dead:
+        records = sorted((*batch.events, *batch.dead), key=lambda record: record.seq)
+    rows: list[tuple[Any, ...]] = []
+    dead: list[tuple[Any, ...]] = []
+    for record in records:
+        head = chain_hash(head, shard, epoch, record)
+        (rows if type(record) is Event else dead).append((shard, epoch, *record, head))
+    return Linked(batch, rows, dead, head)
+
+
+def unlinked(batch: Batch) -> Linked:
+    """The batch as rows without a hash: late events, which stand in the chain of `late_events`."""
+    return Linked(batch, [(batch.shard, batch.epoch, *event, None) for event in batch.events], (), batch.chain)
+
+
+async def write_linked(connection: asyncpg.Connection, linked: Sequence[Linked]) -> None:
     """The rows of batches and what follows from them, without a look at positions: that is the caller's to do."""
-    rows = [(batch.shard, batch.epoch, *event) for batch in ordered for event in batch.events]
+    ordered = [one.batch for one in linked]
+    rows = [row for one in linked for row in one.rows]
     if rows:
         await connection.copy_records_to_table("events", records=rows, columns=_EVENT_COLUMNS)
     assigned = [
@@ -120,11 +169,11 @@ async def write_events(connection: asyncpg.Connection, ordered: Sequence[Batch])
     if redeemed:
         await connection.copy_records_to_table("redemptions", records=redeemed, columns=_REDEMPTION_COLUMNS)
         await connection.execute(_SPEND, *([row[i] for row in redeemed] for i in range(3)))
-    dead = [(batch.shard, batch.epoch, *letter) for batch in ordered for letter in batch.dead]
+    dead = [row for one in linked for row in one.dead]
     if dead:
         await connection.executemany(
-            "INSERT INTO dead_letters (shard, epoch, seq, fields, reason, book_id, code)"
-            " VALUES ($1, $2, $3, $4, $5, $6, $7)",
+            "INSERT INTO dead_letters (shard, epoch, seq, fields, reason, book_id, code, chain)"
+            " VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
             dead,
         )
 

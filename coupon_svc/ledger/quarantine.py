@@ -9,8 +9,7 @@ import asyncpg
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.ledger.catalogue import random_places
-from coupon_svc.ledger.events import Batch, write_events
-from coupon_svc.ledger.recovery import EPOCH_CHANNEL, release
+from coupon_svc.ledger.recovery import EPOCH_CHANNEL, note_late, release
 
 
 class QuarantinedBook(NamedTuple):
@@ -32,15 +31,7 @@ async def redeem_receipt(connection: asyncpg.Connection, shard: int, book_id: st
         await connection.execute("UPDATE books SET lent = lent + 1 WHERE book_id = $1", book_id)
         await connection.execute("UPDATE codes SET place = 0 WHERE book_id = $1 AND code = $2", book_id, code)
         event = Event(receipt.seq, COUPON_ASSIGNED, book_id, code, receipt.user_id, receipt.at_ms)
-        await connection.execute(
-            "DELETE FROM dead_letters WHERE shard = $1 AND epoch = $2 AND seq = $3", shard, receipt.epoch, receipt.seq
-        )
-        await connection.execute(
-            "INSERT INTO late_events (shard, epoch, seq, event, book_id, code, user_id, at_ms)"
-            " VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING",
-            shard, receipt.epoch, receipt.seq, event.event, book_id, code, receipt.user_id, receipt.at_ms,
-        )  # fmt: skip
-        await write_events(connection, [Batch(shard, receipt.epoch, 0, receipt.seq - 1, receipt.seq, [event])])
+        await note_late(connection, shard, receipt.epoch, [(event, True)])
         return True
     holder = await connection.fetchval("SELECT user_id FROM coupons WHERE book_id = $1 AND code = $2", book_id, code)
     return bool(holder == receipt.user_id)

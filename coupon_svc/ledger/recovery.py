@@ -9,6 +9,7 @@ from typing import NamedTuple
 import asyncpg
 
 from coupon_svc.domain.books import Ack, Book
+from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.ledger.books import BOOK_COLUMNS, book_from_row
 from coupon_svc.ledger.catalogue import random_places
@@ -19,7 +20,9 @@ from coupon_svc.ledger.events import (
     DeadLetter,
     NotOwner,
     dead_letter,
-    write_events,
+    link_batch,
+    unlinked,
+    write_linked,
 )
 from coupon_svc.ledger.shards import OwnedShard
 
@@ -31,7 +34,7 @@ MISSING = "missing from the stream"
 _BEGIN_EPOCH = """
     UPDATE shards SET epoch = epoch + 1, committed = 0
     WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 AND stopped IS NULL
-    RETURNING shard, epoch, committed, generation, certified_epoch, settled_epoch, rebuild
+    RETURNING shard, epoch, committed, generation, chain, certified_epoch, settled_epoch, rebuild
 """
 # Codes that were lent and of which the ledger has no assignment. Place -1 is the quarantine, 0 a code that was lent alone.
 _UNACCOUNTED = """
@@ -42,6 +45,15 @@ _UNACCOUNTED = """
 _MOVE = """
     UPDATE codes SET place = moved.place FROM unnest($2::text[], $3::bigint[]) AS moved (code, place)
     WHERE tenant_id = $1 AND codes.code = moved.code
+"""
+_LATE_HEAD = """
+    INSERT INTO late_heads AS known (shard, links, chain) VALUES ($1, 0, $2)
+    ON CONFLICT (shard) DO UPDATE SET links = known.links RETURNING links, chain
+"""
+_NOTE_LATE = """
+    INSERT INTO late_events (shard, epoch, link, recorded, chain, seq, event, book_id, code, user_id, at_ms, uses,
+                             reference, metadata, idem, fingerprint)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
 """
 _IDEMPOTENT_EVENTS = """
     SELECT event, epoch, seq, code, user_id, at_ms, uses, idem, fingerprint FROM events
@@ -85,7 +97,7 @@ async def begin_epoch(connection: asyncpg.Connection, writer_id: str, owned: Own
             raise HistoryForked(reason) if reason else NotOwner
         await connection.execute("SELECT pg_notify($1, $2)", EPOCH_CHANNEL, str(owned.shard))
     live = row["certified_epoch"] if row["certified_epoch"] > row["settled_epoch"] else 0
-    return NewEpoch(OwnedShard(*row[:4]), live, row["rebuild"])
+    return NewEpoch(OwnedShard(*row[:5]), live, row["rebuild"])
 
 
 async def last_seq(connection: asyncpg.Connection, shard: int, epoch: int) -> int:
@@ -107,7 +119,7 @@ async def drain(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch,
     """
     shard, epoch = begun.owned.shard, batch.epoch
     async with connection.transaction():
-        await require_recoverer(connection, writer_id, begun.owned)
+        chain = await require_recoverer(connection, writer_id, begun.owned)
         rows = await connection.fetch(
             "SELECT seq, event, book_id, code, user_id FROM events WHERE shard = $1 AND epoch = $2 AND seq = ANY ($3)",
             shard,
@@ -126,31 +138,42 @@ async def drain(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch,
         if dead or await anything_missing(connection, shard, epoch):
             new, orphans = await _without_orphans(connection, new)
             dead += orphans
-        await _write_all(connection, batch._replace(events=new, dead=dead))
+        head = await _write_all(connection, batch._replace(events=new, dead=dead, chain=chain))
+        await connection.execute("UPDATE shards SET chain = $2 WHERE shard = $1", shard, head)
     return max(last, batch.upto)
 
 
-async def _write_all(connection: asyncpg.Connection, batch: Batch) -> None:
+async def _write_all(connection: asyncpg.Connection, batch: Batch) -> bytes:
     """Write a batch, each event alone when together they cannot be; what the ledger cannot take becomes a dead letter.
 
-    Raises HistoryForked for an event that contradicts the ledger.
+    Returns the hash of the last row. Raises HistoryForked for an event that contradicts the ledger.
     """
     try:
+        linked = link_batch(batch)
         async with connection.transaction():
-            await write_events(connection, [batch])
-        return
+            await write_linked(connection, [linked])
+        return linked.head
     except DATA_ERRORS:
         pass
     dead = list(batch.dead)
+    good = []
     for event in batch.events:
         try:
             async with connection.transaction():
-                await write_events(connection, [batch._replace(events=[event], dead=())])
+                await write_linked(connection, [unlinked(batch._replace(events=[event]))])
         except DATA_ERRORS as error:
             if getattr(error, "sqlstate", None) == UNIQUE_VIOLATION:
                 raise HistoryForked(f"event {batch.epoch}-{event.seq} contradicts the ledger") from None
             dead.append(dead_letter(event, type(error).__name__))
-    await write_events(connection, [batch._replace(events=[], dead=dead)])
+        else:
+            good.append(event)
+    linked = link_batch(batch._replace(events=good, dead=dead))
+    await connection.executemany(
+        "UPDATE events SET chain = $4 WHERE (shard, epoch, seq) = ($1, $2, $3)",
+        [(*row[:3], row[-1]) for row in linked.rows],
+    )
+    await write_linked(connection, [linked._replace(batch=batch._replace(events=()), rows=())])
+    return linked.head
 
 
 async def _without_orphans(
@@ -225,24 +248,45 @@ async def take_late(
 
     Returns how many codes left the quarantine.
     """
-    released = 0
+    notes: list[tuple[Event, bool]] = []
     async with connection.transaction():
         await require_recoverer(connection, writer_id, begun.owned)
         last = await last_seq(connection, begun.owned.shard, epoch)
+        rows = await connection.fetch(
+            "SELECT seq FROM late_events WHERE shard = $1 AND epoch = $2", begun.owned.shard, epoch
+        )
+        noted = {row["seq"] for row in rows}
         for event in events:
             if event.seq <= last:
                 continue
-            await connection.execute(
-                "INSERT INTO late_events (shard, epoch, seq, event, book_id, code, user_id, at_ms)"
-                " VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT DO NOTHING",
-                begun.owned.shard, epoch, event.seq, event.event, event.book_id, event.code, event.user_id, event.at_ms,
-            )  # fmt: skip
             if event.event == COUPON_ASSIGNED and await release(connection, event.book_id, event.code, "late_event"):
                 await connection.execute("UPDATE books SET lent = lent + 1 WHERE book_id = $1", event.book_id)
                 await connection.execute("UPDATE codes SET place = 0 WHERE book_id = $1 AND code = $2", *event[2:4])
-                await write_events(connection, [_alone(begun.owned.shard, epoch, event)])
-                released += 1
-    return released
+                notes.append((event, True))
+            elif event.seq not in noted:
+                notes.append((event, False))
+        await note_late(connection, begun.owned.shard, epoch, notes)
+    return sum(recorded for _, recorded in notes)
+
+
+async def note_late(
+    connection: asyncpg.Connection, shard: int, epoch: int, notes: Sequence[tuple[Event, bool]]
+) -> None:
+    """Add events to the shard's log of late ones, each with whether it is to be recorded in `events` and what follows.
+
+    The last thing of a transaction: it holds the shard's `late_heads` until the commit.
+    """
+    if not notes:
+        return
+    row = await connection.fetchrow(_LATE_HEAD, shard, CHAIN_START)
+    links, head = row["links"], row["chain"]
+    for event, recorded in notes:
+        links += 1
+        head = chain_hash(head, shard, epoch, (links, recorded, event))
+        await connection.execute(_NOTE_LATE, shard, epoch, links, recorded, head, *event)
+        if recorded:
+            await write_linked(connection, [unlinked(Batch(shard, epoch, 0, event.seq - 1, event.seq, [event]))])
+    await connection.execute("UPDATE late_heads SET links = $2, chain = $3 WHERE shard = $1", shard, links, head)
 
 
 async def release(connection: asyncpg.Connection, book_id: str, code: str, decision: str) -> bool:
@@ -300,13 +344,17 @@ async def settle(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch
     return Settled(returned, quarantined)
 
 
-async def mark_certified(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch) -> None:
-    """The last word before Redis is certified: from now on it may decide in this epoch. Raises NotOwner."""
+async def mark_certified(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch) -> OwnedShard:
+    """The last word before Redis is certified: from now on it may decide in this epoch. Returns the shard as it is now.
+
+    Raises NotOwner.
+    """
     async with connection.transaction():
-        await require_recoverer(connection, writer_id, begun.owned)
+        chain = await require_recoverer(connection, writer_id, begun.owned)
         await connection.execute(
             "UPDATE shards SET certified_epoch = epoch, rebuild = false WHERE shard = $1", begun.owned.shard
         )
+    return begun.owned._replace(chain=chain)
 
 
 async def stopped_because(connection: asyncpg.Connection, shard: int) -> str | None:
@@ -320,13 +368,18 @@ async def stop_shard(connection: asyncpg.Connection, shard: int, reason: str) ->
     await connection.execute("UPDATE shards SET stopped = $2 WHERE shard = $1", shard, reason)
 
 
-async def require_recoverer(connection: asyncpg.Connection, writer_id: str, owned: OwnedShard) -> None:
-    """Raises NotOwner unless this writer owns the shard in this generation and epoch; holds it until the commit."""
-    if not await connection.fetchval(
-        "SELECT true FROM shards WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 FOR UPDATE",
+async def require_recoverer(connection: asyncpg.Connection, writer_id: str, owned: OwnedShard) -> bytes:
+    """Raises NotOwner unless this writer owns the shard in this generation and epoch; holds it until the commit.
+
+    Returns the hash of the shard's last row.
+    """
+    chain: bytes | None = await connection.fetchval(
+        "SELECT chain FROM shards WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 FOR UPDATE",
         owned.shard, writer_id, owned.generation, owned.epoch,
-    ):  # fmt: skip
+    )  # fmt: skip
+    if chain is None:
         raise NotOwner
+    return chain
 
 
 # --- what Redis is rebuilt from
@@ -389,7 +442,3 @@ async def highest_seen(connection: asyncpg.Connection, shard: int, epoch: int) -
         "SELECT max(seen_seq) FROM api_reports WHERE shard = $1 AND epoch = $2", shard, epoch
     )
     return seq or 0
-
-
-def _alone(shard: int, epoch: int, event: Event) -> Batch:
-    return Batch(shard, epoch, 0, event.seq - 1, event.seq, [event])

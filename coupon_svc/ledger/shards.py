@@ -28,7 +28,7 @@ _END_OWNER = """
 _TAKE = """
     UPDATE shards SET owner = $2, generation = generation + 1
     WHERE shard = $1 AND NOT EXISTS (SELECT FROM writers WHERE writer_id = shards.owner AND expires_at > now())
-    RETURNING shard, epoch, committed, generation
+    RETURNING shard, epoch, committed, generation, chain
 """
 
 
@@ -39,6 +39,8 @@ class OwnedShard(NamedTuple):
     epoch: int
     committed: int
     generation: int
+    chain: bytes
+    """The hash of the last row (coupon_svc/domain/chain.py)."""
 
 
 def connection_name(writer_id: str) -> str:
@@ -67,7 +69,7 @@ async def take_shards(connection: asyncpg.Connection, writer_id: str, most: int)
 async def owned_shards(connection: asyncpg.Connection, writer_id: str) -> list[OwnedShard]:
     """The shards this writer owns now."""
     rows = await connection.fetch(
-        "SELECT shard, epoch, committed, generation FROM shards WHERE owner = $1 ORDER BY shard", writer_id
+        "SELECT shard, epoch, committed, generation, chain FROM shards WHERE owner = $1 ORDER BY shard", writer_id
     )
     return [OwnedShard(*row) for row in rows]
 

@@ -4,6 +4,7 @@ What is checked, and which promise it shows (docs/guarantees.md):
 
 * the ledger by itself: positions without a hole (P2), every code assigned once and to the user its event names (P1), uses
   as many as redemptions and never more than the book allows (P3), every code in one state and the sum right (P4);
+* the ledger's history (coupon_svc/ops/history.py): no row was edited, removed, added or moved since it was written (P2);
 * Redis against the ledger: who holds what is the same in both (P1, P2), what is free is nobody's (P1, P4), every coupon is
   in its user's list (P2), the counts add up (P4).
 
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import asyncpg
@@ -27,6 +30,7 @@ from coupon_svc.config import Settings
 from coupon_svc.domain.books import Book
 from coupon_svc.ledger.database import LedgerUnavailable, open_connection
 from coupon_svc.ledger.recovery import books_of_shard, coupons_of_book
+from coupon_svc.ops.history import Head, walk_history
 from coupon_svc.store.keys import ShardKeys
 
 ARRIVAL_WAIT_S = 10.0
@@ -36,11 +40,17 @@ SHOWN_MAX = 20
 _LEDGER_CHECKS = {
     "a position is missing or doubled": """
         SELECT count(*) FROM (
-            SELECT epoch, max(seq) AS last, count(DISTINCT seq) AS number FROM (
-                SELECT epoch, seq FROM events WHERE shard = $1
+            SELECT epoch, max(seq) AS last, count(*) AS number FROM (
+                SELECT epoch, seq FROM events e WHERE shard = $1 AND (chain IS NOT NULL OR NOT EXISTS (
+                    SELECT FROM late_events l WHERE recorded AND (l.shard, l.epoch, l.seq) = (e.shard, e.epoch, e.seq)))
                 UNION ALL SELECT epoch, seq FROM dead_letters WHERE shard = $1) p
-            WHERE NOT EXISTS (SELECT FROM late_events l WHERE l.shard = $1 AND l.epoch = p.epoch AND l.seq = p.seq)
             GROUP BY epoch) e WHERE last <> number""",
+    "a late event is not the same in both places that have it": """
+        SELECT count(*) FROM late_events l LEFT JOIN events e USING (shard, epoch, seq)
+        WHERE l.shard = $1 AND recorded AND (e.seq IS NULL OR e.chain IS NOT NULL
+            OR (e.event, e.book_id, e.code, e.user_id, e.at_ms) <> (l.event, l.book_id, l.code, l.user_id, l.at_ms)
+            OR (l.chain IS NOT NULL AND (e.uses, e.reference, e.metadata, e.idem, e.fingerprint)
+                IS DISTINCT FROM (l.uses, l.reference, l.metadata, l.idem, l.fingerprint)))""",
     "the ledger's position is not where its events end": """
         SELECT count(*) FROM shards WHERE shard = $1 AND committed <> coalesce(greatest(
             (SELECT max(seq) FROM events e WHERE e.shard = $1 AND e.epoch = shards.epoch),
@@ -99,6 +109,7 @@ class Report(msgspec.Struct):
     under_way: int = 0
     unchecked: list[str] = []
     findings: list[Finding] = []
+    heads: list[Head] = []
 
     @property
     def holds(self) -> bool:
@@ -115,11 +126,20 @@ class _Held(NamedTuple):
 class Verifier:
     """Verifies with reads alone: it changes nothing in either store."""
 
-    def __init__(self, settings: Settings, connection: Any, redis: Redis, *, show_progress: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        connection: Any,
+        redis: Redis,
+        *,
+        show_progress: bool,
+        earlier: Mapping[int, Head] | None = None,
+    ) -> None:
         self._settings = settings
         self._connection = connection
         self._redis = redis
         self._show_progress = show_progress
+        self._earlier = earlier or {}
         self.report = Report()
 
     async def verify(self) -> Report:
@@ -128,6 +148,12 @@ class Verifier:
             self._progress(shard)
             for what, statement in _LEDGER_CHECKS.items():
                 self._find(shard, what, await self._consistent(statement, shard))
+            history = await walk_history(
+                self._connection, shard, self._earlier.get(shard), partial(self._progress, shard)
+            )
+            for what, number in history.findings:
+                self._find(shard, what, number)
+            self.report.heads.append(history.head)
             await self._verify_redis(shard)
             self.report.shards += 1
         self._progress(self._settings.shards)
@@ -239,11 +265,13 @@ class Verifier:
         if number:
             self.report.findings.append(Finding(shard, what, number, book.book_id if book else None))
 
-    def _progress(self, done: int) -> None:
+    def _progress(self, done: int, rows: int = 0) -> None:
         if self._show_progress:
             total = self._settings.shards
             bar = "#" * (30 * done // total)
-            print(f"\r[{bar:30}] {done}/{total} shards", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            at = f", {rows} rows of the next" if rows else ""
+            end = "\n" if done == total else ""
+            print(f"\r\033[K[{bar:30}] {done}/{total} shards{at}", end=end, file=sys.stderr, flush=True)
 
 
 def parse_holder(text: str) -> _Held:
@@ -257,14 +285,32 @@ def _same(holder: _Held | None, user_id: str, uses: int) -> bool:
     return holder is not None and holder.user_id == user_id and holder.uses >= uses
 
 
-def run_verify(settings: Settings, *, as_json: bool) -> int:
-    """Print the report and return the exit status: 0 the promises hold, 1 they do not, 2 it could not be told."""
+def read_heads(path: Path) -> dict[int, Head]:
+    """The heads of an earlier report in JSON, by shard. Raises OSError; msgspec.DecodeError when it is no such report."""
+    return {head.shard: head for head in msgspec.json.decode(path.read_bytes(), type=_Heads).heads}
+
+
+class _Heads(msgspec.Struct):
+    heads: list[Head]
+
+
+def run_verify(settings: Settings, *, as_json: bool, heads: Path | None = None) -> int:
+    """Print the report and return the exit status: 0 the promises hold, 1 they do not, 2 it could not be told.
+
+    `heads` is an earlier report in JSON: the ledger's history must run through what it says of its heads.
+    """
+    try:
+        earlier = read_heads(heads) if heads else {}
+    except (OSError, msgspec.DecodeError) as error:
+        print(f"coupon-svc verify: {heads} is no earlier report in JSON ({error}); nothing is shown.", file=sys.stderr)
+        return 2
 
     async def run() -> Report:
         connection = await open_connection(settings.database_url, "coupon-verify")
         redis = Redis.from_url(settings.redis_url, decode_responses=True)
         try:
-            return await Verifier(settings, connection, redis, show_progress=sys.stderr.isatty()).verify()
+            show = sys.stderr.isatty()
+            return await Verifier(settings, connection, redis, show_progress=show, earlier=earlier).verify()
         finally:
             await redis.aclose()
             connection.terminate()
@@ -286,6 +332,12 @@ def _print(report: Report) -> None:
         f"{report.shards} shards, {report.books} books: {report.codes_held} codes held, {report.codes_free} free in Redis,"
         f" {report.under_way} were on their way to the ledger."
     )
+    ends = [f"{head.position} {head.chain}" for head in report.heads if head.position]
+    for end in ends:
+        print(f"ends at      {end}")
+    unhashed = sum(head.unhashed for head in report.heads)
+    if unhashed:
+        print(f"{unhashed} rows of the ledger are from before its hash chain; whether they were edited cannot be told.")
     for text in report.unchecked:
         print(f"NOT CHECKED  {text}")
     for finding in report.findings[:SHOWN_MAX]:

@@ -15,6 +15,7 @@ from coupon_svc.ledger.events import (
     UNIQUE_VIOLATION,
     Batch,
     DeadLetter,
+    LedgerEdited,
     NotOwner,
     dead_letter,
     first_data_error,
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 COMMIT_TIMEOUT_S = 5.0
 BLOCK_MS = 200
+HEAD_CHANGED = "the last hash of its chain was changed: `coupon-svc verify` shows what else was"
 
 
 class Hole(Exception):
@@ -92,38 +94,44 @@ class Persister:
         if not batches:
             return
         crash_point("persist.read")
-        for committed in await self._commit(batches):
-            await self._publish(open_shards[committed.shard], committed)
+        for committed, head in await self._commit(batches):
+            await self._publish(open_shards[committed.shard], committed, head)
         crash_point("persist.published")
 
-    async def _commit(self, batches: list[Batch]) -> list[Batch]:
-        """Commit the batches together, or one by one when one of them holds what the ledger cannot take."""
+    async def _commit(self, batches: list[Batch]) -> list[tuple[Batch, bytes]]:
+        """Commit the batches together, or one by one when one of them holds what the ledger cannot take. Returns those
+        that are in the ledger, each with the hash of its last row."""
+        done: list[tuple[Batch, bytes]] = []
         try:
-            await self._transact(batches)
-            return batches
-        except DATA_ERRORS:
-            done = []
+            try:
+                return await self._transact(batches)
+            except DATA_ERRORS:
+                for batch in batches:
+                    healthy = await self._without_poison(batch)
+                    if healthy is not None:
+                        done += await self._transact([healthy])
+        except LedgerEdited as error:
             for batch in batches:
-                healthy = await self._without_poison(batch)
-                if healthy is not None:
-                    await self._transact([healthy])
-                    done.append(healthy)
-            return done
+                if batch.shard in error.shards:
+                    await self._stop(await self._connected(), batch, HEAD_CHANGED)
+        return done
 
-    async def _transact(self, batches: Sequence[Batch]) -> None:
+    async def _transact(self, batches: Sequence[Batch]) -> list[tuple[Batch, bytes]]:
         connection = await self._connected()
 
-        async def work() -> None:
+        async def work() -> dict[int, bytes]:
             async with connection.transaction():
-                await write_batches(connection, self._writer_id, batches)
+                heads = await write_batches(connection, self._writer_id, batches)
                 crash_point("persist.written")
+            return heads
 
         try:
-            await bounded(connection, work(), COMMIT_TIMEOUT_S)
+            heads = await bounded(connection, work(), COMMIT_TIMEOUT_S)
         except LedgerUnavailable:
             connection.terminate()
             raise
         crash_point("persist.committed")
+        return [(batch, heads[batch.shard]) for batch in batches]
 
     async def _without_poison(self, batch: Batch) -> Batch | None:
         """The batch with the events that the ledger cannot take moved to its dead letters.
@@ -144,16 +152,15 @@ class Persister:
                 half = len(part) // 2
                 rest += (part[half:], part[:half])
             elif getattr(error, "sqlstate", None) == UNIQUE_VIOLATION:
-                await self._stop(connection, batch, part[0].seq)
+                await self._stop(connection, batch, f"event {batch.epoch}-{part[0].seq} contradicts the ledger")
                 return None
             else:
                 log.error("event %d of shard %02d goes to the dead letters", part[0].seq, batch.shard)
                 dead.append(dead_letter(part[0], type(error).__name__))
         return batch._replace(events=good, dead=dead)
 
-    async def _stop(self, connection: Any, batch: Batch, seq: int) -> None:
+    async def _stop(self, connection: Any, batch: Batch, reason: str) -> None:
         """History has forked: nothing of the shard is decided or persisted until a person has looked."""
-        reason = f"event {batch.epoch}-{seq} contradicts the ledger"
         log.critical("shard %02d is stopped: %s", batch.shard, reason)
         shard = self._shards.get(batch.shard)
         if shard is not None:
@@ -162,8 +169,8 @@ class Persister:
         with contextlib.suppress(Suspect):
             await self._store.shut_shard(Term(batch.shard, batch.epoch, batch.generation))
 
-    async def _publish(self, shard: Shard, batch: Batch) -> None:
-        shard.committed = batch.upto
+    async def _publish(self, shard: Shard, batch: Batch, head: bytes) -> None:
+        shard.committed, shard.chain = batch.upto, head
         if batch.dead:
             # Nobody may be told that these are durable. The shard is recovered: whoever waits learns that the outcome is
             # unknown, and what Redis shows of them goes.
@@ -211,4 +218,5 @@ def _batch(shard: Shard, entries: Sequence[Sequence[Any]]) -> Batch:
             events.append(parse_event(seq, fields))
         except MalformedEvent as error:
             dead.append(garbled_letter(seq, fields, str(error)))
-    return Batch(shard.owned.shard, shard.owned.epoch, shard.owned.generation, shard.committed, expected, events, dead)
+    owned = shard.owned
+    return Batch(owned.shard, owned.epoch, owned.generation, shard.committed, expected, events, dead, shard.chain)

@@ -73,14 +73,14 @@ class Recoverer:
             crash_point("recover.wiped")
         await self._restore(connection, term, keep_coupons=kept)
         crash_point("recover.restored")
-        await recovery.mark_certified(connection, self._writer_id, begun)
+        owned = await recovery.mark_certified(connection, self._writer_id, begun)
         await self._store.certify_shard(term, self._backlog_max)
         crash_point("recover.certified")
         log.info(
             "shard %02d is certified in epoch %d: redis was %s, %d codes go back to be dealt, %d are quarantined",
             shard, begun.owned.epoch, "kept" if kept else "rebuilt", settled.returned, settled.quarantined,
         )  # fmt: skip
-        return begun.owned
+        return owned
 
     async def _drain(self, connection: Any, begun: NewEpoch, meta: Mapping[str, str]) -> tuple[int, bool]:
         """What the stream holds and the ledger does not, into the ledger. Returns the seq up to which the ledger accounts

@@ -32,6 +32,8 @@ class Shard:
     def __init__(self, owned: OwnedShard) -> None:
         self.owned = owned
         self.committed = owned.committed
+        self.chain = owned.chain
+        """The hash of the last row, the one at `committed`; the two are only ever set together."""
         self.opened_on: Identity | None = None
         """The Redis that is certified for this shard; None while none is."""
         self.wants_recovery = False

@@ -160,7 +160,11 @@ class Writer:
         connection = await self._connected("opening")
         for owned in await bounded(connection, owned_shards(connection, self.writer_id), STATEMENTS_TIMEOUT_S):
             if owned.shard == shard.owned.shard:
-                shard.owned, shard.committed = owned, owned.committed  # as the ledger has it, whatever we thought
+                shard.owned, shard.committed, shard.chain = (
+                    owned,
+                    owned.committed,
+                    owned.chain,
+                )  # as the ledger has it, whatever we thought
         identity = await self._store.connect()
         if reason := await bounded(connection, stopped_because(connection, shard.owned.shard), STATEMENTS_TIMEOUT_S):
             await self._store.shut_shard(shard.term)
@@ -168,7 +172,7 @@ class Writer:
         if shard.wants_recovery or not await self._in_order(shard):
             work = self._recoverer.recover(connection, shard.owned)
             shard.owned = await bounded(connection, work, RECOVERY_TIMEOUT_S)
-            shard.committed, shard.wants_recovery = 0, False
+            shard.committed, shard.chain, shard.wants_recovery = 0, shard.owned.chain, False
             shard.pools.clear()
         await bounded(connection, self._lender.settle(connection, shard), RECOVERY_TIMEOUT_S)
         shard.opened_on = identity

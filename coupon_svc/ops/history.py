@@ -1,0 +1,163 @@
+"""Walks the hash chains of a shard's ledger: shows that no row was edited, removed, added or moved since it was written.
+
+A shard has two: over its positions (`events` and `dead_letters` together), and over its late events. What is hashed is said
+in coupon_svc/domain/chain.py. A page of each table is in memory at a time, and the
+places of what does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from coupon_svc.domain.chain import CHAIN_START, chain_hash
+
+PAGE = 2_000
+PROGRESS_ROWS = 50_000
+
+Place = tuple[int, ...]
+
+# The columns as they are hashed come first, `width` of them. Events that came late have their hash in the other chain.
+_EVENTS = """
+    SELECT seq, event, book_id, code, user_id, at_ms, uses, reference, metadata, idem, fingerprint, 11 AS width, epoch,
+           chain, CASE WHEN chain IS NULL THEN EXISTS (SELECT FROM late_events l WHERE recorded
+                       AND (l.shard, l.epoch, l.seq) = (e.shard, e.epoch, e.seq)) ELSE false END AS late
+    FROM events e WHERE shard = $1 ORDER BY epoch, seq
+"""
+_DEAD_LETTERS = """
+    SELECT seq, fields, reason, book_id, code, 5 AS width, epoch, chain, false AS late
+    FROM dead_letters WHERE shard = $1 ORDER BY epoch, seq
+"""
+_LATE_EVENTS = """
+    SELECT seq, event, book_id, code, user_id, at_ms, uses, reference, metadata, idem, fingerprint, 11 AS width, epoch,
+           chain, link, recorded
+    FROM late_events WHERE shard = $1 ORDER BY link
+"""
+_ENDS = """
+    SELECT shards.chain, late_heads.chain AS late_chain FROM shards LEFT JOIN late_heads USING (shard) WHERE shard = $1
+"""
+
+_MISFIT = "a row of the ledger is not as it was written, or one before it was removed; the first is {}"
+_UNHASHED = "a row of the ledger carries no hash, and did not come late; the first is {}"
+_NOT_LAST = "the last hash of the {} is not that of their last row: rows were removed at the end, or it was edited"
+_GONE = "the {} do not run through the hash of an earlier report, that of {}: history was written anew"
+
+
+class Head(msgspec.Struct, frozen=True):
+    """Where a shard's chains end. Kept elsewhere, it shows later that nothing before it was written anew."""
+
+    shard: int
+    position: str | None
+    """Of the last row with a hash, e.g. `07:1-912`; None when there is none."""
+    chain: str
+    late_events: int
+    late_chain: str
+    unhashed: int = 0
+    """Rows from before there was a chain: nothing is shown of them."""
+
+
+class History(msgspec.Struct):
+    """What the walk of one shard found: where its chains end, and in words what does not fit, each with how often."""
+
+    head: Head
+    findings: list[tuple[str, int]]
+
+
+async def walk_history(
+    connection: Any, shard: int, earlier: Head | None = None, progress: Callable[[int], None] | None = None
+) -> History:
+    """Compute both chains of a shard anew, as they are at one moment. `progress` is told the number of rows so far."""
+    positions = _Chain("positions", shard, lambda at: f"{shard:02d}:{at[0]}-{at[1]}")
+    late = _Chain("late events", shard, lambda at: f"late event {at[0]} of shard {shard:02d}")
+    if earlier is not None and earlier.position is not None:
+        epoch, _, seq = earlier.position.partition(":")[2].partition("-")
+        positions.seek((int(epoch), int(seq)), earlier.chain)
+    if earlier is not None and earlier.late_events:
+        late.seek((earlier.late_events,), earlier.late_chain)
+    rows = 0
+    async with connection.transaction(isolation="repeatable_read", readonly=True):
+        ends = await connection.fetchrow(_ENDS, shard)
+        async for row in _by_position(connection, shard):
+            if not row["late"]:
+                positions.add((row["epoch"], row["seq"]), row["epoch"], row[: row["width"]], row["chain"])
+            rows += 1
+            if progress is not None and rows % PROGRESS_ROWS == 0:
+                progress(rows)
+        async for row in _rows(connection, _LATE_EVENTS, shard):
+            late.add((row["link"],), row["epoch"], (row["link"], row["recorded"], row[: row["width"]]), row["chain"])
+    head = Head(
+        shard,
+        positions.name(positions.last) if positions.last else None,
+        positions.hash.hex(),
+        late.last[0] if late.last else 0,
+        late.hash.hex(),
+        positions.unhashed + late.unhashed,
+    )
+    found = positions.findings(ends["chain"]) + late.findings(ends["late_chain"] or CHAIN_START)
+    return History(head, found)
+
+
+class _Chain:
+    """One chain as it is walked. `name` puts a place in it into words."""
+
+    def __init__(self, what: str, shard: int, name: Callable[[Place], str]) -> None:
+        self.name = name
+        self.hash = CHAIN_START
+        self.last: Place | None = None
+        self.unhashed = 0
+        self._what = what
+        self._shard = shard
+        self._misfits: list[Place] = []
+        self._bare: list[Place] = []
+        self._sought: tuple[Place, str] | None = None
+
+    def seek(self, place: Place, known: str) -> None:
+        """The chain is to run through this hash at this place."""
+        self._sought = (place, known)
+
+    def add(self, at: Place, epoch: int, record: Sequence[Any], written: bytes | None) -> None:
+        """The next row, with the hash that it carries. After one that does not fit, the next is measured by it."""
+        if written is None:
+            if self.last is None:
+                self.unhashed += 1
+            else:
+                self._bare.append(at)
+            return
+        if written != chain_hash(self.hash, self._shard, epoch, record):
+            self._misfits.append(at)
+        self.hash, self.last = written, at
+        if self._sought == (at, written.hex()):
+            self._sought = None
+
+    def findings(self, end: bytes) -> list[tuple[str, int]]:
+        """What does not fit, given the hash that the shard's row says is the last."""
+        amiss = [(places, text) for places, text in ((self._misfits, _MISFIT), (self._bare, _UNHASHED)) if places]
+        found = [(text.format(self.name(places[0])), len(places)) for places, text in sorted(amiss)]
+        if self.hash != end:
+            found.append((_NOT_LAST.format(self._what), 1))
+        if self._sought is not None:
+            found.append((_GONE.format(self._what, self.name(self._sought[0])), 1))
+        return found
+
+
+async def _by_position(connection: Any, shard: int) -> AsyncIterator[Any]:
+    """Events and dead letters, merged in the order of their positions."""
+    dead = _rows(connection, _DEAD_LETTERS, shard)
+    letter = await anext(dead, None)
+    async for event in _rows(connection, _EVENTS, shard):
+        while letter is not None and (letter["epoch"], letter["seq"]) < (event["epoch"], event["seq"]):
+            yield letter
+            letter = await anext(dead, None)
+        yield event
+    while letter is not None:
+        yield letter
+        letter = await anext(dead, None)
+
+
+async def _rows(connection: Any, statement: str, shard: int) -> AsyncIterator[Any]:
+    cursor = await connection.cursor(statement, shard)
+    while page := await cursor.fetch(PAGE):
+        for row in page:
+            yield row

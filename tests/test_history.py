@@ -1,0 +1,282 @@
+"""The hash chain: whatever is done to rows of the ledger afterwards is found, and named by its position."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
+from coupon_svc.domain.receipts import Receipt
+from coupon_svc.ledger.events import Batch, DeadLetter, LedgerEdited, NotOwner, write_batches
+from coupon_svc.ledger.migrations import migrate
+from coupon_svc.ledger.quarantine import redeem_receipt
+from coupon_svc.ledger.recovery import begin_epoch, drain, mark_certified, note_late
+from coupon_svc.ledger.shards import owned_shards
+from coupon_svc.ops.history import Head, walk_history
+from coupon_svc.ops.verify import _LEDGER_CHECKS
+from coupon_svc.resources import resource_folder
+from tests.harness import Stack, fresh_database, until
+
+OWNER = "wr_me"
+AT_MS = 1_795_357_061_878
+
+
+def assigned(seq: int) -> Event:
+    return Event(seq, COUPON_ASSIGNED, "bk_00x", f"CODE-{seq}", "ann", AT_MS, idem=f"key-{seq}", fingerprint="f")
+
+
+def redeemed(seq: int, of: int) -> Event:
+    return Event(seq, COUPON_REDEEMED, "bk_00x", f"CODE-{of}", "ann", AT_MS, 1, "till 3", '{"a": 1}')
+
+
+@pytest.fixture
+async def ledger(postgres_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """Positions 1-1 to 1-8 in two batches, 1-4 and 1-7 of them dead letters, and two late events of epoch 0: one of them
+    recorded."""
+    connection = await asyncpg.connect(await fresh_database(postgres_url, 1))
+    await connection.execute("UPDATE shards SET epoch = 1, generation = 1, certified_epoch = 1, owner = $1", OWNER)
+    events = [assigned(1), assigned(2), redeemed(3, 1), assigned(5), assigned(6), redeemed(8, 2)]
+    dead = [DeadLetter(4, b'["a"]', "DataError", "bk_00x", "CODE-4"), DeadLetter(7, b"", "missing from the stream")]
+    await write(connection, events[:3], dead[:1])
+    await write(connection, events[3:], dead[1:])
+    async with connection.transaction():
+        await note_late(connection, 0, 0, [(assigned(90), True), (assigned(91), False)])
+    yield connection
+    await connection.close()
+
+
+async def write(
+    ledger: asyncpg.Connection, events: list[Event], dead: list[DeadLetter] | tuple[DeadLetter, ...] = ()
+) -> None:
+    """Write what follows the ledger's position, as the writer does."""
+    (owned,) = await owned_shards(ledger, OWNER)
+    upto = owned.committed + len(events) + len(dead)
+    async with ledger.transaction():
+        batch = Batch(0, owned.epoch, owned.generation, owned.committed, upto, events, dead, owned.chain)
+        await write_batches(ledger, OWNER, [batch])
+
+
+async def findings(ledger: asyncpg.Connection, earlier: Head | None = None) -> list[str]:
+    return [what for what, _ in (await walk_history(ledger, 0, earlier)).findings]
+
+
+async def test_what_nobody_touched_holds_and_says_where_it_ends(ledger: asyncpg.Connection) -> None:
+    history = await walk_history(ledger, 0)
+    assert history.findings == []
+    assert (history.head.position, history.head.late_events, history.head.unhashed) == ("00:1-8", 2, 0)
+    assert history.head.chain == (await ledger.fetchval("SELECT chain FROM shards")).hex()
+
+
+SWAP = """
+    UPDATE {table} SET seq = -seq WHERE seq IN ({a}, {b}); UPDATE {table} SET seq = {a} WHERE seq = -{b};
+    UPDATE {table} SET seq = {b} WHERE seq = -{a};
+"""
+CHANGES = {
+    **{f"{column} edited": (f"UPDATE events SET {column} = {value} WHERE seq = 3 AND epoch = 1", "00:1-3")
+       for column, value in {
+           "event": "'coupon_assigned'", "book_id": "'bk_00y'", "code": "'CODE-2'", "user_id": "'thief'",
+           "at_ms": "at_ms + 1", "uses": "2", "reference": "NULL", "metadata": "'{}'", "idem": "'k'", "fingerprint": "'g'",
+           "epoch": "2", "chain": "decode(repeat('ab', 32), 'hex')",
+       }.items() if column != "epoch"},
+    "moved to another epoch": ("UPDATE events SET epoch = 2 WHERE seq = 3 AND epoch = 1", "00:1-4"),
+    "without its hash": ("UPDATE events SET chain = NULL WHERE seq = 3 AND epoch = 1", "00:1-3"),
+    "the first removed": ("DELETE FROM events WHERE seq = 1", "00:1-2"),
+    "removed": ("DELETE FROM events WHERE seq = 3", "00:1-4"),
+    "the last removed": ("DELETE FROM events WHERE seq = 8", "last hash of the positions"),
+    "added between": (
+        "INSERT INTO events SELECT 0, 0, 5, event, book_id, code, user_id, at_ms, uses, reference, metadata, idem,"
+        " fingerprint, chain FROM events WHERE seq = 2", "00:0-5",
+    ),
+    "added at the end": (
+        "INSERT INTO events SELECT 0, 1, 9, event, book_id, code, user_id, at_ms, uses, reference, metadata, idem,"
+        " fingerprint, chain FROM events WHERE seq = 2", "00:1-9",
+    ),
+    "added without a hash": (
+        "INSERT INTO events SELECT 0, 1, 9, event, book_id, code, user_id, at_ms FROM events WHERE seq = 2", "00:1-9",
+    ),
+    "swapped": (SWAP.format(table="events", a=5, b=6), "00:1-5"),
+    "a dead letter edited": ("UPDATE dead_letters SET fields = 'x' WHERE seq = 4", "00:1-4"),
+    "a dead letter's reason edited": ("UPDATE dead_letters SET reason = 'x' WHERE seq = 7", "00:1-7"),
+    "a dead letter removed": ("DELETE FROM dead_letters WHERE seq = 7", "00:1-8"),
+    "an event moved to the dead letters": (
+        "DELETE FROM events WHERE seq = 5; INSERT INTO dead_letters SELECT 0, 1, 5, 'x', 'r', now(), NULL, NULL, chain"
+        " FROM dead_letters WHERE seq = 4", "00:1-5",
+    ),
+    "the head edited": ("UPDATE shards SET chain = decode(repeat('ab', 32), 'hex')", "last hash of the positions"),
+    "a late event edited": ("UPDATE late_events SET user_id = 'thief' WHERE link = 1", "late event 1 "),
+    "a late event recorded after all": ("UPDATE late_events SET recorded = true WHERE link = 2", "late event 2 "),
+    "a late event removed": ("DELETE FROM late_events WHERE link = 1", "late event 2 "),
+    "the last late event removed": ("DELETE FROM late_events WHERE link = 2", "last hash of the late events"),
+    "late events swapped": (SWAP.format(table="late_events", a=90, b=91), "late event 1 "),
+    "the head of late events edited": ("UPDATE late_heads SET chain = 'x'", "last hash of the late events"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("statement", "named"), CHANGES.values(), ids=CHANGES.keys())
+async def test_a_change_is_found_and_named(ledger: asyncpg.Connection, statement: str, named: str) -> None:
+    await ledger.execute(statement)
+    assert named in (await findings(ledger))[0]
+
+
+async def test_many_pages_are_one_chain(ledger: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coupon_svc.ops.history.PAGE", 2)
+    assert await findings(ledger) == []
+    await ledger.execute("UPDATE events SET user_id = 'thief' WHERE seq = 8")
+    assert "00:1-8" in (await findings(ledger))[0]
+
+
+async def test_history_that_was_written_anew_does_not_run_through_an_earlier_head(ledger: asyncpg.Connection) -> None:
+    """Who may write to the ledger can compute the chain anew; not so the head that somebody else has kept."""
+    earlier = (await walk_history(ledger, 0)).head
+    await write(ledger, [assigned(9)])
+    assert await findings(ledger, earlier) == []
+    rows = await ledger.fetch("SELECT * FROM events WHERE chain IS NOT NULL ORDER BY seq")
+    forged = [Event(*row[2:13])._replace(user_id="thief") for row in rows]
+    await ledger.execute("TRUNCATE coupons, redemptions; DELETE FROM events WHERE epoch = 1; DELETE FROM dead_letters")
+    await ledger.execute("UPDATE shards SET committed = 0, chain = decode(repeat('00', 32), 'hex')")
+    await write(ledger, forged)
+    assert await findings(ledger) == [], "the forged chain fits by itself"
+    assert "earlier report, that of 00:1-8" in (await findings(ledger, earlier))[0]
+
+
+async def test_late_events_that_were_written_anew_do_not_run_through_an_earlier_head(
+    ledger: asyncpg.Connection,
+) -> None:
+    earlier = (await walk_history(ledger, 0)).head
+    await ledger.execute("TRUNCATE late_events, late_heads; DELETE FROM events WHERE epoch = 0; DELETE FROM coupons")
+    async with ledger.transaction():
+        await note_late(ledger, 0, 0, [(assigned(91), False), (assigned(92), True), (assigned(93), False)])
+    assert await findings(ledger) == [], "the forged chain fits by itself"
+    assert "earlier report, that of late event 2" in (await findings(ledger, earlier))[0]
+
+
+async def test_the_chain_goes_on_over_a_recovery_that_finds_holes_and_poison(ledger: asyncpg.Connection) -> None:
+    (owned,) = await owned_shards(ledger, OWNER)
+    begun = await begin_epoch(ledger, OWNER, owned)
+    poison = assigned(12)._replace(user_id="nul \0")
+    found = [assigned(8), assigned(10), poison, assigned(13)]  # 9 and 11 are missing
+    found[0] = redeemed(8, 2)
+    assert await drain(ledger, OWNER, begun, Batch(0, 1, 0, 7, 13, found)) == 13
+    assert await ledger.fetchval("SELECT count(*) FROM dead_letters WHERE seq > 8") == 3
+    again = await mark_certified(ledger, OWNER, begun)
+    assert again == (await owned_shards(ledger, OWNER))[0]
+    await write(ledger, [assigned(1)._replace(code="CODE-99")])
+    history = await walk_history(ledger, 0)
+    assert (history.findings, history.head.position) == ([], "00:2-1")
+
+
+async def test_a_receipt_for_a_dead_letter_leaves_it_in_the_chain(ledger: asyncpg.Connection) -> None:
+    await ledger.execute(
+        """
+        INSERT INTO tenants (name) VALUES ('t');
+        INSERT INTO books (book_id, shard, tenant_id, name, lock_ttl_seconds, ack, metadata, created_at_ms, total,
+                           quarantined)
+        SELECT 'bk_00x', 0, tenant_id, 'b', 60, 'redis', '{}', 0, 1, 1 FROM tenants;
+        INSERT INTO codes SELECT tenant_id, 'CODE-4', 'bk_00x', -1 FROM tenants;
+        INSERT INTO quarantine VALUES ('bk_00x', 'CODE-4', 0, 1)
+        """
+    )
+    async with ledger.transaction():
+        assert await redeem_receipt(ledger, 0, "bk_00x", "CODE-4", Receipt("ann", 1, 4, AT_MS))
+    history = await walk_history(ledger, 0)
+    assert (history.findings, history.head.position, history.head.late_events) == ([], "00:1-8", 3)
+    checks = ("a position is missing or doubled", "a late event is not the same in both places that have it")
+    assert [await ledger.fetchval(_LEDGER_CHECKS[check], 0) for check in checks] == [0, 0]
+    await ledger.execute("UPDATE events SET user_id = 'thief' WHERE chain IS NULL AND seq = 4")
+    assert [await ledger.fetchval(_LEDGER_CHECKS[check], 0) for check in checks] == [0, 1]
+    await ledger.execute("DELETE FROM events WHERE seq = 5")
+    assert [await ledger.fetchval(_LEDGER_CHECKS[check], 0) for check in checks] == [1, 1]
+
+
+async def test_a_batch_behind_another_last_hash_is_not_taken(ledger: asyncpg.Connection) -> None:
+    (owned,) = await owned_shards(ledger, OWNER)
+    batch = Batch(0, 1, 1, 8, 9, [assigned(9)], (), owned.chain)
+    await ledger.execute("UPDATE shards SET chain = decode(repeat('ab', 32), 'hex')")
+    async with ledger.transaction():
+        with pytest.raises(LedgerEdited) as raised:
+            await write_batches(ledger, OWNER, [batch])
+        assert raised.value.shards == [0]
+        with pytest.raises(NotOwner):  # another position says that it was somebody else's turn
+            await write_batches(ledger, OWNER, [batch._replace(committed=7)])
+
+
+async def test_rows_from_before_the_chain_are_counted_and_the_chain_begins_behind_them(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    connection = await asyncpg.connect(await fresh_database(postgres_url, 1))
+    await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    for path in resource_folder("sql").glob("000[1-4]*.sql"):
+        (tmp_path / path.name).write_text(path.read_text())
+    await migrate(connection, 1, tmp_path)
+    await connection.execute(
+        """
+        UPDATE shards SET epoch = 1, generation = 1, certified_epoch = 1, committed = 2, owner = 'wr_me';
+        INSERT INTO events SELECT 0, 1, i, 'coupon_assigned', 'bk_00x', 'OLD-' || i, 'ann', i FROM generate_series(1, 2) i;
+        INSERT INTO late_events VALUES (0, 0, 7, 'coupon_assigned', 'bk_00x', 'OLD-7', 'ann', 7)
+        """
+    )
+    assert await migrate(connection, 1) == ["0005_hash_chain"]
+    assert (await walk_history(connection, 0)).head == Head(0, None, "00" * 32, 0, "00" * 32, 3)
+    await write(connection, [assigned(3), assigned(4)])
+    async with connection.transaction():
+        await note_late(connection, 0, 0, [(assigned(91), False)])
+    history = await walk_history(connection, 0)
+    assert history.findings == []
+    assert (history.head.position, history.head.late_events, history.head.unhashed) == ("00:1-4", 2, 3)
+    await connection.execute("UPDATE events SET user_id = 'thief' WHERE seq = 3")
+    assert "00:1-3" in (await findings(connection))[0]
+    await connection.close()
+
+
+def verify(stack: Stack, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "coupon_svc", "verify", *options]
+    environment = {**os.environ, **stack.environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+async def test_a_running_service_is_verified_against_earlier_heads_and_stops_at_a_head_that_was_edited(
+    make_stack: Callable[[], Awaitable[Stack]], tmp_path: Path
+) -> None:
+    stack = await make_stack()
+    stack.writer()
+    stack.api()
+    await stack.ready()
+    kept, forged = tmp_path / "kept.json", tmp_path / "forged.json"
+    async with await stack.client() as http:
+        made = await http.post("/coupons", json={"name": "b", "generate": {"pattern": "H-########", "total": 20}})
+        book_id = made.json()["book_id"]
+
+        async def assign() -> int:
+            return (await http.post("/coupons/assign", json={"book_id": book_id, "user_id": "ann"})).status_code
+
+        assert await assign() == 201
+        kept.write_text(verify(stack, "--json").stdout)
+        assert await assign() == 201
+        assert verify(stack, "--heads", str(kept)).returncode == 0
+        heads = json.loads(kept.read_text())
+        (head,) = [head for head in heads["heads"] if head["position"]]
+        head["chain"] = head["chain"][::-1]
+        forged.write_text(json.dumps(heads))
+        refused = verify(stack, "--heads", str(forged))
+        assert (refused.returncode, head["position"] in refused.stdout) == (1, True)
+        forged.write_text("{}")
+        assert verify(stack, "--heads", str(forged)).returncode == 2
+
+        shard = int(book_id[3:5])
+        await stack.ledger("UPDATE shards SET chain = sha256(chain) WHERE shard = $1", shard)
+        await assign()
+
+        async def stopped() -> object:
+            (row,) = await stack.ledger("SELECT stopped FROM shards WHERE shard = $1", shard)
+            return row["stopped"]
+
+        assert "hash" in str(await until(stopped))
+        assert await assign() == 503
+    assert verify(stack).returncode == 1
