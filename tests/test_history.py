@@ -222,7 +222,7 @@ async def test_rows_from_before_the_chain_are_counted_and_the_chain_begins_behin
         INSERT INTO late_events VALUES (0, 0, 7, 'coupon_assigned', 'bk_00x', 'OLD-7', 'ann', 7)
         """
     )
-    assert await migrate(connection, 1) == ["0005_hash_chain"]
+    assert (await migrate(connection, 1))[0] == "0005_hash_chain"
     assert (await walk_history(connection, 0)).head == Head(0, None, "00" * 32, 0, "00" * 32, 3)
     await write(connection, [assigned(3), assigned(4)])
     async with connection.transaction():

@@ -51,11 +51,11 @@ class Lender:
         self._connection: Any = None
         self._unsettled = False
 
-    def count_assigned(self, shard: Shard, book_id: str) -> None:
-        """The persister saw one code of the book leave the pool."""
+    def count_assigned(self, shard: Shard, book_id: str, number: int) -> None:
+        """The persister saw this many codes of the book leave the pool."""
         pool = shard.pools.get(book_id)
         if pool is not None:
-            pool.in_pool -= 1
+            pool.in_pool -= number
             if not pool.wants_refill():
                 return
         self.look_at(shard, book_id)
@@ -144,10 +144,10 @@ class Lender:
         """Lend the next block if the pool wants it; tell Redis in any case how many codes are kept back. The book stays to
         be looked at until that is done."""
         self._low[book_id] = shard
+        book, _, lone = await lending.read_book(connection, book_id)
         pool = shard.pools.get(book_id)
         if pool is None:
-            pool = shard.pools[book_id] = Pool(self._lease_min)
-        book, _, lone = await lending.read_book(connection, book_id)
+            pool = shard.pools[book_id] = Pool(book.ack, self._lease_min)
         pool.unlent = book.unlent
         # Codes that were lent alone and are on their way count as unlent: the book is not exhausted while there are any.
         pool.in_pool = await self._store.load_codes(shard.term, book_id, [], pool.unlent + lone)

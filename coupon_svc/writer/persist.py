@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from coupon_svc.domain.books import Ack
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_entry_id, parse_event
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
 from coupon_svc.ledger.events import (
@@ -32,6 +34,10 @@ log = logging.getLogger(__name__)
 
 COMMIT_TIMEOUT_S = 5.0
 BLOCK_MS = 200
+PACE_S = 0.02
+"""A commit costs the same for one event as for fifty: while nobody waits for the ledger, there are at most 50 a second."""
+ENOUGH_EVENTS = 500
+"""A batch of so many is not waited for."""
 HEAD_CHANGED = "the last hash of its chain was changed: `coupon-svc verify` shows what else was"
 
 
@@ -48,7 +54,7 @@ class Persister:
         writer_id: str,
         store: OwnerStore,
         shards: dict[int, Shard],
-        on_assigned: Callable[[Shard, str], None],
+        on_assigned: Callable[[Shard, str, int], None],
     ) -> None:
         self._url = url
         self._writer_id = writer_id
@@ -94,9 +100,22 @@ class Persister:
         if not batches:
             return
         crash_point("persist.read")
-        for committed, head in await self._commit(batches):
-            await self._publish(open_shards[committed.shard], committed, head)
+        read_at = asyncio.get_running_loop().time()
+        committed = await self._commit(batches)
+        await asyncio.gather(*(self._publish(open_shards[batch.shard], batch, head) for batch, head in committed))
         crash_point("persist.published")
+        if sum(len(batch.events) for batch in batches) < ENOUGH_EVENTS and not self._waited_for(batches):
+            await asyncio.sleep(read_at + PACE_S - asyncio.get_running_loop().time())
+
+    def _waited_for(self, batches: Sequence[Batch]) -> bool:
+        """Whether a caller waits for one of these events; if so, others are likely to follow."""
+        for batch in batches:
+            pools = self._shards[batch.shard].pools if batch.shard in self._shards else {}
+            for event in batch.events:
+                pool = pools.get(event.book_id)
+                if event.event != COUPON_ASSIGNED or pool is None or pool.ack is Ack.LEDGER:
+                    return True
+        return False
 
     async def _commit(self, batches: list[Batch]) -> list[tuple[Batch, bytes]]:
         """Commit the batches together, or one by one when one of them holds what the ledger cannot take. Returns those
@@ -185,9 +204,9 @@ class Persister:
             await self._store.publish_position(shard.term, batch.upto, trim_seq=shard.trim_seq(now))
         except Suspect:
             shard.opened_on = None
-        for event in batch.events:
-            if event.event == COUPON_ASSIGNED:
-                self._on_assigned(shard, event.book_id)
+        assigned = Counter(event.book_id for event in batch.events if event.event == COUPON_ASSIGNED)
+        for book_id, number in assigned.items():
+            self._on_assigned(shard, book_id, number)
 
     async def _tell_away(self) -> None:
         """Let Redis refuse at once what would wait for the ledger."""

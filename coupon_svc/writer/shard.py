@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from coupon_svc.domain.books import Ack
 from coupon_svc.ledger.shards import OwnedShard
 from coupon_svc.store.owner import Term
 from coupon_svc.store.server import Identity
@@ -14,9 +15,10 @@ TRIM_KEPT_S = 60.0
 class Pool:
     """The codes of one book that Redis has and nobody holds, as counted from the events."""
 
-    __slots__ = ("block", "in_pool", "refilled_at", "unlent")
+    __slots__ = ("ack", "block", "in_pool", "refilled_at", "unlent")
 
-    def __init__(self, block: int) -> None:
+    def __init__(self, ack: Ack, block: int) -> None:
+        self.ack = ack
         self.in_pool = 0
         self.unlent = 0
         self.block = block
