@@ -1,0 +1,321 @@
+"""The data plane: what API processes do, each with its own view of the shard, and the scripts that decide.
+
+In step with coupon_svc/store/client.py, coupon_svc/api/{runner,coupons,registration}.py and lua/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tests.model.promises import ASSIGN, REDEEM, of_answer
+from tests.model.state import DOUBT, Ask, Bounds, Event, Holder, Node, Process, State, held, replaced
+
+Step = tuple[str, State]
+
+
+def steps(state: State, bounds: Bounds) -> Iterator[Step]:
+    """Everything that users and API processes may do next."""
+    for place, process in enumerate(state.processes):
+        if process.node >= 0:
+            yield from _look(state, bounds, place, process)
+    for user, ask in enumerate(state.asks):
+        if not ask.verb or (user and state.asks[user - 1] == Ask(ASSIGN)):
+            continue  # users are alike: they begin in their order
+        if ask.phase == "shown":
+            yield _release(state, bounds, user, ask)
+        elif ask.tries < bounds.tries:
+            for place, process in enumerate(state.processes):
+                # Processes are alike: the first request is sent to the first.
+                if process.open and (user or ask.tries or place == 0 or ask.verb == REDEEM):
+                    yield from _send(state, bounds, user, place)
+        if ask.phase in ("sent", "waiting") and state.processes[ask.process].node >= 0:
+            yield from _reply(state, bounds, user, ask)
+
+
+def _look(state: State, bounds: Bounds, place: int, process: Process) -> Iterator[Step]:
+    """How a process learns whom it speaks to, and which epochs are over; and how it ends."""
+    node = state.nodes[process.node]
+    if process.node != state.current:
+        new = process._replace(node=state.current, open=False)
+        yield f"process {place} connects to redis {state.nodes[state.current].run}", _with(state, place, new)
+    verified = verify(process, node, bounds)
+    if verified != process:
+        yield f"process {place} verifies redis {node.run}", _with(state, place, verified)
+    if state.ledger.epoch > process.epoch_min:
+        yield f"process {place} learns that epoch {state.ledger.epoch} has begun", end_epochs(state, place, process)
+    if state.lapses < bounds.lapses:
+        lapsed = state._replace(lapses=state.lapses + 1)
+        if process.early:
+            yield f"process {place} loses its registration", _with(lapsed, place, process._replace(early=False))
+        dead = process._replace(node=-1, open=False, early=False, past=frozenset())
+        asks = tuple(
+            ask._replace(phase="unknown", event=None, until=None, made=False)
+            if ask.process == place and ask.phase in ("sent", "waiting")
+            else ask
+            for ask in state.asks
+        )
+        yield f"process {place} is killed", _with(lapsed._replace(asks=asks), place, dead)
+
+
+def verify(process: Process, node: Node, bounds: Bounds) -> Process:
+    """`Store._verify`: open the shard where the server is the certified one, and has all that was seen; else shut it."""
+    same_run = node.certified[0] == node.run or "certification" in bounds.off
+    same_replid = node.certified[1] == node.replid or bool({"certification", "replid"} & bounds.off)
+    newer = (node.epoch, node.seq) >= (process.epoch, 0 if "seen" in bounds.off else process.seen)
+    if not (same_run and same_replid and node.epoch > 0 and node.epoch >= process.epoch_min and newer):
+        return process._replace(open=False)
+    if process.open and node.epoch == process.epoch:
+        return process  # it would raise what was seen: that only makes more suspect, and counts as seen at recovery
+    if node.epoch > process.epoch:
+        past = process.past | {(process.epoch, process.seen)}
+        process = process._replace(epoch=node.epoch, seen=0, past=past)
+    return process._replace(open=True, seen=max(process.seen, node.seq))
+
+
+def end_epochs(state: State, place: int, process: Process) -> State:
+    """`Store.end_epochs` and the report: nothing of an older epoch is answered early from now on."""
+    epoch = state.ledger.epoch
+    over = dict.fromkeys(range(max(1, process.epoch_min), epoch), 0) | dict(process.past)
+    is_open = process.open
+    if 0 < process.epoch < epoch:
+        over[process.epoch] = process.seen
+        is_open = False
+    reports = state.ledger.reports
+    if process.row:
+        reports |= {(place, number, seen) for number, seen in over.items() if 0 < number < epoch}
+    process = process._replace(open=is_open, epoch_min=epoch, past=frozenset())
+    return _with(state._replace(ledger=state.ledger._replace(reports=reports)), place, process)
+
+
+# --- a request
+
+
+def _send(state: State, bounds: Bounds, user: int, place: int) -> Iterator[Step]:
+    """A request is sent, for the first time or again: one script decides."""
+    ask, process = state.asks[user], state.processes[place]
+    node = state.nodes[process.node]
+    who = f"user {user} asks process {place}"
+    if not fence(process, node, bounds):
+        yield f"{who}: suspect", _with(state, place, process._replace(open=False))
+        return
+    key = _key(state, bounds, user, ask.verb)
+    if key and "replay" not in bounds.off:
+        for event in node.idem:
+            if event.key == key:
+                yield f"{who}: {event.verb} is replayed", _found(state, user, place, event, event)
+                return
+    if not node.book:
+        yield f"{who}: the book is gone, and the shard in doubt", _doubt(state, place)
+        return
+    if ask.verb == REDEEM:
+        yield from _redeem(state, bounds, user, place, key, who)
+    elif bounds.named and user == bounds.users - 1:
+        yield from _assign_code(state, bounds, user, place, key, f"{who} for code {bounds.codes - 1}")
+    else:
+        if _at_limit(node, bounds, user):
+            return
+        if not node.free and "counts" not in bounds.off and len(node.holders) != node.lent:
+            yield f"{who}: codes are missing, and the shard in doubt", _doubt(state, place)
+        for code in node.free:
+            yield f"{who}: code {code} is popped on redis {node.run}", _assigned(state, user, place, code, key)
+
+
+def fence(process: Process, node: Node, bounds: Bounds) -> bool:
+    """lua/include/fence.lua: this Redis is in the caller's epoch, not behind it, and has had no other master since."""
+    if node.epoch != process.epoch and not ("epoch" in bounds.off and node.epoch):
+        return False
+    if node.seq < process.seen and "seen" not in bounds.off:
+        return False
+    return node.certified[1] == node.replid or bool({"fence_replid", "replid", "certification"} & bounds.off)
+
+
+def _assign_code(state: State, bounds: Bounds, user: int, place: int, key: int, who: str) -> Iterator[Step]:
+    """lua/assign_code.lua, and `lease_code` when the code is not in Redis."""
+    node, ledger, code = state.nodes[state.processes[place].node], state.ledger, bounds.codes - 1
+    for holder in node.holders:
+        if holder.code == code:
+            if holder.assigned.user == user:
+                yield f"{who}: already yours", _found(state, user, place, holder.assigned, holder.last)
+            else:
+                yield f"{who}: already assigned", _ended(state, user)
+            return
+    if code in node.quarantine:
+        yield f"{who}: it is in quarantine", _ended(state, user)
+    elif _at_limit(node, bounds, user):
+        return
+    elif code in node.free:
+        yield f"{who}: it is taken from the pool of redis {node.run}", _assigned(state, user, place, code, key)
+    elif "counts" not in bounds.off and len(node.free) + len(node.holders) != node.lent:
+        yield f"{who}: codes are missing, and the shard in doubt", _doubt(state, place)
+    elif code not in ledger.quarantine and code not in ledger.lone:
+        ledger = ledger._replace(lent=ledger.lent | {code}, lone=ledger.lone | {code})
+        yield f"{who}: it is lent alone", state._replace(ledger=ledger)
+
+
+def _redeem(state: State, bounds: Bounds, user: int, place: int, key: int, who: str) -> Iterator[Step]:
+    """lua/redeem_coupon.lua, for the code that the user was answered."""
+    process = state.processes[place]
+    node = state.nodes[process.node]
+    code = next(code for verb, code, other, *_ in state.answers if verb == ASSIGN and other == user)
+    for holder in node.holders:
+        if holder.code != code:
+            continue
+        if holder.assigned.user != user or holder.last.verb == REDEEM:
+            yield f"{who}: code {code} is redeemed, or another's", _ended(state, user)
+            return
+        event = Event(process.epoch, node.seq + 1, REDEEM, code, user, key)
+        holders = (node.holders - {holder}) | {holder._replace(last=event)}
+        yield (
+            f"{who}: code {code} is redeemed on redis {node.run}",
+            _made(state, user, place, event, holders, node.free),
+        )
+        return
+    if code in node.quarantine and bounds.receipts:
+        yield _show_receipt(state, user, place, code, who)
+    elif code in node.quarantine:
+        yield f"{who}: code {code} is in quarantine", _ended(state, user)
+    elif "counts" not in bounds.off and len(node.free) + len(node.holders) != node.lent:
+        yield f"{who}: codes are missing, and the shard in doubt", _doubt(state, place)
+    elif code in held(state.ledger):
+        broken = f"P6: code {code} is user {user}'s, as the ledger knows, and is answered as not assigned"
+        yield f"{who}: not assigned", state._replace(broken=broken)
+    else:
+        yield f"{who}: not assigned", _ended(state, user)
+
+
+def _show_receipt(state: State, user: int, place: int, code: int, who: str) -> Step:
+    """`redeem_receipt`: the ledger has the assignment at its own position, and the code leaves the quarantine there."""
+    ledger, coupon = state.ledger, held(state.ledger).get(code)
+    if code in ledger.quarantine:
+        position = next(a[4] for a in state.answers if a[:3] == (ASSIGN, code, user))
+        event = Event(*position, ASSIGN, code, user, 0)
+        ledger = ledger._replace(
+            quarantine=ledger.quarantine - {code},
+            lent=ledger.lent | {code},
+            events=ledger.events | {event},
+            dead=ledger.dead - {(*position, code), (*position, -1)},
+        )
+    elif coupon is None or coupon.user != user:
+        return f"{who}: the receipt of code {code} is of no use", _ended(state, user)
+    ask = Ask(REDEEM, "shown", state.asks[user].tries, place)
+    return f"{who}: the receipt of code {code} is shown", state._replace(
+        ledger=ledger, asks=replaced(state.asks, user, ask)
+    )
+
+
+def _release(state: State, bounds: Bounds, user: int, ask: Ask) -> Step:
+    """lua/release_coupon.lua."""
+    process = state.processes[ask.process]
+    asks = replaced(state.asks, user, ask._replace(phase="idle"))
+    who = f"the record of user {user}'s receipt"
+    if process.node < 0 or not process.open or not fence(process, state.nodes[process.node], bounds):
+        return f"{who} does not reach redis", state._replace(asks=asks)
+    node = state.nodes[process.node]
+    code = next(code for verb, code, other, *_ in state.answers if verb == ASSIGN and other == user)
+    if code in node.quarantine:
+        event = held(state.ledger)[code]
+        node = node._replace(
+            quarantine=node.quarantine - {code},
+            holders=node.holders | {Holder(code, event, event)},
+            lent=node.lent + 1,
+        )
+    nodes = replaced(state.nodes, process.node, node)
+    return f"{who} is back in redis {node.run}", state._replace(asks=asks, nodes=nodes)
+
+
+def _reply(state: State, bounds: Bounds, user: int, ask: Ask) -> Iterator[Step]:
+    """The process reads the reply, answers at once or waits; and answers what has become durable."""
+    process, until = state.processes[ask.process], ask.until
+    assert until is not None
+    if ask.phase == "waiting":
+        told = state.told[until.epoch] >= until.seq
+        if "own_epoch" in bounds.off:
+            told = any((epoch, seq) >= until.position for epoch, seq in enumerate(state.told) if seq)
+        if told:
+            yield f"user {user} is answered: durable", _answered(state, bounds, user, durable=True)
+        return
+    who = f"process {ask.process} reads user {user}'s reply"
+    if process.epoch != ask.epoch:
+        unknown = ask._replace(phase="unknown", event=None, until=None, made=False)
+        yield f"{who}, too late", state._replace(asks=replaced(state.asks, user, unknown))
+        return
+    if until.epoch == process.epoch:
+        state = _with(state, ask.process, process._replace(seen=max(process.seen, until.seq)))
+    elif not ask.made and until.epoch < process.epoch:
+        yield f"{who}, and answers: durable", _answered(state, bounds, user, durable=True)
+        return
+    registered = (process.early and until.epoch >= process.epoch_min) or "registered" in bounds.off
+    if bounds.mode == "redis" and ask.verb == ASSIGN and registered:
+        yield f"{who}, and answers early", _answered(state, bounds, user, durable=False)
+    else:
+        asks = replaced(state.asks, user, ask._replace(phase="waiting"))
+        yield f"{who}, and waits for {until.position}", state._replace(asks=asks)
+
+
+# --- what a step leaves
+
+
+def _key(state: State, bounds: Bounds, user: int, verb: str) -> int:
+    if verb == REDEEM:
+        return 10 * (user + 1) + sum(answer[0] == REDEEM and answer[2] == user for answer in state.answers)
+    return 0 if bounds.limit else user + 1
+
+
+def _at_limit(node: Node, bounds: Bounds, user: int) -> bool:
+    return bounds.limit and "limit" not in bounds.off and any(holder.assigned.user == user for holder in node.holders)
+
+
+def _assigned(state: State, user: int, place: int, code: int, key: int) -> State:
+    process = state.processes[place]
+    node = state.nodes[process.node]
+    event = Event(process.epoch, node.seq + 1, ASSIGN, code, user, key)
+    return _made(state, user, place, event, node.holders | {Holder(code, event, event)}, node.free - {code})
+
+
+def _made(state: State, user: int, place: int, event: Event, holders: frozenset[Holder], free: frozenset[int]) -> State:
+    """lua/include/assigned.lua: the event is the last write, and the key's record in the same step."""
+    at = state.processes[place].node
+    node = state.nodes[at]
+    idem = node.idem | {event} if event.key else node.idem
+    node = node._replace(seq=event.seq, free=free, holders=holders, stream=(*node.stream, event), idem=idem)
+    state = state._replace(nodes=replaced(state.nodes, at, node))
+    return _sent(state, user, place, event, event, made=True)
+
+
+def _found(state: State, user: int, place: int, event: Event, until: Event) -> State:
+    return _sent(state, user, place, event, until, made=False)
+
+
+def _sent(state: State, user: int, place: int, event: Event, until: Event, *, made: bool) -> State:
+    ask = state.asks[user]
+    epoch = state.processes[place].epoch
+    ask = Ask(ask.verb, "sent", ask.tries + 1, place, epoch, event, until, made)
+    return state._replace(asks=replaced(state.asks, user, ask))
+
+
+def _ended(state: State, user: int) -> State:
+    return state._replace(asks=replaced(state.asks, user, Ask("")))
+
+
+def _answered(state: State, bounds: Bounds, user: int, *, durable: bool) -> State:
+    """The caller has its answer, and goes on: with the next redemption it asks for, if any."""
+    event = state.asks[user].event
+    assert event is not None
+    broken = of_answer(state, bounds, event, user, durable=durable)
+    key = _key(state, bounds, user, event.verb)
+    answers = state.answers | {(event.verb, event.code, user, key, event.position)}
+    redeemed = sum(answer[0] == REDEEM and answer[2] == user for answer in answers)
+    ask = Ask(REDEEM) if redeemed < bounds.redeems else Ask("")
+    return state._replace(answers=answers, asks=replaced(state.asks, user, ask), broken=broken)
+
+
+def _doubt(state: State, place: int) -> State:
+    """lua/doubt_shard.lua: nobody decides anything here until the owner has recovered it."""
+    process = state.processes[place]
+    node = state.nodes[process.node]._replace(epoch=DOUBT, was=process.epoch)
+    state = state._replace(nodes=replaced(state.nodes, process.node, node))
+    return _with(state, place, process._replace(open=False))
+
+
+def _with(state: State, place: int, process: Process) -> State:
+    return state._replace(processes=replaced(state.processes, place, process))

@@ -1,0 +1,146 @@
+"""The protocol, walked through exhaustively within small bounds: it keeps its promises, and every safeguard is needed."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from coupon_svc.resources import resource_folder
+from coupon_svc.writer.crash import CRASH_POINTS
+from coupon_svc.writer.lend import Lender
+from coupon_svc.writer.persist import Persister
+from coupon_svc.writer.recover import Recoverer
+from tests.model import in_step
+from tests.model.explore import labels, stuck, walk
+from tests.model.faults import RESTARTS, TAMPERING, WISH
+from tests.model.safeguards import NOT_BUILT, SAFEGUARDS
+from tests.model.scopes import SCOPES, WIDE
+from tests.model.state import Bounds
+
+MODES = ("ledger", "redis")
+ONE_MODE = {"failovers": "redis", "two_recoverers": "ledger", "delays": "ledger"}
+"""Scopes that are walked in both modes by hand: they take longest."""
+
+
+@pytest.mark.parametrize(
+    ("scope", "mode"), [(scope, mode) for scope in SCOPES for mode in MODES if ONE_MODE.get(scope, mode) == mode]
+)
+def test_the_protocol_keeps_its_promises(scope: str, mode: str) -> None:
+    walked = walk(SCOPES[scope]._replace(mode=mode))
+    assert walked.broken == "", walked.history
+    assert walked.states > 2000
+
+
+@pytest.mark.parametrize("name", SAFEGUARDS)
+def test_without_a_safeguard_a_promise_is_broken(name: str) -> None:
+    safeguard = SAFEGUARDS[name]
+    off = {name, safeguard.also} - {""}
+    walked = walk(safeguard.bounds._replace(off=frozenset(off)))
+    assert walked.broken
+    assert walked.history
+
+
+@pytest.mark.parametrize("name", [name for name, safeguard in SAFEGUARDS.items() if safeguard.also])
+def test_a_safeguard_that_another_covers_is_missed_by_nobody_alone(name: str) -> None:
+    walked = walk(SAFEGUARDS[name].bounds._replace(off=frozenset({name})))
+    assert walked.broken == ""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_from_every_state_a_recovery_can_finish(mode: str) -> None:
+    bounds = Bounds(mode=mode, kinds=frozenset((*RESTARTS, *TAMPERING)), users=1, tries=1)
+    assert stuck(bounds).broken == ""
+
+
+def test_a_shard_that_nobody_can_recover_would_be_seen() -> None:
+    """Two that commit alike stop the shard when a commit does not compare positions: nothing leads out of that."""
+    bounds = Bounds(users=1, tries=1, faults=0, off=frozenset({"commit_position"}))
+    assert stuck(bounds).broken
+
+
+def test_wide_bounds_are_of_the_same_scopes() -> None:
+    assert SCOPES.keys() == WIDE.keys()
+
+
+def test_what_is_said_not_to_be_built_is_a_safeguard() -> None:
+    assert set(NOT_BUILT) <= SAFEGUARDS.keys()
+
+
+# --- in step with the service
+
+
+@cache
+def _labels() -> str:
+    """What all steps of a few small walks are called."""
+    one = Bounds(users=1, tries=1)
+    walks = (
+        one._replace(kinds=frozenset({"empty", "del_free"}), redeems=1, codes=2),
+        one._replace(codes=2, named=True, kinds=frozenset({"restart"}), takeovers=1),
+        one._replace(kinds=frozenset({"empty"}), mode="redis", redeems=1, receipts=True),
+        one._replace(kinds=frozenset({WISH}), epochs=3, codes=2),
+    )
+    return "\n".join(set().union(*(labels(bounds) for bounds in walks)))
+
+
+def test_the_model_knows_every_point_at_which_a_writer_may_die() -> None:
+    assert in_step.CRASH_POINTS.keys() == set(CRASH_POINTS)
+
+
+@pytest.mark.parametrize("part", [Recoverer, Persister, Lender])
+def test_the_model_knows_every_step_of_the_writer(part: type) -> None:
+    methods = {name for name, _ in inspect.getmembers(part, inspect.isfunction) if not name.startswith("__")}
+    assert in_step.METHODS[part.__name__].keys() == methods
+
+
+def test_the_model_knows_every_script() -> None:
+    assert in_step.SCRIPTS.keys() == {path.stem for path in resource_folder("lua").glob("*.lua")}
+
+
+@pytest.mark.parametrize("known", [in_step.CRASH_POINTS, in_step.SCRIPTS, *in_step.METHODS.values()])
+def test_the_steps_that_stand_for_the_service_are_taken(known: dict[str, str]) -> None:
+    assert [word for word in known.values() if word not in _labels()] == []
+
+
+@pytest.mark.parametrize("name", SAFEGUARDS)
+def test_a_safeguard_stands_where_the_model_says(name: str) -> None:
+    root = Path(__file__).parents[1]
+    assert [path for path in SAFEGUARDS[name].stands_in.split(", ") if not (root / path).is_file()] == []
+
+
+# --- the command
+
+
+def test_the_command_tells_the_shortest_history_and_fails() -> None:
+    done = _command("--without", "replay")
+    assert done.returncode == 1
+    assert "P5" in done.stdout
+    assert "user 0 asks process 0" in done.stdout
+
+
+def test_the_command_tells_which_safeguard_covers_for_another() -> None:
+    done = _command("--without", "commit_owner")
+    assert done.returncode == 1
+    alone, both = done.stdout.split("commit_position covers for it; without both:")
+    assert "no violation" in alone
+    assert "stopped" in both
+
+
+def test_the_command_is_content_with_the_protocol() -> None:
+    done = _command("--scope", "receipts", "--mode", "ledger")
+    assert done.returncode == 0, done.stdout
+    assert "no violation" in done.stdout
+
+
+def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.model", *arguments],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
