@@ -63,7 +63,7 @@ head calls `any` nothing else is known, so only such commands fit it.
 
 None of them walks over a whole key, and none picks at random: SPOP is not fair, and two replicas would not agree.
 """
-KEYLESS_COMMANDS = ("TIME", "PUBLISH")
+KEYLESS_COMMANDS = ("TIME", "PUBLISH", "INFO")
 MANY_KEYS_COMMANDS = ("DEL", "EXISTS", "UNLINK")
 FORBIDDEN_COMMANDS = ("EVAL", "EVALSHA", "KEYS", "SCAN")
 

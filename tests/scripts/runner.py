@@ -25,7 +25,7 @@ Reply = list[Any]
 EPOCH, GENERATION, TENANT = 4, 7, 1
 DAY_MS = 86_400_000
 CHANNEL = "cb:positions"
-RUN_ID, REPLID = "run-1", "repl-1"
+RUN_ID = "run-1"
 
 
 class Caller(NamedTuple):
@@ -56,6 +56,7 @@ class Server:
         self.run: Any = Redis.from_url(embedded.url, decode_responses=True)
         self.admin: Any = Redis.from_url(embedded.admin_url, decode_responses=True)
         self.raw: Any = Redis.from_url(embedded.admin_url)
+        self.replid: str = self.run.info("replication")["master_replid"]
 
     def __enter__(self) -> Self:
         for script in self.scripts:
@@ -86,9 +87,10 @@ class Shard:
         committed: int = 0,
         backlog_max: int = 1000,
         run_id: str = RUN_ID,
-        replid: str = REPLID,
+        replid: str = "",
     ) -> Reply:
-        return self._run("open_shard", [self.keys.meta], [*owner, run_id, replid, backlog_max, committed])
+        certified = [run_id, replid or self.server.replid]
+        return self._run("open_shard", [self.keys.meta], [*owner, *certified, backlog_max, committed])
 
     def publish_position(
         self, committed: int, owner: Owner = OWNER, *, ledger: str = "here", trim_seq: int = 0, message: str = ""
@@ -149,10 +151,11 @@ class Shard:
         return self._run("restore_idem", keys, [generation, *(part for record in records.values() for part in record)])
 
     def certify_shard(
-        self, owner: Owner = OWNER, *, run_id: str = RUN_ID, replid: str = REPLID, backlog_max: int = 1000
+        self, owner: Owner = OWNER, *, run_id: str = RUN_ID, replid: str = "", backlog_max: int = 1000
     ) -> Reply:
         keys = [self.keys.meta, self.keys.events]
-        return self._run("certify_shard", keys, [owner.generation, owner.epoch, run_id, replid, backlog_max])
+        certified = [run_id, replid or self.server.replid]
+        return self._run("certify_shard", keys, [owner.generation, owner.epoch, *certified, backlog_max])
 
     # --- the API's scripts
 

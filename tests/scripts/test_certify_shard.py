@@ -21,7 +21,7 @@ def test_a_new_shard_is_certified(unopened: Shard) -> None:
         "seq": "0",
         "committed": "0",
         "run_id": "run-1",
-        "replid": "repl-1",
+        "replid": unopened.server.replid,
         "backlog_max": "500",
     }
 
@@ -31,10 +31,10 @@ def test_the_new_epoch_begins_at_one_and_the_older_events_are_dropped(shard: Sha
     shard.publish_position(1)
     shard.shut_shard()
     with shard.writes("meta", "events"):
-        assert shard.certify_shard(NEXT, run_id="run-2", replid="repl-2", backlog_max=9) == ["ok"]
+        assert shard.certify_shard(NEXT, run_id="run-2", backlog_max=9) == ["ok"]
     meta = shard.meta()
     assert (meta["epoch"], meta["seq"], meta["committed"]) == ("5", "0", "0")
-    assert (meta["run_id"], meta["replid"], meta["backlog_max"]) == ("run-2", "repl-2", "9")
+    assert (meta["run_id"], meta["replid"], meta["backlog_max"]) == ("run-2", shard.server.replid, "9")
     assert shard.entries() == []
     shard.keep_ledger_at_hand()
     assert shard.assign_coupon(book, "w", CALLER._replace(epoch=5))[:4:3] == ["ok", "5-1"]
