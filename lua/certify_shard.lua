@@ -7,14 +7,14 @@ Keys
   KEYS[2] events    stream  trim
 
 Args
-  ARGV[1] generation   int   of the owner
+  ARGV[1] recovery     text  which one shut the shard: generation-epoch
   ARGV[2] epoch        int   the new one
   ARGV[3] run_id       text
   ARGV[4] replid       text
   ARGV[5] backlog_max  int   events the shard may hold that the ledger has not
 
 Replies, the first that applies
-  fenced     the shard is not shut, or another owner's
+  fenced     the shard is not shut, or another recovery is at work
   ok
 ]]
 -- include: recoverer

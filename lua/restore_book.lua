@@ -10,12 +10,12 @@ Keys
   KEYS[4] quarantine   set     delete, add
 
 Args
-  ARGV[1] generation   int   of the owner
+  ARGV[1] recovery     text  which one shut the shard: generation-epoch
   ARGV[2] fields       int   how many of the following are fields and values of the book; 0 with more of its codes
   ARGV[3…] rules       text  field, value, field, value …; then quarantined codes; at most 4000 in all
 
 Replies, the first that applies
-  fenced     the shard is not shut, or another owner's
+  fenced     the shard is not shut, or another recovery is at work
   ok
 ]]
 -- include: recoverer

@@ -8,12 +8,12 @@ Keys
   KEYS[3…] coupons    zset    add; the one of each coupon's user; 1..500
 
 Args
-  ARGV[1] generation   int   of the owner
+  ARGV[1] recovery     text  which one shut the shard: generation-epoch
   ARGV[2] book_id      text
   ARGV[3…] coupons     text  code, holder (`position uses at_ms user`), code, holder …
 
 Replies, the first that applies
-  fenced     the shard is not shut, or another owner's
+  fenced     the shard is not shut, or another recovery is at work
   ok
 ]]
 -- include: recoverer

@@ -7,11 +7,11 @@ Keys
   KEYS[2…] idem     string  write; 1..500
 
 Args
-  ARGV[1] generation   int   of the owner
+  ARGV[1] recovery     text  which one shut the shard: generation-epoch
   ARGV[2…] answers     text  record (JSON), ttl_ms, record, ttl_ms …
 
 Replies, the first that applies
-  fenced     the shard is not shut, or another owner's
+  fenced     the shard is not shut, or another recovery is at work
   ok
 ]]
 -- include: recoverer

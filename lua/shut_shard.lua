@@ -8,17 +8,21 @@ Keys
 
 Args
   ARGV[1] generation   int   of the owner
+  ARGV[2] epoch        int   that this recovery makes; the one it is in, when the shard is only stopped
 
 Replies, the first that applies
-  fenced     a newer owner has been here
+  fenced     a newer owner or a newer recovery has been here
   ok
 ]]
-local meta = redis.call("HMGET", KEYS[1], "generation", "epoch")
+local meta = redis.call("HMGET", KEYS[1], "generation", "epoch", "recovery")
 if meta[1] and tonumber(meta[1]) > tonumber(ARGV[1]) then
+  return {"fenced"}
+end
+if meta[3] and tonumber(string.match(meta[3], "%d+$")) > tonumber(ARGV[2]) then
   return {"fenced"}
 end
 if meta[2] and tonumber(meta[2]) then
   redis.call("HSET", KEYS[1], "was", meta[2])
 end
-redis.call("HSET", KEYS[1], "epoch", "recovering", "generation", ARGV[1])
+redis.call("HSET", KEYS[1], "epoch", "recovering", "generation", ARGV[1], "recovery", ARGV[1] .. "-" .. ARGV[2])
 return {"ok"}

@@ -7,10 +7,10 @@ Keys
   KEYS[2…] doomed   any     delete; 1..500
 
 Args
-  ARGV[1] generation   int   of the owner
+  ARGV[1] recovery     text  which one shut the shard: generation-epoch
 
 Replies, the first that applies
-  fenced     the shard is not shut, or another owner's
+  fenced     the shard is not shut, or another recovery is at work
   ok
 ]]
 -- include: recoverer

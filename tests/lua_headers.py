@@ -313,11 +313,11 @@ def sender(head: Head) -> Literal["api", "owner", "recoverer"]:
         return "api"
     if first == "epoch" and second == "generation":
         return "owner"
-    if first == "generation":
+    if first in ("recovery", "generation"):
         return "recoverer"
     raise ValueError(
         f"{head.name}: the first arguments must be epoch, and seen_seq (API) or generation (owner);"
-        " or generation (recoverer)"
+        " or recovery or generation (recoverer)"
     )
 
 

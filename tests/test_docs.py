@@ -140,7 +140,7 @@ def test_the_words_that_stand_for_no_epoch_are_described() -> None:
     written = set()
     for path in (ROOT / "lua").glob("*.lua"):
         written |= set(re.findall(r'"epoch", "([a-z]+)"', path.read_text()))
-    written.discard("generation")  # a field that is read beside it
+    written -= {"generation", "recovery"}  # fields that are read beside it
     assert written == {"doubt", "recovering"}
     text = (DOCS / "redis.md").read_text()
     assert [word for word in written if f"`{word}`" not in text] == []

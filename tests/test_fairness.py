@@ -231,7 +231,7 @@ async def dealer(plain_redis: EmbeddedRedis) -> AsyncIterator[Dealer]:
     scripts = Scripts()
     owner = OwnerStore(plain_redis.url, SHARDS, scripts)
     await owner.shut_shard(TERM)
-    await owner.certify_shard(TERM, 1_000_000_000)
+    await owner.certify_shard(TERM, await owner.connect(), 1_000_000_000)
     connection = await connect(plain_redis.url, "test-fairness")
     yield Dealer(owner, connection, scripts)
     connection.abort()

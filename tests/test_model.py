@@ -18,7 +18,7 @@ from coupon_svc.writer.recover import Recoverer
 from tests.model import in_step
 from tests.model.explore import labels, stuck, walk
 from tests.model.faults import RESTARTS, TAMPERING, WISH
-from tests.model.safeguards import NOT_BUILT, SAFEGUARDS
+from tests.model.safeguards import SAFEGUARDS
 from tests.model.scopes import SCOPES, WIDE
 from tests.model.state import Bounds
 
@@ -65,10 +65,6 @@ def test_a_shard_that_nobody_can_recover_would_be_seen() -> None:
 
 def test_wide_bounds_are_of_the_same_scopes() -> None:
     assert SCOPES.keys() == WIDE.keys()
-
-
-def test_what_is_said_not_to_be_built_is_a_safeguard() -> None:
-    assert set(NOT_BUILT) <= SAFEGUARDS.keys()
 
 
 # --- in step with the service

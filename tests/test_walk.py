@@ -104,7 +104,7 @@ class Walk(RuleBasedStateMachine):
 
     # --- calls
 
-    def run(self, name: str, keys: list[str], *args: Any, epoch: int = EPOCH, second: int = 0) -> list[Any]:
+    def run(self, name: str, keys: list[str], *args: Any, epoch: int | str = EPOCH, second: int = 0) -> list[Any]:
         """Run a script; `second` is what follows the epoch: the seen seq, or the owner's generation."""
         script = self.scripts[name]
         reply: list[Any] = self.redis.evalsha(script.sha, len(keys) + 1, self.keys.meta, *keys, epoch, second, *args)
@@ -172,9 +172,11 @@ class Walk(RuleBasedStateMachine):
 
     @initialize()
     def open_shard(self) -> None:
-        assert self.run("shut_shard", [], epoch=GENERATION) == ["ok"]
-        args = ("run", "repl", BACKLOG_MAX)
-        assert self.run("certify_shard", [self.keys.events], *args, epoch=GENERATION, second=EPOCH) == ["ok"]
+        assert self.run("shut_shard", [], epoch=GENERATION, second=EPOCH) == ["ok"]
+        args = ("run", self.redis.info("replication")["master_replid"], BACKLOG_MAX)
+        assert self.run("certify_shard", [self.keys.events], *args, epoch=f"{GENERATION}-{EPOCH}", second=EPOCH) == [
+            "ok"
+        ]
 
     @rule(ack=st.sampled_from(["ledger", "redis"]), uses_max=limits, limit=limits, total=st.integers(1, 6))
     @precondition(lambda self: len(self.books) < 3)

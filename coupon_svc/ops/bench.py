@@ -214,7 +214,7 @@ async def bench_memory(codes: int) -> None:
         owner = OwnerStore(server.url, 1, Scripts())
         term, keys, book_id = Term(0, 1, 1), ShardKeys(0, 1), "bk_00" + "m" * 16
         await owner.shut_shard(term)
-        await owner.certify_shard(term, 10**9)
+        await owner.certify_shard(term, await owner.connect(), 10**9)
         rules = {"tenant_id": "1", "status": "active", "starts_at_ms": "", "expires_at_ms": "", "ack": "redis"}
         rules |= {"max_redemptions_per_code": "1", "max_codes_per_user": "1", "unlent": "0"}
         await owner.put_book(term, book_id, 1, rules, known=False)

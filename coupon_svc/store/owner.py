@@ -32,6 +32,11 @@ class Term(NamedTuple):
     epoch: int
     generation: int
 
+    @property
+    def recovery(self) -> str:
+        """What tells the recovery that makes this epoch from every other one."""
+        return f"{self.generation}-{self.epoch}"
+
 
 class OwnerStore:
     """Two connections, both given up on the first trouble: one for scripts, one that waits for events."""
@@ -45,16 +50,17 @@ class OwnerStore:
         self._connecting = asyncio.Lock()
         self.identity: Identity | None = None
 
-    async def refresh_identity(self) -> None:
+    async def refresh_identity(self) -> Identity:
         """Ask again who is at the other end: a change of master shows on a live connection only so. Raises StoreLost."""
         await self.connect()
         assert self._connection is not None
         try:
             async with asyncio.timeout(REPLY_TIMEOUT_S):
-                self.identity = await read_identity(self._connection)
+                self.identity = identity = await read_identity(self._connection)
         except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError) as error:
             self.close()
             raise StoreLost(str(error) or type(error).__name__) from None
+        return identity
 
     async def connect(self) -> Identity:
         """Make sure there is a connection, and return who is at its other end. Raises StoreLost."""
@@ -153,7 +159,7 @@ class OwnerStore:
 
     async def shut_shard(self, term: Term) -> None:
         """No script decides anything in the shard from now on. Raises StoreLost, Suspect (a newer owner was here)."""
-        await self._send("shut_shard", term.shard, [], term.generation)
+        await self._send("shut_shard", term.shard, [], term.generation, term.epoch)
 
     async def tell_position(self, shard: int, epoch: int, committed: int) -> None:
         """Tell those who wait how far the ledger got, without a certified shard. Raises StoreLost."""
@@ -174,7 +180,7 @@ class OwnerStore:
                 raise StoreLost("SCAN") from None
             doomed = [key for key in found if key != keys.meta]
             for start in range(0, len(doomed), KEYS_PER_CALL_MAX):
-                await self._send("wipe_keys", term.shard, doomed[start : start + KEYS_PER_CALL_MAX], term.generation)
+                await self._send("wipe_keys", term.shard, doomed[start : start + KEYS_PER_CALL_MAX], term.recovery)
             if cursor == "0":
                 return
 
@@ -187,7 +193,7 @@ class OwnerStore:
         flat = [part for pair in fields.items() for part in pair]
         for start in range(0, len(quarantined) or 1, CODES_PER_CALL_MAX):
             codes = quarantined[start : start + CODES_PER_CALL_MAX]
-            await self._send("restore_book", term.shard, touched, term.generation, len(flat), *flat, *codes)
+            await self._send("restore_book", term.shard, touched, term.recovery, len(flat), *flat, *codes)
             flat = []  # the first call empties what was there
 
     async def restore_coupons(
@@ -197,7 +203,7 @@ class OwnerStore:
         keys = self._keys[term.shard]
         touched = [keys.holders(book_id), *(keys.coupons(tenant_id, user_id) for _, user_id, _ in coupons)]
         flat = [part for code, _, holder in coupons for part in (code, holder)]
-        await self._send("restore_coupons", term.shard, touched, term.generation, book_id, *flat)
+        await self._send("restore_coupons", term.shard, touched, term.recovery, book_id, *flat)
 
     async def restore_idem(
         self, term: Term, tenant_id: int, book_id: str, records: Sequence[tuple[str, str, int]]
@@ -206,13 +212,13 @@ class OwnerStore:
         keys = self._keys[term.shard]
         touched = [keys.idem(tenant_id, book_id, key) for key, _, _ in records]
         flat = [part for _, record, ttl_ms in records for part in (record, ttl_ms)]
-        await self._send("restore_idem", term.shard, touched, term.generation, *flat)
+        await self._send("restore_idem", term.shard, touched, term.recovery, *flat)
 
-    async def certify_shard(self, term: Term, backlog_max: int) -> None:
-        """This Redis agrees with the ledger: it decides from now on, in the term's epoch. Raises StoreLost, Suspect."""
-        identity = await self.connect()
+    async def certify_shard(self, term: Term, identity: Identity, backlog_max: int) -> None:
+        """This Redis agrees with the ledger: it decides from now on, in the term's epoch. `identity` is that of the server
+        which was shut; should there be another by now, nobody will take it for certified. Raises StoreLost, Suspect."""
         await self._send(
-            "certify_shard", term.shard, [self._keys[term.shard].events], term.generation, term.epoch,
+            "certify_shard", term.shard, [self._keys[term.shard].events], term.recovery, term.epoch,
             identity.run_id, identity.replid, backlog_max,
         )  # fmt: skip
 

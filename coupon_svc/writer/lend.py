@@ -14,11 +14,11 @@ from coupon_svc.ledger.catalogue import WRITER_CHANNEL
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
 from coupon_svc.ledger.events import NotOwner
 from coupon_svc.ledger.idempotency import forget_old
-from coupon_svc.ledger.shards import connection_name
+from coupon_svc.ledger.shards import OwnedShard, connection_name
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.rules import book_fields
-from coupon_svc.writer.shard import Pool, Shard
+from coupon_svc.writer.shard import Pool, Shard, term_of
 
 log = logging.getLogger(__name__)
 
@@ -92,65 +92,75 @@ class Lender:
         open_shards = [n for n, shard in self._shards.items() if shard.opened_on is not None]
         if self._unsettled:
             for number in open_shards:
-                await self._guarded(self._shards[number], self.settle(connection, self._shards[number]))
+                unsettled = self._shards[number]
+                await self._guarded(unsettled, unsettled.owned, self.settle(connection, unsettled))
             self._unsettled = False
         for book in await lending.books_to_load(connection, open_shards):
             if shard := self._shard_of(book.book_id):
-                await self._guarded(shard, self._load_book(connection, shard, book))
+                await self._guarded(shard, shard.owned, self._load_book(connection, shard, book))
+        # What is lent in an epoch is brought in that epoch: a recovery that comes between may give the code to another.
+        owned = {number: self._shards[number].owned for number in open_shards}
         for book_id, lease in (await lending.lone_leases(connection, open_shards)).items():
             if shard := self._shard_of(book_id):
-                await self._guarded(shard, self._bring_lone(connection, shard, book_id, lease))
+                lent_in = owned[shard.owned.shard]
+                await self._guarded(shard, lent_in, self._bring_lone(connection, shard, lent_in, book_id, lease))
         for book_id, shard in list(self._low.items()):
             if self._shards.get(shard.owned.shard) is not shard:
                 del self._low[book_id]  # it is another writer's by now, or was taken anew
             elif shard.opened_on is not None:  # else it is being opened: look again then
-                await self._guarded(shard, self._refill(connection, shard, book_id))
+                await self._guarded(shard, shard.owned, self._refill(connection, shard, book_id))
 
     async def settle(self, connection: Any, shard: Shard) -> None:
         """Bring again what was lent and may not have arrived, and look at every pool: after a take-over or a lost reply.
 
         Raises StoreLost, LedgerUnavailable; Suspect when a book is gone from Redis.
         """
-        books = await lending.loaded_books(connection, shard.owned.shard)
-        counts = await self._store.held_counts(shard.owned.shard, [book.book_id for book in books])
+        owned = shard.owned
+        books = await lending.loaded_books(connection, owned.shard)
+        counts = await self._store.held_counts(owned.shard, [book.book_id for book in books])
         for book, count in zip(books, counts, strict=True):
             if count is None:
                 raise Suspect(f"book {book.book_id} is gone")
             if count != book.lent:
                 lease = await lending.outstanding_lease(connection, book.book_id)
-                await self._bring(shard, book.book_id, lease)
+                await self._bring(shard, owned, book.book_id, lease)
             if book.unlent > 0:
                 self.look_at(shard, book.book_id)
 
-    async def _guarded(self, shard: Shard, work: Awaitable[None]) -> None:
-        """Do one piece of work for a shard. One that is suspect is shut and recovered, and does not hold up the others."""
+    async def _guarded(self, shard: Shard, owned: OwnedShard, work: Awaitable[None]) -> None:
+        """Do one piece of work for a shard, as it was `owned` when that began. A shard that is suspect is shut and
+        recovered, and does not hold up the others; one that was recovered meanwhile has settled what the work was about."""
         try:
             await work
         except Suspect as error:
+            if shard.owned != owned:
+                return
             log.error("shard %02d is suspect: %s", shard.owned.shard, error)
             shard.opened_on, shard.wants_recovery = None, True
 
     async def _load_book(self, connection: Any, shard: Shard, book: Book) -> None:
+        owned = shard.owned
         loaded = (await lending.read_book(connection, book.book_id)).loaded
-        await self._store.put_book(shard.term, book.book_id, book.version, book_fields(book), known=loaded)
+        await self._store.put_book(term_of(owned), book.book_id, book.version, book_fields(book), known=loaded)
         crash_point("lend.put")
-        if not loaded and not await lending.mark_loaded(connection, self._writer_id, shard.owned, book.book_id, 0):
+        if not loaded and not await lending.mark_loaded(connection, self._writer_id, owned, book.book_id, 0):
             return  # somebody writes to it; it stays to be loaded
         await self._refill(connection, shard, book.book_id)
-        await lending.mark_loaded(connection, self._writer_id, shard.owned, book.book_id, book.version)
+        await lending.mark_loaded(connection, self._writer_id, owned, book.book_id, book.version)
         crash_point("lend.marked")
 
     async def _refill(self, connection: Any, shard: Shard, book_id: str) -> None:
         """Lend the next block if the pool wants it; tell Redis in any case how many codes are kept back. The book stays to
         be looked at until that is done."""
         self._low[book_id] = shard
+        owned = shard.owned
         book, _, lone = await lending.read_book(connection, book_id)
         pool = shard.pools.get(book_id)
         if pool is None:
             pool = shard.pools[book_id] = Pool(book.ack, self._lease_min)
         pool.unlent = book.unlent
         # Codes that were lent alone and are on their way count as unlent: the book is not exhausted while there are any.
-        pool.in_pool = await self._store.load_codes(shard.term, book_id, [], pool.unlent + lone)
+        pool.in_pool = await self._store.load_codes(term_of(owned), book_id, [], pool.unlent + lone)
         if not pool.wants_refill():
             self._low.pop(book_id, None)
             return
@@ -160,11 +170,11 @@ class Lender:
             pool.block = min(2 * pool.block, self._lease_max)
         elif since > SLOW_REFILL_S:
             pool.block = max(pool.block // 2, self._lease_min)
-        lease = await lending.lease_block(connection, self._writer_id, shard.owned, book_id, pool.block)
+        lease = await lending.lease_block(connection, self._writer_id, owned, book_id, pool.block)
         if lease is None:
             return  # somebody writes to the book, and tells when it is done
         crash_point("lend.leased")
-        pool.in_pool = await self._bring(shard, book_id, lease._replace(unlent=lease.unlent + lone))
+        pool.in_pool = await self._bring(shard, owned, book_id, lease._replace(unlent=lease.unlent + lone))
         pool.unlent, pool.refilled_at = lease.unlent, now
         if pool.wants_refill():  # what was brought is gone already
             self._work.set()
@@ -172,16 +182,19 @@ class Lender:
             self._low.pop(book_id, None)
         crash_point("lend.brought")
 
-    async def _bring_lone(self, connection: Any, shard: Shard, book_id: str, lease: lending.Lease) -> None:
-        await self._bring(shard, book_id, lease)
+    async def _bring_lone(
+        self, connection: Any, shard: Shard, owned: OwnedShard, book_id: str, lease: lending.Lease
+    ) -> None:
+        await self._bring(shard, owned, book_id, lease)
         crash_point("lend.lone_brought")
         await lending.settle_lone_leases(connection, book_id, lease.codes)
 
-    async def _bring(self, shard: Shard, book_id: str, lease: lending.Lease) -> int:
-        """Put leased codes into the pool, however often it takes: they are lent, so nobody else will bring them."""
+    async def _bring(self, shard: Shard, owned: OwnedShard, book_id: str, lease: lending.Lease) -> int:
+        """Put leased codes into the pool, however often it takes: they are lent, so nobody else will bring them. `owned` is
+        the shard as it was when they were lent: in another epoch they may be somebody's by now."""
         while True:
             try:
-                return await self._store.load_codes(shard.term, book_id, lease.codes, lease.unlent)
+                return await self._store.load_codes(term_of(owned), book_id, lease.codes, lease.unlent)
             except StoreLost:
                 if shard.opened_on is None:
                     raise  # whoever opens the shard again settles what is outstanding

@@ -189,6 +189,8 @@ class Persister:
             await self._store.shut_shard(Term(batch.shard, batch.epoch, batch.generation))
 
     async def _publish(self, shard: Shard, batch: Batch, head: bytes) -> None:
+        if (shard.owned.epoch, shard.owned.generation) != (batch.epoch, batch.generation):
+            return  # it was recovered meanwhile: a position of the epoch before says nothing in the new one
         shard.committed, shard.chain = batch.upto, head
         if batch.dead:
             # Nobody may be told that these are durable. The shard is recovered: whoever waits learns that the outcome is

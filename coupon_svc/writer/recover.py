@@ -53,6 +53,7 @@ class Recoverer:
         crash_point("recover.begun")
         shard, term = begun.owned.shard, Term(begun.owned.shard, begun.owned.epoch, begun.owned.generation)
         try:
+            identity = await self._store.refresh_identity()
             meta = await self._store.read_meta(shard)
             await self._store.shut_shard(term)
             crash_point("recover.shut")
@@ -74,7 +75,7 @@ class Recoverer:
         await self._restore(connection, term, keep_coupons=kept)
         crash_point("recover.restored")
         owned = await recovery.mark_certified(connection, self._writer_id, begun)
-        await self._store.certify_shard(term, self._backlog_max)
+        await self._store.certify_shard(term, identity, self._backlog_max)
         crash_point("recover.certified")
         log.info(
             "shard %02d is certified in epoch %d: redis was %s, %d codes go back to be dealt, %d are quarantined",

@@ -28,6 +28,11 @@ class Pool:
         return self.unlent > 0 and self.in_pool <= self.block // 2
 
 
+def term_of(owned: OwnedShard) -> Term:
+    """What the owner of a shard writes to Redis with."""
+    return Term(owned.shard, owned.epoch, owned.generation)
+
+
 class Shard:
     """One owned shard: where the ledger is, which Redis is certified for it, and its books' pools."""
 
@@ -48,7 +53,15 @@ class Shard:
 
     @property
     def term(self) -> Term:
-        return Term(self.owned.shard, self.owned.epoch, self.owned.generation)
+        return term_of(self.owned)
+
+    def begin_epoch(self, owned: OwnedShard) -> None:
+        """It was recovered: nothing that was known of its last epoch is of use in this one."""
+        self.owned = owned
+        self.committed, self.chain = 0, owned.chain
+        self.wants_recovery = False
+        self.pools.clear()
+        self._marks.clear()
 
     def answered_by_gone(self, gone: list[str], seq: int) -> list[tuple[str, int]]:
         """API processes that are gone and all of whose answers the ledger has by now, each with the seq it can have seen.

@@ -160,20 +160,15 @@ class Writer:
         connection = await self._connected("opening")
         for owned in await bounded(connection, owned_shards(connection, self.writer_id), STATEMENTS_TIMEOUT_S):
             if owned.shard == shard.owned.shard:
-                shard.owned, shard.committed, shard.chain = (
-                    owned,
-                    owned.committed,
-                    owned.chain,
-                )  # as the ledger has it, whatever we thought
+                # As the ledger has it, whatever we thought.
+                shard.owned, shard.committed, shard.chain = owned, owned.committed, owned.chain
         identity = await self._store.connect()
         if reason := await bounded(connection, stopped_because(connection, shard.owned.shard), STATEMENTS_TIMEOUT_S):
             await self._store.shut_shard(shard.term)
             raise HistoryForked(reason)
         if shard.wants_recovery or not await self._in_order(shard):
             work = self._recoverer.recover(connection, shard.owned)
-            shard.owned = await bounded(connection, work, RECOVERY_TIMEOUT_S)
-            shard.committed, shard.chain, shard.wants_recovery = 0, shard.owned.chain, False
-            shard.pools.clear()
+            shard.begin_epoch(await bounded(connection, work, RECOVERY_TIMEOUT_S))
         await bounded(connection, self._lender.settle(connection, shard), RECOVERY_TIMEOUT_S)
         shard.opened_on = identity
 

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from tests.model.explore import Walked, stuck, walk
-from tests.model.safeguards import NOT_BUILT, SAFEGUARDS
+from tests.model.safeguards import SAFEGUARDS
 from tests.model.scopes import SCOPES, WIDE
 from tests.model.state import Bounds
 
@@ -23,7 +23,6 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.model", description=__doc__)
     parser.add_argument("--mode", choices=MODES, help="ack of the book; both without it")
     parser.add_argument("--without", choices=sorted(SAFEGUARDS), action="append", default=[], metavar="NAME")
-    parser.add_argument("--built", action="store_true", help="without what the service lacks as yet")
     parser.add_argument("--scope", choices=sorted(SCOPES), action="append", default=[], metavar="NAME")
     parser.add_argument("--wide", action="store_true", help="minutes instead of seconds")
     parser.add_argument("--stuck", action="store_true", help="look for states that no recovery leads out of, instead")
@@ -41,7 +40,7 @@ def main() -> int:
             print(f"{name:16} {safeguard.does}")
         print("scopes:", *SCOPES)
         return 0
-    off = frozenset(given.without) | (frozenset(NOT_BUILT) if given.built else frozenset())
+    off = frozenset(given.without)
     wanted: dict[str, Bounds] = dict(WIDE if given.wide else SCOPES)
     if given.scope:
         wanted = {name: wanted[name] for name in given.scope}

@@ -38,6 +38,7 @@ METHODS = {
     "Persister": {
         "run": "is thrown away",
         "turn": "reads events",
+        "_waited_for": "",  # when to read is free here
         "_commit": "commits",
         "_transact": "commits",
         "_without_poison": "",  # no event is poisoned

@@ -163,7 +163,3 @@ SAFEGUARDS = {
         _EARLY._replace(users=1, kinds=frozenset({"empty"}), epochs=3, faults=2, takeovers=1),
     ),
 }
-
-NOT_BUILT = ("fence_replid", "load_term", "publish_term", "attempt", "pinned")
-"""What the model found to be missing, and the service does not have yet: `python -m tests.model --built` is without
-them. Whoever builds one takes it out of this list."""

@@ -23,6 +23,8 @@ from coupon_svc.store.scripts import Scripts
 Reply = list[Any]
 
 EPOCH, GENERATION, TENANT = 4, 7, 1
+RECOVERED = 5
+"""The epoch that the recoveries of the tests make, unless they say otherwise."""
 DAY_MS = 86_400_000
 CHANNEL = "cb:positions"
 RUN_ID = "run-1"
@@ -36,6 +38,11 @@ class Caller(NamedTuple):
     tenant_id: int = TENANT
     idem: str = ""
     fingerprint: str = ""
+
+
+def recovery(generation: int) -> str:
+    """What the scripts of an owner's recovery show."""
+    return f"{generation}-{RECOVERED}"
 
 
 class Owner(NamedTuple):
@@ -115,11 +122,11 @@ class Shard:
 
     # --- the scripts of a recovery
 
-    def shut_shard(self, generation: int = GENERATION) -> Reply:
-        return self._run("shut_shard", [self.keys.meta], [generation])
+    def shut_shard(self, generation: int = GENERATION, epoch: int = RECOVERED) -> Reply:
+        return self._run("shut_shard", [self.keys.meta], [generation, epoch])
 
     def wipe_keys(self, doomed: Sequence[str], generation: int = GENERATION) -> Reply:
-        return self._run("wipe_keys", [self.keys.meta, *doomed], [generation])
+        return self._run("wipe_keys", [self.keys.meta, *doomed], [recovery(generation)])
 
     def restore_book(
         self, book_id: str, generation: int = GENERATION, *, quarantined: Sequence[str] = (), **fields: Any
@@ -129,12 +136,12 @@ class Shard:
         sent = {**new_rules(), "version": 1, **counters, **fields}
         flat = [part for pair in sent.items() for part in pair]
         keys = [self.keys.meta, self.keys.book(book_id), self.keys.free(book_id), self.keys.quarantine(book_id)]
-        return self._run("restore_book", keys, [generation, len(flat), *flat, *quarantined])
+        return self._run("restore_book", keys, [recovery(generation), len(flat), *flat, *quarantined])
 
     def restore_quarantine(self, book_id: str, codes: Sequence[str], generation: int = GENERATION) -> Reply:
         """More codes than restore_book could take with the book itself."""
         keys = [self.keys.meta, self.keys.book(book_id), self.keys.free(book_id), self.keys.quarantine(book_id)]
-        return self._run("restore_book", keys, [generation, 0, *codes])
+        return self._run("restore_book", keys, [recovery(generation), 0, *codes])
 
     def restore_coupons(
         self, book_id: str, coupons: Mapping[str, str], generation: int = GENERATION, tenant_id: int = TENANT
@@ -143,19 +150,21 @@ class Shard:
         users = [self.keys.coupons(tenant_id, user_of(holder)) for holder in coupons.values()]
         flat = [part for pair in coupons.items() for part in pair]
         keys = [self.keys.meta, self.keys.holders(book_id), *users]
-        return self._run("restore_coupons", keys, [generation, book_id, *flat])
+        return self._run("restore_coupons", keys, [recovery(generation), book_id, *flat])
 
     def restore_idem(self, book_id: str, records: Mapping[str, tuple[str, int]], generation: int = GENERATION) -> Reply:
         """`records` are Idempotency-Keys, each with its record and the milliseconds that it has left."""
         keys = [self.keys.meta, *(self.idem_key(book_id, idem) for idem in records)]
-        return self._run("restore_idem", keys, [generation, *(part for record in records.values() for part in record)])
+        return self._run(
+            "restore_idem", keys, [recovery(generation), *(part for record in records.values() for part in record)]
+        )
 
     def certify_shard(
         self, owner: Owner = OWNER, *, run_id: str = RUN_ID, replid: str = "", backlog_max: int = 1000
     ) -> Reply:
         keys = [self.keys.meta, self.keys.events]
         certified = [run_id, replid or self.server.replid]
-        return self._run("certify_shard", keys, [owner.generation, owner.epoch, *certified, backlog_max])
+        return self._run("certify_shard", keys, [recovery(owner.generation), owner.epoch, *certified, backlog_max])
 
     # --- the API's scripts
 

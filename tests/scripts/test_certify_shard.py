@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.scripts.every_script import api_requests, owner_requests, worn
-from tests.scripts.runner import CALLER, EPOCH, GENERATION, OWNER, Owner, Shard, assert_shut_by
+from tests.scripts.runner import CALLER, EPOCH, GENERATION, OWNER, RECOVERED, Owner, Shard, assert_shut_by
 
 NEXT = Owner(EPOCH + 1, GENERATION)
 
@@ -18,6 +18,7 @@ def test_a_new_shard_is_certified(unopened: Shard) -> None:
     assert meta == {
         "epoch": str(EPOCH),
         "generation": str(GENERATION),
+        "recovery": f"{GENERATION}-{RECOVERED}",
         "seq": "0",
         "committed": "0",
         "run_id": "run-1",

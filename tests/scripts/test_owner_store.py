@@ -88,7 +88,7 @@ async def test_a_rebuilt_shard_is_certified_and_taken_over(owned: Owned) -> None
     assert redis.hgetall(keys.holders(BOOK)) == {code: holder for code, _, holder in coupons}
     assert redis.zrange(keys.coupons(1, "user 7"), 0, -1) == [f"{BOOK}:A-7"]
     assert redis.get(keys.idem(1, BOOK, "key 1")) == '["f1"]'
-    await store.certify_shard(term, 1000)
+    await store.certify_shard(term, await store.connect(), 1000)
     identity = await store.connect()
     meta = await store.read_meta(term.shard)
     assert (meta["run_id"], meta["replid"]) == (identity.run_id, identity.replid)
@@ -101,7 +101,7 @@ async def test_a_rebuilt_shard_is_certified_and_taken_over(owned: Owned) -> None
 
 async def test_nothing_is_wiped_or_restored_in_a_shard_that_is_not_shut(owned: Owned) -> None:
     store, term, keys, redis = owned
-    await store.certify_shard(term, 1000)
+    await store.certify_shard(term, await store.connect(), 1000)
     redis.set(keys.lock(BOOK, "1"), "x")
     with pytest.raises(Suspect):
         await store.wipe_shard(term)
@@ -112,5 +112,5 @@ async def test_nothing_is_wiped_or_restored_in_a_shard_that_is_not_shut(owned: O
     with pytest.raises(Suspect):
         await store.restore_idem(term, 1, BOOK, [("key 1", "[]", 1000)])
     with pytest.raises(Suspect):
-        await store.certify_shard(term, 1000)
+        await store.certify_shard(term, await store.connect(), 1000)
     assert sorted(redis.scan_iter(keys.pattern, count=10_000)) == sorted([keys.lock(BOOK, "1"), keys.meta])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from coupon_svc.store.scripts import Scripts
 from tests.lua_headers import read_head, sender
 from tests.scripts.every_script import KEYED, api_requests, owner_requests, recovery_requests, worn
-from tests.scripts.runner import CALLER, EPOCH, GENERATION, OWNER, Caller, Owner, Shard
+from tests.scripts.runner import CALLER, EPOCH, GENERATION, OWNER, RECOVERED, Caller, Owner, Shard
 
 
 def test_every_script_is_tried_here(shard: Shard) -> None:
@@ -34,13 +34,18 @@ def test_a_shard_is_shut_and_keeps_all_else(shard: Shard) -> None:
     meta = shard.meta()
     with shard.writes("meta"):
         assert shard.shut_shard(GENERATION + 3) == ["ok"]  # 10: compared as a number, not as text
-    assert shard.meta() == {**meta, "epoch": "recovering", "was": meta["epoch"], "generation": str(GENERATION + 3)}
+    told = {"generation": str(GENERATION + 3), "recovery": f"{GENERATION + 3}-{RECOVERED}"}
+    assert shard.meta() == {**meta, "epoch": "recovering", "was": meta["epoch"], **told}
 
 
 def test_an_empty_shard_is_shut_too(unopened: Shard) -> None:
     with unopened.writes("meta"):
         assert unopened.shut_shard() == ["ok"]
-    assert unopened.meta() == {"epoch": "recovering", "generation": str(GENERATION)}
+    assert unopened.meta() == {
+        "epoch": "recovering",
+        "generation": str(GENERATION),
+        "recovery": f"{GENERATION}-{RECOVERED}",
+    }
 
 
 def test_shutting_a_shard_twice_changes_nothing_more(shard: Shard) -> None:
@@ -66,6 +71,16 @@ def test_a_newer_owner_takes_a_recovery_over(shard: Shard) -> None:
     book = worn(shard)
     shard.shut_shard()
     assert shard.shut_shard(GENERATION + 1) == ["ok"]
+    for name, ask in recovery_requests(shard, book).items():
+        with shard.writes_nothing():
+            assert ask(GENERATION) == ["fenced"], name
+
+
+def test_an_owners_second_recovery_fences_what_is_left_of_its_first(shard: Shard) -> None:
+    """A command that was sent before its connection was given up may arrive when what it drops has been restored."""
+    book = worn(shard)
+    shard.shut_shard(epoch=RECOVERED)
+    assert shard.shut_shard(epoch=RECOVERED + 7) == ["ok"]  # 12: compared as a number, not as text
     for name, ask in recovery_requests(shard, book).items():
         with shard.writes_nothing():
             assert ask(GENERATION) == ["fenced"], name

@@ -1,0 +1,89 @@
+"""What the writer began in one epoch does nothing in the next: a recovery may come between any two of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from itertools import count
+from typing import NamedTuple
+
+import pytest
+
+from coupon_svc.dev.servers import EmbeddedRedis
+from coupon_svc.domain.events import COUPON_ASSIGNED, Event
+from coupon_svc.ledger.events import Batch
+from coupon_svc.ledger.lending import Lease
+from coupon_svc.ledger.shards import OwnedShard
+from coupon_svc.store.owner import OwnerStore, Suspect
+from coupon_svc.store.scripts import Scripts
+from coupon_svc.writer.lend import Lender
+from coupon_svc.writer.persist import Persister
+from coupon_svc.writer.shard import Shard, term_of
+from tests.scripts.runner import new_rules
+
+SHARDS = 64
+NUMBERS = count()
+CHAIN = bytes(32)
+
+
+class Recovered(NamedTuple):
+    """A shard that was recovered from `before` into the epoch that it is in now, with one book whose pool is empty."""
+
+    store: OwnerStore
+    shard: Shard
+    before: OwnedShard
+    book_id: str
+
+
+@pytest.fixture
+async def recovered(cluster_redis: EmbeddedRedis) -> AsyncIterator[Recovered]:
+    number = next(NUMBERS)
+    store = OwnerStore(cluster_redis.url, SHARDS, Scripts())
+    before = OwnedShard(number, 1, 0, 3, CHAIN)
+    after = before._replace(epoch=2)
+    shard = Shard(before)
+    for owned in (before, after):
+        term = term_of(owned)
+        await store.shut_shard(term)
+        await store.certify_shard(term, await store.connect(), 1000)
+    shard.begin_epoch(after)
+    shard.opened_on = await store.connect()
+    book_id = f"bk_{number:02d}" + "m" * 16
+    rules = {name: str(value) for name, value in new_rules().items()}
+    await store.put_book(shard.term, book_id, 1, rules, known=False)
+    yield Recovered(store, shard, before, book_id)
+    store.close()
+
+
+async def test_a_position_of_the_epoch_before_is_not_told_in_the_next(recovered: Recovered) -> None:
+    """Else an event of the new epoch would pass for one that the ledger has."""
+    store, shard, before, book_id = recovered
+    assigned: list[str] = []
+    persister = Persister("", "wr", store, {before.shard: shard}, lambda _, book, number: assigned.append(book))
+    event = Event(1, COUPON_ASSIGNED, book_id, "A-1", "u", 1)
+    old = Batch(before.shard, before.epoch, before.generation, 0, 1, [event])
+    await persister._publish(shard, old, b"x" * 32)
+    assert (shard.committed, shard.chain, assigned) == (0, CHAIN, [])
+    assert (await store.read_meta(before.shard))["committed"] == "0"
+
+
+async def test_codes_that_were_lent_in_the_epoch_before_are_not_brought_in_the_next(recovered: Recovered) -> None:
+    """The recovery has settled them: by now they may be lent anew, or in quarantine."""
+    store, shard, before, book_id = recovered
+    lender = Lender("", "wr", store, {before.shard: shard}, 20, 20)
+    with pytest.raises(Suspect):
+        await lender._bring(shard, before, book_id, Lease(["A-1"], 0))
+    assert await store.pool_counts(before.shard, book_id) == (0, 0, 0)
+    assert await lender._bring(shard, shard.owned, book_id, Lease(["A-1"], 0)) == 1
+
+
+async def test_work_that_a_recovery_overtook_does_not_shut_the_shard_again(recovered: Recovered) -> None:
+    store, shard, before, _ = recovered
+    lender = Lender("", "wr", store, {before.shard: shard}, 20, 20)
+
+    async def refused() -> None:
+        raise Suspect
+
+    await lender._guarded(shard, before, refused())
+    assert shard.opened_on is not None
+    await lender._guarded(shard, shard.owned, refused())
+    assert shard.wants_recovery
