@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run demo test chaos check clean
+.PHONY: help install run demo test chaos load check clean
 
 help: ## Print the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: install ## All tests, against servers they start themselves
 
 chaos: install ## Faults under load, 100 seeded runs (RUNS=…): clients record, then everything is compared
 	$(BIN)/python -m tests.chaos --runs $(or $(RUNS),100)
+
+load: install ## Load a service of its own, time it and audit every answer; make load ARGS='--scenario checkout'
+	@exec $(BIN)/coupon-svc load $(ARGS)
 
 check: install ## Style, types, import direction, Lua headers
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import io
 import logging
+import math
 import socket
 import sys
 from collections.abc import Callable
@@ -81,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command("demo", _demo, "the life of a coupon, step by step, on a service of its own")
 
+    _load_options(command("load", _load, "load a service, time it, and audit every answer it gave"))
+
     api = command("api", _api, "the HTTP API")
     api.add_argument("--host")
     api.add_argument("--port", type=_between(0, 65_535))
@@ -131,6 +134,86 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _load_options(load: argparse.ArgumentParser) -> None:
+    from coupon_svc.load.plan import SCENARIOS
+
+    load.formatter_class = argparse.RawDescriptionHelpFormatter
+    load.description = _LOAD_DESCRIPTION
+    load.epilog = _LOAD_EPILOG
+    load.add_argument("--scenario", choices=SCENARIOS, default="flash-sale", metavar="NAME", help="default: flash-sale")
+    load.add_argument("--duration", type=_number(0.1, 86_400), metavar="SECONDS", help="default: 10")
+    load.add_argument(
+        "--rate", type=_number(0.1, 1_000_000), metavar="N", help="callers arriving a second, whatever the service does"
+    )
+    load.add_argument(
+        "--connections",
+        type=_between(1, 10_000),
+        metavar="N",
+        help="without --rate: callers at a time, 64 unless given; with it: connections, 256 unless given",
+    )
+    load.add_argument(
+        "--ack", choices=("ledger", "redis", "both"), default="ledger", help="of the books; default: ledger"
+    )
+    load.add_argument("--books", type=_between(1, 1_000), metavar="N", help="default: as the scenario has it, 1 to 20")
+    load.add_argument(
+        "--codes", type=_between(1, 10_000_000), metavar="N", help="of each book; default: 120,000 in all"
+    )
+    load.add_argument("--users", type=Path, metavar="FILE", help="campaign: the users, one id a line")
+    load.add_argument(
+        "--seed", type=_between(0, 2**63), default=1, metavar="N", help="of the callers' choices; default: 1"
+    )
+    load.add_argument(
+        "--url", metavar="URL", help="a running service, as http://127.0.0.1:8080; default: one of its own"
+    )
+    load.add_argument("--key", metavar="KEY", help="for --url: an API key with all scopes; or set COUPON_LOAD_KEY")
+    load.add_argument(
+        "--audit-stores",
+        action="store_true",
+        help="for --url: audit Redis and the ledger, too; needs COUPON_REDIS_URL and COUPON_DATABASE_URL",
+    )
+    load.add_argument("--workers", type=_between(1, 64), metavar="N", help="API processes of the load's own service")
+    load.add_argument("--json", type=Path, metavar="FILE", help="write the report for machines")
+    load.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the report with charts; opens without the internet"
+    )
+
+
+_LOAD_DESCRIPTION = """\
+load a service, time it, and audit every answer it gave
+
+scenarios
+  flash-sale  everybody wants a code of one book at once, some of them twice
+  checkout    assign, lock, redeem; some leave, some hold their lock and leave, some pay too late, some click twice
+  retries     answers get lost: the same Idempotency-Key again and again, at once and in turn
+  mixed       many books, a few of them much liked; assigns, redeems and reads
+  campaign    one code for everybody on a list (--users)"""
+
+_LOAD_EPILOG = """\
+It makes books of its own and closes them at the end. Ctrl-C ends it early; what was answered is audited all the same.
+
+exit status: 0 the promises held, 1 one is broken, 2 it could not be run, or not all could be audited
+
+  coupon-svc load                                       a flash sale for ten seconds, on a service of its own
+  coupon-svc load --scenario checkout --rate 300        300 callers a second, however long they have to wait
+  coupon-svc load --url http://127.0.0.1:8080 --key K   a running one
+  coupon-svc load --html load.html --json load.json     with reports"""
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    """What argparse needs to take a number within bounds."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"give a number between {low:g} and {high:,.10g}, not {text!r}")
+        return number
+
+    return parse
+
+
 def _between(low: int, high: int) -> Callable[[str], int]:
     """What argparse needs to take a whole number within bounds."""
 
@@ -159,6 +242,31 @@ def _demo(args: argparse.Namespace) -> int:
     from coupon_svc.dev.demo import run_demo
 
     return run_demo()
+
+
+def _load(args: argparse.Namespace) -> int:
+    from coupon_svc.load.command import run_load  # only here: it needs packages that a server does not
+    from coupon_svc.load.plan import LoadError, make_plan
+
+    try:
+        plan = make_plan(
+            scenario=args.scenario,
+            url=args.url,
+            rate=args.rate,
+            connections=args.connections,
+            duration_s=args.duration,
+            ack=args.ack,
+            books=args.books,
+            codes=args.codes,
+            seed=args.seed,
+            workers=args.workers,
+            users=args.users,
+            audit_stores=args.audit_stores,
+        )
+    except LoadError as error:
+        print(f"coupon-svc load: {error}", file=sys.stderr)
+        return 2
+    return run_load(plan, args.key, args.json, args.html)
 
 
 def _api(args: argparse.Namespace) -> None:

@@ -118,7 +118,7 @@ async def migrated(cli: Cli, migrated_database: str, monkeypatch: pytest.MonkeyP
 def test_without_arguments_it_shows_help(cli: Cli) -> None:
     ran = cli()
     assert (ran.status, ran.error) == (0, "")
-    for command in ("dev", "demo", "api", "writer", "migrate", "keys"):
+    for command in ("dev", "demo", "load", "api", "writer", "migrate", "keys"):
         assert f"\n    {command} " in ran.out
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from coupon_svc.dev import demo, leash
+from coupon_svc.dev import demo, leash, throwaway
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ def test_an_answer_that_is_not_as_it_should_be_ends_the_demo(
 def test_a_service_that_does_not_start_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "SERVICE_COMMAND", (sys.executable, "-c", "raise SystemExit('there is a reason')"))
+    monkeypatch.setattr(throwaway, "SERVICE_COMMAND", (sys.executable, "-c", "raise SystemExit('there is a reason')"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert demo.run_demo() == 1
     error = capfd.readouterr().err

@@ -11,33 +11,21 @@ import contextlib
 import http.client
 import json
 import os
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator
 from email.message import Message
-from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from coupon_svc.dev import leash
-from coupon_svc.dev.servers import ServerError, describe_status, quoted_tail, require_packages
-from coupon_svc.dev.supervisor import SERVICE_COMMAND
+from coupon_svc.dev.servers import ServerError
+from coupon_svc.dev.throwaway import ThrowawayError, signals_raise, throwaway_service
 from coupon_svc.ledger.database import LedgerUnavailable, open_connection
-
-START_TIMEOUT_SECONDS = 60.0
-STOP_TIMEOUT_SECONDS = 12.0  # `coupon-svc dev` promises ten
 
 _VALUE_SHOWN_MAX = 28
 
 
 class DemoError(Exception):
-    """The service could not be started, or did not do what it promises; the message says what."""
+    """The service did not do what it promises; the message says what."""
 
 
 class Reply(NamedTuple):
@@ -119,7 +107,7 @@ def run_demo() -> int:
     Only the main thread can call it. KeyboardInterrupt, at Ctrl-C, comes out of it when everything is stopped.
     """
     try:
-        with _signals_raise(), _service() as told:
+        with signals_raise(), throwaway_service("demo") as told:
             caller = Caller(told["base_url"], told["api_key"])
             with contextlib.closing(caller):
                 book = live(caller)
@@ -127,7 +115,7 @@ def run_demo() -> int:
     except BrokenPipeError:  # whoever read us has gone; Python would complain about that once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (DemoError, ServerError, LedgerUnavailable, OSError) as error:
+    except (DemoError, ThrowawayError, ServerError, LedgerUnavailable, OSError) as error:
         print(f"coupon-svc demo: {error}", file=sys.stderr)
         return 1
     print("\nAll of it is as it should be. The service is stopped and its data are removed.")
@@ -338,87 +326,6 @@ async def _read_ledger(database_url: str, book: dict[str, Any]) -> None:
 def _agree(what: str, one: object, other: object) -> None:
     if one != other:
         raise DemoError(f"the ledger is wrong: {what} differ: {one!r} and {other!r}")
-
-
-# -- the service ------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _service() -> Iterator[dict[str, Any]]:
-    """A running service, described as in its dev.json; stopped, and its data removed, however the block is left."""
-    require_packages()
-    folder = Path(tempfile.mkdtemp(prefix="coupon-demo-"))
-    folder.chmod(0o711)  # as root, Postgres runs as another user
-    output = folder / "output.log"
-    process: subprocess.Popen[bytes] | None = None
-    try:
-        began = time.monotonic()
-        print("Starting Valkey, Postgres, the writer and the API, for this demo alone …", end=" ", flush=True)
-        process = _start(folder, output)
-        try:
-            told = _await_ready(process, folder / "data" / "dev.json", output)
-        except BaseException:
-            print(flush=True)
-            raise
-        print(f"ready ({time.monotonic() - began:.1f} s)", flush=True)
-        yield told
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # impatience must not leave anything behind
-            signal.signal(number, signal.SIG_IGN)
-        if process is not None:
-            _stop(process)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _start(folder: Path, output: Path) -> subprocess.Popen[bytes]:
-    """A session of its own keeps the terminal's Ctrl-C from it: it is stopped by us, after the last request."""
-    command = [*SERVICE_COMMAND, "dev", "--port", "0", "--data-dir", str(folder / "data")]
-    with output.open("wb") as log:
-        return subprocess.Popen(
-            leash.leashed(command, signal.SIGTERM),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            # The settings of somebody's real service are none of this one's business.
-            env={name: value for name, value in os.environ.items() if not name.startswith("COUPON_")},
-            start_new_session=True,
-        )
-
-
-def _await_ready(process: subprocess.Popen[bytes], dev_json: Path, output: Path) -> dict[str, Any]:
-    if not leash.wait_until(lambda: dev_json.exists() or process.poll() is not None, START_TIMEOUT_SECONDS):
-        raise DemoError(f"the service is not ready after {START_TIMEOUT_SECONDS:.0f} s{quoted_tail(output)}")
-    if process.poll() is not None:
-        raise DemoError(f"the service did not start ({describe_status(process.returncode)}){quoted_tail(output)}")
-    told: dict[str, Any] = json.loads(dev_json.read_text())
-    return told
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()  # its parts are on a leash
-        process.wait()
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """The orders to stop raise KeyboardInterrupt, as Ctrl-C does: so the service is stopped before this process ends."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
-        numbers.append(signal.SIGHUP)
-    former = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 # -- showing ----------------------------------------------------------------------------------------------------------
