@@ -17,6 +17,8 @@ SEEDS = range(3)
     [
         ("quarantine", "redis_rolled_back", "P1"),
         ("replay", "api_killed", "P5"),
+        ("lock", "api_cut_from_postgres", "no order of its requests"),
+        ("replid", "old_master_back_while_a_process_sleeps", "a shard was stopped"),
     ],
 )
 async def test_the_suite_fails_without(

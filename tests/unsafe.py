@@ -64,8 +64,21 @@ def replay() -> None:
     _without_lines("assign_coupon", included)
 
 
+def replid() -> None:
+    """Scripts do not ask in which history the server is."""
+    compared = (
+        '\n  or not string.find(redis.call("INFO", "replication"), "master_replid:" .. tostring(meta[6]), 1, true)'
+    )
+    _without_lines("assign_coupon", compared)
+
+
+def lock() -> None:
+    """A redeem does not mind that somebody else has the code locked."""
+    _without_lines("redeem_coupon", 'if held_token and shown_token == "" then\n  return {"locked", held_ms}\nend\n')
+
+
 SAFEGUARDS: dict[str, Callable[[], None]] = {
-    safeguard.__name__: safeguard for safeguard in (quarantine, rebuild, replay)
+    safeguard.__name__: safeguard for safeguard in (quarantine, rebuild, replay, replid, lock)
 }
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ KEYS_KEPT_MAX = 10_000
 UNKNOWN_KEPT_MS = 1_000
 KEPT_WHILE_AWAY_MS = 600_000
 """How long a key that was good goes on while Postgres is away. A key revoked meanwhile works that much longer."""
+PATIENCE_S = 0.25
+"""How long a request with a key that was good waits for Postgres to say so again."""
 
 
 class _Kept(NamedTuple):
@@ -50,12 +52,16 @@ class KeyRing:
         return row
 
     async def _ask_once(self, key_hash: bytes, kept: _Kept | None, now: int) -> _Kept:
-        """Many requests come with the same key: one of them asks for all."""
+        """Many requests come with the same key: one of them asks for all. A Postgres that is silent holds up only those
+        whose key was never good."""
         task = self._asking.get(key_hash)
         if task is None:
             task = self._asking[key_hash] = asyncio.create_task(self._ask(key_hash, kept, now))
             task.add_done_callback(lambda _: self._asking.pop(key_hash, None))
-        return await asyncio.shield(task)
+        if kept is None or kept.row is None or now - kept.asked_at_ms >= KEPT_WHILE_AWAY_MS:
+            return await asyncio.shield(task)
+        await asyncio.wait({task}, timeout=PATIENCE_S)
+        return task.result() if task.done() else kept
 
     async def _ask(self, key_hash: bytes, kept: _Kept | None, now: int) -> _Kept:
         try:

@@ -12,6 +12,7 @@ import asyncpg
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 2.0
+IDLE_IN_TRANSACTION_S = 10
 
 
 class LedgerUnavailable(Exception):
@@ -44,8 +45,10 @@ async def open_connection(url: str, name: str) -> asyncpg.Connection:
     try:
         connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_S, server_settings={"application_name": name})
         # A server may be set up to forget the last commits when it crashes. What we have answered must not be among them.
+        # A process that is stopped or cut off within a transaction must not hold a book or a shard until TCP gives it up.
         await connection.execute(
-            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';"
+            f"SET idle_in_transaction_session_timeout = '{IDLE_IN_TRANSACTION_S}s'"
         )
         return connection
     except UNAVAILABLE as error:

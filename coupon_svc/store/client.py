@@ -184,15 +184,19 @@ class Store:
 
     async def _keep_connected(self) -> None:
         while True:
+            connection = None
             try:
                 connection = await connect(self._url, "coupon-api")
-                await self._verify(connection)
-                await load_scripts(connection, self._scripts)
+                async with asyncio.timeout(REPLY_TIMEOUT_S):  # nobody watches it yet
+                    await self._verify(connection)
+                    await load_scripts(connection, self._scripts)
                 self._connection = connection
                 await connection.closed
-            except (StoreUnavailable, StoreOutcomeUnknown, ServerUnfit, ReplyError) as error:
-                log.warning("redis cannot be used: %s", error or type(error).__name__)
+            except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError) as error:
+                log.warning("redis cannot be used: %s", str(error) or type(error).__name__)
             self._connection = None
+            if connection is not None:
+                connection.abort()  # one that was refused must not stay open beside the next
             for view in self.views:
                 view.certified = False
             await asyncio.sleep(0.1)
@@ -241,8 +245,11 @@ class Store:
             if soon or loop.time() - verified_at >= VERIFY_EVERY_S:
                 self._verify_wanted = False
                 try:
-                    await self._verify(connection)
-                except (StoreUnavailable, StoreOutcomeUnknown, ServerUnfit, ReplyError):
+                    async with asyncio.timeout(
+                        REPLY_TIMEOUT_S
+                    ):  # a connection that carries nothing must not stop this loop
+                        await self._verify(connection)
+                except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError):
                     connection.abort()
                 verified_at = loop.time()
 

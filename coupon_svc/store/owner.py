@@ -67,12 +67,17 @@ class OwnerStore:
         async with self._connecting:
             if self.identity is None or self._connection is None or self._connection.closed.done():
                 self.close()
+                connection = None
                 try:
                     connection = await connect(self._url, "coupon-writer")
-                    self.identity = await read_identity(connection)
-                    await load_scripts(connection, self._scripts)
-                except (StoreUnavailable, StoreOutcomeUnknown, ServerUnfit, ReplyError) as error:
+                    async with asyncio.timeout(REPLY_TIMEOUT_S):
+                        identity = await read_identity(connection)
+                        await load_scripts(connection, self._scripts)
+                except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError) as error:
+                    if connection is not None:
+                        connection.abort()
                     raise StoreLost(str(error) or type(error).__name__) from None
+                self.identity = identity
                 self._connection = connection
             return self.identity
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import secrets
 import time
@@ -17,9 +18,14 @@ from coupon_svc.config import load_settings
 from coupon_svc.ledger.database import open_connection
 from coupon_svc.ops.verify import Verifier
 from tests.harness import Stack, until
+from tests.linearizable import CodeModel, LimitModel, Operation, require_linearizable
 
 CLIENTS = 8
-CODES = 400
+CODES = 1600
+"""Of each book."""
+CONTENDED = 60
+"""Of them, those that clients ask for by name."""
+USES = 2
 HEAL_S = 40.0
 
 
@@ -28,14 +34,27 @@ class Attempt(msgspec.Struct):
 
     verb: str
     path: str
-    body: dict[str, str]
+    body: dict[str, str | int]
     key: str
+    book_id: str
     ack: str
     user: str
     outcome: str = "unknown"
     answer: dict[str, Any] = {}
+    status: int = 0
+    replayed: bool = False
+    """The answer is one that was given before, or would have been."""
     in_doubt: bool = False
     """It was unknown at first."""
+    invoked_s: float = 0.0
+    """When it was first sent, by this process's monotonic clock."""
+    returned_s: float = math.inf
+    """When its last answer came."""
+
+    @property
+    def code(self) -> str:
+        """The code that is named or was given; empty when neither."""
+        return self.answer.get("code", "") if self.verb == "assign" else self.path.rpartition("/")[2]
 
 
 class Run:
@@ -49,28 +68,41 @@ class Run:
         self.limited: set[str] = set()
         self.epochs: dict[int, int] = {}
         self.loses_records = False
-        self._key = ""
+        self.loses_locks = False
+        """Locks may be gone before their time. A recovery that rebuilds Redis loses them in any case."""
+        self.authorization = ""
+        self._first_epochs: dict[int, int] = {}
+        self._contended: list[tuple[str, str]] = []
+        self._held: list[tuple[str, str, str]] = []
+        self._locked: list[tuple[str, str, str, str]] = []
 
     async def prepare(self) -> None:
         """Two books of each kind: one for many codes, one with a limit of one code a user."""
-        self._key = await self.stack.key()
+        self.authorization = f"Bearer {await self.stack.key()}"
         async with self.client() as http:
             for ack in ("ledger", "redis"):
                 for limit in (None, 1):
-                    rules = {"name": ack, "ack": ack, "max_codes_per_user": limit, "max_redemptions_per_code": 2}
+                    rules = {"name": ack, "ack": ack, "max_codes_per_user": limit, "max_redemptions_per_code": USES}
                     generate = {"pattern": f"{ack[0]}{limit or 0}-########", "total": CODES}
                     answer = await http.post("/coupons", json={**rules, "generate": generate})
                     assert answer.status_code == 201, answer.text
                     self.books[answer.json()["book_id"]] = ack
                     if limit:
                         self.limited.add(answer.json()["book_id"])
-        self.epochs = await self.epochs_now()
+        for book_id in self.books:
+            rows = await self.stack.ledger("SELECT code FROM codes WHERE book_id = $1 ORDER BY code", book_id)
+            self._contended += [(row["code"], book_id) for row in self.random.sample(rows, CONTENDED)]
+        self.epochs = self._first_epochs = await self.epochs_now()
 
-    async def load(self, seconds: float) -> None:
-        """Work of all clients for a while."""
+    async def load(
+        self, seconds: float, base_url: str = "", pause_s: float = 0.0, stop: asyncio.Event | None = None
+    ) -> None:
+        """Work of all clients for a while, or until `stop` is set, on one API process or another."""
         deadline = time.monotonic() + seconds
-        async with self.client() as http:
-            await asyncio.gather(*(self._work(http, number, deadline) for number in range(CLIENTS)))
+        stop = stop or asyncio.Event()
+        async with self.client(base_url) as http:
+            while_ = (self._work(http, number, deadline, pause_s, stop) for number in range(CLIENTS))
+            await asyncio.gather(*while_)
 
     async def heal(self) -> None:
         """Wait until all books deal again, then ask what is unknown again."""
@@ -78,8 +110,10 @@ class Run:
             for book_id in self.books:
 
                 async def deals(book_id: str = book_id) -> bool:
-                    attempt = self._assign(book_id, f"healer-{secrets.token_hex(4)}")
-                    await self._send(http, attempt)
+                    attempt = self.new_assign(f"healer-{secrets.token_hex(4)}", book_id)
+                    await self.send(http, attempt)
+                    stopped = await self.stack.ledger("SELECT stopped FROM shards WHERE stopped IS NOT NULL")
+                    assert not stopped, f"a shard was stopped: {stopped[0]['stopped']}"
                     return attempt.outcome == "ok" or attempt.answer.get("code") == "book_exhausted"
 
                 await until(deals, HEAL_S, "every book should deal again")
@@ -88,7 +122,7 @@ class Run:
                     attempt.in_doubt = True
 
                     async def known(attempt: Attempt = attempt) -> bool:
-                        await self._send(http, attempt, record=False)
+                        await self.send(http, attempt, record=False)
                         return attempt.outcome != "unknown"
 
                     await until(known, HEAL_S, "an unknown outcome should become known")
@@ -97,6 +131,7 @@ class Run:
     async def check(self) -> None:
         """Everything that must hold now, whatever happened."""
         self._check_history()
+        await self._check_order()
         await self._check_replays()
         await self._check_ledger()
         await self._check_lists()
@@ -104,42 +139,72 @@ class Run:
 
     # --- load
 
-    def client(self) -> httpx.AsyncClient:
+    def client(self, base_url: str = "") -> httpx.AsyncClient:
         return httpx.AsyncClient(
-            base_url=self.stack.base_url, headers={"Authorization": f"Bearer {self._key}"}, timeout=15
+            base_url=base_url or self.stack.base_url, headers={"Authorization": self.authorization}, timeout=15
         )
 
-    def _assign(self, book_id: str, user: str) -> Attempt:
-        body = {"book_id": book_id, "user_id": user}
-        return Attempt("assign", "/coupons/assign", body, secrets.token_hex(8), self.books[book_id], user)
+    def new_assign(self, user: str, book_id: str = "") -> Attempt:
+        """A request for any code of a book."""
+        book_id = book_id or self.random.choice(list(self.books))
+        return self._new("assign", "/coupons/assign", book_id, user, book_id=book_id)
 
-    async def _work(self, http: httpx.AsyncClient, number: int, deadline: float) -> None:
-        held: list[tuple[str, str, str]] = []
-        while time.monotonic() < deadline:
-            if held and self.random.random() < 0.4:
-                code, user, ack = self.random.choice(held)
-                attempt = Attempt(
-                    "redeem", f"/coupons/redeem/{code}", {"user_id": user}, secrets.token_hex(8), ack, user
-                )
-            else:
-                book_id = self.random.choice(list(self.books))
-                attempt = self._assign(book_id, f"u{number}-{self.random.randrange(30)}")
-            await self._send(http, attempt)
-            if attempt.outcome == "ok" and attempt.verb == "assign":
-                held.append((attempt.answer["code"], attempt.user, attempt.ack))
-            if attempt.outcome == "unknown":
-                await asyncio.sleep(0.02)
+    def _new(self, verb: str, path: str, of_book: str, user: str, /, **body: str | int) -> Attempt:
+        if verb != "unlock":
+            body["user_id"] = user
+        return Attempt(verb, path, body, secrets.token_hex(8), of_book, self.books[of_book], user)
 
-    async def _send(self, http: httpx.AsyncClient, attempt: Attempt, *, record: bool = True) -> None:
+    def _next(self, number: int) -> Attempt:
+        """What a client asks for next. Codes and locks are everybody's: clients get into each other's way."""
+        draw = self.random.random()
+        if draw < 0.3 and self._held:
+            code, book_id, user = self._any_of(self._held)
+            return self._new("redeem", f"/coupons/redeem/{code}", book_id, user)
+        if draw < 0.4 and self._held:
+            code, book_id, user = self._any_of(self._held)
+            ttl = {"ttl_seconds": 1} if self.random.random() < 0.2 else {}
+            return self._new("lock", f"/coupons/lock/{code}", book_id, user, **ttl)
+        if draw < 0.5 and self._locked:  # a lock that is not drawn again is abandoned
+            code, book_id, user, token = self._locked.pop(self.random.randrange(len(self._locked)))
+            verb = self.random.choice(("lock", "unlock", "redeem"))
+            return self._new(verb, f"/coupons/{verb}/{code}", book_id, user, lock_token=token)
+        user = f"u{number}-{self.random.randrange(30)}"
+        if draw < 0.6:
+            code, book_id = self.random.choice(self._contended)
+            return self._new("assign_code", f"/coupons/assign/{code}", book_id, user)
+        return self.new_assign(user)
+
+    def _any_of(self, held: list[tuple[str, str, str]]) -> tuple[str, str, str]:
+        """One of the newest, mostly: those are the ones that others are at."""
+        return self.random.choice(held[-20:] if self.random.random() < 0.7 else held)
+
+    async def _work(
+        self, http: httpx.AsyncClient, number: int, deadline: float, pause_s: float, stop: asyncio.Event
+    ) -> None:
+        while time.monotonic() < deadline and not stop.is_set():
+            attempt = self._next(number)
+            await self.send(http, attempt)
+            if attempt.outcome == "ok" and attempt.verb in ("assign", "assign_code"):
+                self._held.append((attempt.answer["code"], attempt.book_id, attempt.user))
+            if attempt.outcome == "ok" and attempt.verb == "lock":
+                self._locked.append((attempt.code, attempt.book_id, attempt.user, attempt.answer["lock_token"]))
+            await asyncio.sleep(0.02 if attempt.outcome == "unknown" else pause_s)
+
+    async def send(self, http: httpx.AsyncClient, attempt: Attempt, *, record: bool = True) -> None:
+        """Ask, for the first time or again, and note what became of it."""
         if record:
             self.history.append(attempt)
+        attempt.invoked_s = attempt.invoked_s or time.monotonic()
         try:
             answer = await http.post(attempt.path, json=attempt.body, headers={"Idempotency-Key": attempt.key})
         except httpx.HTTPError:
             attempt.outcome = "unknown"
             return
-        attempt.answer = answer.json()
-        if answer.status_code in (200, 201):
+        attempt.returned_s = time.monotonic()
+        attempt.answer = answer.json() if answer.content else {}
+        attempt.status = answer.status_code
+        attempt.replayed = answer.headers.get("idempotent-replayed") == "true"
+        if answer.status_code in (200, 201, 204):
             attempt.outcome = "ok"
         elif answer.status_code == 503 or answer.status_code >= 500:
             attempt.outcome = "unknown" if attempt.answer["code"] == "outcome_unknown" else "refused"
@@ -149,38 +214,68 @@ class Run:
 
     # --- checks
 
-    def _ok(self, verb: str) -> list[Attempt]:
-        return [attempt for attempt in self.history if attempt.verb == verb and attempt.outcome == "ok"]
+    def _ok(self, *verbs: str) -> list[Attempt]:
+        return [attempt for attempt in self.history if attempt.verb in verbs and attempt.outcome == "ok"]
+
+    def _assigned(self) -> list[Attempt]:
+        return self._ok("assign", "assign_code")
 
     def _check_history(self) -> None:
         holders: dict[str, str] = {}
-        for attempt in self._ok("assign"):
+        for attempt in self._assigned():
             code = attempt.answer["code"]
             assert attempt.answer["user_id"] == attempt.user
             assert holders.setdefault(code, attempt.user) == attempt.user, "P1: a code was answered to two users"
+        for attempt in self._ok("assign_code", "lock", "redeem"):
+            assert attempt.answer["code"] == attempt.code, "an answer is another request's"
         keys = Counter(attempt.key for attempt in self.history)
         assert max(keys.values()) == 1
         uses = Counter(attempt.path for attempt in self._ok("redeem"))
-        assert not uses or max(uses.values()) <= 2, "P3: a code was redeemed more often than allowed"
-        positions = Counter(attempt.answer["position"] for attempt in [*self._ok("assign"), *self._ok("redeem")])
+        assert not uses or max(uses.values()) <= USES, "P3: a code was redeemed more often than allowed"
+        events = [attempt for attempt in [*self._assigned(), *self._ok("redeem")] if attempt.status == 201]
+        positions = Counter(attempt.answer["position"] for attempt in events)
         assert not positions or max(positions.values()) == 1, "two events were answered with one position"
+
+    async def _check_order(self) -> None:
+        """There is an order of all requests, true to the times at which they were asked and answered, in which each code
+        went through its states one by one, and no user over a book's limit."""
+        rebuilt = await self.epochs_now() != self._first_epochs
+        by_code: dict[str, list[Operation]] = {}
+        by_user: dict[tuple[str, str], list[Operation]] = {}
+        books: dict[str, str] = {}
+        for attempt in self.history:
+            operation = _operation(attempt)
+            if attempt.code and not (attempt.verb == "assign" and attempt.outcome == "refused"):
+                by_code.setdefault(attempt.code, []).append(operation)
+                books[attempt.code] = attempt.book_id
+            if attempt.book_id in self.limited and attempt.verb in ("assign", "assign_code"):
+                by_user.setdefault((attempt.book_id, attempt.user), []).append(operation)
+        for code, operations in by_code.items():
+            # A request for any code that was never answered may have been given this one.
+            doubtful = [_operation(a) for a in self.history if a.book_id == books[code] and _never_known(a)]
+            may_lose = self.loses_records
+            model = CodeModel(USES, loses_locks=self.loses_locks or rebuilt, loses_records=may_lose)
+            require_linearizable([*operations, *doubtful], model, code)
+        for (book_id, user), operations in by_user.items():
+            if self.books[book_id] == "ledger" or not self.loses_records:
+                require_linearizable(operations, LimitModel(1, loses_records=self.loses_records), f"{book_id} {user}")
 
     async def _check_replays(self) -> None:
         """The same Idempotency-Key gives the first answer again, after all that has happened."""
-        answered = [*self._ok("assign"), *self._ok("redeem")]
+        answered = [*self._assigned(), *self._ok("redeem")]
         if self.loses_records:  # what only Redis had is gone, and its key with it
             answered = [attempt for attempt in answered if attempt.ack == "ledger"]
         async with self.client() as http:
             for attempt in self.random.sample(answered, min(40, len(answered))):
-                again = Attempt(attempt.verb, attempt.path, attempt.body, attempt.key, attempt.ack, attempt.user)
-                await self._send(http, again, record=False)
+                again = msgspec.structs.replace(attempt, answer={})
+                await self.send(http, again, record=False)
                 first, second = ({**answer, "durable": None} for answer in (attempt.answer, again.answer))
                 assert first == second, "P5: the same key was not given the same answer"  # but may be durable by now
 
     async def _check_ledger(self) -> None:
         rows = await self.stack.ledger("SELECT book_id, code, user_id, uses FROM coupons")
         ledger = {row["code"]: row for row in rows}
-        for attempt in self._ok("assign"):
+        for attempt in self._assigned():
             row = ledger.get(attempt.answer["code"])
             if row is None:
                 assert attempt.ack == "redis", "P2: a durable answer is not in the ledger"
@@ -189,14 +284,18 @@ class Run:
                 assert quarantined, "P1: a code was answered, its record lost, and it is not in quarantine"
             else:
                 assert row["user_id"] == attempt.user, "P1: the ledger has the code in other hands than it was answered"
-        redeemed = Counter(attempt.path.rpartition("/")[2] for attempt in self._ok("redeem"))
+        redeemed = Counter(attempt.code for attempt in self._ok("redeem"))
         for code, number in redeemed.items():
             assert code in ledger, "P2: a code that was redeemed is not in the ledger"
             assert ledger[code]["uses"] >= number, "P2: a redemption that was answered is not in the ledger"
-        invoked = Counter(a.path.rpartition("/")[2] for a in self.history if a.verb == "redeem")
+        invoked = Counter(a.code for a in self.history if a.verb == "redeem")
         for code, row in ledger.items():
             assert row["uses"] <= invoked[code], "a redemption is in the ledger that nobody asked for"
-        asked = Counter((a.body["book_id"], a.user) for a in self.history if a.verb == "assign")
+        # A record that was lost and found again counts neither as its request's only one, nor towards the limit.
+        decisions = await self.stack.ledger("SELECT code FROM quarantine_decisions")
+        found_again = {decision["code"] for decision in decisions}
+        rows = [row for row in rows if row["code"] not in found_again]
+        asked = Counter((a.book_id, a.user) for a in self.history if a.verb in ("assign", "assign_code"))
         given = Counter((row["book_id"], row["user_id"]) for row in rows)
         assert all(given[place] <= asked[place] for place in given), "P5: one request had two effects"
         held = Counter((row["book_id"], row["user_id"]) for row in rows if row["book_id"] in self.limited)
@@ -205,7 +304,7 @@ class Run:
     async def _check_lists(self) -> None:
         """What was answered is in its user's list, unless its record was lost (and then it is in quarantine)."""
         expected: dict[str, set[str]] = {}
-        for attempt in self._ok("assign"):
+        for attempt in self._assigned():
             expected.setdefault(attempt.user, set()).add(attempt.answer["code"])
         async with self.client() as http:
             for user, codes in expected.items():
@@ -237,3 +336,29 @@ class Run:
 
     def where_books_live(self) -> list[int]:
         return sorted({int(book_id[3:5]) for book_id in self.books})
+
+
+def _never_known(attempt: Attempt) -> bool:
+    """Whether a request for any code may have been given one that nobody was told of."""
+    return attempt.verb == "assign" and attempt.outcome != "ok" and (attempt.in_doubt or attempt.outcome == "unknown")
+
+
+def _operation(attempt: Attempt) -> Operation:
+    """An attempt as the checker sees it. One that was in doubt and is refused when asked again may have happened, and may
+    still happen."""
+    outcome = attempt.outcome
+    if outcome == "refused" and attempt.in_doubt:
+        outcome = "unknown"
+    return Operation(
+        verb=attempt.verb,
+        outcome=outcome,
+        invoked_s=attempt.invoked_s,
+        returned_s=math.inf if outcome == "unknown" else attempt.returned_s,
+        user=attempt.user,
+        why=attempt.answer.get("code", "") if outcome == "refused" else "",
+        shown=str(attempt.body.get("lock_token", "")),
+        token=attempt.answer.get("lock_token", "") if outcome == "ok" else "",
+        ttl_s=attempt.answer.get("ttl_seconds", 0) if outcome == "ok" else 0,
+        uses=attempt.answer.get("redemptions_used", 0) if outcome == "ok" else 0,
+        found=attempt.status == 200,
+    )

@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 from tests.chaos.fault import Fault
+from tests.chaos.network_faults import NETWORK_FAULTS
 from tests.chaos.process_faults import PROCESS_FAULTS
 from tests.chaos.run import Run
 
 LOAD_S = 2.0
 
-FAULTS: dict[str, Fault] = {fault.name: fault for fault in PROCESS_FAULTS}
+FAULTS: dict[str, Fault] = {fault.name: fault for fault in (*PROCESS_FAULTS, *NETWORK_FAULTS)}
 
 
 async def run_once(postgres_url: str, folder: Path, fault: str, seed: int, without: str = "") -> Run:

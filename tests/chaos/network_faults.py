@@ -1,0 +1,364 @@
+"""Faults between the parts: replies late and lost, connections half open and cut, Postgres out of reach, stale replicas
+promoted, old masters that come back, two masters at once, callers that hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
+
+import httpx
+import msgspec
+
+from tests.chaos.fault import Fault
+from tests.chaos.network import (
+    Network,
+    events_made,
+    follow,
+    identity,
+    network,
+    network_stage,
+    promote,
+    replica_stage,
+)
+from tests.chaos.process_faults import written_to_redis_alone
+from tests.chaos.proxy import Proxy
+from tests.chaos.run import HEAL_S, Attempt, Run
+from tests.harness import until
+
+LOAD_S_MAX = 60.0
+PAUSE_S = 0.02
+
+
+@contextlib.asynccontextmanager
+async def under_load(run: Run, base_url: str = "") -> AsyncIterator[None]:
+    """Clients work all through the block, however long it takes."""
+    enough = asyncio.Event()
+    load = asyncio.create_task(run.load(LOAD_S_MAX, base_url, PAUSE_S, enough))
+    try:
+        yield
+    finally:
+        enough.set()
+        await load
+
+
+def _ended_as(run: Run, outcome: str, start: int = 0) -> list[Attempt]:
+    return [attempt for attempt in run.history[start:] if attempt.outcome == outcome]
+
+
+def _some(run: Run, of: dict[str, Proxy]) -> list[Proxy]:
+    """The API's way, and by chance the writer's, too."""
+    return [of["api"], of["writer"]] if run.random.random() < 0.5 else [of["api"]]
+
+
+# --- between the service and Redis
+
+
+async def redis_replies_delayed(run: Run) -> None:
+    """Replies come later than anybody waits for them; the last ones never come."""
+    proxies = _some(run, network(run).redis_of)
+    async with under_load(run):
+        for proxy in proxies:
+            proxy.delay_replies(run.random.uniform(2.2, 3.2))
+        await asyncio.sleep(run.random.uniform(3.0, 4.0))
+        for proxy in proxies:
+            proxy.treat(replies="lose")
+        await asyncio.sleep(0.5)
+        for proxy in proxies:
+            proxy.heal()
+    assert proxies[0].replies.delayed, "nothing was delayed"
+    assert _ended_as(run, "unknown"), "a reply that came too late should have left somebody in doubt"
+
+
+async def redis_replies_lost(run: Run) -> None:
+    """Requests arrive, their replies do not; then the connection breaks. Again and again."""
+    proxies = _some(run, network(run).redis_of)
+    made = await events_made(network(run).master)
+    async with under_load(run):
+        for _ in range(5):
+            for proxy in proxies:
+                proxy.treat(replies="lose")
+            await asyncio.sleep(run.random.uniform(0.02, 0.2))
+            for proxy in proxies:
+                proxy.heal()
+            await asyncio.sleep(run.random.uniform(0.1, 0.4))
+    assert proxies[0].replies.lost, "no reply was lost"
+    assert _ended_as(run, "unknown"), "a lost reply should have left somebody in doubt"
+    assert await events_made(network(run).master) > made, "the requests should have had their effect"
+
+
+async def redis_held_half_open(run: Run) -> None:
+    """Connections that seem to stand and carry nothing. What was sent arrives long after everybody has given up on it."""
+    proxies = _some(run, network(run).redis_of)
+    async with under_load(run):
+        for proxy in proxies:
+            proxy.treat(requests="hold", replies="hold")
+        await asyncio.sleep(run.random.uniform(2.5, 4.0))
+        for proxy in proxies:
+            proxy.heal()
+    assert proxies[0].requests.held, "nothing was held"
+    assert _ended_as(run, "unknown"), "a request that was swallowed should have left somebody in doubt"
+
+
+async def redis_cut_repeatedly(run: Run) -> None:
+    """Connections to Redis are reset as soon as they stand again."""
+    proxies = _some(run, network(run).redis_of)
+    async with under_load(run):
+        for _ in range(15):
+            for proxy in proxies:
+                proxy.cut()
+            await asyncio.sleep(run.random.uniform(0.05, 0.3))
+    assert proxies[0].cuts > 15, "connections should have been cut again and again"
+    assert _ended_as(run, "unknown"), "a cut should have left somebody in doubt"
+
+
+# --- between the service and Postgres
+
+
+CUT_FROM_POSTGRES_S = 7.5
+
+
+async def _cut(run: Run, proxy: Proxy, seconds: float) -> None:
+    """Out of reach: either refused at once, or silent."""
+    if run.random.random() < 0.5:
+        proxy.cut(refuse=True)
+    else:
+        proxy.treat(requests="hold", replies="hold")
+    await asyncio.sleep(seconds)
+    proxy.heal()
+
+
+async def api_cut_from_postgres(run: Run) -> None:
+    """The API process cannot renew its registration: what it answered early before, it answers when it is durable."""
+    (book_id,) = (book_id for book_id, ack in run.books.items() if ack == "redis" and book_id not in run.limited)
+    async with under_load(run), run.client() as http:
+        cut = asyncio.create_task(_cut(run, network(run).postgres_of["api"], CUT_FROM_POSTGRES_S))
+        await asyncio.sleep(4.5)  # it answers early until 4 s after it registered last
+        late = [run.new_assign(f"late{number}", book_id) for number in range(8)]
+        for attempt in late:
+            await run.send(http, attempt)
+        assert not cut.done(), "the API should have answered while it was cut off"
+        await cut
+    answered = [attempt.answer for attempt in late if attempt.outcome == "ok"]
+    assert answered, "the API should have gone on without Postgres"
+    assert answered[0]["durable"], "an API process whose registration has lapsed should wait for the ledger"
+
+
+async def writer_cut_from_postgres(run: Run) -> None:
+    """Nothing becomes durable: what waits for the ledger is refused or unknown, the rest goes on."""
+    start = len(run.history)
+    async with under_load(run):
+        await _cut(run, network(run).postgres_of["writer"], CUT_FROM_POSTGRES_S)
+    codes = {attempt.answer.get("code") for attempt in run.history[start:]}
+    assert codes & {"ledger_behind", "outcome_unknown"}, "the ledger should have been missed"
+    assert any(a.answer.get("durable") is False for a in _ended_as(run, "ok", start) if a.verb == "assign"), (
+        "a book that does not wait for the ledger should have gone on"
+    )
+
+
+# --- more than one Redis
+
+
+async def _left_behind(run: Run) -> Network:
+    """Cut the replica off, and let its master go on until it has decided more. The writer may know of it, or not."""
+    stage = network(run)
+    assert stage.replica is not None
+    stage.link.cut(refuse=True)
+    stale = await events_made(stage.replica)
+
+    async def ahead() -> bool:
+        return await events_made(stage.master) > stale + 10
+
+    await until(ahead, what="the master should have gone on")
+    return stage
+
+
+async def stale_replica_promoted(run: Run) -> None:
+    """The master dies; its replica had fallen behind, and is made master all the same."""
+    run.loses_records = True
+    async with under_load(run):
+        stage = await _left_behind(run)
+        assert stage.replica is not None
+        async with written_to_redis_alone(run):
+            certified, made = await identity(stage.master), await events_made(stage.master)
+            stage.master.kill()
+            await promote(stage.replica)
+            stage.lead_to(stage.replica)
+        found = await identity(stage.replica)
+        assert all(old != new for old, new in zip(certified, found, strict=True)), "it should be another server"
+        assert await events_made(stage.replica) < made, "the replica should have been stale"
+        await run.recovered()
+
+
+async def failed_back_to_the_old_master(run: Run) -> None:
+    """A stale replica takes over while its master is out of reach; then the master is back as it was: its run_id, its
+    replid, its certificate, and all it ever decided."""
+    run.loses_records = True
+    async with under_load(run):
+        stage = await _left_behind(run)
+        assert stage.replica is not None
+        certified = await identity(stage.master)
+        async with written_to_redis_alone(run):
+            await promote(stage.replica)
+            stage.lead_to(stage.replica)
+        await run.recovered()
+        run.epochs = await run.epochs_now()
+        await asyncio.sleep(run.random.uniform(0.3, 1.0))
+        stage.lead_to(stage.master)
+        assert await identity(stage.master) == certified, "it should be the old master in its old life"
+        await run.recovered()
+
+
+async def old_master_demoted_and_promoted_again(run: Run) -> None:
+    """A stale replica is made master, and its old master follows it for a moment; then the old one is master again, with
+    the other's data, on connections that have stood all the while. Its run_id is the certified one."""
+    run.loses_records = True
+    second = await network(run).second_api()
+    async with under_load(run), under_load(run, second):
+        stage = await _left_behind(run)
+        assert stage.replica is not None
+        certified, made = await identity(stage.master), await events_made(stage.master)
+        async with written_to_redis_alone(run):
+            await promote(stage.replica)
+            await follow(stage.master, stage.replica, stage.replica.port)
+            await promote(stage.master)
+        found = await identity(stage.master)
+        assert found[0] == certified[0], "it should be the same process"
+        assert found[1] != certified[1], "it should be another history"
+        assert await events_made(stage.master) < made, "the replica should have been stale"
+        await run.recovered()
+
+
+async def old_master_back_while_a_process_sleeps(run: Run) -> None:
+    """The same, while an API process is stopped: it wakes up with its connection as it was, and with requests to send,
+    before it can have looked at whom it speaks to."""
+    run.loses_records = True
+    second, sleeper = await network(run).second_api(), run.stack.parts[-1]
+    async with under_load(run), run.client(second) as http:
+        await asyncio.gather(*(run.send(http, run.new_assign(f"early{n}")) for n in range(24)))
+        sleeper.signal(signal.SIGSTOP)
+        try:
+            stage = await _left_behind(run)
+            assert stage.replica is not None
+            certified, made = await identity(stage.master), await events_made(stage.master)
+            async with written_to_redis_alone(run):
+                await promote(stage.replica)
+                await follow(stage.master, stage.replica, stage.replica.port)
+                await promote(stage.master)
+                late = asyncio.gather(*(run.send(http, run.new_assign(f"late{n}")) for n in range(24)))
+                await asyncio.sleep(0.2)  # until they are sent
+                sleeper.signal(signal.SIGCONT)
+                await late
+        finally:
+            sleeper.signal(signal.SIGCONT)
+        assert (await identity(stage.master))[0] == certified[0], "it should be the same process"
+        assert await events_made(stage.master) < made, "the replica should have been stale"
+        await run.recovered()
+
+
+async def split_brain(run: Run) -> None:
+    """A stale replica is made master for the writer and one API process; another one goes on with the old master, and by
+    chance without Postgres, so that nobody tells it."""
+    run.loses_records = True
+    stage = network(run)
+    second = await stage.second_api()
+    informed = run.random.random() < 0.5
+    async with under_load(run), under_load(run, second):
+        await _left_behind(run)
+        assert stage.replica is not None
+        if not informed:
+            stage.postgres_of["second"].treat(requests="hold", replies="hold")
+        await promote(stage.replica)
+        start = len(run.history)
+        made = await events_made(stage.master)
+        stage.lead_to(stage.replica, "writer", "api", "operator")
+        await run.recovered()
+        await asyncio.sleep(run.random.uniform(1.0, 3.0))
+        assert await events_made(stage.master) > made, "somebody should have decided on the old master"
+        answered = _ended_as(run, "ok", start)
+        stage.lead_to(stage.replica, "second")
+        stage.postgres_of["second"].heal()
+    assert answered, "the new master should have been of use"
+
+
+# --- between callers and the service
+
+
+CANCELLED_KEYS = 150
+TIMES_EACH = 8
+
+
+async def requests_cancelled(run: Run) -> None:
+    """More than a thousand requests whose callers hang up, several with each key; then each is asked for again."""
+    api = run.stack.parts[1].process.pid
+    before = len(os.listdir(f"/proc/{api}/fd"))
+    attempts = [run.new_assign(f"c{number}") for number in range(CANCELLED_KEYS)]
+    sends = [attempt for attempt in attempts for _ in range(TIMES_EACH)]
+    run.random.shuffle(sends)
+    places = asyncio.Semaphore(20)
+
+    async def hang_up(attempt: Attempt) -> None:
+        async with places:
+            await _hang_up(run, attempt, run.random.choice((0.0, 0.002, 0.01, 0.05)))
+
+    async def ask_again(http: httpx.AsyncClient, attempt: Attempt) -> None:
+        async with places:
+            attempt.in_doubt = True
+            await run.send(http, attempt)
+
+    async with under_load(run):
+        await asyncio.gather(*(hang_up(attempt) for attempt in sends))
+        async with run.client() as http:
+            await asyncio.gather(*(ask_again(http, attempt) for attempt in attempts))
+    done = [attempt for attempt in attempts if attempt.replayed]
+    assert len(done) > CANCELLED_KEYS / 10, "requests should have had their effect though nobody waited"
+
+    async def settled() -> bool:
+        return len(os.listdir(f"/proc/{api}/fd")) <= before + 10
+
+    await until(settled, HEAL_S, "no connection should be kept for a caller who is gone")
+
+
+async def _hang_up(run: Run, attempt: Attempt, patience: float) -> None:
+    """Send a request, and close the connection after `patience` seconds, with what came by then unread."""
+    attempt.invoked_s = attempt.invoked_s or time.monotonic()
+    address = urlsplit(run.stack.base_url)
+    body = msgspec.json.encode(attempt.body)
+    head = (
+        f"POST {attempt.path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        f"Authorization: {run.authorization}\r\nIdempotency-Key: {attempt.key}\r\n\r\n"
+    )
+    _, writer = await asyncio.open_connection(address.hostname, address.port)
+    writer.write(head.encode() + body)
+    await asyncio.sleep(patience)
+    writer.transport.abort()
+
+
+NETWORK_FAULTS = [
+    *(
+        Fault(strike, network_stage)
+        for strike in (
+            redis_replies_delayed,
+            redis_replies_lost,
+            redis_held_half_open,
+            redis_cut_repeatedly,
+            api_cut_from_postgres,
+            writer_cut_from_postgres,
+        )
+    ),
+    *(
+        Fault(strike, replica_stage)
+        for strike in (
+            stale_replica_promoted,
+            failed_back_to_the_old_master,
+            old_master_demoted_and_promoted_again,
+            old_master_back_while_a_process_sleeps,
+            split_brain,
+        )
+    ),
+    Fault(requests_cancelled),
+]
