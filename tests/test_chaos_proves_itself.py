@@ -3,28 +3,94 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+import re
+from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 import pytest
 
-from tests.chaos.suite import run_once
+from tests.chaos.suite import FAULTS, run_once
+from tests.unsafe import SAFEGUARDS
 
-SEEDS = range(3)
+AT_ONCE = 6
+TRIES = 3
 
 
-@pytest.mark.parametrize(
-    ("safeguard", "fault", "broken"),
-    [
-        ("quarantine", "redis_rolled_back", "P1"),
-        ("replay", "api_killed", "P5"),
-        ("lock", "api_cut_from_postgres", "no order of its requests"),
-        ("replid", "old_master_back_while_a_process_sleeps", "a shard was stopped"),
-    ],
-)
-async def test_the_suite_fails_without(
-    safeguard: str, fault: str, broken: str, postgres_url: str, tmp_path: Path
-) -> None:
-    """A fault does not bite in every run; of three at once one must."""
-    runs = [run_once(postgres_url, tmp_path / str(seed), fault, seed, without=safeguard) for seed in SEEDS]
-    results = await asyncio.gather(*runs, return_exceptions=True)
-    assert any(isinstance(result, AssertionError) and broken in str(result) for result in results), results
+class Case(NamedTuple):
+    """A safeguard, a fault that it is to withstand, and a pattern of what is said when the promise breaks without it."""
+
+    safeguard: str
+    fault: str
+    broken: str
+
+
+CASES = [
+    Case("quarantine", "redis_rolled_back", "P1"),
+    Case("replay", "api_killed", "P5"),
+    Case("lease", "redis_rolled_back", "P1|was not lent"),
+    Case("epoch", "request_comes_after_a_recovery", "P6"),
+    Case("seen_position", "keys_put_back", "P1"),
+    Case("fenced_load", "lender_paused_across_a_recovery", "was not lent"),
+    Case("position", "backend_stopped_in_a_commit", "P2"),
+    Case("position_and_epoch", "batch_from_before_a_recovery", "was not lent"),
+    Case("own_epoch", "redis_lost", "P2|P5"),
+    Case("registration", "registration_lapses", "P2"),
+    Case("stop_flag", "shard_stopped_by_hand", "P6"),
+    Case("room", "backlog_reaches_its_bound", "P7"),
+    Case("lock", "api_cut_from_postgres", "no order of its requests"),
+    Case("replid", "old_master_back_while_a_process_sleeps", "P1|a shard was stopped"),
+]
+WITHOUT_A_FAULT = {
+    "rebuild": "what it guards is not told apart by the recorded answers yet",
+}
+"""Safeguards that can be taken out by hand (`python -m tests.chaos --without`), and why no case here does."""
+
+
+def broke(case: Case, found: list[str]) -> bool:
+    """Whether one of the runs has failed with the promise that the case names."""
+    return any(re.search(f"^AssertionError: .*({case.broken})", said, re.DOTALL) for said in found)
+
+
+@pytest.fixture(scope="module")
+async def results(
+    tmp_path_factory: pytest.TempPathFactory, postgres_url: str
+) -> AsyncIterator[dict[Case, asyncio.Task[list[str]]]]:
+    """What became of the runs of each case, a few at a time, since they mostly wait. Each test awaits its own."""
+    places = asyncio.Semaphore(AT_ONCE)
+    folder = tmp_path_factory.mktemp("unsafe")
+
+    async def tried(case: Case) -> list[str]:
+        found: list[str] = []
+        while len(found) < TRIES and not broke(case, found):
+            async with places:
+                place = folder / f"{case.safeguard}{len(found)}"
+                try:
+                    await run_once(postgres_url, place, case.fault, len(found), without=case.safeguard)
+                    found.append("it holds")
+                except Exception as error:
+                    found.append(f"{type(error).__name__}: {error}")
+        return found
+
+    tasks = {case: asyncio.create_task(tried(case)) for case in CASES if not FAULTS[case.fault].lacks()}
+    yield tasks
+    for task in tasks.values():
+        task.cancel()
+    await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.safeguard)
+async def test_the_suite_fails_without(case: Case, results: dict[Case, asyncio.Task[list[str]]]) -> None:
+    """Each fault holds with all safeguards in place (tests/test_chaos.py); with one out it breaks the promise named. Where
+    chance has a say, or the machine is too slow for the fault to strike, it is tried again with the next seed.
+
+    `position_and_epoch` takes two out: a batch of another epoch is turned away by its position as well, unless it is the
+    first of its epoch. Each of the two alone is shown to turn a batch away in tests/test_ledger_events.py.
+    """
+    if lacking := FAULTS[case.fault].lacks():
+        pytest.skip(lacking)
+    found = await results[case]
+    assert broke(case, found), found
+
+
+def test_every_safeguard_has_a_case_or_a_reason() -> None:
+    assert {case.safeguard for case in CASES} | WITHOUT_A_FAULT.keys() == SAFEGUARDS.keys()

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from coupon_svc.cli import main
+from coupon_svc.ledger import events, lending
 from coupon_svc.resources import resource_folder
 from coupon_svc.store import scripts as store_scripts
+from coupon_svc.store.client import ShardView, Store
+from coupon_svc.store.positions import Positions
 from coupon_svc.store.scripts import Script
-from coupon_svc.writer import recover
+from coupon_svc.writer import recover, writer
 
 _read_script = store_scripts.read_script
 
@@ -28,10 +31,25 @@ def _without_lines(name: str, lines: str) -> None:
         if path.stem != name:
             return script
         assert lines in script.source, f"{name}.lua has changed: the safeguard is not where it was"
-        source = script.source.replace(lines, "")
-        return Script(script.name, source, hashlib.sha1(source.encode()).hexdigest())
+        return _cut(script, lines)
 
     store_scripts.read_script = read_script
+
+
+def _without_text(include: str, text: str, instead: str = "") -> None:
+    """Load scripts as if `instead` stood where `text` does in the included file of this name."""
+    included = (resource_folder("lua") / "include" / f"{include}.lua").read_text()
+    assert text in included, f"{include}.lua has changed: the safeguard is not where it was"
+
+    def read_script(path: Path) -> Script:
+        return _cut(_read_script(path), text, instead)
+
+    store_scripts.read_script = read_script
+
+
+def _cut(script: Script, text: str, instead: str = "") -> Script:
+    source = script.source.replace(text, instead)
+    return Script(script.name, source, hashlib.sha1(source.encode()).hexdigest())
 
 
 def quarantine() -> None:
@@ -77,8 +95,123 @@ def lock() -> None:
     _without_lines("redeem_coupon", 'if held_token and shown_token == "" then\n  return {"locked", held_ms}\nend\n')
 
 
+def lease() -> None:
+    """Redis is lent codes of which Postgres is not told: the writer alone remembers which."""
+    lent: dict[tuple[str, int], int] = {}
+
+    async def lease_block(connection: Any, _: str, owned: Any, book_id: str, count: int) -> lending.Lease:
+        rows = await connection.fetch(
+            "SELECT code, place FROM codes WHERE book_id = $1 AND place > $2 ORDER BY place LIMIT $3",
+            book_id,
+            lent.get((book_id, owned.epoch), 0),
+            count,
+        )
+        lent[book_id, owned.epoch] = max([lent.get((book_id, owned.epoch), 0), *(row["place"] for row in rows)])
+        return lending.Lease([row["code"] for row in rows], 1)
+
+    lending.lease_block = lease_block  # type: ignore[assignment]
+
+
+def epoch() -> None:
+    """Scripts do not compare the epoch."""
+    _without_text("fence", "meta[1] ~= ARGV[1] or tonumber(meta[2]) <", "tonumber(meta[2]) <")
+
+
+def seen_position() -> None:
+    """Neither a script nor the look at Redis once a second compares the position with what was seen."""
+    _without_text("fence", " or tonumber(meta[2]) < tonumber(ARGV[2])")
+
+    async def verify(self: Store, connection: Any) -> None:
+        for view in self.views:
+            view.seen_seq = 0
+        await honest(self, connection)
+
+    honest = Store._verify
+    Store._verify = verify  # type: ignore[method-assign]
+
+
+def fenced_load() -> None:
+    """Codes are loaded whoever brings them, and in whatever epoch they were lent."""
+    _without_lines("load_codes", (resource_folder("lua") / "include" / "owner.lua").read_text())
+
+
+def position() -> None:
+    """A commit does not ask whether the ledger is where the batch begins."""
+    _without_condition(" AND shards.committed = batch.committed")
+
+
+def position_and_epoch() -> None:
+    """Nor whether the batch is of the epoch that the ledger is in. (A batch of another epoch begins where the ledger is
+    only when it is the first of its own: so each of the two stands in for the other.)"""
+    position()
+    _without_condition(" AND shards.epoch = batch.epoch")
+
+
+def own_epoch() -> None:
+    """Whoever waits for the ledger takes a position of a newer epoch for his own."""
+
+    def advance(self: Positions, shard: int, epoch: int, seq: int) -> None:
+        for wanted, _, _, _, future in self._waiting[shard]:
+            if wanted < epoch and not future.done():
+                future.set_result(None)
+        honest_advance(self, shard, epoch, seq)
+
+    async def wait(self: Positions, shard: int, epoch: int, seq: int) -> None:
+        if self.committed(shard)[0] <= epoch:
+            await honest_wait(self, shard, epoch, seq)
+
+    honest_advance, honest_wait = Positions.advance, Positions.wait
+    Positions.advance, Positions.wait = advance, wait  # type: ignore[method-assign]
+
+
+def registration() -> None:
+    """Answers leave before the ledger knows, registered or not."""
+
+    def may_answer_early(_: Store, view: ShardView, epoch: int) -> bool:
+        return epoch >= view.epoch_min
+
+    Store.may_answer_early = may_answer_early  # type: ignore[method-assign, assignment]
+
+
+def stop_flag() -> None:
+    """A shard that is stopped is opened like any other."""
+
+    async def stopped_because(*_: Any) -> None:
+        return None
+
+    writer.stopped_because = stopped_because  # type: ignore[attr-defined, assignment]
+
+
+def room() -> None:
+    """The backlog has no bound."""
+    text = (resource_folder("lua") / "include" / "room.lua").read_text()
+    _without_text("room", text[text.index("if tonumber(meta[2])") : text.index("if waits_for_ledger")])
+
+
+def _without_condition(text: str) -> None:
+    assert text in events._ADVANCE, "the commit has changed: the safeguard is not where it was"
+    events._ADVANCE = events._ADVANCE.replace(text, "")
+
+
 SAFEGUARDS: dict[str, Callable[[], None]] = {
-    safeguard.__name__: safeguard for safeguard in (quarantine, rebuild, replay, replid, lock)
+    safeguard.__name__: safeguard
+    for safeguard in (
+        quarantine,
+        rebuild,
+        replay,
+        lease,
+        epoch,
+        seen_position,
+        replid,
+        fenced_load,
+        position,
+        position_and_epoch,
+        own_epoch,
+        registration,
+        stop_flag,
+        room,
+        lock,
+    )
 }
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Public:
         return _JSON, b'{"status":"alive"}'
 
     def readyz(self, _: Scope) -> tuple[bytes, bytes]:
-        if not self._store.connected:
+        if not self._store.connected or self._store.refuses_writes:
             raise Refused(Outcome.STORE_UNAVAILABLE)
         if not all(view.certified for view in self._store.views):
             raise Refused(Outcome.RECOVERING)

@@ -96,6 +96,7 @@ class Registration:
 
     async def _connected(self) -> Any:
         if self._connection is None or self._connection.is_closed():
-            self._connection = await open_connection(self._url, "coupon-api-registration")
-            await self._connection.add_listener(EPOCH_CHANNEL, lambda *_: self._wake.set())
+            connection = await open_connection(self._url, "coupon-api-registration")
+            await bounded(connection, connection.add_listener(EPOCH_CHANNEL, lambda *_: self._wake.set()), TIMEOUT_S)
+            self._connection = connection
         return self._connection

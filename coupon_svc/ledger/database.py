@@ -59,7 +59,8 @@ async def bounded(connection: asyncpg.Connection, work: Awaitable[T], seconds: f
     """Await `work` on `connection`, and end the connection when it takes longer than `seconds`.
 
     Cancelling a statement waits for the server to confirm, which a stopped one never does (asyncpg #1326); ending the
-    socket does not. Raises LedgerUnavailable then, and for every error that is no fault of the data.
+    socket does not. Raises LedgerUnavailable then, and for every error that is no fault of the data; the connection is
+    ended in either case.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -71,6 +72,8 @@ async def bounded(connection: asyncpg.Connection, work: Awaitable[T], seconds: f
         connection.terminate()
         raise
     except UNAVAILABLE as error:
+        # The next connection may be better off: this one may have begun while the server was read-only, and stays so.
+        connection.terminate()
         raise LedgerUnavailable(type(error).__name__) from None
 
 

@@ -17,7 +17,7 @@ from coupon_svc.store.connection import Connection, Reply, ReplyError, StoreOutc
 from coupon_svc.store.keys import POSITIONS_CHANNEL, ShardKeys
 from coupon_svc.store.positions import Positions
 from coupon_svc.store.scripts import Scripts
-from coupon_svc.store.server import ServerUnfit, load_scripts, read_identity
+from coupon_svc.store.server import ServerUnfit, judge, load_scripts, read_info, refuses_writes
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ class Store:
         self._connection: Connection | None = None
         self._listener: Connection | None = None
         self._verify_wanted = False
+        self.refuses_writes = False
+        """Redis answers, and takes no writes until it can write its file again."""
         self.answer_early_until = 0.0
         """Until then (by the loop's clock) this process is registered, and may answer before the ledger knows."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -167,12 +169,15 @@ class Store:
 
     async def doubt(self, shard: int) -> None:
         """Keys of the shard are missing: let nobody decide anything there until its owner has recovered it."""
+        log.error("keys of shard %02d are missing from redis: it is to be recovered", shard)
+        await self._doubt(shard, self.views[shard].seen_seq)
+
+    async def _doubt(self, shard: int, seen_seq: int) -> None:
         view = self.views[shard]
         if self._connection is not None:
-            log.error("keys of shard %02d are missing from redis: it is to be recovered", shard)
             with contextlib.suppress(StoreUnavailable, StoreOutcomeUnknown):
                 script = self._scripts["doubt_shard"]
-                await self._connection.send("EVALSHA", script.sha, 1, view.keys.meta, view.epoch, view.seen_seq)
+                await self._connection.send("EVALSHA", script.sha, 1, view.keys.meta, view.epoch, seen_seq)
 
     def _suspect(self, view: ShardView, shard: int) -> None:
         if view.certified:
@@ -203,7 +208,8 @@ class Store:
 
     async def _verify(self, connection: Connection) -> None:
         """Ask the server who it is, and open the shards that are certified for it; shut the others."""
-        identity = await read_identity(connection)
+        info = await read_info(connection)
+        identity, self.refuses_writes = judge(info), refuses_writes(info)
         metas = [
             connection.send("HMGET", view.keys.meta, "run_id", "replid", "epoch", "seq", "committed", "backlog_max")
             for view in self.views
@@ -213,8 +219,13 @@ class Store:
             if isinstance(reply, ReplyError):
                 raise reply
             run_id, replid, epoch, seq, committed, backlog_max = reply
+            same_server = (run_id, replid) == (identity.run_id, identity.replid)
+            if same_server and epoch == str(view.epoch) and int(seq) < view.seen_seq:
+                # Only who has seen more can tell; its owner, who looks at what the ledger has, may find nothing amiss.
+                log.error("shard %02d has gone back behind what was seen: it is to be recovered", shard)
+                await self._doubt(shard, 0)
             view.certified = (
-                (run_id, replid) == (identity.run_id, identity.replid)
+                same_server
                 and epoch.isdigit()
                 and int(epoch) >= view.epoch_min
                 and (int(epoch), int(seq)) >= (view.epoch, view.seen_seq)

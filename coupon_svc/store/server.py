@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from coupon_svc.store.connection import Connection
@@ -26,7 +28,23 @@ class ServerUnfit(Exception):
 
 async def read_identity(connection: Connection) -> Identity:
     """The identity of the server at the other end. Raises ServerUnfit for a replica or a setting that loses data."""
-    info = _parse_info(await connection.ask("INFO"))
+    return judge(await read_info(connection))
+
+
+async def read_info(connection: Connection) -> dict[str, str]:
+    """What the server says of itself."""
+    text: str = await connection.ask("INFO")
+    pairs = (line.partition(":") for line in text.splitlines() if ":" in line)
+    return {name: value for name, _, value in pairs}
+
+
+def refuses_writes(info: Mapping[str, str]) -> bool:
+    """Whether the server could not write its file, and so takes no writes (MISCONF) until it can: its disk is full."""
+    return info.get("aof_last_write_status", "ok") != "ok"
+
+
+def judge(info: Mapping[str, str]) -> Identity:
+    """The identity of a server by its own words. Raises ServerUnfit, as `read_identity`."""
     version = tuple(int(part) for part in info["redis_version"].split(".")[:2])
     if version < VERSION_MIN:
         raise ServerUnfit(f"Redis {info['redis_version']} is too old: 7.0 or newer, or Valkey, is needed.")
@@ -47,8 +65,3 @@ async def load_scripts(connection: Connection, scripts: Scripts) -> None:
         reply = await future
         if isinstance(reply, Exception):
             raise reply
-
-
-def _parse_info(text: str) -> dict[str, str]:
-    pairs = (line.partition(":") for line in text.splitlines() if ":" in line)
-    return {name: value for name, _, value in pairs}

@@ -1,4 +1,4 @@
-"""Points at which a test lets the writer die, to see that nothing is lost or doubled there. Inert otherwise."""
+"""Points at which a test lets the writer die or stand still, to see that nothing is lost or doubled. Inert otherwise."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ CRASH_POINTS = (
     "recover.certified",
 )
 _CRASH_AT = os.environ.get("COUPON_TEST_CRASH_AT", "")
+_PAUSE_AT = os.environ.get("COUPON_TEST_PAUSE_AT", "")
 
 
 def crash_point(name: str) -> None:
-    """Die here by SIGKILL, as if the machine had, when the test asked for this point."""
+    """Die here by SIGKILL, as if the machine had, or stand still until SIGCONT, when a test asked for this point."""
     if name == _CRASH_AT:
         os.kill(os.getpid(), signal.SIGKILL)
+    if name == _PAUSE_AT:
+        os.kill(os.getpid(), signal.SIGSTOP)

@@ -206,7 +206,9 @@ class Lender:
 
     async def _connected(self) -> Any:
         if self._connection is None or self._connection.is_closed():
-            self._connection = await open_connection(self._url, connection_name(self._writer_id))
-            await self._connection.add_listener(WRITER_CHANNEL, lambda *_: self._work.set())
+            connection = await open_connection(self._url, connection_name(self._writer_id))
+            listening = connection.add_listener(WRITER_CHANNEL, lambda *_: self._work.set())
+            await bounded(connection, listening, STATEMENTS_TIMEOUT_S)
+            self._connection = connection
             self._work.set()
         return self._connection

@@ -193,6 +193,6 @@ class Writer:
         connection = self._connections.get(name)
         if connection is None or connection.is_closed():
             connection = await open_connection(self._settings.database_url, connection_name(self.writer_id))
+            await bounded(connection, check_shards(connection, self._settings.shards), STATEMENTS_TIMEOUT_S)
             self._connections[name] = connection
-            await check_shards(connection, self._settings.shards)
         return connection

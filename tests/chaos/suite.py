@@ -7,13 +7,25 @@ import os
 from pathlib import Path
 
 from tests.chaos.fault import Fault
+from tests.chaos.fencing_faults import FENCING_FAULTS
+from tests.chaos.handover_faults import HANDOVER_FAULTS
+from tests.chaos.machine_faults import MACHINE_FAULTS
 from tests.chaos.network_faults import NETWORK_FAULTS
+from tests.chaos.postgres_faults import POSTGRES_FAULTS
 from tests.chaos.process_faults import PROCESS_FAULTS
 from tests.chaos.run import Run
 
 LOAD_S = 2.0
 
-FAULTS: dict[str, Fault] = {fault.name: fault for fault in (*PROCESS_FAULTS, *NETWORK_FAULTS)}
+LISTS = [
+    PROCESS_FAULTS,
+    NETWORK_FAULTS,
+    MACHINE_FAULTS,
+    POSTGRES_FAULTS,
+    HANDOVER_FAULTS,
+    FENCING_FAULTS,
+]
+FAULTS: dict[str, Fault] = {fault.name: fault for faults in LISTS for fault in faults}
 
 
 async def run_once(postgres_url: str, folder: Path, fault: str, seed: int, without: str = "") -> Run:

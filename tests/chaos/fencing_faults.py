@@ -1,0 +1,323 @@
+"""Faults in which one safeguard alone stands between the harm and a broken promise: something comes too late.
+
+tests/test_chaos_proves_itself.py takes those safeguards out, and sees these faults fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from coupon_svc.ledger.quarantine import want_recovery
+from coupon_svc.store.keys import ShardKeys
+from tests.chaos.fault import SHARDS, Fault
+from tests.chaos.machine_faults import writer_standing_still
+from tests.chaos.probe import Probe, probing, under_load
+from tests.chaos.run import HEAL_S, Run
+from tests.harness import Part, until
+
+BACKLOG_MAX = 40
+
+_WRITERS_BACKENDS = (
+    "SELECT pid, state, query FROM pg_stat_activity"
+    " WHERE datname = current_database() AND application_name LIKE 'coupon-writer%'"
+)
+
+
+def keys_of(book_id: str) -> ShardKeys:
+    return ShardKeys(int(book_id[3:5]), SHARDS)
+
+
+@contextlib.asynccontextmanager
+async def watching(run: Run) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to the ledger of the fault's own, for more than a glance."""
+    connection = await asyncpg.connect(run.stack.database_url)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+# --- Redis: the epoch and the position in every script
+
+
+async def request_comes_after_a_recovery(run: Run) -> None:
+    """A script that was held up on its way, as in a full buffer, arrives when its epoch is over: nothing is done."""
+    redis: Any = run.stack.redis()
+    async with probing(run) as probe, redis:
+        book_id = probe.books["redis"]
+        command = await _script_as_sent(run, probe)
+        epoch = int(str(await redis.hget(keys_of(book_id).meta, "epoch")))
+        async with watching(run) as ledger:
+            await want_recovery(ledger, None)
+
+        async def certified_anew() -> bool:
+            now = str(await redis.hget(keys_of(book_id).meta, "epoch"))
+            return now.isdigit() and int(now) > epoch
+
+        await until(certified_anew, HEAL_S, "the shard should be recovered")
+        await probe.goes_on()
+        before = await probe.in_redis("redis")
+        try:
+            reply = await redis.execute_command(*command)
+        except ResponseError as error:
+            reply = error
+        assert reply == ["suspect"], f"P6: a request of an epoch that is over was carried out: {reply}"
+        assert await probe.in_redis("redis") == before, "P6: a request of an epoch that is over was carried out"
+
+
+async def _script_as_sent(run: Run, probe: Probe) -> list[str]:
+    """The command of an assign as the API sends it, of a caller that has seen nothing of the epoch yet, for another user and
+    under another Idempotency-Key: it has had no effect so far."""
+    async with run.stack.redis() as redis, redis.monitor() as monitor:
+        listening = asyncio.create_task(_first_assign(monitor))
+        await asyncio.sleep(0.1)
+        attempt = await probe.assign("redis")
+        assert attempt.outcome == "ok", attempt
+        words = await asyncio.wait_for(listening, 5.0)
+    texts = [
+        word.replace(attempt.user, "late-user").replace(attempt.key, "late" + secrets.token_hex(4)) for word in words
+    ]
+    # EVALSHA, sha, the number of keys, the keys; then epoch and seen_seq.
+    texts[3 + int(texts[2]) + 1] = "0"
+    return texts
+
+
+async def _first_assign(monitor: Any) -> list[str]:
+    async for heard in monitor.listen():
+        words: list[str] = heard["command"].split(" ")
+        if words[0].upper() == "EVALSHA" and any("probe-" in word for word in words):
+            return words
+    raise AssertionError("nobody asked Redis")
+
+
+async def keys_put_back(run: Run) -> None:
+    """Somebody restores keys of a moment ago into the running server: run_id, replid and epoch are the certified ones."""
+    run.loses_records = True
+    raw: Any = Redis.from_url(run.stack.redis_admin_url)
+    async with raw, probing(run) as probe:
+        await probe.goes_on()
+        async with writer_standing_still(run):
+            await asyncio.sleep(0.3)
+            kept = [(key, await raw.dump(key), await raw.pttl(key)) async for key in raw.scan_iter("cb:*")]
+            given = [await probe.assign("redis") for _ in range(5)]
+            assert all(attempt.outcome == "ok" for attempt in given), given
+            async with raw.pipeline(transaction=True) as pipe:
+                pipe.flushall()
+                for key, dump, ttl_ms in kept:
+                    if dump is not None:
+                        pipe.restore(key, max(0, ttl_ms), dump)
+                await pipe.execute()
+            later = [await probe.assign("redis") for _ in range(5)]
+        again = {a.answer["code"] for a in given} & {a.answer.get("code") for a in later if a.outcome == "ok"}
+        assert not again, "P1: a code was answered to two users"
+        assert all(attempt.outcome != "ok" for attempt in later), "Redis went back, and was believed"
+    await run.recovered(all_shards=False)
+
+
+async def backlog_reaches_its_bound(run: Run) -> None:
+    """The writer stands still and callers do not: events pile up to the bound, and no further."""
+    run.stack.parts[0].stop()
+    run.stack.parts[0] = run.stack.writer(COUPON_LEASE_CODES_MIN="200", COUPON_BACKLOG_EVENTS_MAX=str(BACKLOG_MAX))
+    async with probing(run) as probe, run.stack.redis() as redis:
+        meta = keys_of(probe.books["redis"]).meta
+
+        async def bounded() -> bool:
+            return await redis.hget(meta, "backlog_max") == str(BACKLOG_MAX)
+
+        await until(bounded, HEAL_S, "the new bound should be in force")
+        await probe.goes_on()
+        async with writer_standing_still(run):
+            refusals: set[str] = set()
+            for _ in range(BACKLOG_MAX + 12):
+                attempt = await probe.assign("redis")
+                refusals |= {attempt.answer["code"]} if attempt.outcome != "ok" else set()
+            waiting = int(str(await redis.hget(meta, "seq"))) - int(str(await redis.hget(meta, "committed")))
+            assert waiting <= BACKLOG_MAX, f"P7: {waiting} events wait, {BACKLOG_MAX} may"
+            assert refusals == {"backlog_full"}, refusals
+        await probe.goes_on()
+
+
+# --- the commit: position, epoch
+
+
+async def backend_stopped_in_a_commit(run: Run) -> None:
+    """The writer gives the commit up, and it happens all the same: what it sends again must not be taken for new."""
+    async with watching(run) as ledger, under_load(run):
+        name = await ledger.fetchval("SELECT current_database()")
+        # A commit that takes a tenth of a second can be met.
+        await ledger.execute(f"ALTER DATABASE {name} SET commit_delay = 100000")
+        await ledger.execute(f"ALTER DATABASE {name} SET commit_siblings = 0")
+        await ledger.execute(f"SELECT pg_terminate_backend(pid) FROM ({_WRITERS_BACKENDS}) AS backends")
+
+        async def committing() -> int:
+            rows = await ledger.fetch(_WRITERS_BACKENDS + " AND state = 'active' AND query LIKE 'COMMIT%'")
+            for row in rows:
+                os.kill(row["pid"], signal.SIGSTOP)
+                if await ledger.fetchval("SELECT state = 'active' FROM pg_stat_activity WHERE pid = $1", row["pid"]):
+                    return int(row["pid"])
+                os.kill(row["pid"], signal.SIGCONT)
+            return 0
+
+        pid = await until(committing, 15.0, "a commit should be under way")
+        try:
+            await asyncio.sleep(6.0)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        await ledger.execute(f"ALTER DATABASE {name} RESET ALL")
+        await ledger.execute(f"SELECT pg_terminate_backend(pid) FROM ({_WRITERS_BACKENDS}) AS backends")
+        await asyncio.sleep(1.0)
+        stopped = await ledger.fetchval("SELECT max(stopped) FROM shards")
+        assert stopped is None, f"P2: what was committed already was taken for a fork of history: {stopped}"
+
+
+async def batch_from_before_a_recovery(run: Run) -> None:
+    """Postgres keeps a batch waiting until Redis was emptied and recovered: it is thrown away."""
+    run.loses_records = True
+    async with watching(run) as ledger, probing(run) as probe, run.stack.redis() as redis:
+        held = await probe.goes_on()
+        assert held.outcome == "ok"
+        pids = [
+            row["pid"]
+            for row in await ledger.fetch(
+                _WRITERS_BACKENDS + " AND query LIKE 'COMMIT%' ORDER BY state_change DESC LIMIT 1"
+            )
+        ]
+        assert pids, "the connection that commits was to be found"
+        os.kill(pids[0], signal.SIGSTOP)
+        try:
+            waiting = asyncio.gather(*(probe.assign("ledger") for _ in range(4)))
+            await asyncio.sleep(0.5)
+            await redis.flushall()
+            await until(lambda: _recovered(run, probe), 4.0, "the shard should be recovered while the batch waits")
+        finally:
+            os.kill(pids[0], signal.SIGCONT)
+        await waiting
+        await probe.goes_on()
+    await run.recovered()
+
+
+async def _recovered(run: Run, probe: Probe) -> bool:
+    shard = int(probe.books["ledger"][3:5])
+    rows = await run.stack.ledger("SELECT certified_epoch FROM shards WHERE shard = $1", shard)
+    return bool(rows[0]["certified_epoch"] > run.epochs[shard])
+
+
+# --- who may answer, load and open
+
+
+async def registration_lapses(run: Run) -> None:
+    """The API cannot renew its row for so long that it counts as gone, and then Redis is emptied: what it answered since
+    then, it answered when the ledger had it."""
+    async with watching(run) as ledger, probing(run) as probe:
+        async with ledger.transaction():
+            await ledger.execute("LOCK TABLE api_processes IN SHARE MODE")  # reads go on, renewals do not
+
+            async def counts_as_gone() -> bool:
+                gone = await ledger.fetchval(
+                    "SELECT count(*) FROM api_processes WHERE expires_at < now() - interval '2 s'"
+                )
+                return bool(gone or await run.stack.ledger(_GONE))
+
+            await until(counts_as_gone, 15.0, "the row of the API should have ended")
+            await asyncio.sleep(2.0)
+            async with run.stack.redis() as redis, writer_standing_still(run):
+                asked = asyncio.gather(*(probe.assign("redis") for _ in range(6)))
+                await asyncio.sleep(0.5)
+                await redis.flushall()
+            await run.recovered()
+        early = [a for a in await asked if a.outcome == "ok" and a.answer["durable"] is False]
+        assert not early, "P2: who is not registered has answered before the ledger knew"
+        await probe.goes_on()
+
+
+_GONE = "SELECT FROM api_processes WHERE expires_at < clock_timestamp() - interval '1 s'"
+
+
+async def shard_stopped_by_hand(run: Run) -> None:
+    """A shard that is to be looked at by a person stays shut, also for the next writer; then it goes on where it was."""
+    async with watching(run) as ledger, probing(run) as probe:
+        await probe.goes_on()
+        shard = int(probe.books["redis"][3:5])
+        await ledger.execute("UPDATE shards SET stopped = 'a person looks' WHERE shard = $1", shard)
+        run.stack.parts[0].kill()
+        run.stack.parts[0] = run.stack.writer(COUPON_LEASE_CODES_MIN="20")
+
+        async def taken() -> bool:
+            log = (run.stack.folder / "writer.log").read_text()
+            return f"shard {shard:02d} is stopped" in log or await _opened_by_the_next(run, shard)
+
+        await until(taken, HEAL_S, "the next writer should take the shard")
+        await asyncio.sleep(1.2)  # the API looks once a second
+        attempt = await probe.assign("redis")
+        assert attempt.outcome != "ok", "P6: a shard that is stopped has dealt a code"
+        assert attempt.answer["code"] == "recovering", attempt
+        # As docs/operations.md has it.
+        await ledger.execute("UPDATE shards SET stopped = NULL, epoch = 1 + epoch WHERE shard = $1", shard)
+        run.stack.parts[0].kill()
+        run.stack.parts[0] = run.stack.writer(COUPON_LEASE_CODES_MIN="20")
+        await probe.goes_on()
+
+
+async def _opened_by_the_next(run: Run, shard: int) -> bool:
+    rows = await run.stack.ledger("SELECT generation FROM shards WHERE shard = $1", shard)
+    async with run.stack.redis() as redis:
+        generation = await redis.hget(ShardKeys(shard, SHARDS).meta, "generation")
+    return bool(rows[0]["generation"] > 1 and generation == str(rows[0]["generation"]))
+
+
+async def lender_paused_across_a_recovery(run: Run) -> None:
+    """A writer has noted that a block is lent, and stands still before it brings it; when it wakes up, those codes are
+    somebody else's to bring, or in quarantine."""
+    run.loses_records = True
+    run.stack.parts[0].stop()
+    paused = run.stack.writer(COUPON_LEASE_CODES_MIN="20", COUPON_TEST_PAUSE_AT="lend.leased")
+    async with under_load(run), run.stack.redis() as redis:
+        await until(lambda: _stands_still(paused), HEAL_S, "the writer should have come to lend a block")
+        run.stack.parts[0] = run.stack.writer(COUPON_LEASE_CODES_MIN="20")
+
+        async def taken_over() -> bool:
+            rows = await run.stack.ledger("SELECT count(DISTINCT owner) AS owners, min(generation) AS g FROM shards")
+            return bool(rows[0]["owners"] == 1 and rows[0]["g"] > 2)
+
+        await until(taken_over, HEAL_S, "the other writer should have all shards")
+        await redis.flushall()
+        await run.recovered()
+        paused.signal(signal.SIGCONT)
+        await asyncio.sleep(2.0)
+
+
+def state_of(part: Part) -> str:
+    """What the kernel says of the process: "T" for one that stands still."""
+    return Path(f"/proc/{part.process.pid}/stat").read_text().rpartition(") ")[2][0]
+
+
+async def _stands_still(part: Part) -> bool:
+    return state_of(part) == "T"
+
+
+def lacks_proc() -> str:
+    return "" if Path("/proc/self/stat").exists() else "whether a process stands still is read from /proc"
+
+
+FENCING_FAULTS = [
+    Fault(request_comes_after_a_recovery),
+    Fault(keys_put_back),
+    Fault(backlog_reaches_its_bound),
+    Fault(backend_stopped_in_a_commit),
+    Fault(batch_from_before_a_recovery),
+    Fault(registration_lapses),
+    Fault(shard_stopped_by_hand),
+    Fault(lender_paused_across_a_recovery, lacks=lacks_proc),
+]

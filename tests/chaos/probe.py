@@ -1,0 +1,96 @@
+"""What a fault asks the service itself while it is at work: with books of its own, which the load does not empty."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+
+from tests.chaos.run import HEAL_S, Attempt, Run
+from tests.harness import until
+
+PROBE_CODES = 300
+
+
+@contextlib.asynccontextmanager
+async def under_load(run: Run) -> AsyncIterator[None]:
+    """Clients work on, at a walk, for as long as the block takes: the run's own load may be over before that."""
+    load = asyncio.create_task(run.load(60.0, pause_s=0.1))
+    try:
+        yield
+    finally:
+        load.cancel()  # what is under way stays unknown, and is asked again
+        (result,) = await asyncio.gather(load, return_exceptions=True)
+    if isinstance(result, AssertionError):
+        raise result
+
+
+@contextlib.asynccontextmanager
+async def probing(run: Run) -> AsyncIterator[Probe]:
+    """A probe with a book of each kind, at a moment when the service is well."""
+    async with run.client() as http:
+        books = {}
+        for ack in ("ledger", "redis"):
+            rules = {"name": "probe", "ack": ack, "max_redemptions_per_code": 2}
+            generate = {"pattern": f"probe{ack[0]}-########", "total": PROBE_CODES}
+            answer = await http.post("/coupons", json={**rules, "generate": generate})
+            assert answer.status_code == 201, answer.text
+            books[ack] = answer.json()["book_id"]
+        yield Probe(run, http, books)
+
+
+class Probe:
+    """Every request of it is in the run's history, and checked like the others."""
+
+    def __init__(self, run: Run, http: httpx.AsyncClient, books: dict[str, str]) -> None:
+        self.http = http
+        self._run = run
+        self.books = books
+
+    async def assign(self, ack: str) -> Attempt:
+        user = f"probe-{secrets.token_hex(4)}"
+        return await self._ask("assign", "/coupons/assign", ack, user, {"book_id": self.books[ack], "user_id": user})
+
+    async def redeem(self, held: Attempt, lock_token: str = "") -> Attempt:
+        shown: dict[str, str | int] = {"lock_token": lock_token} if lock_token else {}
+        path = f"/coupons/redeem/{held.answer['code']}"
+        return await self._ask("redeem", path, held.ack, held.user, {"user_id": held.user, **shown})
+
+    async def lock(self, held: Attempt, ttl_seconds: int) -> dict[str, Any]:
+        """The body of the answer, a problem or not."""
+        path = f"/coupons/lock/{held.answer['code']}"
+        body: dict[str, str | int] = {"user_id": held.user, "ttl_seconds": ttl_seconds}
+        return (await self._ask("lock", path, held.ack, held.user, body)).answer
+
+    async def goes_on(self, timeout: float = HEAL_S) -> Attempt:
+        """Wait until books of both kinds deal. Returns the assign of the one that waits for the ledger."""
+
+        async def deals(ack: str) -> Attempt | None:
+            attempt = await self.assign(ack)
+            return attempt if attempt.outcome == "ok" else None
+
+        await until(lambda: deals("redis"), timeout, "a book that does not wait for the ledger should deal")
+        dealt = await until(lambda: deals("ledger"), timeout, "a book that waits for the ledger should deal")
+        assert dealt is not None
+        return dealt
+
+    async def is_ready(self) -> bool:
+        return (await self.http.get("/readyz")).status_code == 200
+
+    async def in_redis(self, ack: str) -> tuple[int, int]:
+        """(codes in the pool, codes held) of a book, as an administrator counts them."""
+        async with self._run.stack.redis() as redis:
+            counts = []
+            for kind, count in (("free", redis.zcard), ("holders", redis.hlen)):
+                keys = [key async for key in redis.scan_iter(f"cb:*:{kind}:{self.books[ack]}")]
+                counts.append(await count(keys[0]) if keys else 0)
+            return counts[0], counts[1]
+
+    async def _ask(self, verb: str, path: str, ack: str, user: str, body: dict[str, str | int]) -> Attempt:
+        attempt = Attempt(verb, path, body, secrets.token_hex(8), self.books[ack], ack, user)
+        await self._run.send(self.http, attempt)
+        return attempt

@@ -1,0 +1,52 @@
+"""A connection to Postgres that breaks before its first statement is trouble like any other: waited out, tried again."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from coupon_svc.api import registration
+from coupon_svc.config import load_settings
+from coupon_svc.ledger.database import LedgerUnavailable, open_connection
+from coupon_svc.store.client import Store
+from coupon_svc.store.positions import Positions
+from coupon_svc.store.scripts import Scripts
+from coupon_svc.writer import lend, writer
+from tests.conftest import SHARDS
+from tests.harness import fresh_database
+
+
+async def of_registration(url: str) -> Any:
+    store = Store("redis://127.0.0.1:1", SHARDS, Positions(SHARDS, 1000), Scripts())
+    return await registration.Registration(url, store)._connected()
+
+
+async def of_lender(url: str) -> Any:
+    return await lend.Lender(url, "wr_test", None, {}, 1, 1)._connected()  # type: ignore[arg-type]
+
+
+async def of_writer(url: str) -> Any:
+    settings = load_settings(
+        {"COUPON_REDIS_URL": "redis://127.0.0.1:1", "COUPON_DATABASE_URL": url, "COUPON_SHARDS": str(SHARDS)}
+    )
+    return await writer.Writer(settings)._connected("owning")
+
+
+@pytest.mark.parametrize("connected", [of_registration, of_lender, of_writer])
+async def test_one_that_breaks_at_once_is_the_ledger_being_unavailable(
+    connected: Callable[[str], Awaitable[Any]], postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = await fresh_database(postgres_url, SHARDS)
+    (await connected(url)).terminate()
+
+    async def open_and_break(*args: str) -> Any:
+        connection = await open_connection(*args)
+        connection.terminate()
+        return connection
+
+    for module in (registration, lend, writer):
+        monkeypatch.setattr(module, "open_connection", open_and_break)
+    with pytest.raises(LedgerUnavailable):
+        await connected(url)

@@ -1,0 +1,31 @@
+"""What every connection to Postgres is, however the server was set up."""
+
+from __future__ import annotations
+
+import asyncpg
+import pytest
+
+from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
+from tests.harness import fresh_database
+
+
+@pytest.mark.parametrize(("set_up", "kept"), [("off", "on"), ("local", "local"), ("remote_apply", "remote_apply")])
+async def test_a_commit_is_confirmed_only_when_a_crash_would_keep_it(set_up: str, kept: str, postgres_url: str) -> None:
+    url = await fresh_database(postgres_url, 1)
+    admin = await asyncpg.connect(url)
+    await admin.execute(
+        f"ALTER DATABASE {await admin.fetchval('SELECT current_database()')} SET synchronous_commit = {set_up}"
+    )
+    await admin.close()
+    connection = await open_connection(url, "test")
+    assert await connection.fetchval("SHOW synchronous_commit") == kept
+    await connection.close()
+
+
+async def test_a_connection_on_which_the_server_refused_is_given_up(postgres_url: str) -> None:
+    """It may have begun while the server was read-only: then it stays so, whatever the server is by now."""
+    connection = await open_connection(await fresh_database(postgres_url, 1), "test")
+    await connection.execute("SET default_transaction_read_only = on")
+    with pytest.raises(LedgerUnavailable):
+        await bounded(connection, connection.execute("CREATE TABLE t ()"), 5.0)
+    assert connection.is_closed()

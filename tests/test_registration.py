@@ -1,0 +1,65 @@
+"""Who is registered may answer before the ledger knows, for as long as its row is sure to be there, and no longer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+
+from coupon_svc.api.registration import Registration
+from coupon_svc.ledger.processes import PROCESS_TTL_S
+from coupon_svc.store.client import Store
+from coupon_svc.store.positions import Positions
+from coupon_svc.store.scripts import Scripts
+from tests.harness import fresh_database
+
+
+@pytest.fixture
+async def ledger(postgres_url: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(await fresh_database(postgres_url, 1))
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def store() -> Store:
+    """Of an API process that has no Redis yet."""
+    return Store("redis://127.0.0.1:1", 1, Positions(1, 1000), Scripts())
+
+
+async def test_a_registration_that_has_lapsed_is_not_taken_up_again(ledger: asyncpg.Connection, store: Store) -> None:
+    """The shards' owners may have reported for the old one already; what is answered now must be asked of a new one."""
+    registration = Registration("", store)
+    await registration._renew(ledger)
+    await ledger.execute("UPDATE api_processes SET expires_at = now() - interval '1 second'")
+    old = await ledger.fetchval("SELECT process_id FROM api_processes")
+    await registration._renew(ledger)
+    rows = await ledger.fetch("SELECT process_id, expires_at > now() AS lives FROM api_processes")
+    assert {row["process_id"]: row["lives"] for row in rows}.pop(old) is False
+    assert [row["lives"] for row in rows if row["process_id"] != old] == [True]
+
+
+async def test_a_registration_in_time_is_renewed(ledger: asyncpg.Connection, store: Store) -> None:
+    registration = Registration("", store)
+    await registration._renew(ledger)
+    await ledger.execute("UPDATE api_processes SET expires_at = now() + interval '1 second'")
+    await registration._renew(ledger)
+    rows = await ledger.fetch("SELECT expires_at - now() > interval '4 seconds' AS renewed FROM api_processes")
+    assert [row["renewed"] for row in rows] == [True]
+
+
+async def test_early_answers_end_a_second_before_the_row_does(ledger: asyncpg.Connection, store: Store) -> None:
+    """Measured from before the row was asked for, so that a slow Postgres shortens it."""
+    loop = asyncio.get_running_loop()
+    asked_at = loop.time()
+    assert not store.may_answer_early(store.views[0], 1), "it was never registered"
+    await Registration("", store)._renew(ledger)
+    assert store.may_answer_early(store.views[0], 1)
+    assert asked_at < store.answer_early_until - (PROCESS_TTL_S - 1) < loop.time()
+
+
+async def test_nothing_is_answered_early_when_the_time_is_over(store: Store) -> None:
+    store.answer_early_until = asyncio.get_running_loop().time() - 0.001
+    assert not store.may_answer_early(store.views[0], 1)
