@@ -140,3 +140,28 @@ async def test_a_process_that_falls_silent_within_a_transaction_does_not_hold_up
     await until(certified, what="the recovery should not wait for who is silent")
     await operator.close()
     silent.terminate()
+
+
+async def test_the_api_gives_up_a_listener_that_carries_nothing() -> None:
+    """Else every wait for the ledger would end by asking alone, for as long as the connection stands."""
+    silent, over = asyncio.Event(), asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while asked := await reader.read(65536):
+                if b"AUTH" in asked or b"SETNAME" in asked:
+                    writer.write(b"+OK\r\n")
+                if b"SUBSCRIBE" in asked:
+                    writer.write(b"*3\r\n$9\r\nsubscribe\r\n$12\r\ncb:positions\r\n:1\r\n")
+                    silent.set()
+                    await reader.read()
+                    over.set()
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    store = Store(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", 1, Positions(1, 1000), Scripts())
+    await store.start()
+    await asyncio.wait_for(silent.wait(), GIVEN_UP_S)
+    await asyncio.wait_for(over.wait(), GIVEN_UP_S)
+    await store.stop()
+    server.close()

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 REPLY_TIMEOUT_S = 2.0
 VERIFY_EVERY_S = 1.0
 TICK_S = 0.05
+PING_EVERY_S = 1.0
 
 
 class ShardView:
@@ -58,6 +59,7 @@ class Store:
         self.views = [ShardView(ShardKeys(shard, shards)) for shard in range(shards)]
         self._connection: Connection | None = None
         self._listener: Connection | None = None
+        self._pinged_at = 0.0
         self._verify_wanted = False
         self.refuses_writes = False
         """Redis answers, and takes no writes until it can write its file again."""
@@ -245,6 +247,7 @@ class Store:
         while True:
             await asyncio.sleep(TICK_S)
             connection = self._connection
+            self._watch_listener(loop.time())
             overdue = self.positions.expire()
             if connection is None:
                 continue
@@ -256,9 +259,7 @@ class Store:
             if soon or loop.time() - verified_at >= VERIFY_EVERY_S:
                 self._verify_wanted = False
                 try:
-                    async with asyncio.timeout(
-                        REPLY_TIMEOUT_S
-                    ):  # a connection that carries nothing must not stop this loop
+                    async with asyncio.timeout(REPLY_TIMEOUT_S):  # one that carries nothing must not stop this loop
                         await self._verify(connection)
                 except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError):
                     connection.abort()
@@ -266,19 +267,36 @@ class Store:
 
     # --- hearing how far the ledger is
 
+    def _watch_listener(self, now: float) -> None:
+        """Give up a listener that carries nothing: positions would be found out by asking alone, for good."""
+        listener = self._listener
+        if listener is None:
+            return
+        if listener.stalled_for() > REPLY_TIMEOUT_S:
+            listener.abort()
+        elif now - self._pinged_at >= PING_EVERY_S:
+            self._pinged_at = now
+            with contextlib.suppress(StoreUnavailable):
+                listener.send("PING").add_done_callback(self._on_pong)
+
+    def _on_pong(self, pong: asyncio.Future[Reply]) -> None:
+        """A message that was on its way before the answer to PING came in its place."""
+        if not pong.cancelled() and pong.exception() is None:
+            self._on_message(pong.result())
+
     async def _keep_listening(self) -> None:
         while True:
             try:
-                self._listener = await connect(self._url, "coupon-api-positions", self._on_message)
-                await self._listener.ask("SUBSCRIBE", POSITIONS_CHANNEL)
-                await self._listener.closed
+                self._listener = listener = await connect(self._url, "coupon-api-positions", self._on_message)
+                await listener.ask("SUBSCRIBE", POSITIONS_CHANNEL)
+                await listener.closed
             except (StoreUnavailable, StoreOutcomeUnknown, ReplyError):
                 pass
             self._listener = None
             await asyncio.sleep(0.2)
 
     def _on_message(self, message: Reply) -> None:
-        if message[0] != "message":
+        if isinstance(message, ReplyError) or message[0] != "message":
             return
         shard, epoch, committed = map(int, message[2].split())
         view = self.views[shard]

@@ -14,7 +14,6 @@ from pathlib import Path
 from coupon_svc.dev.servers import EmbeddedPostgres
 from tests.chaos.suite import FAULTS, run_once
 
-
 AT_ONCE = 3
 """Runs at a time: they mostly wait. A fault that needs its moment is kinder to a machine with nothing else to do."""
 
@@ -26,13 +25,18 @@ async def _tell(postgres_url: str, place: Path, fault: str, seed: int, without: 
     except Exception as error:
         print(f"FAIL {fault}: {type(error).__name__}: {error}")
         print(f"     repeat: python -m tests.chaos --runs 1 --fault {fault} --seed {seed}")
-        for log in sorted(place.glob("*.log")):
-            print("     " + "\n     ".join(log.read_text().splitlines()[-15:]), flush=True)
+        _show_logs(place)
         return False
     counts = Counter(attempt.outcome for attempt in run.history)
     doubts = sum(attempt.in_doubt for attempt in run.history)
     print(f"ok   {fault} --seed {seed}: {dict(counts)}, {doubts} in doubt at first", flush=True)
     return True
+
+
+def _show_logs(place: Path) -> None:
+    """What the parts of the service said at last."""
+    for log in sorted(place.glob("*.log")):
+        print("     " + "\n     ".join(log.read_text().splitlines()[-15:]), flush=True)
 
 
 async def _run_all(args: argparse.Namespace, playable: list[str], folder: Path, postgres_url: str) -> int:
