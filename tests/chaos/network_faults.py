@@ -113,7 +113,6 @@ async def redis_cut_repeatedly(run: Run) -> None:
                 proxy.cut()
             await asyncio.sleep(run.random.uniform(0.05, 0.3))
     assert proxies[0].cuts > 15, "connections should have been cut again and again"
-    assert _ended_as(run, "unknown"), "a cut should have left somebody in doubt"
 
 
 # --- between the service and Postgres
