@@ -776,7 +776,7 @@ POISONS: dict[str, Callable[[str], dict[str, str]]] = {
     "an event of no known kind": lambda book_id: redeemed_fields(book_id, event="coupon_eaten"),
     "a time that is no number": lambda book_id: assigned_fields(book_id, at_ms="yesterday"),
     "a user with NUL": lambda book_id: assigned_fields(book_id, user="a\0b"),
-    "a user too long for an index": lambda book_id: assigned_fields(book_id, user=os.urandom(6000).hex()),
+    "a code too long for an index": lambda book_id: assigned_fields(book_id, code=os.urandom(6000).hex()),
     "a time beyond 64 bits": lambda book_id: assigned_fields(book_id, at_ms=str(1 << 70)),
     "a use beyond 32 bits": lambda book_id: redeemed_fields(book_id, uses=str(1 << 40)),
 }

@@ -262,7 +262,7 @@ async def old_master_back_while_a_process_sleeps(run: Run) -> None:
 async def split_brain(run: Run) -> None:
     """A stale replica is made master for the writer and one API process; another one goes on with the old master, and by
     chance without Postgres, so that nobody tells it."""
-    run.loses_records = True
+    run.loses_records = run.two_masters = True
     stage = network(run)
     second = await stage.second_api()
     informed = run.random.random() < 0.5

@@ -69,6 +69,8 @@ class Run:
         self.epochs: dict[int, int] = {}
         self.loses_records = False
         self.loses_locks = False
+        self.two_masters = False
+        """Each may have granted a lock of the same code: locks say nothing then (docs/guarantees.md, Exceptions)."""
         """Locks may be gone before their time. A recovery that rebuilds Redis loses them in any case."""
         self.authorization = ""
         self._first_epochs: dict[int, int] = {}
@@ -245,6 +247,10 @@ class Run:
         books: dict[str, str] = {}
         for attempt in self.history:
             operation = _operation(attempt)
+            if self.two_masters:
+                if attempt.verb in ("lock", "unlock") or operation.why in ("locked", "lock_not_held"):
+                    continue
+                operation = operation._replace(shown="")
             if attempt.code and not (attempt.verb == "assign" and attempt.outcome == "refused"):
                 by_code.setdefault(attempt.code, []).append(operation)
                 books[attempt.code] = attempt.book_id
