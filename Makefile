@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run demo test chaos load check clean
+.PHONY: help install run demo test chaos load bench check clean
 
 help: ## Print the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ chaos: install ## Faults under load, 100 seeded runs (RUNS=…): clients record,
 
 load: install ## Load a service of its own, time it and audit every answer; make load ARGS='--scenario checkout'
 	@exec $(BIN)/coupon-svc load $(ARGS)
+
+bench: install ## The figures of docs/benchmarks.md, about ten minutes on a quiet machine; make bench ARGS=--quick, ARGS=--growth
+	@exec $(BIN)/python -m coupon_svc.ops.bench $(ARGS)
 
 check: install ## Style, types, import direction, Lua headers
 	$(BIN)/ruff check .

@@ -64,6 +64,9 @@ def test_every_module_to_be_run_has_the_options_told(path: Path) -> None:
     for module, options in re.findall(r"(?:`|^    )python -m ([\w.]+)((?: --\w+)*)", path.read_text(), re.MULTILINE):
         spec = importlib.util.find_spec(module)
         assert spec is not None, module
+        if spec.submodule_search_locations is not None:  # a package: its __main__ is what is run
+            spec = importlib.util.find_spec(f"{module}.__main__")
+            assert spec is not None, module
         assert spec.origin is not None, module
         file = Path(spec.origin).with_name("__main__.py") if spec.submodule_search_locations else Path(spec.origin)
         assert [option for option in options.split() if f'"{option}"' not in file.read_text()] == []

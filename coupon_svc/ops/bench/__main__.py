@@ -1,0 +1,153 @@
+"""`python -m coupon_svc.ops.bench`: the table of docs/benchmarks.md, or one of the other figures."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from coupon_svc.dev.servers import ServerError
+from coupon_svc.dev.throwaway import signals_raise
+from coupon_svc.ops.bench import document
+from coupon_svc.ops.bench.drain import bench_drain
+from coupon_svc.ops.bench.echo import serve_echo
+from coupon_svc.ops.bench.figures import BenchError, Figure, Results
+from coupon_svc.ops.bench.growth import CODES_A_BOOK_DEFAULT_MAX, GrowthPlan, bench_growth
+from coupon_svc.ops.bench.memory import measure_memory, show_memory
+from coupon_svc.ops.bench.over_http import HttpPlan, bench_http
+from coupon_svc.ops.bench.postgres_only import POOL_SIZE, serve_postgres_only
+from coupon_svc.ops.bench.rebuild import bench_rebuild
+from coupon_svc.ops.bench.run import describe_run
+from coupon_svc.ops.bench.scripts import bench_scripts
+from coupon_svc.ops.bench.turns import CONNECTIONS
+
+QUICK_HTTP = HttpPlan(rounds=2, seconds=1.5, tail_rounds=1, tail_seconds=3.0)
+SERVED: dict[str, Callable[[int], None]] = {"echo": serve_echo, "postgres-only": serve_postgres_only}
+
+
+def main() -> int:
+    """Measure what is asked for. Returns 0, or 1 when something could not be measured, or not rightly."""
+    args = _arguments()
+    if args.serve is not None:
+        SERVED[args.serve](args.fd)
+        return 0
+    try:
+        with signals_raise():
+            return _measure(args)
+    except (BenchError, ServerError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bench: ended early; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m coupon_svc.ops.bench", description=__doc__)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--growth", action="store_true", help="how assigns/s change with processes, connections, books, codes"
+    )
+    what.add_argument("--memory", action="store_true", help="bytes a code takes in Redis")
+    what.add_argument("--rebuild", action="store_true", help="how long Redis takes to be rebuilt")
+    what.add_argument("--render", action="store_true", help="write benchmarks.md anew from benchmarks.json")
+    what.add_argument("--serve", choices=SERVED, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--quick", action="store_true", help="about two minutes, noisier; printed, and written only with --output"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where benchmarks.md goes; default: docs")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of the lines over HTTP")
+    parser.add_argument("--codes", type=int, default=1_000_000, metavar="N", help="of --memory and --rebuild")
+    parser.add_argument(
+        "--codes-max", type=int, default=CODES_A_BOOK_DEFAULT_MAX, metavar="N", help="of --growth: the largest book"
+    )
+    parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _measure(args: argparse.Namespace) -> int:
+    if args.memory:
+        show_memory(asyncio.run(measure_memory(args.codes)))
+        return 0
+    if args.rebuild:
+        bench_rebuild(args.codes)
+        return 0
+    folder: Path | None = args.output or (None if args.quick else Path("docs"))
+    if folder is not None and args.output is None and not folder.is_dir():
+        raise BenchError("there is no folder docs here; say with --output where the document is to go")
+    if args.render:
+        document.write_results(folder or Path("docs"), document.read_results(folder or Path("docs")))
+        return 0
+    return _growth(args, folder) if args.growth else _table(args, folder)
+
+
+def _table(args: argparse.Namespace, folder: Path | None) -> int:
+    say = _narrator()
+    say("starting the servers")
+    plan = QUICK_HTTP if args.quick else HttpPlan()
+    if args.rounds:
+        plan = HttpPlan(args.rounds, plan.seconds, plan.tail_rounds, plan.tail_seconds)
+    figures, load_shares = bench_http(plan, say)
+    say("the writer against COPY")
+    figures.append(bench_drain(2 if args.quick else 5, 20_000 if args.quick else 40_000, say))
+    say("scripts in Redis")
+    figures += bench_scripts(15 if args.quick else 60, say)
+    settings = {
+        "load": f"{CONNECTIONS} connections, {plan.rounds} rounds of 13 turns of {plan.seconds:g} s",
+        "service": f"16 shards, 1 API process, 1 writer; Postgres-only: 1 process, a pool of {POOL_SIZE}",
+    }
+    run = describe_run(_command(), settings, load_shares)
+    print(f"\n{document.render_table(figures)}\n")
+    print(f"the load took {run.load_share[0]:.2f} of a core, {run.load_share[1]:.2f} in its highest turn")
+    if folder is not None:
+        results = document.read_results(folder)
+        results.table, results.table_run = figures, run
+        document.write_results(folder, results)
+        print(f"written to {folder / 'benchmarks.md'}")
+    return _status(figures)
+
+
+def _growth(args: argparse.Namespace, folder: Path | None) -> int:
+    sizes = tuple(10**power for power in range(3, 9) if 10**power <= args.codes_max)
+    plan = GrowthPlan(codes=sizes)
+    if args.quick:
+        plan = GrowthPlan(rounds=1, seconds=1.0, codes=sizes[:3])
+    tables = bench_growth(plan, _narrator())
+    results = document.read_results(folder) if folder is not None else Results()
+    results.growth = tables
+    results.growth_run = describe_run(_command(), {"load": f"{plan.rounds} rounds of {plan.seconds:g} s"}, [])
+    print(document.render_growth(tables))
+    if folder is not None:
+        document.write_results(folder, results)
+        print(f"written to {folder / 'benchmarks.md'}")
+    return 0
+
+
+def _status(figures: list[Figure]) -> int:
+    failed = [figure for figure in figures if figure.failed]
+    for figure in failed:
+        print(f"bench: {figure.what}: {figure.failed}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _command() -> str:
+    return " ".join(["python -m coupon_svc.ops.bench", *sys.argv[1:]])
+
+
+def _narrator() -> Callable[[str], None]:
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
+
+    return say
+
+
+if __name__ == "__main__":
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(status)

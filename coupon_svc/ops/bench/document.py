@@ -1,0 +1,110 @@
+"""docs/benchmarks.md: made whole from the samples and a template, so that a run loses no sentence of it."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from coupon_svc.ops.bench.figures import Figure, GrowthTable, Results, Run
+
+TEMPLATE = Path(__file__).with_name("benchmarks.template.md")
+NOT_MEASURED = "Not measured yet."
+_SENTENCE = re.compile(r"^- \[(\w+)\] ((?:.|\n  )*)\n", re.MULTILINE)
+
+
+def read_results(folder: Path) -> Results:
+    """What earlier runs have left; empty when there were none."""
+    try:
+        return msgspec.json.decode((folder / "benchmarks.json").read_bytes(), type=Results)
+    except FileNotFoundError:
+        return Results()
+
+
+def write_results(folder: Path, results: Results) -> None:
+    """Write benchmarks.json, and benchmarks.md from it. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmarks.json").write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=1) + b"\n")
+    (folder / "benchmarks.md").write_text(render(results, TEMPLATE.read_text()))
+
+
+def render(results: Results, template: str) -> str:
+    """The document. Of the sentences `- [id] …` those remain whose line was not reached."""
+    missed = {figure.id: figure for figure in results.table if figure.reached is not True and figure.goal is not None}
+
+    def sentence(match: re.Match[str]) -> str:
+        figure = missed.get(match[1])
+        return f"- **{figure.what}**: {match[2]}\n" if figure else ""
+
+    parts = {
+        "table": render_table(results.table),
+        "table_run": _render_run(results.table_run),
+        "growth": render_growth(results.growth),
+        "growth_run": _render_run(results.growth_run),
+    }
+    text = _SENTENCE.sub(sentence, template)
+    return re.sub(r"\{(\w+)\}", lambda match: parts[match[1]], text)
+
+
+def sentence_ids(template: str) -> list[str]:
+    """The lines that the template has a sentence for."""
+    return [match[1] for match in _SENTENCE.finditer(template)]
+
+
+def render_table(figures: Sequence[Figure]) -> str:
+    """One line for each figure."""
+    if not figures:
+        return NOT_MEASURED
+    rows = [["what", "reached: median (lowest to highest)", "spike", "reach for", "", "in figures of this machine"]]
+    for figure in figures:
+        mark = {True: "reached", False: "not reached", None: "failed" if figure.failed else ""}[figure.reached]
+        rows.append([figure.what, figure.spread(), figure.spike, figure.target(), mark, figure.note])
+    return _markdown(rows)
+
+
+def render_growth(tables: Sequence[GrowthTable]) -> str:
+    """One table for each thing that grew."""
+    return "\n\n".join(_render_growth(table) for table in tables) or NOT_MEASURED
+
+
+def _render_growth(table: GrowthTable) -> str:
+    acks = list(dict.fromkeys(row.ack for row in table.rows))
+    cells = {(row.setting, row.ack): row for row in table.rows}
+    rows = [[table.grows, *(f"`ack = {ack}`" for ack in acks)]]
+    for setting in dict.fromkeys(row.setting for row in table.rows):
+        line = [setting]
+        for ack in acks:
+            row = cells[setting, ack]
+            text = f"{statistics.median(row.samples):,.0f} ({min(row.samples):,.0f} to {max(row.samples):,.0f})"
+            line.append(f"{text}; {row.refused}" if row.refused else text)
+        rows.append(line)
+    return _markdown(rows)
+
+
+def _render_run(run: Run | None) -> str:
+    if run is None:
+        return ""
+
+    def listed(pairs: dict[str, str]) -> str:
+        return ", ".join(f"{name} {value}" for name, value in pairs.items())
+
+    rows = [
+        ["run", ""],
+        ["date", run.date],
+        ["command", f"`{run.command}`"],
+        ["machine", f"{run.machine['cores']} cores, {run.machine['processor']}, {run.machine['system']}"],
+        ["versions", listed(run.versions)],
+        *([name, value] for name, value in run.settings.items()),
+    ]
+    median, highest = run.load_share
+    if highest:
+        rows.append(["the load took", f"{median:.2f} of a core, {highest:.2f} in its highest turn"])
+    return _markdown(rows)
+
+
+def _markdown(rows: Iterable[Sequence[str]]) -> str:
+    first, *rest = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in [first, ["---"] * len(first), *rest])

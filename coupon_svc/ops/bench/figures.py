@@ -1,0 +1,104 @@
+"""A figure: what was measured, every sample of it, and what it is held against."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import msgspec
+
+
+class BenchError(Exception):
+    """Something could not be measured; the message says what and why."""
+
+
+class Figure(msgspec.Struct, kw_only=True):
+    """One line of the table. Its samples are ratios, but for `unit`s that say otherwise."""
+
+    id: str
+    """names the line for `benchmarks.template.md`"""
+    what: str
+    samples: list[float] = []
+    unit: str = ""
+    """of the samples: "" is a ratio, else "ms" """
+    spike: str = "–"
+    """what a first trial of the design had reached, as text"""
+    goal: float | None = None
+    less_is_better: bool = False
+    failed: str | None = None
+    """why there is no figure, or none that counts"""
+    note: str = ""
+    """absolute figures behind the ratio, for orientation: they are the machine's"""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the median is at the goal; None when there is no goal, or no figure."""
+        if self.goal is None or self.failed is not None or not self.samples:
+            return None
+        return self.median <= self.goal if self.less_is_better else self.median >= self.goal
+
+    def spread(self) -> str:
+        """The median, and the lowest and the highest sample."""
+        if self.failed is not None or not self.samples:
+            return f"failed: {self.failed or 'no sample'}"
+        low, mid, high = (self._text(x) for x in (min(self.samples), self.median, max(self.samples)))
+        return f"{mid} ({low} to {high}) {self.unit}".rstrip()
+
+    def target(self) -> str:
+        """What to reach for, as text."""
+        return "–" if self.goal is None else f"{self.goal:g} {self.unit}".rstrip()
+
+    def _text(self, value: float) -> str:
+        return f"{value:.1f}" if self.unit else f"{value:.2f}"
+
+
+class GrowthRow(msgspec.Struct, kw_only=True):
+    """How many assigns a second there were in one setting."""
+
+    ack: str
+    setting: str
+    samples: list[float]
+    refused: str = ""
+    """which part of the answers was not good, and what they said; "" when all were"""
+
+
+class GrowthTable(msgspec.Struct, kw_only=True):
+    """One thing that grew while everything else stayed."""
+
+    grows: str
+    rows: list[GrowthRow]
+
+
+class Run(msgspec.Struct, kw_only=True):
+    """What a run was taken on, and with which settings."""
+
+    date: str
+    command: str
+    machine: dict[str, str]
+    versions: dict[str, str]
+    settings: dict[str, str]
+    load_share: tuple[float, float] = (0.0, 0.0)
+    """the part of a core that the load took: median and highest turn"""
+
+
+class Results(msgspec.Struct, kw_only=True):
+    """Everything that stands in docs/benchmarks.md, and every sample behind it: docs/benchmarks.json."""
+
+    table_run: Run | None = None
+    table: list[Figure] = []
+    growth_run: Run | None = None
+    growth: list[GrowthTable] = []
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """One ratio a round."""
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+def rate_text(rates: Sequence[float]) -> str:
+    """A median of figures a second, rounded to what can be known of it."""
+    return f"{round(statistics.median(rates), -1 if statistics.median(rates) < 10_000 else -2):,.0f}/s"

@@ -1,0 +1,256 @@
+"""Assign, lock and redeem over HTTP against the echo and against Postgres alone, and what the processes take for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import uvloop
+
+from coupon_svc.ops.bench import postgres_only
+from coupon_svc.ops.bench.figures import BenchError, Figure, rate_text, ratios
+from coupon_svc.ops.bench.requests import NextRequest, Pairs, Requests
+from coupon_svc.ops.bench.stand import Process, Stand
+from coupon_svc.ops.bench.tail import measure_tail
+from coupon_svc.ops.bench.turns import Ledger, Turn, open_ledger, take_turn
+
+_POSTGRES_RATE_ASSUMED_MAX = 5_000
+_CODES_FIRST = 60_000
+_CODES_SPARE = 1.5
+"""Before a round a book has this many times the codes that its fastest turns would take."""
+WARM_UP_S = 1.0
+GROW_LEASE_S = 2.5
+"""How long a new book is dealt from before it counts: the blocks of codes that it is lent grow with demand, which is
+what the first seconds of a sale see, too, and what a longer one does not."""
+
+ACKS = ("redis", "ledger")
+KINDS = (("plain", False), ("keyed", True))
+"""Without and with an Idempotency-Key."""
+
+
+class HttpPlan(msgspec.Struct, frozen=True):
+    """How long it takes: `rounds` of about 13 turns, then `tail_rounds` of two turns in the open loop."""
+
+    rounds: int = 7
+    seconds: float = 2.5
+    tail_rounds: int = 3
+    tail_seconds: float = 6.0
+
+    @property
+    def codes_postgres(self) -> int:
+        return int((WARM_UP_S + 2 * self.rounds * self.seconds) * _POSTGRES_RATE_ASSUMED_MAX)
+
+
+class _Book(msgspec.Struct):
+    """A book that never runs out: what is left is counted, and topped up between rounds."""
+
+    book_id: str
+    left: int = _CODES_FIRST
+    highest: float = 0.0
+    """codes a second in its fastest turn"""
+
+
+class _Parts(msgspec.Struct):
+    """The processes under load, and what they are loaded with."""
+
+    stand: Stand
+    requests: Requests
+    api: Process
+    echo: Process
+    postgres: Process
+    books: dict[str, _Book]
+    coupons: list[bytes] = []
+    """answers of assigns whose coupon was not redeemed yet"""
+
+    def assign(self, ack: str, *, with_key: bool) -> NextRequest:
+        return self.requests.assign(self.books[ack].book_id, with_key=with_key)
+
+    def top_up(self, seconds: float) -> None:
+        """Let the books last for so many seconds more of turns."""
+        for book in self.books.values():
+            missing = int(_CODES_SPARE * seconds * book.highest) - book.left
+            if missing > 0:
+                self.stand.add_codes(self.api, book.book_id, missing)
+                book.left += missing
+
+
+class _Rounds:
+    """Samples of every line, by name; a name that failed once keeps its reason."""
+
+    def __init__(self) -> None:
+        self.turns: dict[str, list[Turn]] = {}
+        self.echoes: dict[str, list[float]] = {}
+        self.echo_cpu: dict[str, list[float]] = {}
+        self.failed: dict[str, str] = {}
+        self.load_shares: list[float] = []
+
+    def take(self, name: str, turn: Turn) -> None:
+        """A turn of a line, which must have had good answers alone."""
+        self.turns.setdefault(name, []).append(turn)
+        self.load_shares.append(turn.load_share)
+        if turn.bad or not turn.good:
+            self.fail(name, f"not all answers were good: {dict(turn.bad) or 'there were none'}")
+
+    def fail(self, name: str, why: str) -> None:
+        self.failed.setdefault(name, why)
+
+    def take_echoes(self, names: list[str], before: Turn, after: Turn) -> None:
+        """The echo before and the one after what was measured between them: their mean is what it is held against."""
+        for name in names:
+            self.echoes.setdefault(name, []).append((before.rate + after.rate) / 2)
+            self.echo_cpu.setdefault(name, []).append((before.cpu_us + after.cpu_us) / 2)
+
+    def rates(self, name: str) -> list[float]:
+        return [turn.rate for turn in self.turns.get(name, [])]
+
+
+def bench_http(plan: HttpPlan, say: Callable[[str], None]) -> tuple[list[Figure], list[float]]:
+    """The figures, and the part of a core that the load took in each turn. Raises BenchError."""
+    with Stand() as stand:
+        say("starting the service, the echo and the Postgres-only service; making books")
+        database = stand.other_database("postgres_only")
+        uvloop.run(postgres_only.fill(database, plan.codes_postgres))
+        stand.writer()
+        parts = _Parts(
+            stand,
+            Requests(stand.key),
+            stand.api(),
+            stand.serve("echo"),
+            stand.serve("postgres-only", COUPON_DATABASE_URL=database),
+            {},
+        )
+        stand.await_ready(parts.api)
+        stand.await_answers(parts.echo)
+        stand.await_answers(parts.postgres)
+        parts.books = {ack: _Book(stand.make_book(parts.api, ack, _CODES_FIRST)) for ack in ACKS}
+        return uvloop.run(_measure(parts, plan, say))
+
+
+async def _measure(parts: _Parts, plan: HttpPlan, say: Callable[[str], None]) -> tuple[list[Figure], list[float]]:
+    ledger = await open_ledger(*parts.stand.stores)
+    rounds = _Rounds()
+    try:
+        await _warm_up(parts, ledger)
+        for number in range(1, plan.rounds + 1):
+            parts.top_up(2 * plan.seconds)
+            await _round(parts, plan, ledger, rounds)
+            say(f"round {number} of {plan.rounds}: {_summary(rounds)}")
+        figures = _figures(rounds)
+        parts.top_up(plan.tail_rounds * plan.tail_seconds)
+        for ack in ACKS:
+            rates = rounds.rates(f"{ack} keyed")
+            figures.append(
+                await measure_tail(
+                    parts.api,
+                    parts.assign(ack, with_key=True),
+                    ack,
+                    sorted(rates)[len(rates) // 2],
+                    plan.tail_rounds,
+                    plan.tail_seconds,
+                    ledger,
+                    say,
+                )
+            )
+        return figures, rounds.load_shares
+    finally:
+        await ledger.close()
+
+
+async def _warm_up(parts: _Parts, ledger: Ledger) -> None:
+    """Nothing of it counts, refusals neither: a pool may run dry while the first blocks are small."""
+    api, requests = parts.api, parts.requests
+    await take_turn(parts.echo.port, parts.echo.pid, requests.echo(), WARM_UP_S, None)
+    for ack, book in parts.books.items():
+        turn = await take_turn(api.port, api.pid, parts.assign(ack, with_key=True), GROW_LEASE_S, ledger)
+        book.left, book.highest = book.left - turn.good, turn.rate
+    request = requests.assign(postgres_only.BOOK_ID, with_key=True)
+    await take_turn(parts.postgres.port, parts.postgres.pid, request, WARM_UP_S, None)
+
+
+async def _round(parts: _Parts, plan: HttpPlan, ledger: Ledger, rounds: _Rounds) -> None:
+    """Echo, a pair of turns, echo, the next pair, …, echo."""
+
+    async def echo() -> Turn:
+        turn = await take_turn(parts.echo.port, parts.echo.pid, parts.requests.echo(), plan.seconds, None)
+        rounds.load_shares.append(turn.load_share)
+        if turn.bad:
+            raise BenchError(f"the echo itself did not answer: {dict(turn.bad)}")
+        return turn
+
+    before = await echo()
+    for ack, book in parts.books.items():
+        for kind, with_key in KINDS:
+            request, keep = parts.assign(ack, with_key=with_key), parts.coupons.append
+            turn = await take_turn(parts.api.port, parts.api.pid, request, plan.seconds, ledger, on_good=keep)
+            rounds.take(f"{ack} {kind}", turn)
+            book.left, book.highest = book.left - turn.good, max(book.highest, turn.rate)
+        after = await echo()
+        rounds.take_echoes([f"{ack} plain", f"{ack} keyed"], before, after)
+        before = after
+    for kind, with_key in KINDS:
+        request = parts.requests.assign(postgres_only.BOOK_ID, with_key=with_key)
+        rounds.take(
+            f"postgres {kind}", await take_turn(parts.postgres.port, parts.postgres.pid, request, plan.seconds, None)
+        )
+    before = await echo()
+    for kind, with_key in KINDS:
+        pairs = Pairs(parts.requests, parts.coupons, with_key=with_key)
+        await _pairs(f"pair {kind}", parts, plan, ledger, rounds, pairs)
+    rounds.take_echoes(["pair plain", "pair keyed"], before, await echo())
+
+
+async def _pairs(name: str, parts: _Parts, plan: HttpPlan, ledger: Ledger, rounds: _Rounds, pairs: Pairs) -> None:
+    turn = await take_turn(
+        parts.api.port, parts.api.pid, pairs.next_request, plan.seconds, ledger, on_good=pairs.take_answer
+    )
+    if pairs.ran_out:
+        rounds.fail(name, "there were not enough coupons to lock")
+    turn.good = pairs.redeemed  # pairs, not answers
+    rounds.take(name, turn)
+
+
+def _summary(rounds: _Rounds) -> str:
+    parts = [f"{name} {turns[-1].rate:,.0f}/s" for name, turns in rounds.turns.items() if name.endswith("keyed")]
+    return ", ".join([f"echo {rounds.echoes['pair keyed'][-1]:,.0f}/s", *parts])
+
+
+def _figures(rounds: _Rounds) -> list[Figure]:
+    figures = []
+
+    def add(names: list[str], samples: list[float], figure: Figure) -> None:
+        figure.samples = samples
+        figure.failed = next((rounds.failed[name] for name in names if name in rounds.failed), None)
+        figures.append(figure)
+
+    kinds = (("keyed", "with an Idempotency-Key"), ("plain", "without one"))
+    for ack, spike, goal in (("redis", "0.70", 0.8), ("ledger", "0.45", 0.7)):
+        for kind, words in kinds:
+            name = f"{ack} {kind}"
+            note = f"{rate_text(rounds.rates(name))} against {rate_text(rounds.echoes[name])}"
+            what = f"assign over HTTP, `ack = {ack}`, {words}, against the echo; the backlog drained"
+            figure = Figure(id=f"assign_{ack}_{kind}", what=what, spike=spike, goal=goal, note=note)
+            add([name], ratios(rounds.rates(name), rounds.echoes[name]), figure)
+    for ack, spike, goal in (("ledger", "4.3", 6.0), ("redis", "7", 8.0)):
+        for kind, words in kinds:
+            name, other = f"{ack} {kind}", f"postgres {kind}"
+            note = f"{rate_text(rounds.rates(name))} against {rate_text(rounds.rates(other))}"
+            what = f"assign over HTTP, `ack = {ack}`, {words}, against Postgres alone"
+            figure = Figure(id=f"postgres_{ack}_{kind}", what=what, spike=spike, goal=goal, note=note)
+            add([name, other], ratios(rounds.rates(name), rounds.rates(other)), figure)
+    for kind, words in kinds:
+        name = f"pair {kind}"
+        note = f"{rate_text(rounds.rates(name))} pairs"
+        what = f"lock + redeem, {words}, against two echoes; the backlog drained"
+        figure = Figure(id=f"pair_{kind}", what=what, goal=0.5, note=note)
+        add([name], [2 * ratio for ratio in ratios(rounds.rates(name), rounds.echoes[name])], figure)
+    for ack in ACKS:
+        for kind, words in kinds:
+            name = f"{ack} {kind}"
+            cpu = [turn.cpu_us for turn in rounds.turns[name]]
+            middle = sorted(cpu)[len(cpu) // 2]
+            what = f"processor time of the API process per assign, `ack = {ack}`, {words}, against the echo's"
+            figure = Figure(
+                id=f"cpu_{ack}_{kind}", what=what, spike="1.2", goal=1.1, less_is_better=True, note=f"{middle:.0f} µs"
+            )
+            add([name], ratios(cpu, rounds.echo_cpu[name]), figure)
+    return figures
