@@ -38,10 +38,10 @@ from tests.harness import Stack, until
 KEYED = {"Idempotency-Key": "guard-0001"}
 
 REDIS_COMMANDS_MAX = {
-    "assign_coupon": 9,
-    "assign_coupon, with a key": 11,
-    "lock_coupon": 8,
-    "redeem_coupon": 11,
+    "assign_coupon": 10,
+    "assign_coupon, with a key": 12,
+    "lock_coupon": 9,
+    "redeem_coupon": 12,
 }
 """Commands that a script runs, exactly."""
 
