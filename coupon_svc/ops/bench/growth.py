@@ -12,7 +12,10 @@ from coupon_svc.ops.bench.figures import GrowthRow, GrowthTable
 from coupon_svc.ops.bench.over_http import ACKS, GROW_LEASE_S
 from coupon_svc.ops.bench.requests import NextRequest, Requests
 from coupon_svc.ops.bench.stand import Process, Stand
-from coupon_svc.ops.bench.turns import CONNECTIONS, Turn, open_ledger, take_turn
+from coupon_svc.ops.bench.turns import Turn, open_ledger, take_turn
+
+_CONNECTIONS = 64
+"""where a table is not about them"""
 
 RATE_ASSUMED_MAX = 12_000
 """Assigns a second that books are made large enough for."""
@@ -60,7 +63,7 @@ def bench_growth(plan: GrowthPlan, say: Callable[[str], None]) -> list[GrowthTab
 
         table(
             "API processes (the machine has two cores for everything)",
-            [_Setting(ack, f"{n}", apis[:n], CONNECTIONS, one[ack]) for ack in ACKS for n in (1, 2)],
+            [_Setting(ack, f"{n}", apis[:n], _CONNECTIONS, one[ack]) for ack in ACKS for n in (1, 2)],
         )
         table(
             "connections",
@@ -80,7 +83,7 @@ def _of_books(stand: Stand, api: Process, requests: Requests, plan: GrowthPlan) 
             codes = int(plan.rounds * plan.seconds * RATE_ASSUMED_MAX / number) + 100
             books = [stand.make_book(api, ack, codes) for _ in range(number)]
             request = requests.assign_in_turn(books, with_key=True)
-            settings.append(_Setting(ack, f"{number:,}", [api], CONNECTIONS, request))
+            settings.append(_Setting(ack, f"{number:,}", [api], _CONNECTIONS, request))
     return settings
 
 
@@ -91,7 +94,7 @@ def _of_codes(stand: Stand, api: Process, requests: Requests, plan: GrowthPlan) 
             wanted = -(-int(plan.rounds * plan.seconds * RATE_ASSUMED_MAX) // codes)
             books = [stand.make_book(api, ack, codes) for _ in range(wanted)]
             request = requests.assign_until_dealt(books, codes, with_key=True)
-            settings.append(_Setting(ack, f"{codes:,}", [api], CONNECTIONS, request))
+            settings.append(_Setting(ack, f"{codes:,}", [api], _CONNECTIONS, request))
     return settings
 
 

@@ -11,7 +11,7 @@ from coupon_svc.ops.bench import postgres_only
 from coupon_svc.ops.bench.figures import BenchError, Figure, rate_text, ratios
 from coupon_svc.ops.bench.requests import NextRequest, Pairs, Requests
 from coupon_svc.ops.bench.stand import Process, Stand
-from coupon_svc.ops.bench.tail import measure_tail
+from coupon_svc.ops.bench.tail import echo_tail, measure_tail
 from coupon_svc.ops.bench.turns import Ledger, Turn, open_ledger, take_turn
 
 _POSTGRES_RATE_ASSUMED_MAX = 5_000
@@ -137,6 +137,10 @@ async def _measure(parts: _Parts, plan: HttpPlan, say: Callable[[str], None]) ->
             say(f"round {number} of {plan.rounds}: {_summary(rounds)}")
         figures = _figures(rounds)
         parts.top_up(plan.tail_rounds * plan.tail_seconds)
+        echo_rates = sorted(rounds.echoes["redis keyed"])
+        echo, median = parts.requests.echo(), echo_rates[len(echo_rates) // 2]
+        beside = await echo_tail(parts.echo, echo, median, plan.tail_rounds, plan.tail_seconds)
+        say(beside)
         for ack in ACKS:
             rates = rounds.rates(f"{ack} keyed")
             figures.append(
@@ -148,6 +152,7 @@ async def _measure(parts: _Parts, plan: HttpPlan, say: Callable[[str], None]) ->
                     plan.tail_rounds,
                     plan.tail_seconds,
                     ledger,
+                    beside,
                     say,
                 )
             )

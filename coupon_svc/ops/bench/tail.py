@@ -26,9 +26,10 @@ async def measure_tail(
     rounds: int,
     seconds: float,
     ledger: Ledger,
+    beside: str,
     say: Callable[[str], None],
 ) -> Figure:
-    """The 99th percentile at PART_OF_HIGHEST of the highest rate, once a round. Raises BenchError."""
+    """The 99th percentile at PART_OF_HIGHEST of the highest rate, once a round, told with `beside`. Raises BenchError."""
     rate = PART_OF_HIGHEST * highest
     figure = Figure(
         id=f"p99_{ack}",
@@ -36,7 +37,7 @@ async def measure_tail(
         unit="ms",
         goal=_GOALS_MS[ack],
         less_is_better=True,
-        note=f"{rate:,.0f}/s came, each counted from when it was due",
+        note=f"{rate:,.0f}/s came, each counted from when it was due; {beside}",
     )
     for _ in range(rounds):
         latencies, bad = await open_loop(api.port, next_request, rate, seconds)
@@ -44,10 +45,21 @@ async def measure_tail(
         if bad or not latencies:
             figure.failed = f"not all answers were good: {dict(bad)}"
             continue
-        latencies.sort()
-        figure.samples.append(latencies[int(len(latencies) * 0.99)] * 1000)
+        figure.samples.append(_p99_ms(latencies))
         say(f"ack = {ack} at {rate:,.0f}/s: p99 {figure.samples[-1]:.1f} ms")
     return figure
+
+
+async def echo_tail(echo: Process, next_request: NextRequest, rate: float, rounds: int, seconds: float) -> str:
+    """The same of the echo at PART_OF_HIGHEST of its rate, in words: what the machine itself lets nobody be quicker than."""
+    tails = sorted(
+        [_p99_ms((await open_loop(echo.port, next_request, PART_OF_HIGHEST * rate, seconds))[0]) for _ in range(rounds)]
+    )
+    return f"the echo's own, at {PART_OF_HIGHEST:.0%} of its rate: {tails[len(tails) // 2]:.0f} ms"
+
+
+def _p99_ms(latencies: list[float]) -> float:
+    return sorted(latencies)[int(len(latencies) * 0.99)] * 1000
 
 
 async def open_loop(

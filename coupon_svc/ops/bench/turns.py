@@ -19,7 +19,7 @@ from coupon_svc.ops.bench.requests import NextRequest
 from coupon_svc.store.connection import Connection, connect
 from coupon_svc.store.keys import ShardKeys
 
-CONNECTIONS = 64
+CONNECTIONS = 256
 DRAIN_TIMEOUT_S = 60.0
 _POLL_S = 0.002
 
