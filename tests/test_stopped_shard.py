@@ -1,8 +1,9 @@
-"""A shard that was stopped for a person to look at is not opened by the next writer, though Redis and the ledger agree."""
+"""A shard whose history contradicts itself is stopped for a person to look at, and not opened by the next writer."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -39,3 +40,42 @@ async def test_a_stopped_shard_is_shut_when_it_would_be_opened(make_stack: Calla
         for opened in writer._connections.values():
             opened.terminate()
         await redis.aclose()
+
+
+async def test_an_event_that_contradicts_the_ledger_stops_its_shard(make_stack: Callable[[], Awaitable[Stack]]) -> None:
+    """A second assignment of a code, at a position of its own: no script of ours makes one."""
+    stack = await make_stack()
+    stack.writer()
+    stack.api()
+    await stack.ready()
+    async with await stack.client() as http:
+        book = {"name": "b", "generate": {"pattern": "F-########", "total": 5}}
+        book_id = (await http.post("/coupons", json=book)).json()["book_id"]
+        given = (await http.post("/coupons/assign", json={"book_id": book_id, "user_id": "ann"})).json()["code"]
+        shard = int(book_id[3:5])
+        keys, redis = ShardKeys(shard, stack.shards), stack.redis()
+        epoch, seq = str(await redis.hget(keys.meta, "epoch")), await redis.hincrby(keys.meta, "seq", 1)
+        event: dict[Any, Any] = {
+            "event": "coupon_assigned",
+            "book": book_id,
+            "code": given,
+            "user": "bob",
+            "at_ms": "1",
+        }
+        await redis.xadd(keys.events, {**event, "idem": "", "fingerprint": ""}, id=f"{epoch}-{seq}")
+
+        async def stopped() -> str | None:
+            (row,) = await stack.ledger("SELECT stopped FROM shards WHERE shard = $1", shard)
+            reason: str | None = row["stopped"]
+            return reason
+
+        assert "contradicts the ledger" in str(await until(stopped))
+
+        async def shut() -> bool:
+            answer = await http.post("/coupons/assign", json={"book_id": book_id, "user_id": "carl"})
+            return bool(answer.json().get("code") == "recovering")
+
+        await until(shut, what="nobody should decide anything there any more")
+        await redis.aclose()
+    rows = await stack.ledger("SELECT user_id FROM coupons WHERE code = $1", given)
+    assert [row["user_id"] for row in rows] == ["ann"]
