@@ -13,6 +13,7 @@ from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.store.keys import ShardKeys
 from coupon_svc.store.owner import KEYS_PER_CALL_MAX, OwnerStore, Suspect, Term
 from coupon_svc.store.scripts import Scripts
+from coupon_svc.store.server import Identity
 from tests.scripts.runner import new_rules
 
 SHARDS = 89  # of no other test on these servers
@@ -114,3 +115,14 @@ async def test_nothing_is_wiped_or_restored_in_a_shard_that_is_not_shut(owned: O
     with pytest.raises(Suspect):
         await store.certify_shard(term, await store.connect(), 1000)
     assert sorted(redis.scan_iter(keys.pattern, count=10_000)) == sorted([keys.lock(BOOK, "1"), keys.meta])
+
+
+async def test_what_is_certified_is_the_server_that_was_shut_whoever_answers_by_now(owned: Owned) -> None:
+    """A server that took the other's place carries a certificate which is not its own: nobody trusts it."""
+    store, term, _, _ = owned
+    before = Identity("the run that was shut", (await store.connect()).replid)
+    await store.certify_shard(term, before, 1000)
+    meta = await store.read_meta(term.shard)
+    assert meta["run_id"] == "the run that was shut" != (await store.connect()).run_id
+    with pytest.raises(Suspect):
+        await store.open_shard(term, 0, 1000)

@@ -86,6 +86,12 @@ def test_an_owners_second_recovery_fences_what_is_left_of_its_first(shard: Shard
             assert ask(GENERATION) == ["fenced"], name
 
 
+def test_what_is_left_of_an_owners_first_recovery_shuts_nothing(shard: Shard) -> None:
+    shard.shut_shard(epoch=RECOVERED + 7)
+    with shard.writes_nothing():
+        assert shard.shut_shard(epoch=RECOVERED) == ["fenced"]
+
+
 def test_no_script_of_the_api_does_anything_in_a_shard_that_is_shut(shard: Shard) -> None:
     book = worn(shard)
     shard.shut_shard()
