@@ -29,6 +29,8 @@ sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type]
 T = TypeVar("T")
 
 DEADLINE_S = 20.0
+START_S = 60.0
+"""For processes to start: nothing is shown by how long that takes on a busy machine."""
 
 
 async def until(fact: Callable[[], Awaitable[T]], timeout: float = DEADLINE_S, what: str = "") -> T:
@@ -155,7 +157,7 @@ class Stack:
                 except httpx.TransportError:
                     return False
 
-            await until(is_ready, what="the service should be ready")
+            await until(is_ready, START_S, "the service should be ready")
 
     async def key(self, tenant: str | None = None, scopes: tuple[str, ...] = SCOPES) -> str:
         """A new API key, of a new tenant unless one is named."""

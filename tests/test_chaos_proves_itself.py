@@ -13,7 +13,7 @@ from tests.chaos.suite import FAULTS, run_once
 from tests.unsafe import SAFEGUARDS
 
 AT_ONCE = 6
-TRIES = 3
+TRIES = 5
 
 
 class Case(NamedTuple):
