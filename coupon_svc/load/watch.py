@@ -72,10 +72,14 @@ class Watch:
 
     async def run(self) -> None:
         """Sample once a second."""
-        now = asyncio.get_running_loop().time
-        for tick in range(1, 10**9):
+        now, task = asyncio.get_running_loop().time, asyncio.current_task()
+        assert task is not None
+        tick = 1
+        # Before Python 3.12 a cancellation may get lost in `asyncio.wait_for` (cpython #86296), through which redis-py sends.
+        while not task.cancelling():
             await asyncio.sleep(max(0.0, self._began + tick * INTERVAL_S - now()))
             await self.sample()
+            tick += 1
 
     async def sample(self) -> Sample:
         """Take a sample now."""
