@@ -22,7 +22,7 @@ from coupon_svc.api.server import SERVER_SETTINGS, CouponProtocol
 from coupon_svc.app import make_api, run_writer
 from coupon_svc.config import Settings, SettingsError, load_settings
 from coupon_svc.ledger import keys, quarantine
-from coupon_svc.ledger.database import LedgerUnavailable, open_connection
+from coupon_svc.ledger.database import PATIENT_S, LedgerUnavailable, open_connection
 from coupon_svc.ledger.migrations import ShardsDiffer, migrate
 
 
@@ -415,7 +415,7 @@ def _no_redis() -> dict[str, Any]:
 def _with_database(settings: Settings, work: Callable[[Any], Any]) -> Any:
     async def run() -> Any:
         try:
-            connection = await open_connection(settings.database_url, "coupon-cli")
+            connection = await open_connection(settings.database_url, "coupon-cli", PATIENT_S)
         except ValueError:
             raise UsageError("COUPON_DATABASE_URL is not an address such as postgresql://user@host:5432/db.") from None
         try:

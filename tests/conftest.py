@@ -67,6 +67,7 @@ async def service(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -
         server = EmbeddedRedis(folder / "redis")
         server.start()
     stack = Stack(server, given or server.url, await fresh_database(postgres_url, SHARDS), folder, SHARDS)  # type: ignore[union-attr]
+    stack.patient = True
     try:
         stack.writer()
         stack.api()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import signal
@@ -54,6 +55,29 @@ async def fresh_database(url: str, shards: int) -> str:
     await migrate(connection, shards)
     await connection.close()
     return own_url
+
+
+class Patient(httpx.AsyncBaseTransport):
+    """Asks again when the service asks for patience and says that nothing was done, as its callers are told to: that a
+    busy machine stood still for a second is no failure of the service."""
+
+    _NOTHING_DONE = ("recovering", "store_unavailable", "refilling", "ledger_behind")
+
+    def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
+        self._transport = transport
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            response = await self._transport.handle_async_request(request)
+            if response.status_code != 503 or time.monotonic() > deadline:
+                return response
+            if json.loads(await response.aread())["code"] not in self._NOTHING_DONE:
+                return response
+            await asyncio.sleep(0.1)
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
 
 
 class Part:
@@ -116,6 +140,8 @@ class Stack:
         self.base_url = ""
         self.module: tuple[str, ...] = ("coupon_svc",)
         """What parts are started as; `("tests.unsafe", SAFEGUARD)` takes a safeguard out of them."""
+        self.patient = False
+        """Whether clients ask again when they are told to; for tests that are about something else."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -169,12 +195,15 @@ class Stack:
 
     async def client(self, tenant: str | None = None, scopes: tuple[str, ...] = SCOPES) -> httpx.AsyncClient:
         """An HTTP client with a key of its own. Close it after use."""
+        transport: httpx.AsyncBaseTransport = httpx.AsyncHTTPTransport(
+            verify=False,  # it is plain HTTP; loading the system's certificates takes 40 ms a client
+            limits=httpx.Limits(max_connections=200),
+        )
         return httpx.AsyncClient(
             base_url=self.base_url,
             headers={"Authorization": f"Bearer {await self.key(tenant, scopes)}"},
-            verify=False,  # it is plain HTTP; loading the system's certificates takes 40 ms a client
             timeout=30,
-            limits=httpx.Limits(max_connections=200),
+            transport=Patient(transport) if self.patient else transport,
         )
 
     async def ledger(self, statement: str, *args: Any) -> list[Any]:

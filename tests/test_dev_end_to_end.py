@@ -23,6 +23,7 @@ import pytest
 import redis
 
 from coupon_svc.dev import leash
+from tests.harness import START_S
 
 PARTS = ["redis", "postgres", "writer", "api"]
 
@@ -115,7 +116,7 @@ class Dev:
 
 
 def wait_for(fact: Any, what: str, dev: Dev) -> None:
-    assert leash.wait_until(fact, timeout=20), f"no {what}; the supervisor said:\n{dev.output.read_text()}"
+    assert leash.wait_until(fact, timeout=START_S), f"no {what}; the supervisor said:\n{dev.output.read_text()}"
 
 
 def gone(pid: int) -> bool:

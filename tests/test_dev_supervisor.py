@@ -22,6 +22,7 @@ import redis
 
 from coupon_svc.dev import leash
 from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis
+from tests.harness import START_S
 
 SUPERVISE = """
 import sys
@@ -123,7 +124,7 @@ def flat(pids: dict[str, Any]) -> list[int]:
 
 
 def wait_for(fact: Any, what: str, dev: Dev) -> None:
-    assert leash.wait_until(fact, timeout=20), f"no {what}; the supervisor said:\n{dev.output.read_text()}"
+    assert leash.wait_until(fact, timeout=START_S), f"no {what}; the supervisor said:\n{dev.output.read_text()}"
 
 
 def gone(pid: int) -> bool:

@@ -41,8 +41,8 @@ async def test_one_that_breaks_at_once_is_the_ledger_being_unavailable(
     url = await fresh_database(postgres_url, SHARDS)
     (await connected(url)).terminate()
 
-    async def open_and_break(*args: str) -> Any:
-        connection = await open_connection(*args)
+    async def open_and_break(url: str, name: str) -> Any:
+        connection = await open_connection(url, name)
         connection.terminate()
         return connection
 

@@ -21,6 +21,7 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.ledger.database import LedgerUnavailable
 from coupon_svc.ledger.idempotency import IdempotentCall, Remembered
 from coupon_svc.ledger.keys import KeyRow
+from coupon_svc.loops import place_of
 
 log = logging.getLogger(__name__)
 
@@ -157,8 +158,7 @@ class Endpoint:
         except Exception as error:
             outcome = Outcome.INTERNAL_ERROR.value
             response, request_id = self._refuse(Refused(Outcome.INTERNAL_ERROR))
-            # The message of an error may hold a code or a key; its kind and place do not.
-            log.error("%s in %s, request %s, at %s", type(error).__name__, name, request_id, _place(error))
+            log.error("%s in %s, request %s, at %s", type(error).__name__, name, request_id, place_of(error))
         self._metrics.count(name, outcome, time.perf_counter() - started)
         return response
 
@@ -302,11 +302,3 @@ def parse_idempotency_key(header: bytes) -> str:
     if not _IDEMPOTENCY_KEY.fullmatch(text):
         raise Refused(Outcome.INVALID_IDEMPOTENCY_KEY)
     return text
-
-
-def _place(error: BaseException) -> str:
-    """File and line where an error came from, and nothing of what it says."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "nowhere"

@@ -21,6 +21,7 @@ from coupon_svc.ledger.processes import (
     report_seen,
 )
 from coupon_svc.ledger.recovery import EPOCH_CHANNEL
+from coupon_svc.loops import keep_running
 from coupon_svc.store.client import Store
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Registration:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
+        self._task = asyncio.create_task(keep_running(self._run))
 
     async def stop(self) -> None:
         """End for good: report what was seen of every epoch. No request may be under way any more."""

@@ -12,6 +12,8 @@ import asyncpg
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 2.0
+PATIENT_S = 15.0
+"""For a person's command: who waits for one answer would rather have it late than be told to try again."""
 IDLE_IN_TRANSACTION_S = 10
 
 
@@ -40,21 +42,6 @@ UNAVAILABLE = (
 """Errors that say nothing about the data sent: try again, elsewhere or later (SQLSTATE classes 08, 40, 53, 57, 58)."""
 
 
-async def open_connection(url: str, name: str) -> asyncpg.Connection:
-    """One connection of one's own. Raises LedgerUnavailable."""
-    try:
-        connection = await asyncpg.connect(url, timeout=CONNECT_TIMEOUT_S, server_settings={"application_name": name})
-        # A server may be set up to forget the last commits when it crashes. What we have answered must not be among them.
-        # A process that is stopped or cut off within a transaction must not hold a book or a shard until TCP gives it up.
-        await connection.execute(
-            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';"
-            f"SET idle_in_transaction_session_timeout = '{IDLE_IN_TRANSACTION_S}s'"
-        )
-        return connection
-    except UNAVAILABLE as error:
-        raise LedgerUnavailable(type(error).__name__) from None
-
-
 async def bounded(connection: asyncpg.Connection, work: Awaitable[T], seconds: float) -> T:
     """Await `work` on `connection`, and end the connection when it takes longer than `seconds`.
 
@@ -75,6 +62,22 @@ async def bounded(connection: asyncpg.Connection, work: Awaitable[T], seconds: f
         # The next connection may be better off: this one may have begun while the server was read-only, and stays so.
         connection.terminate()
         raise LedgerUnavailable(type(error).__name__) from None
+
+
+async def open_connection(url: str, name: str, timeout_s: float = CONNECT_TIMEOUT_S) -> asyncpg.Connection:
+    """One connection of one's own, made within twice `timeout_s`. Raises LedgerUnavailable."""
+    try:
+        connection = await asyncpg.connect(url, timeout=timeout_s, server_settings={"application_name": name})
+    except UNAVAILABLE as error:
+        raise LedgerUnavailable(type(error).__name__) from None
+    # A server may be set up to forget the last commits when it crashes. What we have answered must not be among them.
+    # A process that is stopped or cut off within a transaction must not hold a book or a shard until TCP gives it up.
+    first = connection.execute(
+        "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';"
+        f"SET idle_in_transaction_session_timeout = '{IDLE_IN_TRANSACTION_S}s'"
+    )
+    await bounded(connection, first, timeout_s)
+    return connection
 
 
 class Database:

@@ -70,10 +70,10 @@ class Resolver:
                 rows = await self._database.fetch(
                     _FIND_CODES, [tenant_id for tenant_id, _ in asked], [code for _, code in asked]
                 )
-            except LedgerUnavailable as error:
+            except Exception as error:  # whatever it is, nobody may be left waiting
                 for future in asked.values():
                     if not future.done():
-                        future.set_exception(LedgerUnavailable(str(error)))
+                        future.set_exception(error)
                         future.exception()  # it may be that nobody waits any more
                 continue
             for row in rows:

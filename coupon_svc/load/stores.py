@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from coupon_svc.config import load_settings
-from coupon_svc.ledger.database import LedgerUnavailable, open_connection
+from coupon_svc.ledger.database import PATIENT_S, LedgerUnavailable, open_connection
 from coupon_svc.load.audit import LOST_NOTE, Verdict
 from coupon_svc.load.history import Book, Coupon, History
 from coupon_svc.load.plan import LoadError
@@ -46,7 +46,7 @@ async def open_stores(redis_url: str, database_url: str) -> AsyncIterator[Stores
     redis = Redis.from_url(redis_url, decode_responses=True)
     try:
         await redis.ping()
-        database = await open_connection(database_url, "coupon-load")
+        database = await open_connection(database_url, "coupon-load", PATIENT_S)
     except (RedisError, OSError) as error:
         raise LoadError(f"Redis cannot be read ({type(error).__name__}); check COUPON_REDIS_URL") from None
     except (LedgerUnavailable, asyncpg.PostgresError, ValueError) as error:

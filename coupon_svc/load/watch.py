@@ -75,7 +75,7 @@ class Watch:
         now, task = asyncio.get_running_loop().time, asyncio.current_task()
         assert task is not None
         tick = 1
-        # Before Python 3.12 a cancellation may get lost in `asyncio.wait_for` (cpython #86296), through which redis-py sends.
+        # redis-py sends through `asyncio.wait_for`, which may swallow a cancellation before Python 3.12 (cpython #86296).
         while not task.cancelling():
             await asyncio.sleep(max(0.0, self._began + tick * INTERVAL_S - now()))
             await self.sample()

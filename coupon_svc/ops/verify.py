@@ -28,7 +28,7 @@ from redis.exceptions import RedisError
 
 from coupon_svc.config import Settings
 from coupon_svc.domain.books import Book
-from coupon_svc.ledger.database import LedgerUnavailable, open_connection
+from coupon_svc.ledger.database import PATIENT_S, LedgerUnavailable, open_connection
 from coupon_svc.ledger.recovery import books_of_shard, coupons_of_book
 from coupon_svc.ops.history import Head, walk_history
 from coupon_svc.store.keys import ShardKeys
@@ -306,7 +306,7 @@ def run_verify(settings: Settings, *, as_json: bool, heads: Path | None = None) 
         return 2
 
     async def run() -> Report:
-        connection = await open_connection(settings.database_url, "coupon-verify")
+        connection = await open_connection(settings.database_url, "coupon-verify", PATIENT_S)
         redis = Redis.from_url(settings.redis_url, decode_responses=True)
         try:
             show = sys.stderr.isatty()

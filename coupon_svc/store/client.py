@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.loops import keep_running
 from coupon_svc.store.connection import Connection, Reply, ReplyError, StoreOutcomeUnknown, StoreUnavailable, connect
 from coupon_svc.store.keys import POSITIONS_CHANNEL, ShardKeys
 from coupon_svc.store.positions import Positions
@@ -70,7 +71,7 @@ class Store:
     async def start(self) -> None:
         """Begin to connect; returns at once. Until a shard is certified its requests are refused."""
         loops = (self._keep_connected, self._keep_listening, self._watch)
-        self._tasks = [asyncio.create_task(loop()) for loop in loops]
+        self._tasks = [asyncio.create_task(keep_running(loop)) for loop in loops]
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -201,11 +202,12 @@ class Store:
                 await connection.closed
             except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError) as error:
                 log.warning("redis cannot be used: %s", str(error) or type(error).__name__)
-            self._connection = None
-            if connection is not None:
-                connection.abort()  # one that was refused must not stay open beside the next
-            for view in self.views:
-                view.certified = False
+            finally:
+                self._connection = None
+                if connection is not None:
+                    connection.abort()  # one that was refused must not stay open beside the next
+                for view in self.views:
+                    view.certified = False
             await asyncio.sleep(0.1)
 
     async def _verify(self, connection: Connection) -> None:

@@ -21,8 +21,8 @@ from redis.exceptions import ResponseError
 from coupon_svc.ledger.quarantine import want_recovery
 from coupon_svc.store.keys import ShardKeys
 from tests.chaos.fault import SHARDS, Fault
-from tests.chaos.machine_faults import writer_standing_still
 from tests.chaos.probe import Probe, probing, under_load
+from tests.chaos.process_faults import writer_standing_still
 from tests.chaos.run import HEAL_S, Run
 from tests.harness import Part, until
 

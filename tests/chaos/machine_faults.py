@@ -6,12 +6,10 @@ Each takes a run under load, does its harm, shows that it bit, and heals what do
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import math
 import os
 import shutil
-import signal
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +29,12 @@ from tests.chaos.machine import (
     small_redis_disk_stage,
 )
 from tests.chaos.probe import Probe, probing, under_load
-from tests.chaos.process_faults import written_to_redis_alone
-from tests.chaos.run import Run
+from tests.chaos.process_faults import seqs_in_redis, writer_standing_still
+from tests.chaos.run import HEAL_S, Run
 from tests.harness import until
 
 DIRTY_BYTES_LEFT = 16_384
-
-
-async def seqs_in_redis(run: Run) -> dict[str, int]:
-    """How many events each shard's meta tells of in its epoch."""
-    async with run.stack.redis() as redis:
-        return {key: int(await redis.hget(key, "seq") or 0) async for key in redis.scan_iter("cb:*:meta")}
-
-
-@contextlib.asynccontextmanager
-async def writer_standing_still(run: Run) -> AsyncIterator[None]:
-    run.stack.parts[0].signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        run.stack.parts[0].signal(signal.SIGCONT)
+FSYNC_S = 1.8
 
 
 # --- the disk
@@ -61,27 +45,35 @@ async def redis_killed_on_a_slow_disk(run: Run) -> None:
     stack = SlowDiskStack.of(run)
     assert stack.redis_server is not None
     run.loses_records = True
-    before: dict[str, int] = {}
     async with stack.redis() as redis, under_load(run), writer_standing_still(run):
         metas = list(await seqs_in_redis(run))
-        stack.disk.set_s(1.8)
+        stack.disk.set_s(FSYNC_S)
+        seqs: dict[str, int] = {}
+        written: dict[str, int] = {}
+        asked_at_s, wrote_at_s, pending, buffered = 0.0, -math.inf, 1, 0
 
         async def unwritten() -> bool:
-            """Asked in one go, and as early in the slow fsync as can be, so that it lasts until Redis is dead."""
+            """A write was seen to begin an fsync, an event was decided after it, and the next write is not due yet."""
+            nonlocal seqs, written, asked_at_s, wrote_at_s, pending, buffered
+            before = asked_at_s, pending, buffered
+            asked_at_s = time.monotonic()
             pipe: Any = redis.pipeline(transaction=False)
             pipe.info("persistence")
             for meta in metas:
                 pipe.hget(meta, "seq")
-            info, *seqs = await pipe.execute()
-            before.update(zip(metas, map(int, seqs), strict=True))
-            return bool(info["aof_pending_bio_fsync"] and info["aof_buffer_length"])
+            info, *replies = await pipe.execute()
+            seqs = dict(zip(metas, map(int, replies), strict=True))
+            pending, buffered = info["aof_pending_bio_fsync"], info["aof_buffer_length"]
+            if pending and (not before[1] or buffered < before[2]):
+                written, wrote_at_s = seqs, before[0]
+            return seqs != written and time.monotonic() - wrote_at_s < FSYNC_S / 2
 
-        await until(unwritten, 10.0, "an fsync should be under way, and something to be written after it")
+        await until(unwritten, HEAL_S, "an fsync should be under way, and an event to be written after it")
         stack.redis_server.kill()
         stack.disk.set_s(0)
         stack.redis_server.start()
         after = await seqs_in_redis(run)
-        assert any(after[key] < before[key] for key in before), (before, after, "nothing was lost")
+        assert any(after[meta] < seqs[meta] for meta in metas), (seqs, after, "nothing was lost")
     await run.recovered()
 
 
@@ -144,7 +136,7 @@ async def aof_tail_cut_off(run: Run) -> None:
     run.loses_records = True
     async with probing(run) as probe:
         await probe.goes_on()
-        async with written_to_redis_alone(run):
+        async with writer_standing_still(run):
             given = [await probe.assign("redis") for _ in range(3)]  # so that it is a script that is cut off
             assert given[-1].outcome == "ok", given
             before = await seqs_in_redis(run)

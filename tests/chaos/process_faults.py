@@ -13,6 +13,7 @@ import signal
 from collections.abc import AsyncIterator
 
 from tests.chaos.fault import Fault, Strike
+from tests.chaos.probe import under_load
 from tests.chaos.run import HEAL_S, Run
 from tests.harness import until
 
@@ -47,20 +48,40 @@ async def api_killed(run: Run) -> None:
 
 
 @contextlib.asynccontextmanager
-async def written_to_redis_alone(run: Run) -> AsyncIterator[None]:
-    """What is done just before the block is in Redis and not in the ledger: the writer is paused meanwhile."""
+async def writer_standing_still(run: Run) -> AsyncIterator[None]:
     writer = run.stack.parts[0]
     writer.signal(signal.SIGSTOP)
     try:
-        await asyncio.sleep(run.random.uniform(0.2, 0.6))
         yield
     finally:
         writer.signal(signal.SIGCONT)
 
 
+@contextlib.asynccontextmanager
+async def written_to_redis_alone(run: Run) -> AsyncIterator[None]:
+    """What is done just before the block is in Redis and not in the ledger: the writer is paused meanwhile. Under load."""
+    async with writer_standing_still(run):
+        await asyncio.sleep(run.random.uniform(0.2, 0.6))  # a commit that was on its way has arrived
+        await until(lambda: _more_than_the_ledger(run), HEAL_S, "Redis should have what the ledger has not")
+        yield
+
+
+async def _more_than_the_ledger(run: Run) -> bool:
+    """Whether Redis has decided something in any shard that the ledger does not know."""
+    known = {row["shard"]: row["committed"] for row in await run.stack.ledger("SELECT shard, committed FROM shards")}
+    decided = await seqs_in_redis(run)
+    return any(seq > known[int(meta[4:6])] for meta, seq in decided.items())
+
+
+async def seqs_in_redis(run: Run) -> dict[str, int]:
+    """How many events each shard's meta tells of in its epoch."""
+    async with run.stack.redis() as redis:
+        return {key: int(await redis.hget(key, "seq") or 0) async for key in redis.scan_iter("cb:*:meta")}
+
+
 async def redis_killed(run: Run) -> None:
     assert run.stack.redis_server is not None
-    async with written_to_redis_alone(run):
+    async with under_load(run), written_to_redis_alone(run):
         run.stack.redis_server.kill()
     run.stack.redis_server.start()
     await run.recovered()
@@ -73,7 +94,7 @@ async def redis_rolled_back(run: Run) -> None:
     run.loses_records = True
     (folder,) = server.directory.rglob("appendonlydir")
     shutil.copytree(folder, run.stack.folder / "old")
-    async with written_to_redis_alone(run):
+    async with under_load(run), written_to_redis_alone(run):
         server.kill()
     shutil.rmtree(folder)
     shutil.copytree(run.stack.folder / "old", folder)
@@ -86,7 +107,7 @@ async def redis_lost(run: Run) -> None:
     server = run.stack.redis_server
     assert server is not None
     run.loses_records = True
-    async with written_to_redis_alone(run):
+    async with under_load(run), written_to_redis_alone(run):
         server.kill()
     for folder in server.directory.rglob("appendonlydir"):
         shutil.rmtree(folder)
@@ -96,7 +117,7 @@ async def redis_lost(run: Run) -> None:
 
 async def everything_flushed(run: Run) -> None:
     run.loses_records = True
-    async with run.stack.redis() as redis, written_to_redis_alone(run):
+    async with run.stack.redis() as redis, under_load(run), written_to_redis_alone(run):
         await redis.flushall()
     await run.recovered()
 
@@ -105,7 +126,7 @@ async def redis_and_api_killed(run: Run) -> None:
     """Nobody is left who could say what was answered: what has no record must be quarantined."""
     run.loses_records = True
     assert run.stack.redis_server is not None
-    async with written_to_redis_alone(run):
+    async with under_load(run), written_to_redis_alone(run):
         run.stack.parts[1].kill()
         run.stack.redis_server.kill()
     run.stack.redis_server.start()
@@ -161,12 +182,9 @@ def _deleted(kind: str) -> Strike:
 
 async def stream_trimmed(run: Run) -> None:
     run.loses_records = True
-    async with run.stack.redis() as redis:
-        run.stack.parts[0].signal(signal.SIGSTOP)
-        await asyncio.sleep(0.3)
+    async with run.stack.redis() as redis, under_load(run), written_to_redis_alone(run):
         for key in [key async for key in redis.scan_iter("cb:*:events")]:
             await redis.xtrim(key, maxlen=0, approximate=False)
-        run.stack.parts[0].signal(signal.SIGCONT)
     await run.recovered(all_shards=False)
 
 

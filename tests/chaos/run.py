@@ -15,7 +15,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from coupon_svc.config import load_settings
-from coupon_svc.ledger.database import open_connection
+from coupon_svc.ledger.database import PATIENT_S, open_connection
 from coupon_svc.ops.verify import Verifier
 from tests.harness import Stack, until
 from tests.linearizable import CodeModel, LimitModel, Operation, require_linearizable
@@ -326,7 +326,7 @@ class Run:
 
     async def _check_verify(self) -> None:
         settings = load_settings(self.stack.environment)
-        connection = await open_connection(settings.database_url, "chaos")
+        connection = await open_connection(settings.database_url, "chaos", PATIENT_S)
         redis = Redis.from_url(settings.redis_url, decode_responses=True)
         report = await Verifier(settings, connection, redis, show_progress=False).verify()
         await redis.aclose()
