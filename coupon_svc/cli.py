@@ -316,7 +316,10 @@ def _rebuild(args: argparse.Namespace) -> None:
         load_settings(**_no_redis()), lambda connection: quarantine.want_recovery(connection, shards, rebuild=True)
     )
     if not number:
-        raise UsageError(f"there is no shard {args.shard}.")
+        which = (
+            "no shard that could be" if args.shard is None else f"no shard {args.shard}, or it is stopped and cannot be"
+        )
+        raise UsageError(f"there is {which} rebuilt; `coupon-svc verify` says what stopped a shard.")
     print(f"{number} shards are being rebuilt by their writers; `coupon-svc verify` shows when it is done")
 
 

@@ -377,7 +377,7 @@ async def test_a_replay_that_differs_is_found(falsified: Played) -> None:
 async def test_a_service_that_goes_away_leaves_the_audit_incomplete(
     falsified: Played, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coupon_svc.load.audit._ATTEMPTS_MAX", 2)
+    monkeypatch.setattr("coupon_svc.load.audit._PATIENCE_S", 0.5)
     monkeypatch.setattr(falsified.load, "_url", "http://127.0.0.1:1")
     verdict = await falsified.load.audit()
     assert verdict.unchecked == ["the service does not answer (connection_refused); the audit is not complete"]

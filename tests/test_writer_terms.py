@@ -13,7 +13,7 @@ from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.ledger.events import Batch
 from coupon_svc.ledger.lending import Lease
 from coupon_svc.ledger.shards import OwnedShard
-from coupon_svc.store.owner import OwnerStore, Suspect
+from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.store.scripts import Scripts
 from coupon_svc.writer.lend import Lender
 from coupon_svc.writer.persist import Persister
@@ -87,3 +87,31 @@ async def test_work_that_a_recovery_overtook_does_not_shut_the_shard_again(recov
     assert shard.opened_on is not None
     await lender._guarded(shard, shard.owned, refused())
     assert shard.wants_recovery
+
+
+async def test_codes_are_counted_though_their_position_cannot_be_told(recovered: Recovered) -> None:
+    """Else the pool would be thought fuller than it is, run dry, and never be refilled."""
+    _, shard, before, book_id = recovered
+    assigned: list[tuple[str, int]] = []
+    away = OwnerStore("redis://127.0.0.1:1", SHARDS, Scripts())
+    persister = Persister(
+        "", "wr", away, {before.shard: shard}, lambda _, book, number: assigned.append((book, number))
+    )
+    now = shard.owned
+    batch = Batch(now.shard, now.epoch, now.generation, 0, 1, [Event(1, COUPON_ASSIGNED, book_id, "A-1", "u", 1)])
+    with pytest.raises(StoreLost):
+        await persister._publish(shard, batch, b"x" * 32)
+    assert (shard.committed, assigned) == (1, [(book_id, 1)])
+
+
+def test_what_a_process_can_have_seen_is_asked_anew_in_each_epoch() -> None:
+    """Positions begin at 1 again: by the old one its report would come late, and a recovery before it take it for silent."""
+    shard = Shard(OwnedShard(0, 1, 0, 3, CHAIN))
+    assert shard.answered_by_gone(["api_gone"], 5) == []
+    shard.begin_epoch(shard.owned._replace(epoch=2))
+    assert shard.answered_by_gone(["api_gone"], 0) == [("api_gone", 0)]
+
+
+async def test_more_books_than_one_write_may_hold_are_counted(recovered: Recovered) -> None:
+    store, shard, _, book_id = recovered
+    assert await store.held_counts(shard.owned.shard, ["bk_none", *[book_id] * 20_001]) == [None, *[0] * 20_001]

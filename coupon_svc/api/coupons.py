@@ -375,13 +375,11 @@ class Coupons:
     ) -> Reply:
         """Run a script of a book; a code in quarantine whose receipt is shown leaves it first. Raises Refused."""
         reply = await self._runner.run(name, place, tenant_id, keys, args, code=code)
-        if reply[0] in _ANSWERED:
-            return reply
         if reply[0] == "code_quarantined" and receipt and await self._restore(place, tenant_id, code, receipt):
             reply = await self._runner.run(name, place, tenant_id, keys, args, code=code)
-            if reply[0] in _ANSWERED:
-                return reply
-        raise refusal(reply)
+        if reply[0] not in _ANSWERED:
+            raise refusal(reply)
+        return reply
 
     async def _restore(self, place: Place, tenant_id: int, code: str, text: str) -> bool:
         """Bring back the record that a receipt proves: into the ledger first, then to Redis. False for a false receipt."""

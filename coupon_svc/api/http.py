@@ -125,7 +125,7 @@ class Endpoint:
         path = {name: value.replace(ENCODED_SLASH, "/") for name, value in scope["path_params"].items()}
         response = await self.respond(scope["method"], path, scope["query_string"], dict(scope["headers"]), receive)
         if response is not None:
-            await respond(send, *response)
+            await send_response(send, *response)
 
     async def respond(
         self,
@@ -214,7 +214,7 @@ class ClientGone(Exception):
     """The caller has hung up before its request was complete."""
 
 
-async def respond(send: Send, status: int, headers: Headers, body: bytes) -> None:
+async def send_response(send: Send, status: int, headers: Headers, body: bytes) -> None:
     """Send a whole response."""
     await send(
         {

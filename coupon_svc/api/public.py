@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from coupon_svc.api.http import respond
+from coupon_svc.api.http import send_response
 from coupon_svc.api.metrics import Metrics
 from coupon_svc.api.openapi import openapi_document
 from coupon_svc.api.operations import OPERATIONS
@@ -78,13 +78,13 @@ class PublicEndpoint:
             await send_problem(send, refused.outcome)
             return
         headers: Headers = [(b"content-type", content_type), (b"cache-control", b"no-store")]
-        await respond(send, 200, headers + (_DOCS_HEADERS if content_type == _HTML else []), body)
+        await send_response(send, 200, headers + (_DOCS_HEADERS if content_type == _HTML else []), body)
 
 
 async def send_problem(send: Send, outcome: Outcome, headers: Headers | None = None) -> None:
     """Answer with an outcome."""
     status, all_headers, body, _ = problem_response(Refused(outcome), headers)
-    await respond(send, status, all_headers, body)
+    await send_response(send, status, all_headers, body)
 
 
 async def not_found(scope: Scope, receive: Receive, send: Send) -> None:

@@ -24,7 +24,6 @@ UserId = Annotated[
 Reference = Annotated[str, Meta(min_length=1, max_length=200, pattern=_NO_CONTROLS, description="the caller's own")]
 LockToken = Annotated[str, Meta(min_length=1, max_length=100, pattern=_NO_CONTROLS)]
 Receipt = Annotated[str, Meta(min_length=1, max_length=1500, pattern=_NO_CONTROLS)]
-ReceiptGiven = Annotated[str, Meta(description="in ack = redis books: brings the record back should it be lost")]
 BookId = str
 Limit = Annotated[int, Meta(ge=1, le=2_147_483_647)]
 TtlSeconds = Annotated[int, Meta(ge=1, le=3600)]

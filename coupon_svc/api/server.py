@@ -77,6 +77,7 @@ class CouponProtocol(HttpToolsProtocol):
     # --- from the parser
 
     def on_message_begin(self) -> None:
+        """No scope yet: a hot request needs none."""
         self.url = b""
         self.headers = []
         self.expect_100_continue = False

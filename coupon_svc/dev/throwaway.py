@@ -67,10 +67,14 @@ def _start(folder: Path, output: Path, arguments: Sequence[str]) -> subprocess.P
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            # The settings of somebody's real service are none of this one's business.
-            env={name: value for name, value in os.environ.items() if not name.startswith("COUPON_")},
+            env=clean_environment(),
             start_new_session=True,
         )
+
+
+def clean_environment() -> dict[str, str]:
+    """Without settings: those of somebody's real service are none of this one's business."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COUPON_")}
 
 
 def _await_ready(process: subprocess.Popen[bytes], dev_json: Path, output: Path) -> dict[str, Any]:

@@ -7,8 +7,6 @@ import secrets
 from functools import cache
 from itertools import product
 
-import msgspec
-
 CLUSTER_SLOTS = 16_384
 _SUFFIX_SYMBOLS = "abcdefghijklmnopqrstuvwxyz"
 _ID_SYMBOLS = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -49,14 +47,3 @@ def book_shard(book_id: str, shards: int) -> int | None:
         return None
     shard = int(digits)
     return shard if shard < shards else None
-
-
-class Position(msgspec.Struct, frozen=True, order=True):
-    """An event's place in the ledger: gapless within a shard's epoch, never issued twice."""
-
-    shard: int
-    epoch: int
-    seq: int
-
-    def __str__(self) -> str:
-        return f"{self.shard:02d}:{self.epoch}-{self.seq}"

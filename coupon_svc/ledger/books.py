@@ -19,3 +19,9 @@ def book_from_row(row: asyncpg.Record) -> Book:
     values["ack"] = Ack(row["ack"])
     values["status"] = BookStatus(row["status"])
     return Book(**values)
+
+
+async def books_of_shard(connection: asyncpg.Connection, shard: int) -> list[Book]:
+    """Every book of the shard that was ever brought to Redis."""
+    rows = await connection.fetch(f"SELECT {BOOK_COLUMNS} FROM books WHERE shard = $1 AND loaded", shard)
+    return [book_from_row(row) for row in rows]

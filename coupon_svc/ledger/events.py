@@ -148,13 +148,13 @@ def unlinked(batch: Batch) -> Linked:
 
 async def write_linked(connection: asyncpg.Connection, linked: Sequence[Linked]) -> None:
     """The rows of batches and what follows from them, without a look at positions: that is the caller's to do."""
-    ordered = [one.batch for one in linked]
+    batches = [one.batch for one in linked]
     rows = [row for one in linked for row in one.rows]
     if rows:
         await connection.copy_records_to_table("events", records=rows, columns=_EVENT_COLUMNS)
     assigned = [
         (event.book_id, event.code, event.user_id, event.at_ms, batch.epoch, event.seq)
-        for batch in ordered
+        for batch in batches
         for event in batch.events
         if event.event == COUPON_ASSIGNED
     ]
@@ -162,7 +162,7 @@ async def write_linked(connection: asyncpg.Connection, linked: Sequence[Linked])
         await connection.copy_records_to_table("coupons", records=assigned, columns=_COUPON_COLUMNS)
     redeemed = [
         (e.book_id, e.code, e.uses, e.user_id, e.at_ms, e.reference, e.metadata, batch.epoch, e.seq)
-        for batch in ordered
+        for batch in batches
         for e in batch.events
         if e.event == COUPON_REDEEMED
     ]

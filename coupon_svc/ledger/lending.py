@@ -41,12 +41,6 @@ async def books_to_load(connection: asyncpg.Connection, shards: Sequence[int], m
     return [book_from_row(row) for row in rows]
 
 
-async def loaded_books(connection: asyncpg.Connection, shard: int) -> list[Book]:
-    """The books of a shard that were brought to Redis before."""
-    rows = await connection.fetch(f"SELECT {BOOK_COLUMNS} FROM books WHERE shard = $1 AND loaded", shard)
-    return [book_from_row(row) for row in rows]
-
-
 class BookNow(NamedTuple):
     """A book as it is now, whether it was ever brought to Redis, and how many of its codes were lent alone and are still
     on their way there."""

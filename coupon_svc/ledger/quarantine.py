@@ -8,7 +8,7 @@ import asyncpg
 
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.receipts import Receipt
-from coupon_svc.ledger.catalogue import random_places
+from coupon_svc.ledger.catalogue import ROUND, random_places
 from coupon_svc.ledger.recovery import EPOCH_CHANNEL, note_late, release
 
 
@@ -58,7 +58,7 @@ async def deal_again(connection: asyncpg.Connection, book_id: str, codes: list[s
         rows = await connection.fetch(
             "SELECT code FROM quarantine WHERE book_id = $1 AND ($2::text[] IS NULL OR code = ANY ($2))", book_id, codes
         )
-        upto = book["places_upto"] + (1 << 32 if book["places_upto"] == book["leased_upto"] else 0)
+        upto = book["places_upto"] + (ROUND if book["places_upto"] == book["leased_upto"] else 0)
         places = random_places(len(rows), book["leased_upto"], upto)
         for row, place in zip(rows, places, strict=True):
             await release(connection, book_id, row["code"], "dealt_again")

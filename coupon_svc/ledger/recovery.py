@@ -11,8 +11,7 @@ import asyncpg
 from coupon_svc.domain.books import Ack, Book
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
-from coupon_svc.ledger.books import BOOK_COLUMNS, book_from_row
-from coupon_svc.ledger.catalogue import random_places
+from coupon_svc.ledger.catalogue import ROUND, random_places
 from coupon_svc.ledger.events import (
     DATA_ERRORS,
     UNIQUE_VIOLATION,
@@ -216,14 +215,6 @@ async def anything_missing(connection: asyncpg.Connection, shard: int, epoch: in
     )
 
 
-async def dead_letters_of_epoch(connection: asyncpg.Connection, owned: OwnedShard) -> int:
-    """How many events of the shard's epoch the ledger could not take: Redis shows what the ledger does not know."""
-    number: int = await connection.fetchval(
-        "SELECT count(*) FROM dead_letters WHERE shard = $1 AND epoch = $2", owned.shard, owned.epoch
-    )
-    return number
-
-
 async def first_dead_letter(connection: asyncpg.Connection, shard: int, epoch: int) -> int | None:
     """The seq of the first event of an epoch that the ledger could not take; None when there is none."""
     seq: int | None = await connection.fetchval(
@@ -243,11 +234,8 @@ async def may_have_answered_early(connection: asyncpg.Connection, shard: int) ->
 
 async def take_late(
     connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, epoch: int, events: Sequence[Event]
-) -> int:
-    """Events of a settled epoch: kept apart; one that assigned a code which is in quarantine gives it to its user.
-
-    Returns how many codes left the quarantine.
-    """
+) -> None:
+    """Events of a settled epoch: kept apart; one that assigned a code which is in quarantine gives it to its user."""
     notes: list[tuple[Event, bool]] = []
     async with connection.transaction():
         await require_recoverer(connection, writer_id, begun.owned)
@@ -266,7 +254,6 @@ async def take_late(
             elif event.seq not in noted:
                 notes.append((event, False))
         await note_late(connection, begun.owned.shard, epoch, notes)
-    return sum(recorded for _, recorded in notes)
 
 
 async def note_late(
@@ -322,7 +309,7 @@ async def settle(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch
             back = [row["code"] for row in rows if not (row["dead"] or keep_back)]
             upto = book["places_upto"]
             if back and book["leased_upto"] == upto:  # no place is left in this round
-                upto += 1 << 32
+                upto += ROUND
             await connection.execute(
                 _MOVE, book["tenant_id"], back, random_places(len(back), book["leased_upto"], upto)
             )
@@ -383,12 +370,6 @@ async def require_recoverer(connection: asyncpg.Connection, writer_id: str, owne
 
 
 # --- what Redis is rebuilt from
-
-
-async def books_of_shard(connection: asyncpg.Connection, shard: int) -> list[Book]:
-    """Every book of the shard that was ever brought to Redis."""
-    rows = await connection.fetch(f"SELECT {BOOK_COLUMNS} FROM books WHERE shard = $1 AND loaded", shard)
-    return [book_from_row(row) for row in rows]
 
 
 async def quarantined_codes(connection: asyncpg.Connection, book_id: str) -> list[str]:

@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from coupon_svc.load.caller import JSON_HEADER, outcome_of, path_of
+from coupon_svc.load.caller import JSON_HEADER, PUSHED_BACK, outcome_of, path_of
 from coupon_svc.load.client import Connections, Reply
 from coupon_svc.load.history import Book, History
 
 USERS_READ_MAX = 5_000
 LOST_NOTE = "records of an ack = redis book were lost in a disaster; their codes are quarantined, as promised"
 _AT_ONCE = 32
-_ATTEMPTS_MAX = 40
+_PATIENCE_S = 10.0
 _ATTEMPT_PAUSE_S = 0.25
 
 T = TypeVar("T")
@@ -53,6 +53,10 @@ class Verdict(msgspec.Struct):
                 return
         if number:
             self.broken.append(Broken(what, number, book_id))
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
 
 class _Held(msgspec.Struct, frozen=True):
@@ -181,8 +185,7 @@ class ServiceAudit:
             return False
         if (await self._read(b"/coupons/codes/" + path_of(code), _CodeNow)).status != "quarantined":
             return False
-        if LOST_NOTE not in self.verdict.notes:
-            self.verdict.notes.append(LOST_NOTE)
+        self.verdict.note(LOST_NOTE)
         return True
 
     # -- replays ------------------------------------------------------------------------------------------------------
@@ -241,7 +244,7 @@ class ServiceAudit:
     # -- asking -------------------------------------------------------------------------------------------------------
 
     async def _read(self, path: bytes, kind: type[T]) -> T:
-        """Raises _Away when the service does not answer in 10 s, or not in the form that it should."""
+        """Raises _Away when the service has not answered after _PATIENCE_S, or not in the form that it should."""
         reply = await self._patiently(lambda: self._connections.send(b"GET", path, self._headers))
         if reply.status != 200:
             raise _Away(outcome_of(reply))
@@ -251,12 +254,14 @@ class ServiceAudit:
             raise _Away("unreadable_answer") from None
 
     async def _patiently(self, ask: Callable[[], Awaitable[Reply]]) -> Reply:
-        for _ in range(_ATTEMPTS_MAX):
+        now = asyncio.get_running_loop().time
+        deadline = now() + _PATIENCE_S
+        while True:
             reply = await ask()
-            if reply.status not in (0, 429, 500, 502, 503, 504) and outcome_of(reply) != "idempotency_in_progress":
-                break
+            again = reply.status in PUSHED_BACK or outcome_of(reply) == "idempotency_in_progress"
+            if not again or now() > deadline:
+                return reply
             await asyncio.sleep(_ATTEMPT_PAUSE_S)
-        return reply
 
     async def _at_once(self, things: Sequence[T], check: Callable[[T], Awaitable[None]]) -> None:
         """Check all of them, some at a time. Raises the first _Away."""

@@ -13,7 +13,8 @@ from coupon_svc.load.history import Assigned, History, Redeemed, Replay
 from coupon_svc.load.recorder import UNANSWERED, Recorder
 
 JSON_HEADER = b"content-type: application/json\r\n"
-_PUSHED_BACK = frozenset({0, 429, 500, 502, 503, 504})
+PUSHED_BACK = frozenset({0, 429, 500, 502, 503, 504})
+"""Statuses of a service that is away or asks for patience; 0 is no answer at all."""
 
 
 class Locked(msgspec.Struct, frozen=True):
@@ -156,7 +157,7 @@ class Caller:
         return Answer(
             outcome_of(reply),
             retry_after_s=float(retry_after) if retry_after and retry_after.isdigit() else 0.0,
-            pushed_back=reply.status in _PUSHED_BACK,
+            pushed_back=reply.status in PUSHED_BACK,
         )
 
     def _keep(self, verb: str, path: bytes, body: bytes, key: str | None, reply: Reply) -> None:

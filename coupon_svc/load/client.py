@@ -338,7 +338,9 @@ class Connections:
 
     async def _make(self) -> None:
         connection = await _connect(*self._address)
-        if connection is not None and not self._closed:
+        if connection is not None and self._closed:
+            connection.abort()
+        if connection is not None and connection.open:
             self._all.add(connection)
             self._reuse(connection)
             return

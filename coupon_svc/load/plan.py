@@ -111,6 +111,6 @@ def _read_users(path: Path) -> tuple[str, ...]:
     if not users:
         raise LoadError(f"{path} names no users; it should hold one user id a line")
     for user in users:
-        if len(user) > 128 or not all(ch.isprintable() or ch == " " for ch in user):
+        if len(user) > 128 or not user.isprintable():
             raise LoadError(f"{path} holds what is no user id: 1..128 characters, no control characters")
     return users

@@ -104,7 +104,7 @@ class Retries(Scenario):
         if coupon is None:
             return not answers[-1].pushed_back
         key = f"redeem-{user}"
-        answers = [*await asyncio.gather(*(caller.redeem(coupon, None, key) for _ in range(3)))]
+        await asyncio.gather(*(caller.redeem(coupon, None, key) for _ in range(3)))
         return not (await caller.redeem(coupon, None, key)).pushed_back
 
 
@@ -157,23 +157,19 @@ class Campaign(Scenario):
     def __init__(self, plan: Plan, caller: Caller, books: list[Book], run_id: str) -> None:
         super().__init__(plan, caller, books, run_id)
         self._list: Iterator[str] | None = iter(plan.users) if plan.users is not None else None
-        self._left = len(plan.users) if plan.users is not None else plan.books * plan.codes
+        self.left = len(plan.users) if plan.users is not None else plan.books * plan.codes
+        """Users of the list whose turn has not come."""
         self.wanted = 0
         self.served = 0
 
     @property
     def finished(self) -> bool:
-        return self._left == 0
-
-    @property
-    def left(self) -> int:
-        """Users of the list whose turn has not come."""
-        return self._left
+        return self.left == 0
 
     async def journey(self, due: float) -> bool:
-        if self._left == 0:
+        if self.left == 0:
             return True
-        self._left -= 1
+        self.left -= 1
         self.wanted += 1
         user = next(self._list) if self._list is not None else self._new_user()
         book_id = self._books[(self.wanted - 1) % len(self._books)].book_id

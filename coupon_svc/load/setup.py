@@ -12,7 +12,7 @@ from coupon_svc.load.history import Book
 from coupon_svc.load.plan import LoadError, Plan
 from coupon_svc.load.scenarios import scenario_class
 
-GENERATED_PER_CALL_MAX = 100_000
+CODES_A_CALL = 100_000
 _READY_WAIT_S = 10.0
 _ASK_S = 0.25
 
@@ -44,7 +44,7 @@ async def make_books(connections: Connections, key: str, plan: Plan, run_id: str
     for number in range(plan.books):
         ack = plan.ack if plan.ack != "both" else ("ledger", "redis")[number % 2]
         pattern = f"{run_id}-{number}-########".upper()
-        first = min(plan.codes, GENERATED_PER_CALL_MAX)
+        first = min(plan.codes, CODES_A_CALL)
         rules = {
             "name": f"load {run_id}, {plan.scenario} {number + 1} of {plan.books}",
             "ack": ack,
@@ -53,8 +53,8 @@ async def make_books(connections: Connections, key: str, plan: Plan, run_id: str
             "generate": {"pattern": pattern, "total": first},
         }
         made = msgspec.json.decode(await _post(connections, key, b"/coupons", rules, 201), type=_Made)
-        for begin in range(first, plan.codes, GENERATED_PER_CALL_MAX):
-            more = {"pattern": pattern, "total": min(GENERATED_PER_CALL_MAX, plan.codes - begin)}
+        for begin in range(first, plan.codes, CODES_A_CALL):
+            more = {"pattern": pattern, "total": min(CODES_A_CALL, plan.codes - begin)}
             await _post(connections, key, b"/coupons/codes", {"book_id": made.book_id, "generate": more}, 200)
         books.append(Book(made.book_id, ack, plan.codes, kind.max_codes_per_user, kind.max_redemptions_per_code))
     return books

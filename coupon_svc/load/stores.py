@@ -122,7 +122,7 @@ class _StoresAudit:
             row = rows.get(code)
             if row is None:
                 if book.ack == "redis" and not coupon.durable and not coupon.redemptions and code in quarantined:
-                    self._note(LOST_NOTE)
+                    self.verdict.note(LOST_NOTE)
                 else:
                     find("a coupon that was answered is not in the ledger", 1, book_id)
             elif row["user_id"] != coupon.user_id:
@@ -180,10 +180,6 @@ class _StoresAudit:
         keys = Counter((row["event"], row["idem"]) for row in events if row["idem"])
         twice = sum(number > 1 for number in keys.values())
         self.verdict.find("an Idempotency-Key has two effects in the ledger", twice, book.book_id)
-
-    def _note(self, note: str) -> None:
-        if note not in self.verdict.notes:
-            self.verdict.notes.append(note)
 
 
 def _position(row: Any) -> str:

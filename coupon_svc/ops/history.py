@@ -1,8 +1,7 @@
 """Walks the hash chains of a shard's ledger: shows that no row was edited, removed, added or moved since it was written.
 
 A shard has two: over its positions (`events` and `dead_letters` together), and over its late events. What is hashed is said
-in coupon_svc/domain/chain.py. A page of each table is in memory at a time, and the
-places of what does not fit.
+in coupon_svc/domain/chain.py. A page of each table is in memory at a time, and the places of what does not fit.
 """
 
 from __future__ import annotations

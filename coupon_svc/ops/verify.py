@@ -28,8 +28,9 @@ from redis.exceptions import RedisError
 
 from coupon_svc.config import Settings
 from coupon_svc.domain.books import Book
+from coupon_svc.ledger.books import books_of_shard
 from coupon_svc.ledger.database import PATIENT_S, LedgerUnavailable, open_connection
-from coupon_svc.ledger.recovery import books_of_shard, coupons_of_book
+from coupon_svc.ledger.recovery import coupons_of_book
 from coupon_svc.ops.history import Head, walk_history
 from coupon_svc.store.keys import ShardKeys
 
@@ -147,7 +148,7 @@ class Verifier:
         for shard in range(self._settings.shards):
             self._progress(shard)
             for what, statement in _LEDGER_CHECKS.items():
-                self._find(shard, what, await self._consistent(statement, shard))
+                self._find(shard, what, await self._connection.fetchval(statement, shard))
             history = await walk_history(
                 self._connection, shard, self._earlier.get(shard), partial(self._progress, shard)
             )
@@ -158,10 +159,6 @@ class Verifier:
             self.report.shards += 1
         self._progress(self._settings.shards)
         return self.report
-
-    async def _consistent(self, statement: str, shard: int) -> int:
-        number: int = await self._connection.fetchval(statement, shard)
-        return number
 
     async def _verify_redis(self, shard: int) -> None:
         keys = ShardKeys(shard, self._settings.shards)

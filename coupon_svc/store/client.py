@@ -223,7 +223,7 @@ class Store:
             if isinstance(reply, ReplyError):
                 raise reply
             run_id, replid, epoch, seq, committed, backlog_max = reply
-            same_server = (run_id, replid) == (identity.run_id, identity.replid)
+            same_server = None not in reply and (run_id, replid) == (identity.run_id, identity.replid)
             if same_server and epoch == str(view.epoch) and int(seq) < view.seen_seq:
                 # Only who has seen more can tell; its owner, who looks at what the ledger has, may find nothing amiss.
                 log.error("shard %02d has gone back behind what was seen: it is to be recovered", shard)

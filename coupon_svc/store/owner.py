@@ -160,7 +160,7 @@ class OwnerStore:
             self.close()  # connecting anew verifies the server and loads the scripts
         raise StoreLost(f"{name}: NOSCRIPT")
 
-    # --- recovering: these need no epoch, for there is none; the shard is shut and this generation's
+    # --- recovering: these name the recovery that shut the shard; no epoch is in force
 
     async def shut_shard(self, term: Term) -> None:
         """No script decides anything in the shard from now on. Raises StoreLost, Suspect (a newer owner was here)."""
@@ -172,17 +172,10 @@ class OwnerStore:
 
     async def wipe_shard(self, term: Term) -> None:
         """Drop every key of the shard but its meta. Raises StoreLost, Suspect."""
-        await self.connect()
-        assert self._connection is not None
         keys = self._keys[term.shard]
         cursor = "0"
         while True:
-            try:
-                async with asyncio.timeout(REPLY_TIMEOUT_S):
-                    cursor, found = await self._connection.ask("SCAN", cursor, "MATCH", keys.pattern, "COUNT", 2000)
-            except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ReplyError):
-                self.close()
-                raise StoreLost("SCAN") from None
+            cursor, found = await self._ask("SCAN", cursor, "MATCH", keys.pattern, "COUNT", 2000)
             doomed = [key for key in found if key != keys.meta]
             for start in range(0, len(doomed), KEYS_PER_CALL_MAX):
                 await self._send("wipe_keys", term.shard, doomed[start : start + KEYS_PER_CALL_MAX], term.recovery)
@@ -264,16 +257,11 @@ class OwnerStore:
 
     async def held_counts(self, shard: int, book_ids: Sequence[str]) -> list[int | None]:
         """How many codes of each book were ever brought to Redis; None for a book it does not have. Raises StoreLost."""
-        await self.connect()
-        assert self._connection is not None
-        try:
-            futures = [self._connection.send("HGET", self._keys[shard].book(book_id), "lent") for book_id in book_ids]
-            async with asyncio.timeout(10 * REPLY_TIMEOUT_S):
-                replies = [await future for future in futures]
-        except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError):
-            self.close()
-            raise StoreLost("HGET") from None
-        return [None if reply is None else int(reply) for reply in replies]
+        keys, counts = self._keys[shard], []
+        for start in range(0, len(book_ids), KEYS_PER_CALL_MAX):
+            some = book_ids[start : start + KEYS_PER_CALL_MAX]
+            counts += await asyncio.gather(*(self._ask("HGET", keys.book(book_id), "lent") for book_id in some))
+        return [None if count is None else int(count) for count in counts]
 
     async def read_events(self, after: Mapping[int, tuple[int, int]], block_ms: int) -> dict[int, list[list[Reply]]]:
         """Entries of each shard's stream that follow (epoch, seq), waiting up to `block_ms` for the first.

@@ -10,6 +10,7 @@ from typing import Any
 
 from coupon_svc.domain.books import Book
 from coupon_svc.ledger import lending
+from coupon_svc.ledger.books import books_of_shard
 from coupon_svc.ledger.catalogue import WRITER_CHANNEL
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
 from coupon_svc.ledger.events import NotOwner
@@ -116,7 +117,7 @@ class Lender:
         Raises StoreLost, LedgerUnavailable; Suspect when a book is gone from Redis.
         """
         owned = shard.owned
-        books = await lending.loaded_books(connection, owned.shard)
+        books = await books_of_shard(connection, owned.shard)
         counts = await self._store.held_counts(owned.shard, [book.book_id for book in books])
         for book, count in zip(books, counts, strict=True):
             if count is None:

@@ -200,15 +200,16 @@ class Persister:
             )
             shard.opened_on = None
             return
+        # First, whatever becomes of the rest: a pool that is thought fuller than it is runs dry and is never refilled.
+        assigned = Counter(event.book_id for event in batch.events if event.event == COUPON_ASSIGNED)
+        for book_id, number in assigned.items():
+            self._on_assigned(shard, book_id, number)
         now = asyncio.get_running_loop().time()
         shard.mark(now)
         try:
             await self._store.publish_position(shard.term, batch.upto, trim_seq=shard.trim_seq(now))
         except Suspect:
             shard.opened_on = None
-        assigned = Counter(event.book_id for event in batch.events if event.event == COUPON_ASSIGNED)
-        for book_id, number in assigned.items():
-            self._on_assigned(shard, book_id, number)
 
     async def _tell_away(self) -> None:
         """Let Redis refuse at once what would wait for the ledger."""

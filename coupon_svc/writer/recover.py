@@ -22,12 +22,14 @@ from coupon_svc.domain.books import Book
 from coupon_svc.domain.clock import now_ms
 from coupon_svc.domain.events import COUPON_ASSIGNED, MalformedEvent, parse_entry_id, parse_event
 from coupon_svc.ledger import recovery
+from coupon_svc.ledger.books import books_of_shard
 from coupon_svc.ledger.events import Batch, DeadLetter, garbled_letter
 from coupon_svc.ledger.recovery import HistoryForked, NewEpoch
 from coupon_svc.ledger.shards import OwnedShard
 from coupon_svc.store.owner import KEYS_PER_CALL_MAX, OwnerStore, Term
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.rules import book_fields
+from coupon_svc.writer.shard import term_of
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class Recoverer:
         """
         begun = await recovery.begin_epoch(connection, self._writer_id, owned)
         crash_point("recover.begun")
-        shard, term = begun.owned.shard, Term(begun.owned.shard, begun.owned.epoch, begun.owned.generation)
+        shard, term = begun.owned.shard, term_of(begun.owned)
         try:
             identity = await self._store.refresh_identity()
             meta = await self._store.read_meta(shard)
@@ -134,7 +136,7 @@ class Recoverer:
 
     async def _agrees(self, connection: Any, shard: int) -> bool:
         """Whether every book in Redis has as many holders as the ledger, and no code is missing from its keys."""
-        for book in await recovery.books_of_shard(connection, shard):
+        for book in await books_of_shard(connection, shard):
             in_pool, held, lent = await self._store.pool_counts(shard, book.book_id)
             in_ledger, _ = await recovery.count_coupons(connection, book)
             if held != in_ledger or in_pool + held != lent:
@@ -142,7 +144,7 @@ class Recoverer:
         return True
 
     async def _restore(self, connection: Any, term: Term, *, keep_coupons: bool) -> None:
-        for book in await recovery.books_of_shard(connection, term.shard):
+        for book in await books_of_shard(connection, term.shard):
             held, spent = await recovery.count_coupons(connection, book)
             quarantined = await recovery.quarantined_codes(connection, book.book_id)
             counters = {"lent": held, "redeemed": spent, "quarantined": len(quarantined)}

@@ -61,6 +61,7 @@ class Shard:
         self.committed, self.chain = 0, owned.chain
         self.wants_recovery = False
         self.pools.clear()
+        self._gone.clear()
         self._marks.clear()
 
     def answered_by_gone(self, gone: list[str], seq: int) -> list[tuple[str, int]]:

@@ -13,7 +13,7 @@ from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connecti
 from coupon_svc.ledger.events import NotOwner
 from coupon_svc.ledger.migrations import check_shards
 from coupon_svc.ledger.processes import expired_processes, forget_processes, report_seen
-from coupon_svc.ledger.recovery import HistoryForked, dead_letters_of_epoch, stopped_because
+from coupon_svc.ledger.recovery import HistoryForked, first_dead_letter, stopped_because
 from coupon_svc.ledger.shards import connection_name, owned_shards, release_shards, renew_writer, take_shards
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.store.scripts import Scripts
@@ -129,11 +129,10 @@ class Writer:
                 log.error("shard %02d is suspect: event %d is not in the stream", shard.owned.shard, committed + 1)
                 shard.opened_on = None
                 continue
-            if answered := shard.answered_by_gone(gone, seq):
-                reports = [(shard.owned.shard, shard.owned.epoch, seen) for _, seen in answered]
-                for (process_id, _), report in zip(answered, reports, strict=True):
-                    work = report_seen(connection, process_id, [report])
-                    await bounded(connection, work, STATEMENTS_TIMEOUT_S)
+            owned = shard.owned  # as it is now: a recovery may come between two reports
+            for process_id, seen in shard.answered_by_gone(gone, seq):
+                work = report_seen(connection, process_id, [(owned.shard, owned.epoch, seen)])
+                await bounded(connection, work, STATEMENTS_TIMEOUT_S)
         if gone:
             await bounded(connection, forget_processes(connection), STATEMENTS_TIMEOUT_S)
 
@@ -151,6 +150,7 @@ class Writer:
                         await asyncio.sleep(0.2)
                     except (Suspect, NotOwner):
                         log.warning("shard %02d has another owner", shard.owned.shard)
+                        await asyncio.sleep(0.2)
                     except HistoryForked as error:
                         log.critical("shard %02d is stopped: %s", shard.owned.shard, error)
                         shard.stopped = True
@@ -176,7 +176,8 @@ class Writer:
         """Whether Redis is as the shard's last owner certified it, holds every event that the ledger has not, and has made
         none that the ledger could not take."""
         connection = await self._connected("opening")
-        if await bounded(connection, dead_letters_of_epoch(connection, shard.owned), STATEMENTS_TIMEOUT_S):
+        dead = first_dead_letter(connection, shard.owned.shard, shard.owned.epoch)
+        if await bounded(connection, dead, STATEMENTS_TIMEOUT_S) is not None:
             return False
         try:
             seq = await self._store.open_shard(shard.term, shard.committed, self._settings.backlog_events_max)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Self
 
 from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis
 from tests.chaos.fault import SHARDS
@@ -18,6 +19,8 @@ from tests.chaos.run import Run
 from tests.harness import Stack, fresh_database
 
 SOURCES = Path(__file__).parent
+FEW_PLACES = ("max_connections=25",)
+"""One of the faults takes them all. The last three are for superusers, as the service is one."""
 
 
 def lacks_a_compiler() -> str:
@@ -108,18 +111,22 @@ class ShimmedRedis(EmbeddedRedis):
         return ["/usr/bin/env", *shim, *super()._command()]
 
 
-class SlowDiskStack(Stack):
+class OwnStack(Stack):
+    """A stack with something of its own to be harmed."""
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        assert isinstance(run.stack, cls)
+        return run.stack
+
+
+class SlowDiskStack(OwnStack):
     """Its Redis waits `disk` at every fsync."""
 
     disk: Dial
 
-    @staticmethod
-    def of(run: Run) -> SlowDiskStack:
-        assert isinstance(run.stack, SlowDiskStack)
-        return run.stack
 
-
-class ClockStack(Stack):
+class ClockStack(OwnStack):
     """Its Redis is off by `redis_clock`, and its API processes and writers by `service_clock`."""
 
     redis_clock: Dial
@@ -129,21 +136,11 @@ class ClockStack(Stack):
     def environment(self) -> dict[str, str]:
         return {**super().environment, **self.service_clock.environment}
 
-    @staticmethod
-    def of(run: Run) -> ClockStack:
-        assert isinstance(run.stack, ClockStack)
-        return run.stack
 
-
-class PostgresStack(Stack):
+class PostgresStack(OwnStack):
     """Its Postgres is nobody else's."""
 
     postgres: EmbeddedPostgres
-
-    @staticmethod
-    def of(run: Run) -> PostgresStack:
-        assert isinstance(run.stack, PostgresStack)
-        return run.stack
 
 
 @contextlib.asynccontextmanager
@@ -178,12 +175,8 @@ async def small_redis_disk_stage(postgres_url: str, folder: Path) -> AsyncIterat
 
 
 @contextlib.asynccontextmanager
-async def own_postgres_stage(_: str, folder: Path) -> AsyncIterator[Stack]:
-    # Few places for connections: one of the faults takes them all. The last three are for superusers, as the service is one.
-    with (
-        EmbeddedPostgres(folder / "postgres", extra=("max_connections=25",)) as postgres,
-        EmbeddedRedis(folder / "redis") as server,
-    ):
+async def own_postgres_stage(_: str, folder: Path, extra: tuple[str, ...] = FEW_PLACES) -> AsyncIterator[Stack]:
+    with EmbeddedPostgres(folder / "postgres", extra=extra) as postgres, EmbeddedRedis(folder / "redis") as server:
         stack = PostgresStack(server, server.url, await fresh_database(postgres.admin_url, SHARDS), folder, SHARDS)
         stack.postgres = postgres
         yield stack
@@ -193,11 +186,6 @@ async def own_postgres_stage(_: str, folder: Path) -> AsyncIterator[Stack]:
 async def small_postgres_disk_stage(_: str, folder: Path) -> AsyncIterator[Stack]:
     """Postgres has a disk of its own, and little of it."""
     small = ("max_wal_size=48MB", "min_wal_size=32MB", "shared_buffers=16MB")
-    with (
-        small_disk(folder / "postgres", "300m"),
-        EmbeddedPostgres(folder / "postgres", extra=small) as postgres,
-        EmbeddedRedis(folder / "redis") as server,
-    ):
-        stack = PostgresStack(server, server.url, await fresh_database(postgres.admin_url, SHARDS), folder, SHARDS)
-        stack.postgres = postgres
-        yield stack
+    with small_disk(folder / "postgres", "300m"):
+        async with own_postgres_stage(_, folder, small) as stack:
+            yield stack

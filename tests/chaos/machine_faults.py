@@ -215,11 +215,6 @@ def _redis_clock_jumps(seconds: float, name: str) -> Strike:
     return fault
 
 
-async def _time_of(redis: Any) -> float:
-    seconds, microseconds = await redis.time()
-    return float(seconds + microseconds / 1e6)
-
-
 async def _assigned_at_ms(run: Run, code: str) -> int:
     rows = await run.stack.ledger("SELECT assigned_at_ms FROM coupons WHERE code = $1", code)
     return int(rows[0]["assigned_at_ms"])

@@ -35,7 +35,7 @@ PAUSE_S = 0.02
 
 
 @contextlib.asynccontextmanager
-async def under_load(run: Run, base_url: str = "") -> AsyncIterator[None]:
+async def clients_at_work(run: Run, base_url: str = "") -> AsyncIterator[None]:
     """Clients work all through the block, however long it takes."""
     enough = asyncio.Event()
     load = asyncio.create_task(run.load(LOAD_S_MAX, base_url, PAUSE_S, enough))
@@ -61,7 +61,7 @@ def _some(run: Run, of: dict[str, Proxy]) -> list[Proxy]:
 async def redis_replies_delayed(run: Run) -> None:
     """Replies come later than anybody waits for them; the last ones never come."""
     proxies = _some(run, network(run).redis_of)
-    async with under_load(run):
+    async with clients_at_work(run):
         for proxy in proxies:
             proxy.delay_replies(run.random.uniform(2.2, 3.2))
         await asyncio.sleep(run.random.uniform(3.0, 4.0))
@@ -78,7 +78,7 @@ async def redis_replies_lost(run: Run) -> None:
     """Requests arrive, their replies do not; then the connection breaks. Again and again."""
     proxies = _some(run, network(run).redis_of)
     made = await events_made(network(run).master)
-    async with under_load(run):
+    async with clients_at_work(run):
         for _ in range(5):
             for proxy in proxies:
                 proxy.treat(replies="lose")
@@ -94,7 +94,7 @@ async def redis_replies_lost(run: Run) -> None:
 async def redis_held_half_open(run: Run) -> None:
     """Connections that seem to stand and carry nothing. What was sent arrives long after everybody has given up on it."""
     proxies = _some(run, network(run).redis_of)
-    async with under_load(run):
+    async with clients_at_work(run):
         for proxy in proxies:
             proxy.treat(requests="hold", replies="hold")
         await asyncio.sleep(run.random.uniform(2.5, 4.0))
@@ -111,7 +111,7 @@ async def redis_held_half_open(run: Run) -> None:
 async def redis_cut_repeatedly(run: Run) -> None:
     """Connections to Redis are reset as soon as they stand again."""
     proxies = _some(run, network(run).redis_of)
-    async with under_load(run):
+    async with clients_at_work(run):
         for _ in range(15):
             for proxy in proxies:
                 proxy.cut()
@@ -138,7 +138,7 @@ async def _cut(run: Run, proxy: Proxy, seconds: float) -> None:
 async def api_cut_from_postgres(run: Run) -> None:
     """The API process cannot renew its registration: what it answered early before, it answers when it is durable."""
     (book_id,) = (book_id for book_id, ack in run.books.items() if ack == "redis" and book_id not in run.limited)
-    async with under_load(run), run.client() as http:
+    async with clients_at_work(run), run.client() as http:
         cut = asyncio.create_task(_cut(run, network(run).postgres_of["api"], CUT_FROM_POSTGRES_S))
         await asyncio.sleep(4.5)  # it answers early until 4 s after it registered last
         late = [run.new_assign(f"late{number}", book_id) for number in range(8)]
@@ -154,7 +154,7 @@ async def api_cut_from_postgres(run: Run) -> None:
 async def writer_cut_from_postgres(run: Run) -> None:
     """Nothing becomes durable: what waits for the ledger is refused or unknown, the rest goes on."""
     start = len(run.history)
-    async with under_load(run):
+    async with clients_at_work(run):
         await _cut(run, network(run).postgres_of["writer"], CUT_FROM_POSTGRES_S)
     codes = {attempt.answer.get("code") for attempt in run.history[start:]}
     assert codes & {"ledger_behind", "outcome_unknown"}, "the ledger should have been missed"
@@ -183,7 +183,7 @@ async def _left_behind(run: Run) -> Network:
 async def stale_replica_promoted(run: Run) -> None:
     """The master dies; its replica had fallen behind, and is made master all the same."""
     run.loses_records = True
-    async with under_load(run):
+    async with clients_at_work(run):
         stage = await _left_behind(run)
         assert stage.replica is not None
         async with written_to_redis_alone(run):
@@ -201,7 +201,7 @@ async def failed_back_to_the_old_master(run: Run) -> None:
     """A stale replica takes over while its master is out of reach; then the master is back as it was: its run_id, its
     replid, its certificate, and all it ever decided."""
     run.loses_records = True
-    async with under_load(run):
+    async with clients_at_work(run):
         stage = await _left_behind(run)
         assert stage.replica is not None
         certified = await identity(stage.master)
@@ -221,7 +221,7 @@ async def old_master_demoted_and_promoted_again(run: Run) -> None:
     the other's data, on connections that have stood all the while. Its run_id is the certified one."""
     run.loses_records = True
     second = await network(run).second_api()
-    async with under_load(run), under_load(run, second):
+    async with clients_at_work(run), clients_at_work(run, second):
         stage = await _left_behind(run)
         assert stage.replica is not None
         certified, made = await identity(stage.master), await events_made(stage.master)
@@ -241,7 +241,7 @@ async def old_master_back_while_a_process_sleeps(run: Run) -> None:
     before it can have looked at whom it speaks to."""
     run.loses_records = True
     second, sleeper = await network(run).second_api(), run.stack.parts[-1]
-    async with under_load(run), run.client(second) as http:
+    async with clients_at_work(run), run.client(second) as http:
         await asyncio.gather(*(run.send(http, run.new_assign(f"early{n}")) for n in range(24)))
         sleeper.signal(signal.SIGSTOP)
         try:
@@ -270,7 +270,7 @@ async def split_brain(run: Run) -> None:
     stage = network(run)
     second = await stage.second_api()
     informed = run.random.random() < 0.5
-    async with under_load(run), under_load(run, second):
+    async with clients_at_work(run), clients_at_work(run, second):
         await _left_behind(run)
         assert stage.replica is not None
         if not informed:
@@ -313,7 +313,7 @@ async def requests_cancelled(run: Run) -> None:
             attempt.in_doubt = True
             await run.send(http, attempt)
 
-    async with under_load(run):
+    async with clients_at_work(run):
         await asyncio.gather(*(hang_up(attempt) for attempt in sends))
         async with run.client() as http:
             await asyncio.gather(*(ask_again(http, attempt) for attempt in attempts))

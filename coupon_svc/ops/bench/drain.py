@@ -119,12 +119,10 @@ async def _drain(stand: Stand, writer: Process, events: int) -> Drained:
             raise BenchError("the writer emptied the stream in one commit: there is nothing to time")
         rate = (upto - first[1]) / (loop.time() - first[0])
         cpu_us = cpu_seconds(writer.pid) / events * 1e6
-        where = f"WHERE epoch = (SELECT epoch FROM shards) AND seq > {before} ORDER BY seq"
-        commits = await connection.fetchval(
-            f"SELECT count(DISTINCT xmin::text) FROM events {where.partition(' ORDER')[0]}"
-        )
+        where = f"WHERE epoch = (SELECT epoch FROM shards) AND seq > {before}"
+        commits = await connection.fetchval(f"SELECT count(DISTINCT xmin::text) FROM events {where}")
         rows = [
-            [tuple(row) for row in await connection.fetch(f"SELECT {columns} FROM {table} {where}")]
+            [tuple(row) for row in await connection.fetch(f"SELECT {columns} FROM {table} {where} ORDER BY seq")]
             for table, columns in (("events", _EVENTS), ("coupons", _COUPONS))
         ]
         return Drained(rate, math.ceil(events / commits), cpu_us, (rows[0], rows[1]))

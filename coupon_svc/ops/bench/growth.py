@@ -37,7 +37,7 @@ class _Setting(msgspec.Struct):
 
     ack: str
     name: str
-    ports: Sequence[Process]
+    apis: Sequence[Process]
     connections: int
     next_request: NextRequest
     turns: list[Turn] = []
@@ -113,8 +113,8 @@ async def _measure(
         for _ in range(plan.rounds):
             for setting in settings:
                 turn = await take_turn(
-                    [process.port for process in setting.ports],
-                    setting.ports[0].pid,
+                    [api.port for api in setting.apis],
+                    setting.apis[0].pid,
                     setting.next_request,
                     plan.seconds,
                     ledger,

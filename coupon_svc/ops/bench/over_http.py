@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 import msgspec
@@ -137,18 +138,16 @@ async def _measure(parts: _Parts, plan: HttpPlan, say: Callable[[str], None]) ->
             say(f"round {number} of {plan.rounds}: {_summary(rounds)}")
         figures = _figures(rounds)
         parts.top_up(plan.tail_rounds * plan.tail_seconds)
-        echo_rates = sorted(rounds.echoes["redis keyed"])
-        echo, median = parts.requests.echo(), echo_rates[len(echo_rates) // 2]
-        beside = await echo_tail(parts.echo, echo, median, plan.tail_rounds, plan.tail_seconds)
+        echo, rate = parts.requests.echo(), statistics.median_high(rounds.echoes["redis keyed"])
+        beside = await echo_tail(parts.echo, echo, rate, plan.tail_rounds, plan.tail_seconds)
         say(beside)
         for ack in ACKS:
-            rates = rounds.rates(f"{ack} keyed")
             figures.append(
                 await measure_tail(
                     parts.api,
                     parts.assign(ack, with_key=True),
                     ack,
-                    sorted(rates)[len(rates) // 2],
+                    statistics.median_high(rounds.rates(f"{ack} keyed")),
                     plan.tail_rounds,
                     plan.tail_seconds,
                     ledger,
@@ -252,7 +251,7 @@ def _figures(rounds: _Rounds) -> list[Figure]:
         for kind, words in kinds:
             name = f"{ack} {kind}"
             cpu = [turn.cpu_us for turn in rounds.turns[name]]
-            middle = sorted(cpu)[len(cpu) // 2]
+            middle = statistics.median_high(cpu)
             what = f"processor time of the API process per assign, `ack = {ack}`, {words}, against the echo's"
             figure = Figure(
                 id=f"cpu_{ack}_{kind}", what=what, spike="1.2", goal=1.1, less_is_better=True, note=f"{middle:.0f} µs"

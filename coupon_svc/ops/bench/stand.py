@@ -23,10 +23,11 @@ import msgspec
 
 from coupon_svc.dev import leash
 from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis, quoted_tail
+from coupon_svc.dev.throwaway import clean_environment
 from coupon_svc.ledger.database import open_connection
 from coupon_svc.ledger.keys import create_key, new_key
 from coupon_svc.ledger.migrations import migrate
-from coupon_svc.load.setup import GENERATED_PER_CALL_MAX
+from coupon_svc.load.setup import CODES_A_CALL
 from coupon_svc.ops.bench.figures import BenchError
 
 READY_TIMEOUT_S = 60.0
@@ -45,12 +46,10 @@ class Process:
         self.log = log
         fds = [listener.fileno()] if listener else []
         command = [sys.executable, "-m", module, *arguments, *(f"--fd={fd}" for fd in fds)]
-        # The settings of somebody's real service are none of this one's business.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("COUPON_")}
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 leash.leashed(command, signal.SIGTERM),
-                env={**environment, **settings},
+                env={**clean_environment(), **settings},
                 pass_fds=fds,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -151,7 +150,7 @@ class Stand:
     def make_book(self, api: Process, ack: str, codes: int) -> str:
         """A book without a limit per user, with so many codes. Returns its id. Raises BenchError."""
         pattern = f"{ack[0].upper()}{os.urandom(3).hex()}-########"
-        first = min(codes, GENERATED_PER_CALL_MAX)
+        first = min(codes, CODES_A_CALL)
         rules = {"name": f"bench {ack}", "ack": ack, "generate": {"pattern": pattern, "total": first}}
         book_id: str = self._post(api, "/coupons", rules)["book_id"]
         self.add_codes(api, book_id, codes - first)
@@ -160,8 +159,8 @@ class Stand:
     def add_codes(self, api: Process, book_id: str, codes: int) -> None:
         """So many more codes for a book. Raises BenchError."""
         pattern = f"M{os.urandom(3).hex()}-########"
-        for begin in range(0, codes, GENERATED_PER_CALL_MAX):
-            more = {"pattern": pattern, "total": min(GENERATED_PER_CALL_MAX, codes - begin)}
+        for begin in range(0, codes, CODES_A_CALL):
+            more = {"pattern": pattern, "total": min(CODES_A_CALL, codes - begin)}
             self._post(api, "/coupons/codes", {"book_id": book_id, "generate": more})
 
     def _post(self, api: Process, path: str, body: object) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 from collections import Counter
 from collections.abc import Callable
 
@@ -52,10 +53,10 @@ async def measure_tail(
 
 async def echo_tail(echo: Process, next_request: NextRequest, rate: float, rounds: int, seconds: float) -> str:
     """The same of the echo at PART_OF_HIGHEST of its rate, in words: what the machine itself lets nobody be quicker than."""
-    tails = sorted(
-        [_p99_ms((await open_loop(echo.port, next_request, PART_OF_HIGHEST * rate, seconds))[0]) for _ in range(rounds)]
-    )
-    return f"the echo's own, at {PART_OF_HIGHEST:.0%} of its rate: {tails[len(tails) // 2]:.0f} ms"
+    tails = [
+        _p99_ms((await open_loop(echo.port, next_request, PART_OF_HIGHEST * rate, seconds))[0]) for _ in range(rounds)
+    ]
+    return f"the echo's own, at {PART_OF_HIGHEST:.0%} of its rate: {statistics.median_high(tails):.0f} ms"
 
 
 def _p99_ms(latencies: list[float]) -> float:
