@@ -316,10 +316,8 @@ def _rebuild(args: argparse.Namespace) -> None:
         load_settings(**_no_redis()), lambda connection: quarantine.want_recovery(connection, shards, rebuild=True)
     )
     if not number:
-        which = (
-            "no shard that could be" if args.shard is None else f"no shard {args.shard}, or it is stopped and cannot be"
-        )
-        raise UsageError(f"there is {which} rebuilt; `coupon-svc verify` says what stopped a shard.")
+        which = "no shard" if args.shard is None else f"no shard {args.shard}"
+        raise UsageError(f"there is {which} to rebuild; one that is stopped is not rebuilt, see docs/operations.md.")
     print(f"{number} shards are being rebuilt by their writers; `coupon-svc verify` shows when it is done")
 
 
