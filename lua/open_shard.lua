@@ -25,7 +25,7 @@ end
 if meta[1] ~= ARGV[1] or meta[4] ~= ARGV[3] or meta[5] ~= ARGV[4] then
   return {"suspect"}
 end
-if tonumber(meta[3]) < tonumber(ARGV[6]) or tonumber(meta[6]) > tonumber(ARGV[6]) then
+if not (meta[3] and meta[6]) or tonumber(meta[3]) < tonumber(ARGV[6]) or tonumber(meta[6]) > tonumber(ARGV[6]) then
   return {"suspect"}
 end
 -- include: clock

@@ -91,7 +91,7 @@ class Recoverer:
         shard, live = begun.owned.shard, begun.live_epoch
         reached = await recovery.last_seq(connection, shard, live)
         if str(live) in (meta.get("epoch"), meta.get("was")):
-            await self._require_told(shard, live, reached, int(meta["committed"]))
+            await self._require_told(shard, live, reached, int(meta.get("committed", 0)))
         epoch, seq = 0, 0
         while entries := await self._store.stream_after(shard, epoch, seq):
             for number, batch in _by_epoch(shard, entries):

@@ -1,0 +1,65 @@
+"""A field is gone from a shard's meta, by somebody's hand: nothing is decided by what is left, and the owner mends it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from coupon_svc.dev.servers import EmbeddedRedis
+from coupon_svc.store.keys import ShardKeys
+from tests.conftest import SHARDS
+from tests.harness import Stack, fresh_database, until
+
+FIELDS = ("epoch", "generation", "run_id", "replid", "seq", "committed", "backlog_max", "ledger_at_ms")
+
+
+@pytest.fixture(scope="module")
+async def stack(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[Stack]:
+    folder = tmp_path_factory.mktemp("torn")
+    server = EmbeddedRedis(folder / "redis")
+    server.start()
+    stack = Stack(server, server.url, await fresh_database(postgres_url, SHARDS), folder, SHARDS)
+    try:
+        stack.writer()
+        stack.api()
+        await stack.ready()
+        yield stack
+    finally:
+        stack.close()
+
+
+@pytest.fixture(scope="module")
+async def http(stack: Stack) -> AsyncIterator[httpx.AsyncClient]:
+    async with await stack.client() as http:
+        yield http
+
+
+@pytest.mark.parametrize("field", FIELDS)
+async def test_a_field_that_is_gone_is_put_right(stack: Stack, http: httpx.AsyncClient, field: str) -> None:
+    book = {"name": "b", "generate": {"pattern": "########", "total": 5}}
+    book_id = (await http.post("/coupons", json=book)).json()["book_id"]
+    given: dict[str, str] = {}
+
+    async def deals() -> bool:
+        user = f"u{len(given)}"
+        answer = await http.post("/coupons/assign", json={"book_id": book_id, "user_id": user})
+        assert answer.status_code in (201, 503), answer.text
+        if answer.status_code == 201:
+            assert given.setdefault(answer.json()["code"], user) == user
+        return answer.status_code == 201
+
+    await until(deals)
+    async with stack.redis() as redis:
+        meta = ShardKeys(int(book_id[3:5]), SHARDS).meta
+        assert await redis.hdel(meta, field) == 1
+
+        async def whole() -> bool:
+            return set(FIELDS) <= set(await redis.hkeys(meta))
+
+        await until(whole)
+    await until(deals)
+    assert all(part.process.poll() is None for part in stack.parts)
+    rows = await stack.ledger("SELECT code, user_id FROM coupons WHERE book_id = $1", book_id)
+    assert given.items() <= {row["code"]: row["user_id"] for row in rows}.items()
