@@ -173,7 +173,7 @@ async def test_a_stall_is_seen_by_all_who_were_due_meanwhile(play: Play, stack: 
     latency = played.result.latency_ms["all"]
     assert latency["p90"] > 150
     assert latency["p99"] > 350
-    assert played.result.arrivals.due == pytest.approx(300, abs=30)
+    assert 270 <= played.result.arrivals.due < 600  # as many more as the end was late
     assert any("could not keep up" in remark for remark in played.result.remarks)
     assert (await played.load.audit()).holds
 

@@ -136,7 +136,7 @@ async def test_an_answer_that_is_overdue_is_not_waited_for() -> None:
         began = time.monotonic()
         replies = await ask(port, timeout_s=0.3)
     assert {reply.failure for reply in replies} == {Failure.TIMEOUT}
-    assert 0.6 <= time.monotonic() - began < 2.0
+    assert 0.6 <= time.monotonic() - began < 5  # not the 15 s that it waits unless told
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ async def test_a_closed_loop_asks_until_its_time_is_over_and_survives_lost_conne
             connections=3,
             seconds=0.3,
         )
-    assert 0.3 <= time.monotonic() - began < 1.0
+    assert 0.3 <= time.monotonic() - began < 5
     assert statuses.count(200) > 30
     assert set(statuses) <= {0, 200}
 

@@ -20,6 +20,7 @@ from redis.exceptions import BusyLoadingError, RedisError
 
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.shards import shard_tag
+from coupon_svc.ledger.shards import WRITER_TTL_S
 from coupon_svc.writer.crash import CRASH_POINTS
 from tests.audit import Answer, History, audit, settled
 from tests.conftest import SHARDS
@@ -284,7 +285,7 @@ async def test_writers_share_the_shards_and_one_that_is_told_to_stop_hands_over_
 
         await until(handed_over, what="the other writer should own every shard")
         taken_s = loop.time() - stopped_at
-        assert taken_s < 2, f"the hand-over took {taken_s:.1f} s"
+        assert taken_s < WRITER_TTL_S - 1, f"the hand-over took {taken_s:.1f} s, as long as a take-over"
         await traffic
         await retried(history, list(history.answers))
         assert len({answer.body["position"] for answer in history.assigned()}) == 72

@@ -84,7 +84,7 @@ async def _script_as_sent(run: Run, probe: Probe) -> list[str]:
         await asyncio.sleep(0.1)
         attempt = await probe.assign("redis")
         assert attempt.outcome == "ok", attempt
-        words = await asyncio.wait_for(listening, 5.0)
+        words = await asyncio.wait_for(listening, HEAL_S)
     texts = [
         word.replace(attempt.user, "late-user").replace(attempt.key, "late" + secrets.token_hex(4)) for word in words
     ]
@@ -169,7 +169,7 @@ async def backend_stopped_in_a_commit(run: Run) -> None:
                 os.kill(row["pid"], signal.SIGCONT)
             return 0
 
-        pid = await until(committing, 15.0, "a commit should be under way")
+        pid = await until(committing, HEAL_S, "a commit should be under way")
         try:
             await asyncio.sleep(6.0)
         finally:
@@ -230,7 +230,7 @@ async def registration_lapses(run: Run) -> None:
                 )
                 return bool(gone or await run.stack.ledger(_GONE))
 
-            await until(counts_as_gone, 15.0, "the row of the API should have ended")
+            await until(counts_as_gone, HEAL_S, "the row of the API should have ended")
             await asyncio.sleep(2.0)
             async with run.stack.redis() as redis, writer_standing_still(run):
                 asked = asyncio.gather(*(probe.assign("redis") for _ in range(6)))

@@ -70,7 +70,7 @@ async def api_told_to_end(run: Run) -> None:
         writer.signal(signal.SIGSTOP)  # whatever waits for the ledger is under way now
         try:
             asked = [asyncio.create_task(probe.assign("ledger")) for _ in range(IN_FLIGHT)]
-            await until(lambda: _decided(probe), 10.0, "Redis should have decided")
+            await until(lambda: _decided(probe), HEAL_S, "Redis should have decided")
             api.signal(signal.SIGTERM)
             await asyncio.sleep(1.0)
             assert api.process.poll() is None, "it was to wait for what it has accepted"
