@@ -114,7 +114,7 @@ def lease() -> None:
 
 def epoch() -> None:
     """Scripts do not compare the epoch."""
-    _without_text("fence", "meta[1] ~= ARGV[1] or tonumber(meta[2]) <", "tonumber(meta[2]) <")
+    _without_text("fence", "if meta[1] ~= ARGV[1] or not", "if not")
 
 
 def seen_position() -> None:
