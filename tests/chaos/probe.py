@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from tests.chaos.run import HEAL_S, Attempt, Run
+from tests.chaos.run import HEAL_S, Attempt, Run, new_book
 from tests.harness import until
 
 PROBE_CODES = 300
@@ -37,9 +37,7 @@ async def probing(run: Run) -> AsyncIterator[Probe]:
         for ack in ("ledger", "redis"):
             rules = {"name": "probe", "ack": ack, "max_redemptions_per_code": 2}
             generate = {"pattern": f"probe{ack[0]}-########", "total": PROBE_CODES}
-            answer = await http.post("/coupons", json={**rules, "generate": generate})
-            assert answer.status_code == 201, answer.text
-            books[ack] = answer.json()["book_id"]
+            books[ack] = await new_book(http, {**rules, "generate": generate})
         yield Probe(run, http, books)
 
 

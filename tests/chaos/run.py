@@ -86,11 +86,10 @@ class Run:
                 for limit in (None, 1):
                     rules = {"name": ack, "ack": ack, "max_codes_per_user": limit, "max_redemptions_per_code": USES}
                     generate = {"pattern": f"{ack[0]}{limit or 0}-########", "total": CODES}
-                    answer = await http.post("/coupons", json={**rules, "generate": generate})
-                    assert answer.status_code == 201, answer.text
-                    self.books[answer.json()["book_id"]] = ack
+                    book_id = await new_book(http, {**rules, "generate": generate})
+                    self.books[book_id] = ack
                     if limit:
-                        self.limited.add(answer.json()["book_id"])
+                        self.limited.add(book_id)
         for book_id in self.books:
             rows = await self.stack.ledger("SELECT code FROM codes WHERE book_id = $1 ORDER BY code", book_id)
             self._contended += [(row["code"], book_id) for row in self.random.sample(rows, CONTENDED)]
@@ -317,8 +316,14 @@ class Run:
             expected.setdefault(attempt.user, set()).add(attempt.answer["code"])
         async with self.client() as http:
             for user, codes in expected.items():
-                answer = await http.get(f"/users/{user}/coupons", params={"limit": 1000})
-                assert answer.status_code == 200, answer.text
+
+                async def listed(user: str = user) -> httpx.Response | None:
+                    answer = await http.get(f"/users/{user}/coupons", params={"limit": 1000})
+                    assert answer.status_code in (200, 503), answer.text
+                    return answer if answer.status_code == 200 else None
+
+                answer = await until(listed, HEAL_S, "a user's coupons should be told")
+                assert answer is not None
                 missing = codes - {coupon["code"] for coupon in answer.json()["coupons"]}
                 assert not missing or self.loses_records, "P2: what was answered is not in the user's list"
 
@@ -342,6 +347,18 @@ class Run:
             return (all if all_shards else any)(now[shard] > epoch for shard, epoch in self.epochs.items())
 
         await until(newer, HEAL_S, "the fault should have been followed by a recovery")
+
+
+async def new_book(http: httpx.AsyncClient, rules: dict[str, Any]) -> str:
+    """Make a book, asking again when told to. Returns its id."""
+    key = secrets.token_hex(8)
+
+    async def made() -> str:
+        answer = await http.post("/coupons", json=rules, headers={"Idempotency-Key": key})
+        assert answer.status_code in (201, 409, 503), answer.text  # 409: the first attempt is still under way
+        return str(answer.json()["book_id"]) if answer.status_code == 201 else ""
+
+    return await until(made, HEAL_S, "a book should be made")
 
 
 def _never_known(attempt: Attempt) -> bool:
