@@ -188,21 +188,16 @@ async def batch_from_before_a_recovery(run: Run) -> None:
     async with watching(run) as ledger, probing(run) as probe, run.stack.redis() as redis:
         held = await probe.goes_on()
         assert held.outcome == "ok"
-        pids = [
-            row["pid"]
-            for row in await ledger.fetch(
-                _WRITERS_BACKENDS + " AND query LIKE 'COMMIT%' ORDER BY state_change DESC LIMIT 1"
-            )
-        ]
-        assert pids, "the connection that commits was to be found"
-        os.kill(pids[0], signal.SIGSTOP)
+        newest = _WRITERS_BACKENDS + " AND query LIKE 'COMMIT%' ORDER BY state_change DESC LIMIT 1"
+        pid = await until(lambda: ledger.fetchval(newest), HEAL_S, "the connection that commits was to be found")
+        os.kill(pid, signal.SIGSTOP)
         try:
             waiting = asyncio.gather(*(probe.assign("ledger") for _ in range(4)))
             await asyncio.sleep(0.5)
             await redis.flushall()
             await until(lambda: _recovered(run, probe), 4.0, "the shard should be recovered while the batch waits")
         finally:
-            os.kill(pids[0], signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
         await waiting
         await probe.goes_on()
     await run.recovered()
