@@ -1,14 +1,10 @@
-"""The one place where things are joined: settings in, a running API or writer out."""
+"""The one place where the API's things are joined: settings in, an application out."""
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
-
-import uvloop
 
 from coupon_svc.api.auth import KeyRing
 from coupon_svc.api.books import Books
@@ -24,7 +20,6 @@ from coupon_svc.ledger.resolve import Resolver
 from coupon_svc.store.client import Store
 from coupon_svc.store.positions import Positions
 from coupon_svc.store.scripts import Scripts
-from coupon_svc.writer.writer import Writer
 
 
 def make_api(settings: Settings | None = None) -> Api:
@@ -57,16 +52,3 @@ def make_api(settings: Settings | None = None) -> Api:
         metrics,
         lifespan,
     )
-
-
-def run_writer(settings: Settings) -> None:
-    """Run a writer until SIGTERM or SIGINT; then hand its shards over and return."""
-
-    async def main() -> None:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        await Writer(settings).run(stop)
-
-    uvloop.run(main())

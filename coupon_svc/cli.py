@@ -15,11 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
-import uvicorn
 from asyncpg import InvalidCatalogNameError, UndefinedColumnError, UndefinedTableError
 
-from coupon_svc.api.server import SERVER_SETTINGS, CouponProtocol
-from coupon_svc.app import make_api, run_writer
 from coupon_svc.config import Settings, SettingsError, load_settings
 from coupon_svc.ledger import keys, quarantine
 from coupon_svc.ledger.database import PATIENT_S, LedgerUnavailable, open_connection
@@ -270,6 +267,12 @@ def _load(args: argparse.Namespace) -> int:
 
 
 def _api(args: argparse.Namespace) -> None:
+    # The parts are imported where they are run: what a writer never uses would double the time it takes to start.
+    import uvicorn
+
+    from coupon_svc.api.server import SERVER_SETTINGS, CouponProtocol
+    from coupon_svc.app import make_api
+
     settings = load_settings(host=args.host, port=args.port, workers=args.workers)
     common: dict[str, Any] = {**SERVER_SETTINGS, "http": CouponProtocol}
     if args.fd is not None:
@@ -289,6 +292,8 @@ def _api(args: argparse.Namespace) -> None:
 
 
 def _writer(args: argparse.Namespace) -> None:
+    from coupon_svc.writer.writer import run_writer
+
     run_writer(load_settings())
 
 

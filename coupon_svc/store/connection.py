@@ -12,11 +12,10 @@ import contextlib
 import ssl
 from collections import deque
 from collections.abc import Callable
-from typing import Any, cast
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple, cast
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import hiredis
-from redis.connection import parse_url
 
 Reply = Any
 ReplyError = hiredis.ReplyError
@@ -113,6 +112,37 @@ class Connection(asyncio.Protocol):
             self._unsent.clear()
 
 
+class Address(NamedTuple):
+    """Where a Redis is, and as whom to come."""
+
+    path: str | None
+    """of a Unix socket, instead of host and port"""
+    host: str
+    port: int
+    tls: bool
+    username: str
+    password: str | None
+    database: int
+
+
+def parse_address(url: str) -> Address:
+    """The parts of `redis://user:password@host:port/database`, `rediss://` or `unix://user:password@/path?db=database`.
+
+    As redis-py reads them, which would take every process of the service a tenth of a second to import.
+    """
+    parts = urlsplit(url)
+    number = parse_qs(parts.query).get("db", [parts.path.strip("/") if parts.scheme != "unix" else ""])[0]
+    return Address(
+        path=unquote(parts.path) if parts.scheme == "unix" else None,
+        host=parts.hostname or "localhost",
+        port=parts.port or 6379,
+        tls=parts.scheme == "rediss",
+        username=unquote(parts.username or "default"),
+        password=unquote(parts.password) if parts.password else None,
+        database=int(number) if number.isdecimal() else 0,
+    )
+
+
 async def connect(
     url: str, name: str, on_message: Callable[[Reply], None] | None = None, timeout: float = 2.0
 ) -> Connection:
@@ -120,22 +150,22 @@ async def connect(
 
     Raises StoreUnavailable when that fails or takes longer than `timeout` seconds. The message never holds the URL.
     """
-    parts: dict[str, Any] = dict(parse_url(url))  # type: ignore[no-untyped-call]
+    address = parse_address(url)
     loop = asyncio.get_running_loop()
     connection: Connection | None = None
     try:
         async with asyncio.timeout(timeout):
-            if "path" in parts:
-                _, connection = await loop.create_unix_connection(lambda: Connection(on_message), parts["path"])
+            if address.path is not None:
+                _, connection = await loop.create_unix_connection(lambda: Connection(on_message), address.path)
             else:
-                secure = ssl.create_default_context() if urlsplit(url).scheme == "rediss" else None
+                secure = ssl.create_default_context() if address.tls else None
                 _, connection = await loop.create_connection(
-                    lambda: Connection(on_message), parts.get("host", "localhost"), parts.get("port", 6379), ssl=secure
+                    lambda: Connection(on_message), address.host, address.port, ssl=secure
                 )
-            if password := parts.get("password"):
-                await connection.ask("AUTH", parts.get("username") or "default", password)
-            if database := parts.get("db"):
-                await connection.ask("SELECT", database)
+            if address.password is not None:
+                await connection.ask("AUTH", address.username, address.password)
+            if address.database:
+                await connection.ask("SELECT", address.database)
             with contextlib.suppress(ReplyError):
                 await connection.ask("CLIENT", "SETNAME", name)
     except (OSError, TimeoutError, StoreOutcomeUnknown, ReplyError) as error:

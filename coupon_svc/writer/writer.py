@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import signal
 from typing import Any
+
+import uvloop
 
 from coupon_svc.config import Settings
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
@@ -197,3 +200,16 @@ class Writer:
             await bounded(connection, check_shards(connection, self._settings.shards), STATEMENTS_TIMEOUT_S)
             self._connections[name] = connection
         return connection
+
+
+def run_writer(settings: Settings) -> None:
+    """Run a writer until SIGTERM or SIGINT; then hand its shards over and return."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await Writer(settings).run(stop)
+
+    uvloop.run(main())
