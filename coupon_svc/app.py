@@ -28,7 +28,8 @@ def make_api(settings: Settings | None = None) -> Api:
     positions = Positions(settings.shards, settings.ledger_wait_ms)
     store = Store(settings.redis_url, settings.shards, positions, Scripts())
     database = Database(settings.database_url, "coupon-api")
-    resolver = Resolver(database)
+    lookups = Database(settings.database_url, "coupon-api-lookups", size=4)  # they must not stand behind uploads
+    resolver = Resolver(lookups)
     runner = BookRunner(store, resolver, database, settings.shards)
     metrics = Metrics()
     registration = Registration(settings.database_url, store)
@@ -43,6 +44,7 @@ def make_api(settings: Settings | None = None) -> Api:
             await registration.stop()
             await store.stop()
             await database.close()
+            await lookups.close()
 
     return make_app(
         Books(runner, database, settings.shards),

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from itertools import count
 from typing import NamedTuple
 
+import asyncpg
 import pytest
 
 from coupon_svc.dev.servers import EmbeddedRedis
@@ -18,6 +19,7 @@ from coupon_svc.store.scripts import Scripts
 from coupon_svc.writer.lend import Lender
 from coupon_svc.writer.persist import Persister
 from coupon_svc.writer.shard import Shard, term_of
+from tests.harness import fresh_database
 from tests.scripts.runner import new_rules
 
 SHARDS = 64
@@ -102,6 +104,21 @@ async def test_codes_are_counted_though_their_position_cannot_be_told(recovered:
     with pytest.raises(StoreLost):
         await persister._publish(shard, batch, b"x" * 32)
     assert (shard.committed, assigned) == (1, [(book_id, 1)])
+
+
+async def test_a_shard_that_cannot_be_shut_when_it_is_stopped_is_shut_by_who_would_open_it(
+    recovered: Recovered, postgres_url: str
+) -> None:
+    """Nothing else would look at it again, and callers be given codes of it."""
+    _, shard, before, _ = recovered
+    away = OwnerStore("redis://127.0.0.1:1", SHARDS, Scripts())
+    persister = Persister("", "wr", away, {before.shard: shard}, lambda *_: None)
+    connection = await asyncpg.connect(await fresh_database(postgres_url, SHARDS))
+    with pytest.raises(StoreLost):
+        await persister._stop(connection, Batch(before.shard, before.epoch, before.generation, 0, 1, []), "forked")
+    assert await connection.fetchval("SELECT stopped FROM shards WHERE shard = $1", before.shard) == "forked"
+    assert (shard.opened_on, shard.stopped) == (None, False)
+    await connection.close()
 
 
 def test_what_a_process_can_have_seen_is_asked_anew_in_each_epoch() -> None:

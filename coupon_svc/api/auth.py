@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from typing import NamedTuple
 
 from coupon_svc.domain.clock import now_ms
@@ -23,6 +24,7 @@ PATIENCE_S = 0.25
 class _Kept(NamedTuple):
     row: KeyRow | None
     asked_at_ms: int
+    """By a clock that nobody can set: a key revoked before the wall clock was set back must not go on until then."""
 
 
 class KeyRing:
@@ -42,12 +44,12 @@ class KeyRing:
         if scheme.lower() != b"bearer" or not key:
             raise Refused(Outcome.UNAUTHENTICATED)
         key_hash = hashlib.sha256(key.strip()).digest()
-        now = now_ms()
+        now = time.monotonic_ns() // 1_000_000
         kept = self._kept.get(key_hash) or self._unknown.get(key_hash)
         if kept is None or now - kept.asked_at_ms > (self._kept_ms if kept.row else UNKNOWN_KEPT_MS):
             kept = await self._ask_once(key_hash, kept, now)
         row = kept.row
-        if row is None or row.revoked or (row.expires_at_ms is not None and row.expires_at_ms <= now):
+        if row is None or row.revoked or (row.expires_at_ms is not None and row.expires_at_ms <= now_ms()):
             raise Refused(Outcome.UNAUTHENTICATED)
         return row
 

@@ -319,13 +319,18 @@ class Coupons:
         ]
         reply = await self._run_read("read_codes", place, tenant_id, touched, codes)
         _, now_ms, ack, uses_max, holders, locks = reply
+        shown = [holder.partition(" ")[0].rpartition("/")[2] for holder in holders if holder not in ("", QUARANTINED)]
+        if shown:
+            # All at once, by the last of them: an epoch may end meanwhile, and what was waited for after that is taken for
+            # durable though it was lost.
+            last = max(shown, key=lambda position: tuple(map(int, position.split("-"))))
+            await self._until_durable(place, last, ack, late=Outcome.LEDGER_BEHIND)
         coupons: list[CouponAnswer | str | None] = []
         for code, holder, lock_ms in zip(codes, holders, locks, strict=True):
             if holder in ("", QUARANTINED):
                 coupons.append(holder or None)
                 continue
-            position, uses, at_ms, user_id = holder.split(" ", 3)
-            await self._until_durable(place, position, ack, late=Outcome.LEDGER_BEHIND)
+            _, uses, at_ms, user_id = holder.split(" ", 3)
             left = int(uses_max) - int(uses) if uses_max else None
             locked = lock_ms > 0 and left != 0
             coupons.append(

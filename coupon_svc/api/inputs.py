@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
-from coupon_svc.api.schemas import METADATA_BYTES_MAX, Cursor
+from coupon_svc.api.schemas import METADATA_BYTES_MAX, METADATA_DEPTH_MAX, Cursor
 from coupon_svc.domain.outcomes import Outcome, Refused
 
 PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 1000
@@ -20,11 +21,24 @@ def invalid(pointer: str, detail: str) -> Refused:
 
 
 def encode_metadata(metadata: dict[str, Any] | None) -> str:
-    """The caller's object as compact JSON. Raises Refused(invalid_request) beyond METADATA_BYTES_MAX."""
+    """The caller's object as compact JSON. Raises Refused(invalid_request) beyond METADATA_BYTES_MAX or _DEPTH_MAX."""
+    level: list[Any] = [metadata]
+    for _ in range(METADATA_DEPTH_MAX):
+        level = [part for whole in level for part in _parts(whole)]
+        if not level:
+            break
+    else:
+        raise invalid("/metadata", f"at most {METADATA_DEPTH_MAX} objects and lists within each other")
     text = msgspec.json.encode(metadata or {})
     if len(text) > METADATA_BYTES_MAX:
         raise invalid("/metadata", f"at most {METADATA_BYTES_MAX} bytes of JSON")
     return text.decode()
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def page_limit(query: dict[str, str]) -> int:

@@ -40,6 +40,8 @@ class Registration:
         self._process_id = ""
         """New with every registration: one that has lapsed cannot be taken up again."""
         self._connection: Any = None
+        self._reports: list[tuple[int, int, int]] = []
+        """(shard, epoch, seen seq) of epochs that are over, until Postgres has them."""
         self.receipt_secret: bytes | None = None
         """Known from the first registration on, and so before the first answer that may need one."""
         self._wake = asyncio.Event()
@@ -58,8 +60,8 @@ class Registration:
             return
         try:
             connection = await self._connected()
-            reports = [(shard, view.epoch, view.seen_seq) for shard, view in enumerate(self._store.views) if view.epoch]
-            await bounded(connection, report_seen(connection, self._process_id, reports), TIMEOUT_S)
+            now = [(shard, view.epoch, view.seen_seq) for shard, view in enumerate(self._store.views) if view.epoch]
+            await bounded(connection, report_seen(connection, self._process_id, [*self._reports, *now]), TIMEOUT_S)
             await bounded(connection, end_process(connection, self._process_id), TIMEOUT_S)
             connection.terminate()
         except LedgerUnavailable:
@@ -87,12 +89,12 @@ class Registration:
             self._process_id = "api_" + secrets.token_hex(8)
             await begin_process(connection, self._process_id)
         epochs = await epochs_of_shards(connection)
-        reports = []
         for shard, epoch in enumerate(epochs):
             # From this line on nothing of an older epoch is answered early; so what was seen of it is all there is.
-            reports += [(shard, over, seen) for over, seen in self._store.end_epochs(shard, epoch)]
-        if reports:
-            await report_seen(connection, self._process_id, reports)
+            self._reports += [(shard, over, seen) for over, seen in self._store.end_epochs(shard, epoch)]
+        if self._reports:
+            await report_seen(connection, self._process_id, self._reports)
+            self._reports = []
         self._store.answer_early_until = asked_at + PROCESS_TTL_S - MARGIN_S
 
     async def _connected(self) -> Any:

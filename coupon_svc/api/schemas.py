@@ -14,6 +14,8 @@ from coupon_svc.domain.books import Ack, BookStatus
 CODES_PER_UPLOAD_MAX = 20_000
 GENERATED_PER_CALL_MAX = 1_000_000
 METADATA_BYTES_MAX = 4_096
+METADATA_DEPTH_MAX = 100
+"""Whoever reads it may stand deeper in its own calls than who wrote it did."""
 REJECTED_SHOWN_MAX = 100
 
 _NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f]*(?![\s\S])"  # `$` would let a line break pass at the end

@@ -26,6 +26,8 @@ SERVER_SETTINGS: dict[str, Any] = {
     "timeout_graceful_shutdown": 5,
 }
 HOT_BODY_BYTES_MAX = 16 * 1024
+HEAD_BYTES_MAX = 64 * 1024
+"""Of a request line and its headers that are not complete yet; the parser itself would keep as many as are sent."""
 
 
 class _HotCycle:
@@ -71,8 +73,16 @@ class CouponProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._idle_since: float | None = None
         self._idle_timer: TimerHandle | None = None
+        self._head_bytes = 0
+        self._in_body = False
         self._default_headers: Any = None
         self._default_lines = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes > HEAD_BYTES_MAX and not self._in_body and not self.transport.is_closing():
+            self.send_400_response("")
 
     # --- from the parser
 
@@ -83,6 +93,7 @@ class CouponProtocol(HttpToolsProtocol):
         self.expect_100_continue = False
 
     def on_headers_complete(self) -> None:
+        self._head_bytes, self._in_body = 0, True
         hot = self._hot_cycle()
         if hot is not None:
             self.cycle = hot
@@ -101,6 +112,7 @@ class CouponProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._head_bytes, self._in_body = 0, False
         cycle = self.cycle
         if type(cycle) is _HotCycle and cycle.more_body:
             cycle.more_body = False
@@ -122,7 +134,7 @@ class CouponProtocol(HttpToolsProtocol):
         if found is None or self.parser.get_http_version() != "1.1" or self.parser.should_upgrade():
             return None
         length = next((value for name, value in self.headers if name == b"content-length"), b"")
-        if not length.isdigit() or int(length) > HOT_BODY_BYTES_MAX:
+        if not length.isdigit() or len(length) > 5 or int(length) > HOT_BODY_BYTES_MAX:
             return None
         return _HotCycle(*found, self.parser.should_keep_alive())
 
@@ -181,6 +193,12 @@ class CouponProtocol(HttpToolsProtocol):
     # --- what is no HTTP
 
     def send_400_response(self, msg: str) -> None:
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete and not self._in_body:
+            # What came before is still under way, and its caller would take the refusal for its answer.
+            cycle.keep_alive = False
+            self.flow.pause_reading()
+            return
         body = bad_request()
         head = (
             "HTTP/1.1 400 Bad Request\r\nContent-Type: application/problem+json\r\n"

@@ -37,9 +37,12 @@ UNAVAILABLE = (
     asyncpg.PostgresSystemError,  # 58
     asyncpg.TransactionRollbackError,  # 40
     asyncpg.InvalidAuthorizationSpecificationError,
-    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.InvalidTransactionStateError,  # 25: read-only, or ended while it was idle
+    asyncpg.ObjectNotInPrerequisiteStateError,  # 55: not accepting connections, a lock that cannot be had
+    asyncpg.InternalServerError,  # XX
 )
-"""Errors that say nothing about the data sent: try again, elsewhere or later (SQLSTATE classes 08, 40, 53, 57, 58)."""
+"""Errors that say nothing about the data sent: try again, elsewhere or later (SQLSTATE classes 08, 25, 40, 53, 55, 57, 58,
+XX)."""
 
 
 async def bounded(connection: asyncpg.Connection, work: Awaitable[T], seconds: float) -> T:

@@ -57,6 +57,7 @@ _NOTE_LATE = """
 _IDEMPOTENT_EVENTS = """
     SELECT event, epoch, seq, code, user_id, at_ms, uses, idem, fingerprint FROM events
     WHERE shard = $1 AND book_id = $2 AND idem IS NOT NULL AND at_ms > $3
+    ORDER BY epoch, seq
 """
 
 
@@ -239,13 +240,18 @@ async def take_late(
     notes: list[tuple[Event, bool]] = []
     async with connection.transaction():
         await require_recoverer(connection, writer_id, begun.owned)
-        last = await last_seq(connection, begun.owned.shard, epoch)
+        shard, seqs = begun.owned.shard, [event.seq for event in events]
+        # Each by itself: a receipt may have brought back the record of a position beyond others that are still lost.
         rows = await connection.fetch(
-            "SELECT seq FROM late_events WHERE shard = $1 AND epoch = $2", begun.owned.shard, epoch
-        )
+            "SELECT seq FROM events WHERE shard = $1 AND epoch = $2 AND seq = ANY ($3)"
+            " UNION ALL SELECT seq FROM dead_letters WHERE shard = $1 AND epoch = $2 AND seq = ANY ($3)",
+            shard, epoch, seqs,
+        )  # fmt: skip
+        known = {row["seq"] for row in rows}
+        rows = await connection.fetch("SELECT seq FROM late_events WHERE shard = $1 AND epoch = $2", shard, epoch)
         noted = {row["seq"] for row in rows}
         for event in events:
-            if event.seq <= last:
+            if event.seq in known:
                 continue
             if event.event == COUPON_ASSIGNED and await release(connection, event.book_id, event.code, "late_event"):
                 await connection.execute("UPDATE books SET lent = lent + 1 WHERE book_id = $1", event.book_id)
@@ -253,7 +259,7 @@ async def take_late(
                 notes.append((event, True))
             elif event.seq not in noted:
                 notes.append((event, False))
-        await note_late(connection, begun.owned.shard, epoch, notes)
+        await note_late(connection, shard, epoch, notes)
 
 
 async def note_late(
@@ -399,7 +405,8 @@ async def coupons_of_book(connection: asyncpg.Connection, book_id: str) -> Async
 async def idempotent_events(
     connection: asyncpg.Connection, shard: int, book_id: str, since_ms: int
 ) -> list[asyncpg.Record]:
-    """Events of a book that carry an Idempotency-Key and are younger than `since_ms`."""
+    """Events of a book that carry an Idempotency-Key and are younger than `since_ms`, oldest first: of two with the same
+    key (the first was lost for a while) the later one is what the key answers."""
     return list(await connection.fetch(_IDEMPOTENT_EVENTS, shard, book_id, since_ms))
 
 

@@ -14,8 +14,16 @@ from collections.abc import Sequence
 
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.loops import keep_running
-from coupon_svc.store.connection import Connection, Reply, ReplyError, StoreOutcomeUnknown, StoreUnavailable, connect
-from coupon_svc.store.keys import POSITIONS_CHANNEL, ShardKeys
+from coupon_svc.store.connection import (
+    Connection,
+    Reply,
+    ReplyError,
+    StoreOutcomeUnknown,
+    StoreUnavailable,
+    connect,
+    parse_address,
+)
+from coupon_svc.store.keys import ShardKeys, positions_channel
 from coupon_svc.store.positions import Positions
 from coupon_svc.store.scripts import Scripts
 from coupon_svc.store.server import ServerUnfit, judge, load_scripts, read_info, refuses_writes
@@ -55,6 +63,7 @@ class Store:
 
     def __init__(self, url: str, shards: int, positions: Positions, scripts: Scripts) -> None:
         self._url = url
+        self._channel = positions_channel(parse_address(url).database)
         self._scripts = scripts
         self.positions = positions
         self.views = [ShardView(ShardKeys(shard, shards)) for shard in range(shards)]
@@ -154,7 +163,7 @@ class Store:
         """Turn an error reply into a refusal; returns only when the script is loaded now and may be sent again."""
         word = str(error).partition(" ")[0]
         if word == "NOSCRIPT":
-            with contextlib.suppress(StoreUnavailable, StoreOutcomeUnknown, ServerUnfit):
+            with contextlib.suppress(StoreUnavailable, StoreOutcomeUnknown, ServerUnfit, ReplyError):
                 if self._connection:
                     await self._verify(self._connection)
                     if view.certified:
@@ -218,6 +227,7 @@ class Store:
             connection.send("HMGET", view.keys.meta, "run_id", "replid", "epoch", "seq", "committed", "backlog_max")
             for view in self.views
         ]
+        gone_back = []
         for shard, (view, meta) in enumerate(zip(self.views, metas, strict=True)):
             reply = await meta
             if isinstance(reply, ReplyError):
@@ -227,7 +237,7 @@ class Store:
             if same_server and epoch == str(view.epoch) and int(seq) < view.seen_seq:
                 # Only who has seen more can tell; its owner, who looks at what the ledger has, may find nothing amiss.
                 log.error("shard %02d has gone back behind what was seen: it is to be recovered", shard)
-                await self._doubt(shard, 0)
+                gone_back.append(shard)
             view.certified = (
                 same_server
                 and epoch.isdigit()
@@ -240,6 +250,8 @@ class Store:
                 view.seen_seq = max(view.seen_seq, int(seq))
                 view.backlog_max = int(backlog_max)
                 self.positions.advance(shard, view.epoch, int(committed))
+        for shard in gone_back:  # last: what was read of the other shards would be old by the time of a reply
+            await self._doubt(shard, 0)
 
     async def _watch(self) -> None:
         """End what waits too long, and verify again: soon while a shard is shut or somebody waits for a position that
@@ -290,7 +302,7 @@ class Store:
         while True:
             try:
                 self._listener = listener = await connect(self._url, "coupon-api-positions", self._on_message)
-                await listener.ask("SUBSCRIBE", POSITIONS_CHANNEL)
+                await listener.ask("SUBSCRIBE", self._channel)
                 await listener.closed
             except (StoreUnavailable, StoreOutcomeUnknown, ReplyError):
                 pass

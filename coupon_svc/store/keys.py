@@ -12,6 +12,12 @@ POSITIONS_CHANNEL = "cb:positions"
 """Where writers tell how far the ledger is: `<shard> <epoch> <committed>`."""
 
 
+def positions_channel(database: int) -> str:
+    """The channel of one of the server's numbered databases: a channel, unlike a key, is heard in all of them, and what
+    another installation's ledger holds says nothing about ours."""
+    return POSITIONS_CHANNEL if database == 0 else f"{POSITIONS_CHANNEL}:{database}"
+
+
 class ShardKeys:
     """The keys of one shard."""
 

@@ -7,8 +7,16 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from coupon_svc.store.connection import Connection, Reply, ReplyError, StoreOutcomeUnknown, StoreUnavailable, connect
-from coupon_svc.store.keys import POSITIONS_CHANNEL, ShardKeys
+from coupon_svc.store.connection import (
+    Connection,
+    Reply,
+    ReplyError,
+    StoreOutcomeUnknown,
+    StoreUnavailable,
+    connect,
+    parse_address,
+)
+from coupon_svc.store.keys import ShardKeys, positions_channel
 from coupon_svc.store.scripts import Scripts
 from coupon_svc.store.server import Identity, ServerUnfit, load_scripts, read_identity
 
@@ -19,6 +27,10 @@ EVENTS_PER_READ_MAX = 2_000
 
 class StoreLost(Exception):
     """Redis could not be reached, broke off, or is not fit. Whatever was sent is safe to send again."""
+
+
+class StoreFull(StoreLost):
+    """Redis has no memory for it. What takes none can go on."""
 
 
 class Suspect(Exception):
@@ -43,6 +55,7 @@ class OwnerStore:
 
     def __init__(self, url: str, shards: int, scripts: Scripts) -> None:
         self._url = url
+        self._channel = positions_channel(parse_address(url).database)
         self._scripts = scripts
         self._keys = [ShardKeys(shard, shards) for shard in range(shards)]
         self._connection: Connection | None = None
@@ -103,7 +116,7 @@ class OwnerStore:
         message = f"{term.shard} {term.epoch} {committed}" if tell else ""
         reply = await self._run(
             "publish_position", term, [self._keys[term.shard].events], committed, "here" if ledger_here else "away",
-            trim_seq, POSITIONS_CHANNEL, message,
+            trim_seq, self._channel, message,
         )  # fmt: skip
         return int(reply[1])
 
@@ -119,7 +132,7 @@ class OwnerStore:
     async def load_codes(self, term: Term, book_id: str, codes: Sequence[str], unlent: int) -> int:
         """Put lent codes into the pool, skipping those that are in it or held. Returns how many are in the pool then.
 
-        Raises StoreLost (send it again), Suspect.
+        Raises StoreLost (send it again), StoreFull, Suspect.
         """
         keys = self._keys[term.shard]
         touched = [keys.book(book_id), keys.free(book_id), keys.holders(book_id)]
@@ -156,7 +169,7 @@ class OwnerStore:
                 return reply
             word = str(reply).partition(" ")[0]
             if word != "NOSCRIPT":
-                raise StoreLost(f"{name}: {word}")
+                raise (StoreFull if word == "OOM" else StoreLost)(f"{name}: {word}")
             self.close()  # connecting anew verifies the server and loads the scripts
         raise StoreLost(f"{name}: NOSCRIPT")
 
@@ -168,7 +181,7 @@ class OwnerStore:
 
     async def tell_position(self, shard: int, epoch: int, committed: int) -> None:
         """Tell those who wait how far the ledger got, without a certified shard. Raises StoreLost."""
-        await self._ask("PUBLISH", POSITIONS_CHANNEL, f"{shard} {epoch} {committed}")
+        await self._ask("PUBLISH", self._channel, f"{shard} {epoch} {committed}")
 
     async def wipe_shard(self, term: Term) -> None:
         """Drop every key of the shard but its meta. Raises StoreLost, Suspect."""

@@ -16,7 +16,7 @@ from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connecti
 from coupon_svc.ledger.events import NotOwner
 from coupon_svc.ledger.idempotency import forget_old
 from coupon_svc.ledger.shards import OwnedShard, connection_name
-from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
+from coupon_svc.store.owner import OwnerStore, StoreFull, StoreLost, Suspect
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.rules import book_fields
 from coupon_svc.writer.shard import Pool, Shard, term_of
@@ -92,10 +92,10 @@ class Lender:
         """Everything there is to lend now. Raises StoreLost, LedgerUnavailable, NotOwner."""
         open_shards = [n for n, shard in self._shards.items() if shard.opened_on is not None]
         if self._unsettled:
+            self._unsettled = False  # until something cannot be brought once more
             for number in open_shards:
                 unsettled = self._shards[number]
                 await self._guarded(unsettled, unsettled.owned, self.settle(connection, unsettled))
-            self._unsettled = False
         for book in await lending.books_to_load(connection, open_shards):
             if shard := self._shard_of(book.book_id):
                 await self._guarded(shard, shard.owned, self._load_book(connection, shard, book))
@@ -124,7 +124,11 @@ class Lender:
                 raise Suspect(f"book {book.book_id} is gone")
             if count != book.lent:
                 lease = await lending.outstanding_lease(connection, book.book_id)
-                await self._bring(shard, owned, book.book_id, lease)
+                try:
+                    await self._bring(shard, owned, book.book_id, lease)
+                except StoreFull:
+                    # No reason to keep the shard shut: redeems go on, and only its owner takes from the stream.
+                    self._unsettled = True
             if book.unlent > 0:
                 self.look_at(shard, book.book_id)
 
@@ -133,6 +137,9 @@ class Lender:
         recovered, and does not hold up the others; one that was recovered meanwhile has settled what the work was about."""
         try:
             await work
+        except StoreFull as error:  # the rules of other books need no memory, and are to be in force all the same
+            log.warning("shard %02d: codes have to wait: %s", shard.owned.shard, error)
+            self._unsettled = True
         except Suspect as error:
             if shard.owned != owned:
                 return
@@ -196,6 +203,8 @@ class Lender:
         while True:
             try:
                 return await self._store.load_codes(term_of(owned), book_id, lease.codes, lease.unlent)
+            except StoreFull:
+                raise
             except StoreLost:
                 if shard.opened_on is None:
                     raise  # whoever opens the shard again settles what is outstanding

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -185,8 +184,14 @@ class Persister:
         if shard is not None:
             shard.stopped, shard.opened_on = True, None
         await bounded(connection, stop_shard(connection, batch.shard, reason), COMMIT_TIMEOUT_S)
-        with contextlib.suppress(Suspect):
+        try:
             await self._store.shut_shard(Term(batch.shard, batch.epoch, batch.generation))
+        except Suspect:
+            pass
+        except StoreLost:
+            if shard is not None:
+                shard.stopped = False  # who would open it finds that it is stopped, and shuts it
+            raise
 
     async def _publish(self, shard: Shard, batch: Batch, head: bytes) -> None:
         if (shard.owned.epoch, shard.owned.generation) != (batch.epoch, batch.generation):

@@ -92,9 +92,11 @@ class Recoverer:
         reached = await recovery.last_seq(connection, shard, live)
         if str(live) in (meta.get("epoch"), meta.get("was")):
             await self._require_told(shard, live, reached, int(meta.get("committed", 0)))
+        now = await self._store.read_meta(shard)  # it is shut: no script adds to it any more
+        made = int(now["seq"]) if now.get("was") == str(live) and "seq" in now else None
         epoch, seq = 0, 0
         while entries := await self._store.stream_after(shard, epoch, seq):
-            for number, batch in _by_epoch(shard, entries):
+            for number, batch in _by_epoch(shard, [entry for entry in entries if not _beyond(entry, live, made)]):
                 if number == live:
                     reached = await recovery.drain(connection, self._writer_id, begun, batch)
                 else:
@@ -180,6 +182,16 @@ def _refuse_newer(epoch: str, begun: NewEpoch) -> None:
     """Raises HistoryForked for an epoch which the ledger has not reached: then the ledger went back."""
     if epoch.isdigit() and int(epoch) >= begun.owned.epoch:
         raise HistoryForked(f"redis knows of epoch {epoch}, the ledger was in {begun.owned.epoch - 1}: it went back")
+
+
+def _beyond(entry: Sequence[Any], live: int, made: int | None) -> bool:
+    """Whether an entry of the live epoch follows the last one that a script made in it: somebody's hand put it there. What
+    is missing before it was never made, and may be more than could ever be noted."""
+    epoch, seq = parse_entry_id(entry[0])
+    if made is None or epoch != live or seq <= made:
+        return False
+    log.error("entry %d-%d of the stream is none of the service's: it is passed over", epoch, seq)
+    return True
 
 
 def _by_epoch(shard: int, entries: Sequence[Sequence[Any]]) -> list[tuple[int, Batch]]:

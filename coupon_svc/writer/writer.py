@@ -186,12 +186,13 @@ class Writer:
             seq = await self._store.open_shard(shard.term, shard.committed, self._settings.backlog_events_max)
         except Suspect:
             return False
-        return seq == shard.committed or await self._follows(shard, shard.committed)
+        return await self._follows(shard, shard.committed, some=seq > shard.committed)
 
-    async def _follows(self, shard: Shard, committed: int) -> bool:
-        """Whether the event after this one is in the stream. A trimmed one shows only to who looks, or with the next."""
+    async def _follows(self, shard: Shard, committed: int, *, some: bool = True) -> bool:
+        """Whether the event after this one is in the stream, or, unless there must be `some`, none at all. A trimmed one
+        shows only to who looks, or with the next; an entry by somebody's hand lets no script add its own any more."""
         following = await self._store.stream_after(shard.owned.shard, shard.owned.epoch, committed, count=1)
-        return bool(following) and following[0][0] == f"{shard.owned.epoch}-{committed + 1}"
+        return following[0][0] == f"{shard.owned.epoch}-{committed + 1}" if following else not some
 
     async def _connected(self, name: str) -> Any:
         connection = self._connections.get(name)
