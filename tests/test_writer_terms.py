@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
+import msgspec
 import pytest
 
 from coupon_svc.dev.servers import EmbeddedRedis
+from coupon_svc.domain.books import Ack, Book, BookStatus
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
+from coupon_svc.ledger import lending
 from coupon_svc.ledger.events import Batch
-from coupon_svc.ledger.lending import Lease
+from coupon_svc.ledger.lending import BookNow, Lease
 from coupon_svc.ledger.shards import OwnedShard
+from coupon_svc.store.keys import ShardKeys
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.store.scripts import Scripts
 from coupon_svc.writer.lend import Lender
@@ -76,6 +80,43 @@ async def test_codes_that_were_lent_in_the_epoch_before_are_not_brought_in_the_n
         await lender._bring(shard, before, book_id, Lease(["A-1"], 0))
     assert await store.pool_counts(before.shard, book_id) == (0, 0, 0)
     assert await lender._bring(shard, shard.owned, book_id, Lease(["A-1"], 0)) == 1
+
+
+async def test_a_changed_book_is_not_exhausted_while_a_code_is_on_its_way(
+    recovered: Recovered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last code was lent alone, and is not in the pool yet."""
+    store, shard, before, book_id = recovered
+    book = Book(
+        book_id=book_id,
+        tenant_id=1,
+        name="b",
+        max_codes_per_user=None,
+        max_redemptions_per_code=None,
+        lock_ttl_seconds=60,
+        starts_at_ms=None,
+        expires_at_ms=None,
+        ack=Ack.REDIS,
+        metadata=msgspec.Raw(b"{}"),
+        status=BookStatus.ACTIVE,
+        created_at_ms=1,
+        version=2,
+        total=1,
+        lent=1,
+        quarantined=0,
+    )
+
+    async def read_book(*_: Any) -> BookNow:
+        return BookNow(book, True, lone=1)
+
+    async def unchanged(*_: Any, **__: Any) -> None: ...
+
+    monkeypatch.setattr(lending, "read_book", read_book)
+    monkeypatch.setattr(lending, "mark_loaded", unchanged)
+    lender = Lender("", "wr", store, {before.shard: shard}, 20, 20)
+    monkeypatch.setattr(lender, "_refill", unchanged)
+    await lender._load_book(None, shard, book)
+    assert await store._ask("HGET", ShardKeys(before.shard, SHARDS).book(book_id), "unlent") == "1"
 
 
 async def test_work_that_a_recovery_overtook_does_not_shut_the_shard_again(recovered: Recovered) -> None:

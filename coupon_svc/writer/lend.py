@@ -148,8 +148,10 @@ class Lender:
 
     async def _load_book(self, connection: Any, shard: Shard, book: Book) -> None:
         owned = shard.owned
-        loaded = (await lending.read_book(connection, book.book_id)).loaded
-        await self._store.put_book(term_of(owned), book.book_id, book.version, book_fields(book), known=loaded)
+        book, loaded, lone = await lending.read_book(connection, book.book_id)
+        # Codes that were lent alone and are on their way count as unlent: the book is not exhausted while there are any.
+        rules = book_fields(book) | {"unlent": str(book.unlent + lone)}
+        await self._store.put_book(term_of(owned), book.book_id, book.version, rules, known=loaded)
         crash_point("lend.put")
         if not loaded and not await lending.mark_loaded(connection, self._writer_id, owned, book.book_id, 0):
             return  # somebody writes to it; it stays to be loaded
@@ -167,7 +169,6 @@ class Lender:
         if pool is None:
             pool = shard.pools[book_id] = Pool(book.ack, self._lease_min)
         pool.unlent = book.unlent
-        # Codes that were lent alone and are on their way count as unlent: the book is not exhausted while there are any.
         pool.in_pool = await self._store.load_codes(term_of(owned), book_id, [], pool.unlent + lone)
         if not pool.wants_refill():
             self._low.pop(book_id, None)
