@@ -39,6 +39,7 @@ from coupon_svc.store.client import Store
 from coupon_svc.store.connection import Reply
 
 QUARANTINED = "quarantined"
+LOOKED_AT_ONCE_MIN = 200
 _ANSWERED = frozenset({"ok", "replayed", "already_yours", "renewed"})
 
 
@@ -243,10 +244,12 @@ class Coupons:
             await self._run_read(
                 "read_book", place, tenant_id, [keys.book(book_id), keys.holders(book_id), keys.free(book_id)], []
             )
+        # Of many coupons few may be wanted: each look costs a call to every shard, however short the page is.
+        looked_at = limit if status is None else max(limit, LOOKED_AT_ONCE_MIN)
         coupons: list[CouponAnswer] = []
         while True:
-            members = await self._members(tenant_id, user_id, book_id, after, limit + 1)
-            states = await self._states(tenant_id, members[:limit])
+            members = await self._members(tenant_id, user_id, book_id, after, looked_at + 1)
+            states = await self._states(tenant_id, members[:looked_at])
             for number, (shard, member, state) in enumerate(states, 1):
                 if status is None or state.status == status:
                     coupons.append(state)
@@ -254,7 +257,7 @@ class Coupons:
                 if len(coupons) == limit:
                     more = number < len(members)
                     return Answer(200, CouponsPage(coupons, encode_cursor(*after) if more else None))
-            if len(members) <= limit:
+            if len(members) <= looked_at:
                 return Answer(200, CouponsPage(coupons, None))
 
     async def _members(
