@@ -140,13 +140,16 @@ async def aof_tail_cut_off(run: Run) -> None:
             given = [await probe.assign("redis") for _ in range(3)]  # so that it is a script that is cut off
             assert given[-1].outcome == "ok", given
             before = await seqs_in_redis(run)
-            server.kill()
-            file = _aof_tail(server.directory)
-            cut = run.random.randint(1, 3000)
-            os.truncate(file, file.stat().st_size - cut)
-            server.start()
-            after = await seqs_in_redis(run)
-            assert sum(after.values()) < sum(before.values()), f"{cut} bytes were cut off, and nothing was lost"
+            cut, after = 0, before
+            while sum(after.values()) == sum(before.values()):  # the last bytes may be a lock's alone
+                assert cut < 10_000, f"{cut} bytes were cut off, and nothing was lost"
+                server.kill()
+                file = _aof_tail(server.directory)
+                some = run.random.randint(1, 3000)
+                os.truncate(file, file.stat().st_size - some)
+                cut += some
+                server.start()
+                after = await seqs_in_redis(run)
             await _require_whole_scripts(run)
     await run.recovered()
 
@@ -205,7 +208,9 @@ def _redis_clock_jumps(seconds: float, name: str) -> Strike:
                 stack.redis_clock.set_s(offset)
                 began = time.time() + offset - 1.5
                 told = (await redis.time())[0]
-                assert began < told < time.time() + offset + 1.5, "the clock of Redis was to jump"
+                assert began < told < time.time() + offset + 1.5, (
+                    f"the clock of Redis was to jump, not {told - began:+}"
+                )
                 dealt = await probe.goes_on()
                 at = await _assigned_at_ms(run, dealt.answer["code"]) / 1000
                 assert began < at < time.time() + offset + 1.5, "the ledger was to have the time as Redis told it"
