@@ -21,6 +21,7 @@ from coupon_svc.dev.supervisor import SERVICE_COMMAND
 
 START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 12.0  # `coupon-svc dev` promises ten
+REMOVE_TIMEOUT_SECONDS = 15.0
 
 
 class ThrowawayError(Exception):
@@ -55,7 +56,7 @@ def throwaway_service(purpose: str, arguments: Sequence[str] = ()) -> Iterator[d
             signal.signal(number, signal.SIG_IGN)
         if process is not None:
             _stop(process)
-        shutil.rmtree(folder, ignore_errors=True)
+        leash.wait_until(lambda: _removed(folder), REMOVE_TIMEOUT_SECONDS)
 
 
 def _start(folder: Path, output: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -93,6 +94,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()  # its parts are on a leash
         process.wait()
+
+
+def _removed(folder: Path) -> bool:
+    """Remove it. Parts that end with a supervisor which had to be killed may write to it until they are gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
 
 
 @contextlib.contextmanager
