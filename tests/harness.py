@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -244,3 +245,18 @@ class Stack:
             part.kill()
         if self.redis_server:
             self.redis_server.stop()
+
+
+@contextlib.asynccontextmanager
+async def running_stack(folder: Path, postgres_url: str, shards: int) -> AsyncIterator[Stack]:
+    """A stack of one's own whose writer and API are ready, ended with the block."""
+    server = EmbeddedRedis(folder / "redis")
+    server.start()
+    stack = Stack(server, server.url, await fresh_database(postgres_url, shards), folder, shards)
+    try:
+        stack.writer()
+        stack.api()
+        await stack.ready()
+        yield stack
+    finally:
+        stack.close()

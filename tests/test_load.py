@@ -22,7 +22,6 @@ import msgspec
 import pytest
 
 from coupon_svc.cli import main
-from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.load.audit import LOST_NOTE, ServiceAudit, Verdict
 from coupon_svc.load.caller import Caller
 from coupon_svc.load.client import Connections
@@ -36,23 +35,14 @@ from coupon_svc.load.scenarios import Scenario
 from coupon_svc.load.stores import open_stores
 from coupon_svc.load.watch import Watch
 from tests.conftest import SHARDS
-from tests.harness import Stack, fresh_database
+from tests.harness import Stack, running_stack
 
 
 @pytest.fixture(scope="module")
 async def stack(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[Stack]:
     """A service that is loaded and tampered with; each test leaves its stores as they should be."""
-    folder = tmp_path_factory.mktemp("load")
-    server = EmbeddedRedis(folder / "redis")
-    server.start()
-    stack = Stack(server, server.url, await fresh_database(postgres_url, SHARDS), folder, SHARDS)
-    try:
-        stack.writer()
-        stack.api()
-        await stack.ready()
+    async with running_stack(tmp_path_factory.mktemp("load"), postgres_url, SHARDS) as stack:
         yield stack
-    finally:
-        stack.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,27 +7,17 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.store.keys import ShardKeys
 from tests.conftest import SHARDS
-from tests.harness import Stack, fresh_database, until
+from tests.harness import Stack, running_stack, until
 
 FIELDS = ("epoch", "generation", "run_id", "replid", "seq", "committed", "backlog_max", "ledger_at_ms")
 
 
 @pytest.fixture(scope="module")
 async def stack(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[Stack]:
-    folder = tmp_path_factory.mktemp("torn")
-    server = EmbeddedRedis(folder / "redis")
-    server.start()
-    stack = Stack(server, server.url, await fresh_database(postgres_url, SHARDS), folder, SHARDS)
-    try:
-        stack.writer()
-        stack.api()
-        await stack.ready()
+    async with running_stack(tmp_path_factory.mktemp("torn"), postgres_url, SHARDS) as stack:
         yield stack
-    finally:
-        stack.close()
 
 
 @pytest.fixture(scope="module")
