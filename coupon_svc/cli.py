@@ -20,7 +20,7 @@ from asyncpg import InvalidCatalogNameError, UndefinedColumnError, UndefinedTabl
 from coupon_svc.config import Settings, SettingsError, load_settings
 from coupon_svc.ledger import keys, quarantine
 from coupon_svc.ledger.database import PATIENT_S, LedgerUnavailable, open_connection
-from coupon_svc.ledger.migrations import ShardsDiffer, migrate
+from coupon_svc.ledger.migrations import DatabaseUnfit, migrate
 
 
 class UsageError(Exception):
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status: int | None = args.run(args)
         return status or 0
-    except (SettingsError, UsageError, ShardsDiffer) as error:
+    except (SettingsError, UsageError, DatabaseUnfit) as error:
         print(f"coupon-svc: {error}", file=sys.stderr)
     except LedgerUnavailable as error:
         print(f"coupon-svc: Postgres cannot be used ({error}); check COUPON_DATABASE_URL.", file=sys.stderr)

@@ -4,7 +4,7 @@ certify_shard: the last step of a recovery: this Redis agrees with the ledger, a
 
 Keys
   KEYS[1] meta      hash    read, write
-  KEYS[2] events    stream  trim
+  KEYS[2] events    stream  delete
 
 Args
   ARGV[1] recovery     text  which one shut the shard: generation-epoch
@@ -20,6 +20,7 @@ Replies, the first that applies
 -- include: recoverer
 -- include: clock
 redis.call("HSET", KEYS[1], "epoch", ARGV[2], "run_id", ARGV[3], "replid", ARGV[4], "backlog_max", ARGV[5],
-  "seq", 0, "committed", 0, "ledger_at_ms", at_ms)
-redis.call("XTRIM", KEYS[2], "MINID", ARGV[2] .. "-0")
+  "seq", 0, "committed", 0, "ledger_at_ms", at_ms, "owner_at_ms", at_ms)
+-- All of it was read. With the stream goes its last id, which may be one that somebody made up: none of ours would follow it.
+redis.call("UNLINK", KEYS[2])
 return {"ok"}

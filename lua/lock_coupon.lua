@@ -39,6 +39,7 @@ Replies, the first that applies
   lock_not_held
   locked                  retry_after_ms
   backlog_full
+  ledger_behind           Redis's clock went back since the ledger was seen
   renewed                 user_id, lock_token, until_ms, ttl_ms, position, ack
   ok                      user_id, lock_token, until_ms, ttl_ms, position, ack
 ]]

@@ -25,7 +25,9 @@ INTERNAL_WORDS = {
 
 OWNER_WORDS = {
     "suspect": "the owner has the shard recovered, or finds that it has lost it",
+    "foreign": "the keys are another installation's: the owner says so and touches nothing",
     "fenced": "a newer owner is at work, or the shard is not shut: the owner begins anew",
+    "clock": "the owner shuts the shard until the clocks agree again",
     "gone": "as suspect",
     "stale": "as good as done",
     "book_not_loaded": "as suspect",
@@ -53,6 +55,7 @@ COMMANDS = {
     "SET": ("string", "write"),
     "XADD": ("stream", "append"),
     "XTRIM": ("stream", "trim"),
+    "XRANGE": ("stream", "read"),
     "EXISTS": ("", "read"),
     "PTTL": ("", "read"),
     "DEL": ("", "delete"),

@@ -54,12 +54,16 @@ def nowhere(shards: int) -> Store:
 # --- what another installation's ledger holds
 
 
-async def test_positions_of_another_database_of_the_server_wake_nobody(plain_redis: EmbeddedRedis) -> None:
+async def test_positions_of_another_installation_of_the_server_wake_nobody(plain_redis: EmbeddedRedis) -> None:
     """A channel is heard in all numbered databases of a server."""
     shards = 83  # of no other test on this server
     store = Store(plain_redis.url, shards, Positions(shards, 3000), Scripts())
-    owners = [OwnerStore(plain_redis.url, shards, Scripts()), OwnerStore(plain_redis.url + "/1", shards, Scripts())]
+    owners = [
+        OwnerStore(plain_redis.url, shards, Scripts(), "inst-1"),
+        OwnerStore(plain_redis.url + "/1", shards, Scripts(), "inst-2"),
+    ]
     term = Term(0, epoch=1, generation=1)
+    store.join("inst-1")
     await store.start()
     try:
         for owner in owners:
@@ -168,7 +172,9 @@ class Talk:
     def send(self, *command: Any) -> asyncio.Future[Any]:
         future = asyncio.get_running_loop().create_future()
         if command[0] == "HMGET":
-            future.set_result(["r", "p", "1", "10", "0", "100"])
+            future.set_result(["i", "1", None, "1", "1-1", "r", "p", "10", "0", "100", "1000", "1000"])
+        elif command[0] == "TIME":
+            future.set_result(["1", "0"])
         else:
             self.doubted.append(command[3])
 
@@ -184,6 +190,7 @@ async def test_a_shard_that_goes_on_is_not_doubted_because_another_went_back() -
     store = nowhere(2)
     talk: Any = Talk(store)
     store._connection = talk
+    store.join("i")
     for view, seen in zip(store.views, (20, 10), strict=True):
         view.epoch, view.seen_seq = 1, seen
     await store._verify(talk)
@@ -244,7 +251,7 @@ async def test_a_report_that_did_not_arrive_is_made_again(
     """Or the process counts as one that cannot be asked, and all codes that were lent as given away."""
     store = nowhere(1)
     store.views[0].epoch, store.views[0].seen_seq = 3, 7
-    await ledger.execute("UPDATE shards SET epoch = 4")
+    await ledger.execute("UPDATE shards SET epoch = 4, certified_epoch = 3")
     registration = Registration("", store)
 
     async def fail(*_: Any) -> None:

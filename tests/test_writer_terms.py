@@ -20,6 +20,7 @@ from coupon_svc.ledger.shards import OwnedShard
 from coupon_svc.store.keys import ShardKeys
 from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.store.scripts import Scripts
+from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.lend import Lender
 from coupon_svc.writer.persist import Persister
 from coupon_svc.writer.shard import Shard, term_of
@@ -64,12 +65,14 @@ async def test_a_position_of_the_epoch_before_is_not_told_in_the_next(recovered:
     """Else an event of the new epoch would pass for one that the ledger has."""
     store, shard, before, book_id = recovered
     assigned: list[str] = []
-    persister = Persister("", "wr", store, {before.shard: shard}, lambda _, book, number: assigned.append(book))
+    persister = Persister(
+        "", "wr", store, {before.shard: shard}, lambda _, book, number: assigned.append(book), LedgerClock()
+    )
     event = Event(1, COUPON_ASSIGNED, book_id, "A-1", "u", 1)
     old = Batch(before.shard, before.epoch, before.generation, 0, 1, [event])
-    await persister._publish(shard, old, b"x" * 32)
+    await persister._publish(shard, old, b"x" * 32, "")
     assert (shard.committed, shard.chain, assigned) == (0, CHAIN, [])
-    assert (await store.read_meta(before.shard))["committed"] == "0"
+    assert (await store.read_meta(before.shard)).committed == 0
 
 
 async def test_codes_that_were_lent_in_the_epoch_before_are_not_brought_in_the_next(recovered: Recovered) -> None:
@@ -138,12 +141,12 @@ async def test_codes_are_counted_though_their_position_cannot_be_told(recovered:
     assigned: list[tuple[str, int]] = []
     away = OwnerStore("redis://127.0.0.1:1", SHARDS, Scripts())
     persister = Persister(
-        "", "wr", away, {before.shard: shard}, lambda _, book, number: assigned.append((book, number))
+        "", "wr", away, {before.shard: shard}, lambda _, book, number: assigned.append((book, number)), LedgerClock()
     )
     now = shard.owned
     batch = Batch(now.shard, now.epoch, now.generation, 0, 1, [Event(1, COUPON_ASSIGNED, book_id, "A-1", "u", 1)])
     with pytest.raises(StoreLost):
-        await persister._publish(shard, batch, b"x" * 32)
+        await persister._publish(shard, batch, b"x" * 32, "")
     assert (shard.committed, assigned) == (1, [(book_id, 1)])
 
 
@@ -153,7 +156,7 @@ async def test_a_shard_that_cannot_be_shut_when_it_is_stopped_is_shut_by_who_wou
     """Nothing else would look at it again, and callers be given codes of it."""
     _, shard, before, _ = recovered
     away = OwnerStore("redis://127.0.0.1:1", SHARDS, Scripts())
-    persister = Persister("", "wr", away, {before.shard: shard}, lambda *_: None)
+    persister = Persister("", "wr", away, {before.shard: shard}, lambda *_: None, LedgerClock())
     connection = await asyncpg.connect(await fresh_database(postgres_url, SHARDS))
     with pytest.raises(StoreLost):
         await persister._stop(connection, Batch(before.shard, before.epoch, before.generation, 0, 1, []), "forked")

@@ -109,6 +109,7 @@ OPERATIONS = (
             Outcome.LOCK_NOT_HELD,
             Outcome.LOCKED,
             Outcome.BACKLOG_FULL,
+            Outcome.LEDGER_BEHIND,
             Outcome.OUTCOME_UNKNOWN,
         ),
     ),

@@ -11,6 +11,7 @@ import secrets
 from typing import Any
 
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.ledger.migrations import DatabaseUnfit, check_installation
 from coupon_svc.ledger.processes import (
     PROCESS_TTL_S,
     begin_process,
@@ -74,6 +75,8 @@ class Registration:
                 await bounded(connection, self._renew(connection), TIMEOUT_S)
             except LedgerUnavailable:
                 pass
+            except DatabaseUnfit as error:
+                log.critical("this process answers nothing: %s", error)
             try:
                 async with asyncio.timeout(RENEW_EVERY_S):
                     await self._wake.wait()
@@ -88,10 +91,9 @@ class Registration:
         if not self._process_id or not await renew_process(connection, self._process_id):
             self._process_id = "api_" + secrets.token_hex(8)
             await begin_process(connection, self._process_id)
-        epochs = await epochs_of_shards(connection)
-        for shard, epoch in enumerate(epochs):
+        for shard, (epoch, live) in enumerate(await epochs_of_shards(connection)):
             # From this line on nothing of an older epoch is answered early; so what was seen of it is all there is.
-            self._reports += [(shard, over, seen) for over, seen in self._store.end_epochs(shard, epoch)]
+            self._reports += [(shard, over, seen) for over, seen in self._store.end_epochs(shard, epoch, live)]
         if self._reports:
             await report_seen(connection, self._process_id, self._reports)
             self._reports = []
@@ -101,5 +103,11 @@ class Registration:
         if self._connection is None or self._connection.is_closed():
             connection = await open_connection(self._url, "coupon-api-registration")
             await bounded(connection, connection.add_listener(EPOCH_CHANNEL, lambda *_: self._wake.set()), TIMEOUT_S)
+            shards = len(self._store.views)
+            try:
+                self._store.join(await bounded(connection, check_installation(connection, shards), TIMEOUT_S))
+            except DatabaseUnfit:
+                connection.terminate()
+                raise
             self._connection = connection
         return self._connection

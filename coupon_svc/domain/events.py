@@ -63,6 +63,14 @@ def parse_event(seq: int, fields: Sequence[str]) -> Event:
         raise MalformedEvent(f"a field is missing, no number, or out of bounds ({type(error).__name__})") from None
 
 
+def is_event(fields: Sequence[str], event: Event | None) -> bool:
+    """Whether a stream entry's fields are those of `event`."""
+    try:
+        return event is not None and parse_event(event.seq, fields) == event
+    except MalformedEvent:
+        return False
+
+
 def _int(text: str, bits: int) -> int:
     """A whole number from 1 that the ledger's column can hold. Raises ValueError."""
     number = int(text)

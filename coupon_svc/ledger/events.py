@@ -12,7 +12,13 @@ from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.codes import normalise_code
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 
+
+class Contradiction(Exception):
+    """An event that cannot follow from what the ledger has: history has forked."""
+
+
 DATA_ERRORS = (
+    Contradiction,
     asyncpg.DataError,  # 22, and what asyncpg itself cannot encode
     asyncpg.IntegrityConstraintViolationError,  # 23
     asyncpg.ProgramLimitExceededError,  # 54
@@ -20,7 +26,12 @@ DATA_ERRORS = (
 )
 """Errors that are the fault of a row, not of the server: trying again changes nothing."""
 
-UNIQUE_VIOLATION = "23505"
+
+def contradicts(error: Exception) -> bool:
+    """Whether one of DATA_ERRORS says that an event contradicts the ledger: it repeats what may happen only once, or gives
+    a code to somebody else. Any other is about the event alone."""
+    return isinstance(error, Contradiction | asyncpg.UniqueViolationError)
+
 
 _ADVANCE = """
     UPDATE shards SET committed = batch.upto, chain = batch.head
@@ -38,9 +49,15 @@ _EDITED = """
 """
 _SPEND = """
     UPDATE coupons SET uses = spent.uses
-    FROM (SELECT book_id, code, max(uses) AS uses FROM unnest($1::text[], $2::text[], $3::int[]) AS u (book_id, code, uses)
-          GROUP BY book_id, code) AS spent
-    WHERE coupons.book_id = spent.book_id AND coupons.code = spent.code AND coupons.uses < spent.uses
+    FROM (SELECT book_id, code, user_id, max(uses) AS uses
+          FROM unnest($1::text[], $2::text[], $3::int[], $4::text[]) AS u (book_id, code, uses, user_id)
+          GROUP BY book_id, code, user_id) AS spent
+    WHERE coupons.book_id = spent.book_id AND coupons.code = spent.code AND coupons.user_id = spent.user_id
+      AND coupons.uses < spent.uses
+"""
+_SPENT_BY_ANOTHER = """
+    SELECT EXISTS (SELECT FROM unnest($1::text[], $2::text[], $3::text[]) AS u (book_id, code, user_id)
+                   JOIN coupons USING (book_id, code) WHERE coupons.user_id <> u.user_id)
 """
 _EVENT_COLUMNS = ("shard", "epoch", *Event._fields, "chain")
 _COUPON_COLUMNS = ("book_id", "code", "user_id", "assigned_at_ms", "epoch", "seq")
@@ -168,7 +185,12 @@ async def write_linked(connection: asyncpg.Connection, linked: Sequence[Linked])
     ]
     if redeemed:
         await connection.copy_records_to_table("redemptions", records=redeemed, columns=_REDEMPTION_COLUMNS)
-        await connection.execute(_SPEND, *([row[i] for row in redeemed] for i in range(3)))
+        books, codes, uses, users = ([row[i] for row in redeemed] for i in range(4))
+        done = await connection.execute(_SPEND, books, codes, uses, users)
+        if done != f"UPDATE {len(set(zip(books, codes, strict=True)))}" and await connection.fetchval(
+            _SPENT_BY_ANOTHER, books, codes, users
+        ):
+            raise Contradiction
     dead = [row for one in linked for row in one.dead]
     if dead:
         await connection.executemany(

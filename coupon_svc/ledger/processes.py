@@ -32,9 +32,16 @@ async def renew_process(connection: asyncpg.Connection, process_id: str) -> bool
     return bool(await connection.execute(_RENEW, process_id) == "UPDATE 1")
 
 
-async def epochs_of_shards(connection: asyncpg.Connection) -> list[int]:
-    """The epoch of each shard. A process answers from no older one any more."""
-    return [row["epoch"] for row in await connection.fetch("SELECT epoch FROM shards ORDER BY shard")]
+async def epochs_of_shards(connection: asyncpg.Connection) -> list[tuple[int, int]]:
+    """The epoch of each shard, and the one in which Redis decided last when that is not settled yet, otherwise 0.
+
+    A process answers from no older epoch than the first any more, and reports what it has seen of the second.
+    """
+    rows = await connection.fetch(
+        "SELECT epoch, CASE WHEN certified_epoch > settled_epoch THEN certified_epoch ELSE 0 END AS live"
+        " FROM shards ORDER BY shard"
+    )
+    return [(row["epoch"], row["live"]) for row in rows]
 
 
 async def receipt_secret(connection: asyncpg.Connection) -> bytes:

@@ -9,7 +9,7 @@ import asyncpg
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.ledger.catalogue import ROUND, random_places
-from coupon_svc.ledger.recovery import EPOCH_CHANNEL, note_late, release
+from coupon_svc.ledger.recovery import EPOCH_CHANNEL, event_at, note_late, release
 
 
 class QuarantinedBook(NamedTuple):
@@ -24,10 +24,13 @@ class QuarantinedBook(NamedTuple):
 async def redeem_receipt(connection: asyncpg.Connection, shard: int, book_id: str, code: str, receipt: Receipt) -> bool:
     """Bring a lost record back: the ledger has the assignment then, at its own position. Within a transaction.
 
-    False when the code is not in quarantine and not this user's either.
+    False when the code is not in quarantine since the receipt's epoch and not this user's either, and when the ledger has
+    another event at the receipt's position: which of the two histories is true is for an operator to say.
     """
     await connection.execute("SELECT FROM books WHERE book_id = $1 FOR UPDATE", book_id)
-    if await release(connection, book_id, code, "receipt"):
+    if await event_at(connection, shard, receipt.epoch, receipt.seq) is None and await release(
+        connection, book_id, code, receipt.epoch, "receipt"
+    ):
         await connection.execute("UPDATE books SET lent = lent + 1 WHERE book_id = $1", book_id)
         await connection.execute("UPDATE codes SET place = 0 WHERE book_id = $1 AND code = $2", book_id, code)
         event = Event(receipt.seq, COUPON_ASSIGNED, book_id, code, receipt.user_id, receipt.at_ms)
@@ -56,12 +59,14 @@ async def deal_again(connection: asyncpg.Connection, book_id: str, codes: list[s
         if book is None:
             return 0
         rows = await connection.fetch(
-            "SELECT code FROM quarantine WHERE book_id = $1 AND ($2::text[] IS NULL OR code = ANY ($2))", book_id, codes
+            "SELECT code, epoch FROM quarantine WHERE book_id = $1 AND ($2::text[] IS NULL OR code = ANY ($2))",
+            book_id,
+            codes,
         )
         upto = book["places_upto"] + (ROUND if book["places_upto"] == book["leased_upto"] else 0)
         places = random_places(len(rows), book["leased_upto"], upto)
         for row, place in zip(rows, places, strict=True):
-            await release(connection, book_id, row["code"], "dealt_again")
+            await release(connection, book_id, row["code"], row["epoch"], "dealt_again")
             await connection.execute(
                 "UPDATE codes SET place = $3 WHERE tenant_id = $1 AND code = $2", book["tenant_id"], row["code"], place
             )

@@ -14,10 +14,10 @@ from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.ledger.catalogue import ROUND, random_places
 from coupon_svc.ledger.events import (
     DATA_ERRORS,
-    UNIQUE_VIOLATION,
     Batch,
     DeadLetter,
     NotOwner,
+    contradicts,
     dead_letter,
     link_batch,
     unlinked,
@@ -54,6 +54,7 @@ _NOTE_LATE = """
                              reference, metadata, idem, fingerprint)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
 """
+_EVENT_AT = f"SELECT {', '.join(Event._fields)} FROM events WHERE (shard, epoch, seq) = ($1, $2, $3)"
 _IDEMPOTENT_EVENTS = """
     SELECT event, epoch, seq, code, user_id, at_ms, uses, idem, fingerprint FROM events
     WHERE shard = $1 AND book_id = $2 AND idem IS NOT NULL AND at_ms > $3
@@ -111,6 +112,12 @@ async def last_seq(connection: asyncpg.Connection, shard: int, epoch: int) -> in
     return seq or 0
 
 
+async def event_at(connection: asyncpg.Connection, shard: int, epoch: int, seq: int) -> Event | None:
+    """The event that the ledger has at a position; None when it has none there."""
+    row = await connection.fetchrow(_EVENT_AT, shard, epoch, seq)
+    return Event(*row) if row is not None else None
+
+
 async def drain(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, batch: Batch) -> int:
     """Step 2: events of the live epoch into the ledger, though it is over. Those that the ledger has must be the same;
     those that are missing before or among them are noted as dead letters.
@@ -162,7 +169,7 @@ async def _write_all(connection: asyncpg.Connection, batch: Batch) -> bytes:
             async with connection.transaction():
                 await write_linked(connection, [unlinked(batch._replace(events=[event]))])
         except DATA_ERRORS as error:
-            if getattr(error, "sqlstate", None) == UNIQUE_VIOLATION:
+            if contradicts(error):
                 raise HistoryForked(f"event {batch.epoch}-{event.seq} contradicts the ledger") from None
             dead.append(dead_letter(event, type(error).__name__))
         else:
@@ -236,7 +243,8 @@ async def may_have_answered_early(connection: asyncpg.Connection, shard: int) ->
 async def take_late(
     connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, epoch: int, events: Sequence[Event]
 ) -> None:
-    """Events of a settled epoch: kept apart; one that assigned a code which is in quarantine gives it to its user."""
+    """Events of a settled epoch: kept apart; one that assigned a code which is in quarantine since the same epoch gives it
+    to its user."""
     notes: list[tuple[Event, bool]] = []
     async with connection.transaction():
         await require_recoverer(connection, writer_id, begun.owned)
@@ -253,7 +261,9 @@ async def take_late(
         for event in events:
             if event.seq in known:
                 continue
-            if event.event == COUPON_ASSIGNED and await release(connection, event.book_id, event.code, "late_event"):
+            if event.event == COUPON_ASSIGNED and await release(
+                connection, event.book_id, event.code, epoch, "late_event"
+            ):
                 await connection.execute("UPDATE books SET lent = lent + 1 WHERE book_id = $1", event.book_id)
                 await connection.execute("UPDATE codes SET place = 0 WHERE book_id = $1 AND code = $2", *event[2:4])
                 notes.append((event, True))
@@ -282,9 +292,15 @@ async def note_late(
     await connection.execute("UPDATE late_heads SET links = $2, chain = $3 WHERE shard = $1", shard, links, head)
 
 
-async def release(connection: asyncpg.Connection, book_id: str, code: str, decision: str) -> bool:
-    """Take a code out of the quarantine and note why; False when it is not in it. The caller says what it is then."""
-    done = await connection.execute("DELETE FROM quarantine WHERE book_id = $1 AND code = $2", book_id, code)
+async def release(connection: asyncpg.Connection, book_id: str, code: str, epoch: int, decision: str) -> bool:
+    """Take a code that was lent in `epoch` out of the quarantine and note why. The caller says what it is then.
+
+    False when it is not in quarantine since that epoch: a record of an older one says nothing about who was given the code
+    when it was dealt again.
+    """
+    done = await connection.execute(
+        "DELETE FROM quarantine WHERE book_id = $1 AND code = $2 AND epoch = $3", book_id, code, epoch
+    )
     if done != "DELETE 1":
         return False
     await connection.execute("UPDATE books SET quarantined = quarantined - 1 WHERE book_id = $1", book_id)
@@ -354,6 +370,11 @@ async def stopped_because(connection: asyncpg.Connection, shard: int) -> str | N
     """Why the shard was stopped; None when it is not."""
     reason: str | None = await connection.fetchval("SELECT stopped FROM shards WHERE shard = $1", shard)
     return reason
+
+
+async def want_rebuild(connection: asyncpg.Connection, shard: int) -> None:
+    """The shard's next recovery, whoever makes it, keeps nothing that is in Redis."""
+    await connection.execute("UPDATE shards SET rebuild = true WHERE shard = $1", shard)
 
 
 async def stop_shard(connection: asyncpg.Connection, shard: int, reason: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Sequence
 
 from coupon_svc.domain.outcomes import Outcome, Refused
@@ -21,9 +22,9 @@ from coupon_svc.store.connection import (
     StoreOutcomeUnknown,
     StoreUnavailable,
     connect,
-    parse_address,
 )
 from coupon_svc.store.keys import ShardKeys, positions_channel
+from coupon_svc.store.meta import META_FIELDS, ShardMeta, parse_meta
 from coupon_svc.store.positions import Positions
 from coupon_svc.store.scripts import Scripts
 from coupon_svc.store.server import ServerUnfit, judge, load_scripts, read_info, refuses_writes
@@ -34,12 +35,16 @@ REPLY_TIMEOUT_S = 2.0
 VERIFY_EVERY_S = 1.0
 TICK_S = 0.05
 PING_EVERY_S = 1.0
+LEDGER_UNSEEN_MAX_S = 3.0
+"""A ledger that was not seen for so long is behind: the scripts refuse what would wait for it (lua/include/room.lua)."""
+OWNER_UNHEARD_MAX_S = 15.0
+"""A Redis to which no owner has spoken for so long may be one that another has replaced."""
 
 
 class ShardView:
     """What this process knows of a shard: the epoch it is certified in, and the highest seq it has seen of it."""
 
-    __slots__ = ("backlog_max", "certified", "epoch", "epoch_min", "keys", "past", "seen_seq")
+    __slots__ = ("backlog_max", "certified", "epoch", "epoch_min", "keys", "ledger_unseen_s", "past", "seen_seq")
 
     def __init__(self, keys: ShardKeys) -> None:
         self.keys = keys
@@ -51,6 +56,8 @@ class ShardView:
         self.past: dict[int, int] = {}
         """What was seen of epochs that this process has left and not reported yet."""
         self.backlog_max = 0
+        self.ledger_unseen_s = math.inf
+        """How long ago the ledger was seen last, by Redis's clock and when this process asked last."""
 
     def enter(self, epoch: int) -> None:
         """Go on in a newer epoch."""
@@ -63,8 +70,9 @@ class Store:
 
     def __init__(self, url: str, shards: int, positions: Positions, scripts: Scripts) -> None:
         self._url = url
-        self._channel = positions_channel(parse_address(url).database)
         self._scripts = scripts
+        self._installation: str | None = None
+        self._joined = asyncio.Event()
         self.positions = positions
         self.views = [ShardView(ShardKeys(shard, shards)) for shard in range(shards)]
         self._connection: Connection | None = None
@@ -76,6 +84,11 @@ class Store:
         self.answer_early_until = 0.0
         """Until then (by the loop's clock) this process is registered, and may answer before the ledger knows."""
         self._tasks: list[asyncio.Task[None]] = []
+
+    def join(self, installation: str) -> None:
+        """From now on shards that are certified for this installation are opened. Its id comes from Postgres."""
+        self._installation = installation
+        self._joined.set()
 
     async def start(self) -> None:
         """Begin to connect; returns at once. Until a shard is certified its requests are refused."""
@@ -104,21 +117,21 @@ class Store:
         """Whether an answer of an `ack = redis` book may leave before the ledger knows its event, made in `epoch`."""
         return epoch >= view.epoch_min and asyncio.get_running_loop().time() < self.answer_early_until
 
-    def end_epochs(self, shard: int, epoch: int) -> list[tuple[int, int]]:
-        """The ledger is in `epoch`: nothing of an older one is answered early from now on.
+    def end_epochs(self, shard: int, epoch: int, live: int) -> list[tuple[int, int]]:
+        """The ledger is in `epoch`: nothing of an older one is answered early from now on. `live` is the epoch in which
+        Redis decided last and which is not settled, 0 for none: the only one about which a recovery asks.
 
-        Returns (epoch, highest seq seen) of each older epoch that is not reported yet.
+        Returns (epoch, highest seq seen) of what is to be reported: `live`, once it is over.
         """
         view = self.views[shard]
         if epoch <= view.epoch_min:
             return []
-        over = dict.fromkeys(range(max(1, view.epoch_min), epoch), 0) | view.past
         if 0 < view.epoch < epoch:
-            over[view.epoch] = view.seen_seq
+            view.past[view.epoch] = view.seen_seq
             view.certified = False
         view.epoch_min = epoch
-        view.past = {}
-        return [(number, seen) for number, seen in over.items() if 0 < number < epoch]
+        past, view.past = view.past, {}
+        return [(live, past.get(live, 0))] if 0 < live < epoch else []
 
     # --- running scripts
 
@@ -223,35 +236,54 @@ class Store:
         """Ask the server who it is, and open the shards that are certified for it; shut the others."""
         info = await read_info(connection)
         identity, self.refuses_writes = judge(info), refuses_writes(info)
-        metas = [
-            connection.send("HMGET", view.keys.meta, "run_id", "replid", "epoch", "seq", "committed", "backlog_max")
-            for view in self.views
-        ]
+        # As of now: a message may outrun the reply, and tell of what was made after it.
+        seen = [(view.epoch, view.seen_seq) for view in self.views]
+        metas = [connection.send("HMGET", view.keys.meta, *META_FIELDS) for view in self.views]
+        clock = connection.send("TIME")
         gone_back = []
-        for shard, (view, meta) in enumerate(zip(self.views, metas, strict=True)):
-            reply = await meta
+        replies = [await meta for meta in metas]
+        seconds, microseconds = await clock
+        now_ms = int(seconds) * 1000 + int(microseconds) // 1000
+        for shard, (view, reply) in enumerate(zip(self.views, replies, strict=True)):
             if isinstance(reply, ReplyError):
                 raise reply
-            run_id, replid, epoch, seq, committed, backlog_max = reply
-            same_server = None not in reply and (run_id, replid) == (identity.run_id, identity.replid)
-            if same_server and epoch == str(view.epoch) and int(seq) < view.seen_seq:
+            meta = parse_meta(reply)
+            view.certified = False
+            view.ledger_unseen_s = math.inf if not meta.ledger_at_ms else max(0, now_ms - meta.ledger_at_ms) / 1000
+            if (meta.run_id, meta.replid) != (identity.run_id, identity.replid) or not self._ours(shard, meta):
+                continue
+            epoch, seq, committed = meta.epoch, meta.seq, meta.committed
+            if epoch is None or seq is None or committed is None or meta.backlog_max is None:
+                continue
+            if epoch == seen[shard][0] and seq < seen[shard][1]:
                 # Only who has seen more can tell; its owner, who looks at what the ledger has, may find nothing amiss.
                 log.error("shard %02d has gone back behind what was seen: it is to be recovered", shard)
                 gone_back.append(shard)
-            view.certified = (
-                same_server
-                and epoch.isdigit()
-                and int(epoch) >= view.epoch_min
-                and (int(epoch), int(seq)) >= (view.epoch, view.seen_seq)
-            )
-            if view.certified:
-                if int(epoch) > view.epoch:
-                    view.enter(int(epoch))
-                view.seen_seq = max(view.seen_seq, int(seq))
-                view.backlog_max = int(backlog_max)
-                self.positions.advance(shard, view.epoch, int(committed))
+            unheard_s = math.inf if meta.owner_at_ms is None else (now_ms - meta.owner_at_ms) / 1000
+            if unheard_s > OWNER_UNHEARD_MAX_S and asyncio.get_running_loop().time() > self.answer_early_until:
+                # Cut off from Postgres, this process cannot learn that the shard lives on elsewhere.
+                continue
+            if epoch >= max(view.epoch, view.epoch_min) and (epoch, seq) >= seen[shard]:
+                view.certified = True
+                if epoch > view.epoch:
+                    view.enter(epoch)
+                view.seen_seq = max(view.seen_seq, seq, committed)
+                view.backlog_max = meta.backlog_max
+                self.positions.advance(shard, view.epoch, committed)
         for shard in gone_back:  # last: what was read of the other shards would be old by the time of a reply
             await self._doubt(shard, 0)
+
+    def _ours(self, shard: int, meta: ShardMeta) -> bool:
+        """Whether the shard's keys are this installation's. Until Postgres has said which that is, none are."""
+        if self._installation is None:
+            return False
+        if meta.installation != self._installation and meta.installation is not None:
+            log.critical(
+                "shard %02d in this Redis belongs to installation %s, and the database to installation %s: check"
+                " COUPON_REDIS_URL and COUPON_DATABASE_URL",
+                shard, meta.installation, self._installation,
+            )  # fmt: skip
+        return meta.installation == self._installation
 
     async def _watch(self) -> None:
         """End what waits too long, and verify again: soon while a shard is shut or somebody waits for a position that
@@ -299,10 +331,13 @@ class Store:
             self._on_message(pong.result())
 
     async def _keep_listening(self) -> None:
+        await self._joined.wait()
+        assert self._installation is not None
+        channel = positions_channel(self._installation)
         while True:
             try:
                 self._listener = listener = await connect(self._url, "coupon-api-positions", self._on_message)
-                await listener.ask("SUBSCRIBE", self._channel)
+                await listener.ask("SUBSCRIBE", channel)
                 await listener.closed
             except (StoreUnavailable, StoreOutcomeUnknown, ReplyError):
                 pass
@@ -317,6 +352,9 @@ class Store:
         # A message says what the ledger holds, and that is so whatever becomes of this Redis. It is no certificate: that
         # an epoch is over is learnt from Postgres or a certified Redis alone.
         if epoch == view.epoch:
+            # First: what this process makes from now on lies above what the ledger has, or its script is refused. An event
+            # at a position that was committed before is another one: keys of a moment ago were put back.
+            view.seen_seq = max(view.seen_seq, committed)
             self.positions.advance(shard, epoch, committed)
         elif epoch > view.epoch:
             self._verify_wanted = True

@@ -12,10 +12,10 @@ POSITIONS_CHANNEL = "cb:positions"
 """Where writers tell how far the ledger is: `<shard> <epoch> <committed>`."""
 
 
-def positions_channel(database: int) -> str:
-    """The channel of one of the server's numbered databases: a channel, unlike a key, is heard in all of them, and what
+def positions_channel(installation: str) -> str:
+    """The channel of one installation. A channel, unlike a key, is heard in all numbered databases of a server, and what
     another installation's ledger holds says nothing about ours."""
-    return POSITIONS_CHANNEL if database == 0 else f"{POSITIONS_CHANNEL}:{database}"
+    return f"{POSITIONS_CHANNEL}:{installation}"
 
 
 class ShardKeys:

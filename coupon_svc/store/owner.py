@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from coupon_svc.store.connection import (
     Connection,
@@ -14,13 +15,17 @@ from coupon_svc.store.connection import (
     StoreOutcomeUnknown,
     StoreUnavailable,
     connect,
-    parse_address,
 )
 from coupon_svc.store.keys import ShardKeys, positions_channel
+from coupon_svc.store.meta import ShardMeta, meta_of
 from coupon_svc.store.scripts import Scripts
 from coupon_svc.store.server import Identity, ServerUnfit, load_scripts, read_identity
 
 CODES_PER_CALL_MAX = KEYS_PER_CALL_MAX = 500
+CLOCKS_APART_MAX_MS = 60_000
+"""As publish_position.lua has it. Idempotency records and locks end by Redis's clock, and books begin and end by it."""
+LedgerSeen = Literal["committed", "seen", "away"]
+"""How the ledger was met just now: by a commit, by a statement that wrote nothing, or not at all."""
 REPLY_TIMEOUT_S = 3.0
 EVENTS_PER_READ_MAX = 2_000
 
@@ -35,6 +40,18 @@ class StoreFull(StoreLost):
 
 class Suspect(Exception):
     """This Redis is not the one the ledger knows, or the shard has another owner."""
+
+
+class Fenced(Suspect):
+    """A newer owner, or a newer recovery of this one, has been at this Redis; or the shard is not shut."""
+
+
+class ForeignRedis(StoreLost):
+    """The keys in this Redis belong to another installation; nothing was written. The message names both."""
+
+
+class ClocksApart(Suspect):
+    """Redis's clock and Postgres's are too far from each other to be trusted; the message says by how much."""
 
 
 class Term(NamedTuple):
@@ -53,10 +70,11 @@ class Term(NamedTuple):
 class OwnerStore:
     """Two connections, both given up on the first trouble: one for scripts, one that waits for events."""
 
-    def __init__(self, url: str, shards: int, scripts: Scripts) -> None:
+    def __init__(self, url: str, shards: int, scripts: Scripts, installation: str = "") -> None:
         self._url = url
-        self._channel = positions_channel(parse_address(url).database)
         self._scripts = scripts
+        self.installation = installation
+        """Whose shards these are (ledger/installation.py); to be known before anything is written."""
         self._keys = [ShardKeys(shard, shards) for shard in range(shards)]
         self._connection: Connection | None = None
         self._reader: Connection | None = None
@@ -70,6 +88,10 @@ class OwnerStore:
         try:
             async with asyncio.timeout(REPLY_TIMEOUT_S):
                 self.identity = identity = await read_identity(self._connection)
+                await self._require_ours(self._connection)
+        except ForeignRedis:
+            self.close()
+            raise
         except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError) as error:
             self.close()
             raise StoreLost(str(error) or type(error).__name__) from None
@@ -85,7 +107,12 @@ class OwnerStore:
                     connection = await connect(self._url, "coupon-writer")
                     async with asyncio.timeout(REPLY_TIMEOUT_S):
                         identity = await read_identity(connection)
+                        await self._require_ours(connection)
                         await load_scripts(connection, self._scripts)
+                except ForeignRedis:
+                    if connection is not None:
+                        connection.abort()
+                    raise
                 except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError) as error:
                     if connection is not None:
                         connection.abort()
@@ -93,6 +120,13 @@ class OwnerStore:
                 self.identity = identity
                 self._connection = connection
             return self.identity
+
+    async def _require_ours(self, connection: Connection) -> None:
+        """Raises ForeignRedis when a shard in this Redis is another installation's."""
+        asked = [connection.send("HGET", keys.meta, "installation") for keys in self._keys]
+        for reply in [await one for one in asked]:
+            if isinstance(reply, str) and reply != self.installation:
+                raise ForeignRedis(_foreign(reply, self.installation))
 
     def close(self) -> None:
         """Give both connections up."""
@@ -106,19 +140,40 @@ class OwnerStore:
     async def open_shard(self, term: Term, committed: int, backlog_max: int) -> int:
         """Take over a shard that is certified on this Redis. Returns its seq. Raises StoreLost, Suspect."""
         identity = await self.connect()
-        reply = await self._run("open_shard", term, [], identity.run_id, identity.replid, backlog_max, committed)
+        reply = await self._run(
+            "open_shard", term, [], identity.run_id, identity.replid, backlog_max, committed, self.installation
+        )
         return int(reply[1])
 
     async def publish_position(
-        self, term: Term, committed: int, *, ledger_here: bool = True, trim_seq: int = 0, tell: bool = True
+        self,
+        term: Term,
+        committed: int,
+        ledger: LedgerSeen,
+        *,
+        entry: str = "",
+        ledger_ms: int | None = None,
+        trim_seq: int = 0,
     ) -> int:
-        """Tell how far the ledger is. Returns the shard's seq. Raises StoreLost, Suspect."""
-        message = f"{term.shard} {term.epoch} {committed}" if tell else ""
+        """Tell how far the ledger is. Returns the shard's seq.
+
+        `entry` is the digest of the event that the ledger has at `committed` (`entry_digest`), "" where it is not known;
+        `ledger_ms` is Postgres's clock. Raises StoreLost, Suspect; ClocksApart, and nothing was written.
+        """
+        message = f"{term.shard} {term.epoch} {committed}" if ledger != "away" else ""
         reply = await self._run(
-            "publish_position", term, [self._keys[term.shard].events], committed, "here" if ledger_here else "away",
-            trim_seq, self._channel, message,
+            "publish_position", term, [self._keys[term.shard].events], committed, ledger, trim_seq,
+            positions_channel(self.installation), message, entry, "" if ledger_ms is None else ledger_ms,
         )  # fmt: skip
+        if reply[0] == "clock":
+            assert ledger_ms is not None
+            raise ClocksApart(clocks_apart(int(reply[1]) - ledger_ms))
         return int(reply[1])
+
+    async def clock_ms(self) -> int:
+        """Redis's clock, in Unix milliseconds. Raises StoreLost."""
+        seconds, microseconds = await self._ask("TIME")
+        return int(seconds) * 1000 + int(microseconds) // 1000
 
     async def put_book(self, term: Term, book_id: str, version: int, rules: Mapping[str, str], *, known: bool) -> None:
         """Bring a book's rules, unless Redis has newer ones. Raises StoreLost; Suspect also when a known book is gone."""
@@ -164,8 +219,12 @@ class OwnerStore:
                 self.close()
                 raise StoreLost(name) from None
             if not isinstance(reply, ReplyError):
-                if reply[0] in ("suspect", "fenced"):
-                    raise Suspect(name)
+                if reply[0] == "suspect":
+                    raise Suspect(": ".join([name, *reply[1:]]))
+                if reply[0] == "fenced":
+                    raise Fenced(name)
+                if reply[0] == "foreign":
+                    raise ForeignRedis(_foreign(reply[1], self.installation))
                 return reply
             word = str(reply).partition(" ")[0]
             if word != "NOSCRIPT":
@@ -176,12 +235,12 @@ class OwnerStore:
     # --- recovering: these name the recovery that shut the shard; no epoch is in force
 
     async def shut_shard(self, term: Term) -> None:
-        """No script decides anything in the shard from now on. Raises StoreLost, Suspect (a newer owner was here)."""
-        await self._send("shut_shard", term.shard, [], term.generation, term.epoch)
+        """No script decides anything in the shard from now on. Raises StoreLost, ForeignRedis, Fenced."""
+        await self._send("shut_shard", term.shard, [], term.generation, term.epoch, self.installation)
 
     async def tell_position(self, shard: int, epoch: int, committed: int) -> None:
         """Tell those who wait how far the ledger got, without a certified shard. Raises StoreLost."""
-        await self._ask("PUBLISH", self._channel, f"{shard} {epoch} {committed}")
+        await self._ask("PUBLISH", positions_channel(self.installation), f"{shard} {epoch} {committed}")
 
     async def wipe_shard(self, term: Term) -> None:
         """Drop every key of the shard but its meta. Raises StoreLost, Suspect."""
@@ -235,10 +294,10 @@ class OwnerStore:
 
     # --- reading
 
-    async def read_meta(self, shard: int) -> dict[str, str]:
-        """The shard's meta as it is, whoever wrote it; empty when there is none. Raises StoreLost."""
+    async def read_meta(self, shard: int) -> ShardMeta:
+        """The shard's meta as it is, whoever wrote it. Raises StoreLost."""
         flat = await self._ask("HGETALL", self._keys[shard].meta)
-        return dict(zip(flat[::2], flat[1::2], strict=True))
+        return meta_of(dict(zip(flat[::2], flat[1::2], strict=True)))
 
     async def stream_after(
         self, shard: int, epoch: int, seq: int, count: int = EVENTS_PER_READ_MAX
@@ -249,13 +308,18 @@ class OwnerStore:
         )
         return entries
 
+    async def entry_at(self, shard: int, epoch: int, seq: int) -> list[str] | None:
+        """The fields of the stream's entry at a position; None when there is none. Raises StoreLost."""
+        entries = await self._ask("XRANGE", self._keys[shard].events, f"{epoch}-{seq}", f"{epoch}-{seq}")
+        return list(entries[0][1]) if entries else None
+
     async def pool_counts(self, shard: int, book_id: str) -> tuple[int, int, int]:
         """(codes in the pool, codes held, codes ever brought) of a book as it stands in Redis. Raises StoreLost."""
         keys = self._keys[shard]
         return (
             int(await self._ask("ZCARD", keys.free(book_id))),
             int(await self._ask("HLEN", keys.holders(book_id))),
-            int(await self._ask("HGET", keys.book(book_id), "lent") or -1),
+            _count(await self._ask("HGET", keys.book(book_id), "lent")),
         )
 
     async def _ask(self, *command: str | int) -> Reply:
@@ -274,7 +338,7 @@ class OwnerStore:
         for start in range(0, len(book_ids), KEYS_PER_CALL_MAX):
             some = book_ids[start : start + KEYS_PER_CALL_MAX]
             counts += await asyncio.gather(*(self._ask("HGET", keys.book(book_id), "lent") for book_id in some))
-        return [None if count is None else int(count) for count in counts]
+        return [None if count is None else _count(count) for count in counts]
 
     async def read_events(self, after: Mapping[int, tuple[int, int]], block_ms: int) -> dict[int, list[list[Reply]]]:
         """Entries of each shard's stream that follow (epoch, seq), waiting up to `block_ms` for the first.
@@ -296,3 +360,26 @@ class OwnerStore:
             self._reader = None
             raise StoreLost(type(error).__name__) from None
         return {by_stream[stream]: entries for stream, entries in reply or ()}
+
+
+def entry_digest(fields: Sequence[str]) -> str:
+    """What publish_position.lua makes of a stream entry's fields: tells an event from another at the same position."""
+    return hashlib.sha1("\n".join(fields).encode()).hexdigest()
+
+
+def _foreign(theirs: str, ours: str) -> str:
+    return (
+        f"this Redis holds the coupons of installation {theirs}, and the database is of installation {ours}: check"
+        " COUPON_REDIS_URL and COUPON_DATABASE_URL"
+    )
+
+
+def clocks_apart(apart_ms: int) -> str:
+    """What is said of clocks that differ by so much."""
+    which = "ahead of" if apart_ms > 0 else "behind"
+    return f"Redis's clock is {abs(apart_ms) // 1000} s {which} Postgres's: set them right"
+
+
+def _count(text: str | None) -> int:
+    """A counter of a book, -1 for one that is missing or torn: it agrees with nothing."""
+    return int(text) if text is not None and text.isascii() and text.isdigit() else -1

@@ -13,11 +13,11 @@ from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, par
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
 from coupon_svc.ledger.events import (
     DATA_ERRORS,
-    UNIQUE_VIOLATION,
     Batch,
     DeadLetter,
     LedgerEdited,
     NotOwner,
+    contradicts,
     dead_letter,
     first_data_error,
     garbled_letter,
@@ -25,7 +25,8 @@ from coupon_svc.ledger.events import (
 )
 from coupon_svc.ledger.recovery import stop_shard
 from coupon_svc.ledger.shards import connection_name
-from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect, Term
+from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect, Term, entry_digest
+from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.shard import Shard
 
@@ -54,12 +55,14 @@ class Persister:
         store: OwnerStore,
         shards: dict[int, Shard],
         on_assigned: Callable[[Shard, str, int], None],
+        clock: LedgerClock,
     ) -> None:
         self._url = url
         self._writer_id = writer_id
         self._store = store
         self._shards = shards
         self._on_assigned = on_assigned
+        self._clock = clock
         self._connection: Any = None
 
     async def run(self) -> None:
@@ -101,7 +104,10 @@ class Persister:
         crash_point("persist.read")
         read_at = asyncio.get_running_loop().time()
         committed = await self._commit(batches)
-        await asyncio.gather(*(self._publish(open_shards[batch.shard], batch, head) for batch, head in committed))
+        digests = {number: entry_digest(shard_entries[-1][1]) for number, shard_entries in entries.items()}
+        await asyncio.gather(
+            *(self._publish(open_shards[batch.shard], batch, head, digests[batch.shard]) for batch, head in committed)
+        )
         crash_point("persist.published")
         if sum(len(batch.events) for batch in batches) < ENOUGH_EVENTS and not self._waited_for(batches):
             await asyncio.sleep(read_at + PACE_S - asyncio.get_running_loop().time())
@@ -169,7 +175,7 @@ class Persister:
             elif len(part) > 1:
                 half = len(part) // 2
                 rest += (part[half:], part[:half])
-            elif getattr(error, "sqlstate", None) == UNIQUE_VIOLATION:
+            elif contradicts(error):
                 await self._stop(connection, batch, f"event {batch.epoch}-{part[0].seq} contradicts the ledger")
                 return None
             else:
@@ -193,10 +199,10 @@ class Persister:
                 shard.stopped = False  # who would open it finds that it is stopped, and shuts it
             raise
 
-    async def _publish(self, shard: Shard, batch: Batch, head: bytes) -> None:
+    async def _publish(self, shard: Shard, batch: Batch, head: bytes, entry: str) -> None:
         if (shard.owned.epoch, shard.owned.generation) != (batch.epoch, batch.generation):
             return  # it was recovered meanwhile: a position of the epoch before says nothing in the new one
-        shard.committed, shard.chain = batch.upto, head
+        shard.committed, shard.chain, shard.entry = batch.upto, head, entry
         if batch.dead:
             # Nobody may be told that these are durable. The shard is recovered: whoever waits learns that the outcome is
             # unknown, and what Redis shows of them goes.
@@ -212,8 +218,12 @@ class Persister:
         now = asyncio.get_running_loop().time()
         shard.mark(now)
         try:
-            await self._store.publish_position(shard.term, batch.upto, trim_seq=shard.trim_seq(now))
-        except Suspect:
+            await self._store.publish_position(
+                shard.term, batch.upto, "committed",
+                entry=entry, ledger_ms=self._clock.now_ms(), trim_seq=shard.trim_seq(now),
+            )  # fmt: skip
+        except Suspect as error:
+            log.error("shard %02d is suspect: %s", batch.shard, error)
             shard.opened_on = None
 
     async def _tell_away(self) -> None:
@@ -221,7 +231,7 @@ class Persister:
         for shard in list(self._shards.values()):
             if shard.opened_on is not None:
                 try:
-                    await self._store.publish_position(shard.term, shard.committed, ledger_here=False, tell=False)
+                    await self._store.publish_position(shard.term, shard.committed, "away", entry=shard.entry)
                 except (StoreLost, Suspect):
                     return
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -26,6 +26,7 @@ from coupon_svc.ledger.books import books_of_shard
 from coupon_svc.ledger.events import Batch, DeadLetter, garbled_letter
 from coupon_svc.ledger.recovery import HistoryForked, NewEpoch
 from coupon_svc.ledger.shards import OwnedShard
+from coupon_svc.store.meta import ShardMeta
 from coupon_svc.store.owner import KEYS_PER_CALL_MAX, OwnerStore, Term
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.rules import book_fields
@@ -59,8 +60,10 @@ class Recoverer:
             meta = await self._store.read_meta(shard)
             await self._store.shut_shard(term)
             crash_point("recover.shut")
-            _refuse_newer(meta.get("epoch", ""), begun)
-            _refuse_newer(meta.get("was", ""), begun)
+            if meta.newest_epoch >= begun.owned.epoch:
+                raise HistoryForked(
+                    f"redis knows of epoch {meta.newest_epoch}, the ledger was in {begun.owned.epoch - 1}: it went back"
+                )
             drained, whole = await self._drain(connection, begun, meta)
         except HistoryForked as error:
             log.critical("shard %02d is stopped: %s", shard, error)
@@ -85,28 +88,27 @@ class Recoverer:
         )  # fmt: skip
         return owned
 
-    async def _drain(self, connection: Any, begun: NewEpoch, meta: Mapping[str, str]) -> tuple[int, bool]:
+    async def _drain(self, connection: Any, begun: NewEpoch, meta: ShardMeta) -> tuple[int, bool]:
         """What the stream holds and the ledger does not, into the ledger. Returns the seq up to which the ledger accounts
         for the live epoch, and whether this Redis stands just there."""
         shard, live = begun.owned.shard, begun.live_epoch
         reached = await recovery.last_seq(connection, shard, live)
-        if str(live) in (meta.get("epoch"), meta.get("was")):
-            await self._require_told(shard, live, reached, int(meta.get("committed", 0)))
+        if live in (meta.epoch, meta.was):
+            await self._require_told(shard, live, reached, meta.committed or 0)
         now = await self._store.read_meta(shard)  # it is shut: no script adds to it any more
-        made = int(now["seq"]) if now.get("was") == str(live) and "seq" in now else None
+        made = now.seq if now.was == live else None
         epoch, seq = 0, 0
         while entries := await self._store.stream_after(shard, epoch, seq):
-            for number, batch in _by_epoch(shard, [entry for entry in entries if not _beyond(entry, live, made)]):
+            for number, batch in _by_epoch(shard, [entry for entry in entries if not _made_up(entry, begun, made)]):
                 if number == live:
                     reached = await recovery.drain(connection, self._writer_id, begun, batch)
                 else:
-                    _refuse_newer(str(number), begun)
                     await recovery.take_late(connection, self._writer_id, begun, number, batch.events)
             epoch, seq = parse_entry_id(entries[-1][0])
         dead = await recovery.first_dead_letter(connection, shard, live)
         if live:  # whoever still waits in that epoch is answered, up to what the ledger could not take
             await self._store.tell_position(shard, live, reached if dead is None else min(reached, dead - 1))
-        stands = live > 0 and meta.get("epoch") == str(live) and meta.get("seq") == str(reached) and dead is None
+        stands = live > 0 and meta.epoch == live and meta.seq == reached and dead is None
         return reached, stands
 
     async def _require_told(self, shard: int, epoch: int, reached: int, told: int) -> None:
@@ -178,17 +180,13 @@ class Recoverer:
             )
 
 
-def _refuse_newer(epoch: str, begun: NewEpoch) -> None:
-    """Raises HistoryForked for an epoch which the ledger has not reached: then the ledger went back."""
-    if epoch.isdigit() and int(epoch) >= begun.owned.epoch:
-        raise HistoryForked(f"redis knows of epoch {epoch}, the ledger was in {begun.owned.epoch - 1}: it went back")
-
-
-def _beyond(entry: Sequence[Any], live: int, made: int | None) -> bool:
-    """Whether an entry of the live epoch follows the last one that a script made in it: somebody's hand put it there. What
-    is missing before it was never made, and may be more than could ever be noted."""
+def _made_up(entry: Sequence[Any], begun: NewEpoch, made: int | None) -> bool:
+    """Whether an entry was put into the stream by hand: one of an epoch that the ledger never began (the meta, which knows
+    of none that is newer, was compared before), or one of the live epoch that follows the last one that a script made in
+    it. What is missing before it was never made, and may be more than could ever be noted. It goes with the stream when the
+    shard is certified."""
     epoch, seq = parse_entry_id(entry[0])
-    if made is None or epoch != live or seq <= made:
+    if epoch < begun.owned.epoch and (made is None or epoch != begun.live_epoch or seq <= made):
         return False
     log.error("entry %d-%d of the stream is none of the service's: it is passed over", epoch, seq)
     return True

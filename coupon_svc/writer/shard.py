@@ -41,6 +41,8 @@ class Shard:
         self.committed = owned.committed
         self.chain = owned.chain
         """The hash of the last row, the one at `committed`; the two are only ever set together."""
+        self.entry = ""
+        """The digest of the stream's entry at `committed`, "" where it is not known; set together with it, too."""
         self.opened_on: Identity | None = None
         """The Redis that is certified for this shard; None while none is."""
         self.wants_recovery = False
@@ -58,7 +60,7 @@ class Shard:
     def begin_epoch(self, owned: OwnedShard) -> None:
         """It was recovered: nothing that was known of its last epoch is of use in this one."""
         self.owned = owned
-        self.committed, self.chain = 0, owned.chain
+        self.committed, self.chain, self.entry = 0, owned.chain, ""
         self.wants_recovery = False
         self.pools.clear()
         self._gone.clear()

@@ -12,14 +12,24 @@ from typing import Any
 import uvloop
 
 from coupon_svc.config import Settings
+from coupon_svc.domain.events import is_event
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
 from coupon_svc.ledger.events import NotOwner
-from coupon_svc.ledger.migrations import check_shards
+from coupon_svc.ledger.migrations import check_installation
 from coupon_svc.ledger.processes import expired_processes, forget_processes, report_seen
-from coupon_svc.ledger.recovery import HistoryForked, first_dead_letter, stopped_because
+from coupon_svc.ledger.recovery import HistoryForked, event_at, first_dead_letter, stopped_because, want_rebuild
 from coupon_svc.ledger.shards import connection_name, owned_shards, release_shards, renew_writer, take_shards
-from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
+from coupon_svc.store.owner import (
+    CLOCKS_APART_MAX_MS,
+    ClocksApart,
+    OwnerStore,
+    StoreLost,
+    Suspect,
+    clocks_apart,
+    entry_digest,
+)
 from coupon_svc.store.scripts import Scripts
+from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.lend import Lender
 from coupon_svc.writer.persist import Persister
@@ -32,6 +42,8 @@ RENEW_EVERY_S = 1.0
 LOOK_EVERY_S = 0.05
 STATEMENTS_TIMEOUT_S = 3.0
 RECOVERY_TIMEOUT_S = 600.0
+
+_CLOCK = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 
 
 class Writer:
@@ -50,8 +62,9 @@ class Writer:
             settings.lease_codes_min,
             settings.lease_codes_max,
         )
+        self._clock = LedgerClock()
         self._persister = Persister(
-            settings.database_url, self.writer_id, self._store, self._shards, self._lender.count_assigned
+            settings.database_url, self.writer_id, self._store, self._shards, self._lender.count_assigned, self._clock
         )
         self._recoverer = Recoverer(self.writer_id, self._store, settings.backlog_events_max)
         self._connections: dict[str, Any] = {}
@@ -114,6 +127,7 @@ class Writer:
 
     async def _show_alive(self, connection: Any) -> None:
         await self._store.refresh_identity()
+        self._clock.asked(await bounded(connection, connection.fetchval(_CLOCK), STATEMENTS_TIMEOUT_S))
         gone = await bounded(connection, expired_processes(connection), STATEMENTS_TIMEOUT_S)
         for shard in list(self._shards.values()):
             if shard.opened_on is None:
@@ -123,9 +137,12 @@ class Writer:
                 continue
             trim_seq, committed = shard.trim_seq(asyncio.get_running_loop().time()), shard.committed
             try:
-                seq = await self._store.publish_position(shard.term, shard.committed, trim_seq=trim_seq)
-            except Suspect:
-                log.warning("shard %02d is suspect", shard.owned.shard)
+                seq = await self._store.publish_position(
+                    shard.term, committed, "seen",
+                    entry=shard.entry, ledger_ms=self._clock.now_ms(), trim_seq=trim_seq,
+                )  # fmt: skip
+            except Suspect as error:
+                log.warning("shard %02d is suspect: %s", shard.owned.shard, error)
                 shard.opened_on = None
                 continue
             if seq > committed and not await self._follows(shard, committed):
@@ -151,6 +168,9 @@ class Writer:
                     except (LedgerUnavailable, StoreLost) as error:
                         log.warning("shard %02d has to wait: %s", shard.owned.shard, error)
                         await asyncio.sleep(0.2)
+                    except ClocksApart as error:
+                        log.critical("shard %02d is shut: %s", shard.owned.shard, error)
+                        await asyncio.sleep(1.0)
                     except (Suspect, NotOwner):
                         log.warning("shard %02d has another owner", shard.owned.shard)
                         await asyncio.sleep(0.2)
@@ -164,8 +184,9 @@ class Writer:
         for owned in await bounded(connection, owned_shards(connection, self.writer_id), STATEMENTS_TIMEOUT_S):
             if owned.shard == shard.owned.shard:
                 # As the ledger has it, whatever we thought.
-                shard.owned, shard.committed, shard.chain = owned, owned.committed, owned.chain
+                shard.owned, shard.committed, shard.chain, shard.entry = owned, owned.committed, owned.chain, ""
         identity = await self._store.connect()
+        await self._compare_clocks(connection, shard)
         if reason := await bounded(connection, stopped_because(connection, shard.owned.shard), STATEMENTS_TIMEOUT_S):
             await self._store.shut_shard(shard.term)
             raise HistoryForked(reason)
@@ -175,9 +196,20 @@ class Writer:
         await bounded(connection, self._lender.settle(connection, shard), RECOVERY_TIMEOUT_S)
         shard.opened_on = identity
 
+    async def _compare_clocks(self, connection: Any, shard: Shard) -> None:
+        """Raises ClocksApart, with the shard shut, while Redis's clock cannot be trusted. What it dated meanwhile (ends of
+        idempotency records and locks) is not kept."""
+        ledger_ms: int = await bounded(connection, connection.fetchval(_CLOCK), STATEMENTS_TIMEOUT_S)
+        apart_ms = await self._store.clock_ms() - ledger_ms
+        if abs(apart_ms) > CLOCKS_APART_MAX_MS:
+            await bounded(connection, want_rebuild(connection, shard.owned.shard), STATEMENTS_TIMEOUT_S)
+            shard.wants_recovery = True
+            await self._store.shut_shard(shard.term)
+            raise ClocksApart(clocks_apart(apart_ms))
+
     async def _in_order(self, shard: Shard) -> bool:
         """Whether Redis is as the shard's last owner certified it, holds every event that the ledger has not, and has made
-        none that the ledger could not take."""
+        none that the ledger could not take, and whether the last one that the ledger has is the one in the stream."""
         connection = await self._connected("opening")
         dead = first_dead_letter(connection, shard.owned.shard, shard.owned.epoch)
         if await bounded(connection, dead, STATEMENTS_TIMEOUT_S) is not None:
@@ -186,6 +218,16 @@ class Writer:
             seq = await self._store.open_shard(shard.term, shard.committed, self._settings.backlog_events_max)
         except Suspect:
             return False
+        owned = shard.owned
+        entry = await self._store.entry_at(owned.shard, owned.epoch, shard.committed)
+        if entry is not None:
+            work = event_at(connection, owned.shard, owned.epoch, shard.committed)
+            if not is_event(entry, await bounded(connection, work, STATEMENTS_TIMEOUT_S)):
+                log.error(
+                    "shard %02d: the stream has another event at %d-%d", owned.shard, owned.epoch, shard.committed
+                )
+                return False
+            shard.entry = entry_digest(entry)
         return await self._follows(shard, shard.committed, some=seq > shard.committed)
 
     async def _follows(self, shard: Shard, committed: int, *, some: bool = True) -> bool:
@@ -198,7 +240,8 @@ class Writer:
         connection = self._connections.get(name)
         if connection is None or connection.is_closed():
             connection = await open_connection(self._settings.database_url, connection_name(self.writer_id))
-            await bounded(connection, check_shards(connection, self._settings.shards), STATEMENTS_TIMEOUT_S)
+            work = check_installation(connection, self._settings.shards)
+            self._store.installation = await bounded(connection, work, STATEMENTS_TIMEOUT_S)
             self._connections[name] = connection
         return connection
 

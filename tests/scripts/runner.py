@@ -27,6 +27,7 @@ RECOVERED = 5
 """The epoch that the recoveries of the tests make, unless they say otherwise."""
 DAY_MS = 86_400_000
 CHANNEL = "cb:positions"
+INSTALLATION = "inst-1"
 RUN_ID = "run-1"
 
 
@@ -95,15 +96,25 @@ class Shard:
         backlog_max: int = 1000,
         run_id: str = RUN_ID,
         replid: str = "",
+        installation: str = INSTALLATION,
     ) -> Reply:
         certified = [run_id, replid or self.server.replid]
-        return self._run("open_shard", [self.keys.meta], [*owner, *certified, backlog_max, committed])
+        return self._run("open_shard", [self.keys.meta], [*owner, *certified, backlog_max, committed, installation])
 
     def publish_position(
-        self, committed: int, owner: Owner = OWNER, *, ledger: str = "here", trim_seq: int = 0, message: str = ""
+        self,
+        committed: int,
+        owner: Owner = OWNER,
+        *,
+        ledger: str = "committed",
+        trim_seq: int = 0,
+        message: str = "",
+        entry: str = "",
+        ledger_ms: int | str = "",
     ) -> Reply:
         keys = [self.keys.meta, self.keys.events]
-        return self._run("publish_position", keys, [*owner, committed, ledger, trim_seq, CHANNEL, message])
+        args = [*owner, committed, ledger, trim_seq, CHANNEL, message, entry, ledger_ms]
+        return self._run("publish_position", keys, args)
 
     def put_book(self, book_id: str, version: int, owner: Owner = OWNER, *, known: bool = False, **rules: Any) -> Reply:
         """`rules` are those that differ from an active book's without limits; for a known book only those are sent."""
@@ -122,8 +133,10 @@ class Shard:
 
     # --- the scripts of a recovery
 
-    def shut_shard(self, generation: int = GENERATION, epoch: int = RECOVERED) -> Reply:
-        return self._run("shut_shard", [self.keys.meta], [generation, epoch])
+    def shut_shard(
+        self, generation: int = GENERATION, epoch: int = RECOVERED, installation: str = INSTALLATION
+    ) -> Reply:
+        return self._run("shut_shard", [self.keys.meta], [generation, epoch, installation])
 
     def wipe_keys(self, doomed: Sequence[str], generation: int = GENERATION) -> Reply:
         return self._run("wipe_keys", [self.keys.meta, *doomed], [recovery(generation)])
@@ -330,8 +343,8 @@ class Shard:
         self.redis.hset(self.keys.meta, mapping=fields)
 
     def keep_ledger_at_hand(self) -> None:
-        """As if the ledger were seen an hour from now: a slow test is no ledger that is away."""
-        self.set_meta(ledger_at_ms=self.now_ms() + 3_600_000)
+        """As if the ledger were seen half a minute from now: a slow test is no ledger that is away."""
+        self.set_meta(ledger_at_ms=self.now_ms() + 30_000)
 
     def remember(self, book_id: str, idem: str, *answer: str) -> None:
         """What an earlier request with this Idempotency-Key left: its fingerprint and its answer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.scripts.every_script import api_requests, owner_requests, worn
-from tests.scripts.runner import CALLER, EPOCH, GENERATION, OWNER, RECOVERED, Owner, Shard, assert_shut_by
+from tests.scripts.runner import CALLER, EPOCH, GENERATION, INSTALLATION, OWNER, RECOVERED, Owner, Shard, assert_shut_by
 
 NEXT = Owner(EPOCH + 1, GENERATION)
 
@@ -15,6 +15,7 @@ def test_a_new_shard_is_certified(unopened: Shard) -> None:
         assert unopened.certify_shard(backlog_max=500) == ["ok"]
     meta = unopened.meta()
     assert before <= int(meta.pop("ledger_at_ms")) <= unopened.now_ms()
+    assert before <= int(meta.pop("owner_at_ms")) <= unopened.now_ms()
     assert meta == {
         "epoch": str(EPOCH),
         "generation": str(GENERATION),
@@ -24,6 +25,7 @@ def test_a_new_shard_is_certified(unopened: Shard) -> None:
         "run_id": "run-1",
         "replid": unopened.server.replid,
         "backlog_max": "500",
+        "installation": INSTALLATION,
     }
 
 

@@ -36,3 +36,31 @@ def test_an_owner_writes_nothing_in_another_history_either(shard: Shard) -> None
     shard.set_meta(replid=shard.server.replid)
     for name, ask in owner_requests(shard, book).items():
         assert ask(OWNER)[0] == "ok", name
+
+
+def test_a_number_of_the_meta_that_is_torn_is_suspect_to_everybody(shard: Shard) -> None:
+    """What is no number must not end a script in its middle, with a code popped and no event made."""
+    book = worn(shard)
+    meta = shard.meta()
+    for field in ("seq", "committed", "ledger_at_ms", "backlog_max"):
+        for torn in ("x", "", "-", "7 "):
+            if field != "seq" and torn == "7 ":
+                continue  # Lua reads it as 7, and it is only compared
+            shard.set_meta(**{field: torn})
+            for name, ask in api_requests(shard, book).items():
+                with shard.writes_nothing():
+                    assert ask(CALLER) == ["suspect"], (name, field, torn)
+            if field != "ledger_at_ms":
+                for name, owner_asks in owner_requests(shard, book).items():
+                    if name != "open_shard" or field != "backlog_max":  # which it sets anew
+                        with shard.writes_nothing():
+                            assert owner_asks(OWNER) == ["suspect"], (name, field, torn)
+            shard.set_meta(**{field: meta[field]})
+
+
+def test_nothing_is_made_by_a_clock_that_went_back(shard: Shard) -> None:
+    book = worn(shard)
+    shard.set_meta(ledger_at_ms=shard.now_ms() + 70_000)
+    for name in ("assign_coupon", "lock_coupon", "redeem_coupon"):
+        with shard.writes_nothing():
+            assert api_requests(shard, book)[name](CALLER) == ["ledger_behind"], name

@@ -19,7 +19,8 @@ def test_a_new_owner_takes_over_what_its_predecessor_certified(shard: Shard) -> 
         assert shard.open_shard(NEWER, committed=1, backlog_max=500) == ["ok", 2]
     after = shard.meta()
     assert before <= int(after.pop("ledger_at_ms")) <= shard.now_ms()
-    del meta["ledger_at_ms"]
+    assert before <= int(after.pop("owner_at_ms")) <= shard.now_ms()
+    del meta["ledger_at_ms"], meta["owner_at_ms"]
     assert after == {**meta, "generation": "10", "backlog_max": "500", "committed": "1", "seq": "2"}
     assert len(shard.events()) == 2
 

@@ -33,7 +33,7 @@ class Owned(NamedTuple):
 @pytest.fixture(params=["plain_redis", "cluster_redis"])
 async def owned(request: pytest.FixtureRequest) -> AsyncIterator[Owned]:
     embedded: EmbeddedRedis = request.getfixturevalue(request.param)
-    store = OwnerStore(embedded.url, SHARDS, Scripts())
+    store = OwnerStore(embedded.url, SHARDS, Scripts(), "inst-1")
     term = Term(next(NUMBERS), epoch=2, generation=3)
     await store.shut_shard(term)
     with Redis.from_url(embedded.admin_url, decode_responses=True) as client:
@@ -92,8 +92,8 @@ async def test_a_rebuilt_shard_is_certified_and_taken_over(owned: Owned) -> None
     await store.certify_shard(term, await store.connect(), 1000)
     identity = await store.connect()
     meta = await store.read_meta(term.shard)
-    assert (meta["run_id"], meta["replid"]) == (identity.run_id, identity.replid)
-    assert (meta["epoch"], meta["seq"], meta["backlog_max"]) == ("2", "0", "1000")
+    assert (meta.run_id, meta.replid) == (identity.run_id, identity.replid)
+    assert (meta.epoch, meta.seq, meta.backlog_max) == (2, 0, 1000)
     assert await store.pool_counts(term.shard, BOOK) == (0, len(coupons), len(coupons))
     assert await store.open_shard(term._replace(generation=4), 0, 1000) == 0
     with pytest.raises(Suspect):
@@ -123,6 +123,6 @@ async def test_what_is_certified_is_the_server_that_was_shut_whoever_answers_by_
     before = Identity("the run that was shut", (await store.connect()).replid)
     await store.certify_shard(term, before, 1000)
     meta = await store.read_meta(term.shard)
-    assert meta["run_id"] == "the run that was shut" != (await store.connect()).run_id
+    assert meta.run_id == "the run that was shut" != (await store.connect()).run_id
     with pytest.raises(Suspect):
         await store.open_shard(term, 0, 1000)

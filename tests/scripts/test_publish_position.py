@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from coupon_svc.store.owner import entry_digest
 from tests.scripts.runner import CHANNEL, EPOCH, Shard, assert_owned
 
 
@@ -28,8 +29,43 @@ def test_the_position_and_the_time_are_noted(shard: Shard) -> None:
         assert shard.publish_position(1) == ["ok", 2]
     after = shard.meta()
     assert before <= int(after.pop("ledger_at_ms")) <= shard.now_ms()
+    assert before <= int(after.pop("owner_at_ms")) <= shard.now_ms()
     assert after == {**{name: meta[name] for name in after}, "committed": "1"}
-    assert after.keys() == meta.keys() - {"ledger_at_ms"}
+    assert after.keys() == meta.keys() - {"ledger_at_ms", "owner_at_ms"}
+
+
+def test_while_events_wait_only_a_commit_shows_that_the_ledger_takes_them(shard: Shard) -> None:
+    """Of a Postgres that answers, and whose tables are locked, nobody may believe that it is there."""
+    with_events(shard, 2)
+    shard.set_meta(ledger_at_ms=1, owner_at_ms=1)
+    assert shard.publish_position(1, ledger="seen") == ["ok", 2]
+    assert (shard.meta()["ledger_at_ms"], shard.meta()["committed"]) == ("1", "1")
+    assert int(shard.meta()["owner_at_ms"]) > 1
+    assert shard.publish_position(2, ledger="seen") == ["ok", 2]
+    assert int(shard.meta()["ledger_at_ms"]) > 1
+
+
+def test_a_position_with_another_event_is_suspect(shard: Shard) -> None:
+    """Keys of a moment ago were put back, and what was made since has caught up with what is committed."""
+    with_events(shard, 2)
+    (_, first), (_, second) = shard.entries()
+    flat = [[part for pair in fields.items() for part in pair] for fields in (first, second)]
+    with shard.writes_nothing():
+        assert shard.publish_position(2, entry=entry_digest(flat[0]), message="no") == ["suspect", "entry"]
+    assert shard.publish_position(2, entry=entry_digest(flat[1])) == ["ok", 2]
+    shard.redis.xtrim(shard.keys.events, maxlen=0)  # trimmed by hand: there is nothing to compare
+    assert shard.publish_position(2, entry=entry_digest(flat[0])) == ["ok", 2]
+
+
+@pytest.mark.parametrize("apart_s", [-61, 61])
+def test_clocks_that_are_a_minute_apart_are_told(shard: Shard, apart_s: int) -> None:
+    with_events(shard, 1)
+    now_ms = shard.now_ms()
+    with shard.writes_nothing():
+        word, told_ms = shard.publish_position(1, ledger_ms=now_ms - 1000 * apart_s)
+    assert word == "clock"
+    assert now_ms <= int(told_ms) <= shard.now_ms()
+    assert shard.publish_position(1, ledger_ms=now_ms - 500 * apart_s) == ["ok", 1]
 
 
 def test_a_ledger_that_is_away_is_noted_as_never_seen(shard: Shard) -> None:

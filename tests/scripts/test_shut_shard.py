@@ -5,7 +5,7 @@ from __future__ import annotations
 from coupon_svc.store.scripts import Scripts
 from tests.lua_headers import read_head, sender
 from tests.scripts.every_script import KEYED, api_requests, owner_requests, recovery_requests, worn
-from tests.scripts.runner import CALLER, EPOCH, GENERATION, OWNER, RECOVERED, Caller, Owner, Shard
+from tests.scripts.runner import CALLER, EPOCH, GENERATION, INSTALLATION, OWNER, RECOVERED, Caller, Owner, Shard
 
 
 def test_every_script_is_tried_here(shard: Shard) -> None:
@@ -45,7 +45,23 @@ def test_an_empty_shard_is_shut_too(unopened: Shard) -> None:
         "epoch": "recovering",
         "generation": str(GENERATION),
         "recovery": f"{GENERATION}-{RECOVERED}",
+        "installation": INSTALLATION,
     }
+
+
+def test_keys_of_another_installation_are_neither_shut_nor_opened(shard: Shard) -> None:
+    """Whatever the generation and the epoch of who comes with the wrong address."""
+    for generation, epoch in ((GENERATION - 1, EPOCH), (GENERATION + 40, EPOCH + 40)):
+        with shard.writes_nothing():
+            assert shard.shut_shard(generation, epoch, installation="inst-2") == ["foreign", INSTALLATION]
+            owner = Owner(epoch, generation)
+            assert shard.open_shard(owner, installation="inst-2") == ["foreign", INSTALLATION]
+
+
+def test_a_torn_meta_is_shut_as_well(shard: Shard) -> None:
+    shard.set_meta(generation="x", recovery="x")
+    assert shard.shut_shard() == ["ok"]
+    assert shard.meta()["generation"] == str(GENERATION)
 
 
 def test_shutting_a_shard_twice_changes_nothing_more(shard: Shard) -> None:

@@ -1,0 +1,74 @@
+"""A shard's meta in Redis, parsed here and nowhere else: a field that is missing or torn is None, and never an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+
+class ShardMeta(msgspec.Struct, frozen=True, kw_only=True):
+    """What a shard's meta says. Times are Unix milliseconds by Redis's clock."""
+
+    installation: str | None
+    """Whose keys these are."""
+    epoch: int | None
+    """In which Redis decides; None while the shard is shut, in doubt, or was never certified."""
+    was: int | None
+    """The epoch before the shard was shut or put in doubt."""
+    generation: int | None
+    """Of the owner who wrote last."""
+    recovering: int | None
+    """The epoch that the last recovery was to make."""
+    run_id: str | None
+    replid: str | None
+    seq: int | None
+    committed: int | None
+    backlog_max: int | None
+    ledger_at_ms: int | None
+    """When a commit, or an empty backlog beside a Postgres that answers, was seen last; 0 while Postgres is away."""
+    owner_at_ms: int | None
+    """When the owner wrote last."""
+
+    @property
+    def newest_epoch(self) -> int:
+        """The highest epoch of which this meta knows; 0 for none."""
+        return max(self.epoch or 0, self.was or 0, self.recovering or 0)
+
+
+META_FIELDS = (
+    "installation", "epoch", "was", "generation", "recovery", "run_id", "replid", "seq", "committed", "backlog_max",
+    "ledger_at_ms", "owner_at_ms",
+)  # fmt: skip
+"""What `parse_meta` takes, as HMGET names it."""
+
+_DIGITS_MAX = 15
+"""More than any number of ours has; what is longer was put there by hand."""
+
+
+def parse_meta(values: Sequence[str | None]) -> ShardMeta:
+    """The meta from what HMGET replied for META_FIELDS."""
+    return meta_of(dict(zip(META_FIELDS, values, strict=True)))
+
+
+def meta_of(fields: Mapping[str, str | None]) -> ShardMeta:
+    """The meta from its hash; fields that are no part of it are left out."""
+    recovery = fields.get("recovery") or ""
+    return ShardMeta(
+        installation=fields.get("installation"),
+        run_id=fields.get("run_id"),
+        replid=fields.get("replid"),
+        recovering=_number(recovery.rpartition("-")[2]),
+        **{
+            name: _number(fields.get(name))
+            for name in (
+                "epoch", "was", "generation", "seq", "committed", "backlog_max", "ledger_at_ms", "owner_at_ms",
+            )
+        },
+    )  # fmt: skip
+
+
+def _number(text: str | None) -> int | None:
+    if text is None or not (text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX):
+        return None
+    return int(text)
