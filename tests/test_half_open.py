@@ -152,7 +152,7 @@ async def test_the_api_gives_up_a_listener_that_carries_nothing() -> None:
                 if b"AUTH" in asked or b"SETNAME" in asked:
                     writer.write(b"+OK\r\n")
                 if b"SUBSCRIBE" in asked:
-                    writer.write(b"*3\r\n$9\r\nsubscribe\r\n$12\r\ncb:positions\r\n:1\r\n")
+                    writer.write(b"*3\r\n$9\r\nsubscribe\r\n$19\r\ncb:positions:inst-1\r\n:1\r\n")
                     silent.set()
                     await reader.read()
                     over.set()
@@ -160,6 +160,7 @@ async def test_the_api_gives_up_a_listener_that_carries_nothing() -> None:
 
     server = await asyncio.start_server(talk, "127.0.0.1", 0)
     store = Store(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", 1, Positions(1, 1000), Scripts())
+    store.join("inst-1")
     await store.start()
     await asyncio.wait_for(silent.wait(), GIVEN_UP_S)
     await asyncio.wait_for(over.wait(), GIVEN_UP_S)

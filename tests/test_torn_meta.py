@@ -1,4 +1,4 @@
-"""A field is gone from a shard's meta, by somebody's hand: nothing is decided by what is left, and the owner mends it."""
+"""A field of a shard's meta was deleted or garbled by hand: nothing is decided by what is left, and the owner mends it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from coupon_svc.store.keys import ShardKeys
 from tests.conftest import SHARDS
 from tests.harness import Stack, running_stack, until
 
-FIELDS = ("epoch", "generation", "run_id", "replid", "seq", "committed", "backlog_max", "ledger_at_ms")
+FIELDS = ("epoch", "generation", "run_id", "replid", "seq", "committed", "backlog_max", "ledger_at_ms", "installation")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,10 @@ async def http(stack: Stack) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.mark.parametrize("field", FIELDS)
-async def test_a_field_that_is_gone_is_put_right(stack: Stack, http: httpx.AsyncClient, field: str) -> None:
+@pytest.mark.parametrize("torn", [None, "x"])
+async def test_a_field_that_is_gone_or_garbled_is_put_right(
+    stack: Stack, http: httpx.AsyncClient, field: str, torn: str | None
+) -> None:
     book = {"name": "b", "generate": {"pattern": "########", "total": 5}}
     book_id = (await http.post("/coupons", json=book)).json()["book_id"]
     given: dict[str, str] = {}
@@ -43,12 +46,18 @@ async def test_a_field_that_is_gone_is_put_right(stack: Stack, http: httpx.Async
     await until(deals)
     async with stack.redis() as redis:
         meta = ShardKeys(int(book_id[3:5]), SHARDS).meta
-        assert await redis.hdel(meta, field) == 1
+        others = {await redis.hget(key, "epoch") async for key in redis.scan_iter("cb:*:meta") if key != meta}
+        if torn is None:
+            assert await redis.hdel(meta, field) == 1
+        else:
+            await redis.hset(meta, field, torn)
 
         async def whole() -> bool:
-            return set(FIELDS) <= set(await redis.hkeys(meta))
+            now = await redis.hgetall(meta)
+            return set(FIELDS) <= set(now) and "x" not in now.values()
 
         await until(whole)
+        assert others == {await redis.hget(key, "epoch") async for key in redis.scan_iter("cb:*:meta") if key != meta}
     await until(deals)
     assert all(part.process.poll() is None for part in stack.parts)
     rows = await stack.ledger("SELECT code, user_id FROM coupons WHERE book_id = $1", book_id)

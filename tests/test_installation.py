@@ -1,0 +1,193 @@
+"""An installation is one database and the Redis that belongs to it: who comes with the wrong address touches nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import httpx
+import pytest
+
+from coupon_svc.ledger.migrations import DatabaseUnfit, check_installation, migrate
+from coupon_svc.store.client import Store
+from coupon_svc.store.keys import ShardKeys
+from coupon_svc.store.meta import META_FIELDS, meta_of
+from coupon_svc.store.positions import Positions
+from coupon_svc.store.scripts import Scripts
+from tests.harness import Stack, fresh_database, until
+from tests.routes.helpers import make_book
+
+MakeStack = Callable[[], Awaitable[Stack]]
+
+
+async def test_a_second_installation_with_our_redis_changes_nothing_of_ours(
+    make_stack: MakeStack, postgres_url: str
+) -> None:
+    ours = await make_stack()
+    ours.writer()
+    ours.api()
+    await ours.ready()
+    theirs = Stack(None, ours.redis_url, await fresh_database(postgres_url, ours.shards), ours.folder, ours.shards)
+    async with await ours.client() as http, ours.redis() as client:
+        redis: Any = client
+        book_id = await make_book(http)
+        await ours.drained()
+        metas = [ShardKeys(shard, ours.shards).meta for shard in range(ours.shards)]
+
+        async def owners() -> list[Any]:
+            return [await redis.hmget(meta, "epoch", "generation", "installation", "recovery") for meta in metas]
+
+        before = await owners()
+        # Of the strangers one has fewer generations and epochs than we have, the other more.
+        for generation in (0, 1000):
+            await theirs.ledger("UPDATE shards SET generation = $1, epoch = $1", generation)
+            writer, api = theirs.writer(), theirs.api()
+            log = ours.folder / "writer.log"
+
+            async def said(log: object = log) -> bool:
+                return "holds the coupons of installation" in (ours.folder / "writer.log").read_text()
+
+            await until(said, what="the stranger's writer should say whose Redis this is")
+            await asyncio.sleep(1.5)
+            async with httpx.AsyncClient(base_url=theirs.base_url) as stranger:
+                assert (await stranger.get("/readyz")).status_code == 503
+            answer = await http.post("/coupons/assign", json={"book_id": book_id, "user_id": f"u{generation}"})
+            assert answer.status_code == 201, answer.text
+            assert await owners() == before
+            writer.kill()
+            api.kill()
+        assert "belongs to installation" in (ours.folder / "api.log").read_text()
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+async def test_a_database_that_cannot_hold_every_user_id_is_refused(postgres_url: str, encoding: str) -> None:
+    admin = await asyncpg.connect(postgres_url)
+    name = f"test_{encoding.lower()}"
+    await admin.execute(f"CREATE DATABASE {name} ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+    connection = await asyncpg.connect(urlunsplit(urlsplit(postgres_url)._replace(path=f"/{name}")))
+    with pytest.raises(DatabaseUnfit, match="UTF-8"):
+        await migrate(connection, 4)
+    with pytest.raises(DatabaseUnfit, match="UTF-8"):
+        await check_installation(connection, 4)
+    await connection.close()
+    await admin.execute(f"DROP DATABASE {name}")
+    await admin.close()
+
+
+async def test_a_process_is_refused_by_name_what_it_was_not_set_up_for(postgres_url: str) -> None:
+    connection = await asyncpg.connect(await fresh_database(postgres_url, 4))
+    installation = await check_installation(connection, 4)
+    assert re.fullmatch("[0-9a-f]{32}", installation)
+    assert await check_installation(connection, 4) == installation
+    with pytest.raises(DatabaseUnfit, match="set COUPON_SHARDS=4"):
+        await check_installation(connection, 16)
+    await connection.execute("DELETE FROM schema_migrations WHERE name = '0003_ledger'")
+    with pytest.raises(DatabaseUnfit, match="lacks 0003_ledger: run `coupon-svc migrate`"):
+        await check_installation(connection, 4)
+    await connection.execute("DROP TABLE schema_migrations")
+    with pytest.raises(DatabaseUnfit, match="run `coupon-svc migrate`"):
+        await check_installation(connection, 4)
+    await connection.close()
+
+
+async def test_an_api_with_another_number_of_shards_says_so_and_answers_nothing(make_stack: MakeStack) -> None:
+    stack = await make_stack()
+    stack.writer()
+    stack.api(COUPON_SHARDS=str(stack.shards + 1))
+
+    async def said() -> bool:
+        return f"set COUPON_SHARDS={stack.shards}" in (stack.folder / "api.log").read_text()
+
+    await until(said)
+    async with httpx.AsyncClient(base_url=stack.base_url) as http:
+        assert (await http.get("/readyz")).status_code == 503
+
+
+# --- what is parsed
+
+
+def test_a_meta_that_is_torn_is_no_error() -> None:
+    whole = dict.fromkeys(META_FIELDS, "7") | {"recovery": "3-9"}
+    assert meta_of(whole).seq == 7
+    assert meta_of(whole).newest_epoch == 9
+    for field in ("epoch", "was", "generation", "seq", "committed", "backlog_max", "ledger_at_ms", "owner_at_ms"):
+        for torn in ("x", "", "-1", "1.5", "٣", "9" * 16, "0x10", None):
+            assert getattr(meta_of(whole | {field: torn}), field) is None, (field, torn)
+    assert meta_of(whole | {"recovery": "x"}).recovering is None
+    assert meta_of({}).newest_epoch == 0
+
+
+class Server:
+    """A connection to a Redis whose shards have these metas."""
+
+    def __init__(self, metas: list[dict[str, str]], now_s: int = 1000) -> None:
+        self.metas, self.now_s = metas, now_s
+
+    async def ask(self, *command: str) -> str:
+        return "redis_version:7.2.0\r\nrole:master\r\naof_enabled:1\r\nrun_id:r\r\nmaster_replid:p\r\nloading:0\r\n"
+
+    def send(self, *command: str) -> asyncio.Future[list[str | None]]:
+        future: asyncio.Future[list[str | None]] = asyncio.get_running_loop().create_future()
+        if command[0] == "TIME":
+            future.set_result([str(self.now_s), "0"])
+        else:
+            meta = self.metas[int(command[1].split("{")[1][:2])]
+            future.set_result([meta.get(field) for field in command[2:]])
+        return future
+
+
+def certified(**changes: str) -> dict[str, str]:
+    meta = {"installation": "inst-1", "epoch": "3", "generation": "1", "recovery": "1-3", "run_id": "r", "replid": "p"}
+    numbers = {"seq": "9", "committed": "9", "backlog_max": "10", "ledger_at_ms": "999000", "owner_at_ms": "999000"}
+    return meta | numbers | changes
+
+
+async def open_shards(*metas: dict[str, str], joined: bool = True, registered: bool = True) -> tuple[Store, list[bool]]:
+    store = Store("redis://127.0.0.1:1", len(metas), Positions(len(metas), 1000), Scripts())
+    if joined:
+        store.join("inst-1")
+    if registered:
+        store.answer_early_until = float("inf")
+    server: object = Server(list(metas))
+    await store._verify(server)  # type: ignore[arg-type]
+    return store, [view.certified for view in store.views]
+
+
+async def test_what_does_not_parse_shuts_its_own_shard_alone() -> None:
+    torn = [certified(**{field: "x"}) for field in ("seq", "committed", "backlog_max", "epoch")]
+    _, opened = await open_shards(certified(), *torn, certified(installation="inst-2"), {}, certified())
+    assert opened == [True, False, False, False, False, False, False, True]
+
+
+async def test_nothing_is_opened_before_postgres_has_said_whose_it_is() -> None:
+    assert (await open_shards(certified(), joined=False))[1] == [False]
+
+
+async def test_a_process_cut_off_from_postgres_leaves_a_redis_to_which_no_owner_speaks() -> None:
+    """It may be one that another has replaced, and what it lists and refuses is not so any more."""
+    silent = certified(owner_at_ms="984000")
+    assert (await open_shards(certified(), silent, registered=False))[1] == [True, False]
+    assert (await open_shards(certified(), silent))[1] == [True, True]
+
+
+async def test_every_process_has_seen_what_the_ledger_has() -> None:
+    """An event at or below it is none that this process can have made: keys of a moment ago were put back."""
+    store, _ = await open_shards(certified())
+    store._on_message(["message", "cb:positions:inst-1", "0 3 14"])
+    assert store.views[0].seen_seq == 14
+    store._on_message(["message", "cb:positions:inst-1", "0 2 77"])
+    assert store.views[0].seen_seq == 14
+
+
+def test_a_report_is_of_the_epoch_that_is_to_be_settled_however_far_the_numbers_are_apart() -> None:
+    store = Store("redis://127.0.0.1:1", 1, Positions(1, 1000), Scripts())
+    view = store.views[0]
+    view.epoch, view.seen_seq = 3, 7
+    assert store.end_epochs(0, 1_800_000_000_000, live=3) == [(3, 7)]
+    assert store.end_epochs(0, 1_800_000_000_000, live=3) == []
+    assert store.end_epochs(0, 1_900_000_000_000, live=1_800_000_000_000) == [(1_800_000_000_000, 0)]
+    assert store.end_epochs(0, 1_900_000_000_001, live=0) == []

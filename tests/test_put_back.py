@@ -1,0 +1,109 @@
+"""Keys of a moment ago are put back into the running server, whose identity and epoch are the certified ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from coupon_svc.store.keys import ShardKeys
+from tests.harness import Stack, until
+
+MakeStack = Callable[[], Awaitable[Stack]]
+
+
+async def keep(redis: Any, shard: int, shards: int) -> list[tuple[bytes, bytes]]:
+    pattern = ShardKeys(shard, shards).pattern
+    return [(key, dump) async for key in redis.scan_iter(pattern) if (dump := await redis.dump(key)) is not None]
+
+
+async def put_back(redis: Any, kept: list[tuple[bytes, bytes]], shard: int, shards: int) -> None:
+    now = [key async for key in redis.scan_iter(ShardKeys(shard, shards).pattern)]
+    async with redis.pipeline(transaction=True) as pipe:
+        pipe.delete(*now)
+        for key, dump in kept:
+            pipe.restore(key, 0, dump)
+        await pipe.execute()
+
+
+@pytest.mark.parametrize("ack", ["ledger", "redis"])
+async def test_a_process_that_saw_nothing_itself_is_not_told_that_its_event_is_durable(
+    make_stack: MakeStack, ack: str
+) -> None:
+    """The ledger holds positions that are beyond Redis now: an event made there would pass for one that it has."""
+    stack = await make_stack()
+    stack.writer()
+    stack.api()
+    await stack.ready()
+    async with await stack.client("shop") as first:
+        stack.api()
+        await stack.ready()
+        async with await stack.client("shop") as second, Redis.from_url(stack.redis_admin_url) as raw:
+            rules = {"name": "b", "ack": ack, "generate": {"pattern": "Q-########", "total": 40}}
+            book_id = (await first.post("/coupons", json=rules)).json()["book_id"]
+            shard = int(book_id[3:5])
+
+            async def assign(http: Any, user: str) -> Any:
+                return await http.post("/coupons/assign", json={"book_id": book_id, "user_id": user})
+
+            assert (await assign(second, "warm")).status_code == 201
+            await stack.drained()
+            await asyncio.sleep(0.3)
+            kept = await keep(raw, shard, stack.shards)
+            given = [await assign(first, f"u{number}") for number in range(5)]
+            assert [answer.status_code for answer in given] == [201] * 5
+            await stack.drained()
+            await asyncio.sleep(0.1)  # the message is on its way
+            await put_back(raw, kept, shard, stack.shards)
+            later = [await assign(second, f"v{number}") for number in range(5)]
+            holders = {answer.json()["code"]: answer.json()["user_id"] for answer in given}
+            for answer in later:
+                if answer.status_code == 201:
+                    assert answer.json()["code"] not in holders, "P1: a code was answered to two users"
+            assert later[0].status_code == 503, "Redis went back, and was believed"
+
+            async def deals() -> bool:
+                answer = await assign(second, "after")
+                return answer.status_code == 201 and answer.json()["code"] not in holders
+
+            await until(deals, 30)
+            await stack.drained()
+            rows = await stack.ledger("SELECT code, user_id FROM coupons WHERE book_id = $1", book_id)
+            assert holders.items() <= {row["code"]: row["user_id"] for row in rows}.items()
+
+
+async def test_an_owner_sees_that_what_is_committed_is_not_what_redis_made(make_stack: MakeStack) -> None:
+    """A server that went back has caught up, so no number shows it; and whoever opens the shard next looks as well."""
+    stack = await make_stack()
+    writer = stack.writer()
+    stack.api()
+    await stack.ready()
+    async with await stack.client() as http, stack.redis() as client:
+        redis: Any = client
+        rules = {"name": "b", "generate": {"pattern": "Q-########", "total": 40}}
+        book_id = (await http.post("/coupons", json=rules)).json()["book_id"]
+        for number in range(3):
+            answer = await http.post("/coupons/assign", json={"book_id": book_id, "user_id": f"u{number}"})
+            assert answer.status_code == 201
+        await stack.drained()
+        keys = ShardKeys(int(book_id[3:5]), stack.shards)
+        epoch = await redis.hget(keys.meta, "epoch")
+
+        async def rewrite() -> None:
+            ((_, last),) = await redis.xrange(keys.events, f"{epoch}-3", f"{epoch}-3")
+            async with redis.pipeline(transaction=True) as pipe:
+                pipe.delete(keys.events)
+                pipe.xadd(keys.events, {**last, "user": "somebody else"}, id=f"{epoch}-3")
+                await pipe.execute()
+
+        async def stopped() -> bool:
+            rows = await stack.ledger("SELECT stopped FROM shards WHERE shard = $1", int(book_id[3:5]))
+            return "differs from the one in the ledger" in (rows[0]["stopped"] or "")
+
+        writer.stop()
+        await rewrite()
+        writer = stack.writer()
+        await until(stopped, what="who opens the shard should compare the last event")
