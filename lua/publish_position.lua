@@ -19,6 +19,8 @@ Args
   ARGV[7] message     text  what they are told, "" for nothing new
   ARGV[8] entry       text  SHA-1 of the event that the ledger has at `committed` (its fields, a line each), "" unknown
   ARGV[9] ledger_ms   int   Postgres's clock, "" while it is not known
+  ARGV[10] run_id       text  of the server that was certified
+  ARGV[11] installation text  whose keys these are to be
 
 Replies, the first that applies
   suspect    another epoch or owner, or a position that goes back or ahead; `entry`: the event there is another
@@ -27,7 +29,7 @@ Replies, the first that applies
 ]]
 -- include: owner
 local committed = tonumber(ARGV[3])
-if committed < tonumber(meta[4]) or committed > tonumber(meta[3]) then
+if committed < tonumber(meta[4]) or committed > tonumber(meta[3]) or meta[6] ~= ARGV[10] or meta[8] ~= ARGV[11] then
   return {"suspect"}
 end
 if ARGV[8] ~= "" then

@@ -128,7 +128,9 @@ async def test_a_shard_is_opened_while_there_is_no_memory_for_the_codes_it_was_l
 # --- somebody's hand
 
 
-async def test_an_entry_put_into_the_stream_far_ahead_is_passed_over(make_stack: MakeStack) -> None:
+@pytest.mark.parametrize("entry_id", ["the epoch's last", "*", "of an epoch to come"])
+async def test_an_entry_put_into_the_stream_by_hand_is_passed_over(make_stack: MakeStack, entry_id: str) -> None:
+    """One with the time as its id is of an epoch that the ledger will never begin, and nothing may be sized by it."""
     stack = await make_stack()
     stack.writer()
     stack.api()
@@ -140,7 +142,8 @@ async def test_an_entry_put_into_the_stream_far_ahead_is_passed_over(make_stack:
         shard = int(book_id[3:5])
         keys = ShardKeys(shard, stack.shards)
         epoch = str(await redis.hget(keys.meta, "epoch"))
-        await redis.xadd(keys.events, {"by": "hand"}, id=f"{epoch}-{1 << 63}")
+        ids = {"the epoch's last": f"{epoch}-{1 << 63}", "*": "*", "of an epoch to come": f"{int(epoch) + 1}-1"}
+        await redis.xadd(keys.events, {"by": "hand"}, id=ids[entry_id])
 
         async def mended() -> bool:
             return await redis.hget(keys.meta, "epoch") not in (epoch, "recovering", None)
@@ -153,7 +156,9 @@ async def test_an_entry_put_into_the_stream_far_ahead_is_passed_over(make_stack:
             return answer.status_code == 201
 
         await until(deals)
+        await stack.drained()
         assert await stack.ledger("SELECT FROM dead_letters") == []
+        assert await stack.ledger("SELECT FROM shards WHERE stopped IS NOT NULL OR epoch > 100") == []
 
 
 # --- what is judged by what was read a moment ago

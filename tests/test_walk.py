@@ -23,6 +23,7 @@ from coupon_svc.store.keys import ShardKeys
 from coupon_svc.store.scripts import Scripts
 
 EPOCH, GENERATION, TENANT = 1, 1, 7
+RUN_ID, INSTALLATION = "run", "walk"
 BACKLOG_MAX = 4
 HOUR_MS = 3_600_000
 FAR_MS = {"past": "1000", "future": "9999999999999", "never": ""}
@@ -112,11 +113,13 @@ class Walk(RuleBasedStateMachine):
 
     def publish(self) -> None:
         """The ledger is seen, or known to be away, at this moment."""
-        told = "away" if self.away else "here"
-        reply = self.run(
-            "publish_position", [self.keys.events], self.committed, told, 0, "cb:walk", "", second=GENERATION
-        )
-        assert reply == ["ok", self.seq]
+        told = "away" if self.away else "committed"
+        assert self.tell(self.committed, told) == ["ok", self.seq]
+
+    def tell(self, committed: int, told: str = "committed", generation: int = GENERATION) -> list[Any]:
+        """Publish a position as the shard's owner does."""
+        args = (committed, told, 0, "cb:walk", "", "", "", RUN_ID, INSTALLATION)
+        return self.run("publish_position", [self.keys.events], *args, second=generation)
 
     def fields_of(self, book: Book) -> list[str]:
         fields = {
@@ -172,8 +175,8 @@ class Walk(RuleBasedStateMachine):
 
     @initialize()
     def open_shard(self) -> None:
-        assert self.run("shut_shard", [], epoch=GENERATION, second=EPOCH) == ["ok"]
-        args = ("run", self.redis.info("replication")["master_replid"], BACKLOG_MAX)
+        assert self.run("shut_shard", [], INSTALLATION, epoch=GENERATION, second=EPOCH) == ["ok"]
+        args = (RUN_ID, self.redis.info("replication")["master_replid"], BACKLOG_MAX)
         assert self.run("certify_shard", [self.keys.events], *args, epoch=f"{GENERATION}-{EPOCH}", second=EPOCH) == [
             "ok"
         ]
@@ -443,12 +446,9 @@ class Walk(RuleBasedStateMachine):
             "book_not_loaded"
         ]
         if self.committed:
-            args = (self.committed - 1, "here", 0, "cb:walk", "")
-            assert self.run("publish_position", [self.keys.events], *args, second=GENERATION) == ["suspect"]
-        args = (self.seq + 1, "here", 0, "cb:walk", "")
-        assert self.run("publish_position", [self.keys.events], *args, second=GENERATION) == ["suspect"]
-        old = self.run("publish_position", [self.keys.events], self.committed, "here", 0, "cb:walk", "", second=0)
-        assert old == ["suspect"]
+            assert self.tell(self.committed - 1) == ["suspect"]
+        assert self.tell(self.seq + 1) == ["suspect"]
+        assert self.tell(self.committed, generation=0) == ["suspect"]
 
     @rule(number=numbers, which=numbers, user=users)
     @precondition(lambda self: any(book.free and book.shut() is None for book in self.books))

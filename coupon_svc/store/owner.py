@@ -122,11 +122,12 @@ class OwnerStore:
             return self.identity
 
     async def _require_ours(self, connection: Connection) -> None:
-        """Raises ForeignRedis when a shard in this Redis is another installation's."""
+        """Raises ForeignRedis when the shards in this Redis are another installation's. One whose meta alone says so was
+        changed by hand, and is refused by itself."""
         asked = [connection.send("HGET", keys.meta, "installation") for keys in self._keys]
-        for reply in [await one for one in asked]:
-            if isinstance(reply, str) and reply != self.installation:
-                raise ForeignRedis(_foreign(reply, self.installation))
+        found = {reply for reply in [await one for one in asked] if isinstance(reply, str)}
+        if found and self.installation not in found:
+            raise ForeignRedis(_foreign(sorted(found)[0], self.installation))
 
     def close(self) -> None:
         """Give both connections up."""
@@ -160,10 +161,12 @@ class OwnerStore:
         `entry` is the digest of the event that the ledger has at `committed` (`entry_digest`), "" where it is not known;
         `ledger_ms` is Postgres's clock. Raises StoreLost, Suspect; ClocksApart, and nothing was written.
         """
+        identity = await self.connect()
         message = f"{term.shard} {term.epoch} {committed}" if ledger != "away" else ""
         reply = await self._run(
             "publish_position", term, [self._keys[term.shard].events], committed, ledger, trim_seq,
             positions_channel(self.installation), message, entry, "" if ledger_ms is None else ledger_ms,
+            identity.run_id, self.installation,
         )  # fmt: skip
         if reply[0] == "clock":
             assert ledger_ms is not None

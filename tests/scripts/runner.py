@@ -111,9 +111,11 @@ class Shard:
         message: str = "",
         entry: str = "",
         ledger_ms: int | str = "",
+        run_id: str = RUN_ID,
+        installation: str = INSTALLATION,
     ) -> Reply:
         keys = [self.keys.meta, self.keys.events]
-        args = [*owner, committed, ledger, trim_seq, CHANNEL, message, entry, ledger_ms]
+        args = [*owner, committed, ledger, trim_seq, CHANNEL, message, entry, ledger_ms, run_id, installation]
         return self._run("publish_position", keys, args)
 
     def put_book(self, book_id: str, version: int, owner: Owner = OWNER, *, known: bool = False, **rules: Any) -> Reply:

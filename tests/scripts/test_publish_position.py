@@ -57,6 +57,14 @@ def test_a_position_with_another_event_is_suspect(shard: Shard) -> None:
     assert shard.publish_position(2, entry=entry_digest(flat[0])) == ["ok", 2]
 
 
+def test_a_certificate_that_was_changed_by_hand_is_suspect_to_the_owner_too(shard: Shard) -> None:
+    """The API opens no such shard; so who can mend it must see it."""
+    with_events(shard, 1)
+    with shard.writes_nothing():
+        assert shard.publish_position(1, run_id="run-2") == ["suspect"]
+        assert shard.publish_position(1, installation="inst-2") == ["suspect"]
+
+
 @pytest.mark.parametrize("apart_s", [-61, 61])
 def test_clocks_that_are_a_minute_apart_are_told(shard: Shard, apart_s: int) -> None:
     with_events(shard, 1)
