@@ -29,7 +29,7 @@ def test_every_line_of_the_table_has_a_sentence_for_when_it_is_not_reached() -> 
 
 def test_a_line_tells_its_median_and_its_spread() -> None:
     text = render(Results(table=[figure([0.5, 0.9, 0.6])]), TEMPLATE.read_text())
-    assert "| writer against COPY | 0.60 (0.50 to 0.90) | – | 0.7 | not reached |" in text
+    assert "| writer against COPY | 0.60 (0.50 to 0.90) | 0.7 | not reached |" in text
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,7 @@ def test_everything_killed_at_once_comes_back(dev: Dev) -> None:
 
 def test_the_key_of_the_first_start_is_shown_and_private(dev: Dev) -> None:
     key = dev.told()["api_key"]
+    assert key.startswith("cbk_dev_")  # what a scanner for leaked secrets looks for
     assert (dev.data_dir / "api_key").read_text() == key
     assert (dev.data_dir / "api_key").stat().st_mode & 0o777 == 0o600
     assert key in dev.output.read_text()

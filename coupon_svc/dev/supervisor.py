@@ -226,7 +226,7 @@ class Supervisor:
         kept = self._data_dir / "api_key"
         if self._api_key is None:
             if not kept.exists():
-                write_private(kept, f"ck_dev_{secrets.token_urlsafe(24)}")
+                write_private(kept, f"cbk_dev_{secrets.token_urlsafe(24)}")
             self._api_key = kept.read_text().strip()
         return self._api_key
 

@@ -58,10 +58,10 @@ def render_table(figures: Sequence[Figure]) -> str:
     """One line for each figure."""
     if not figures:
         return NOT_MEASURED
-    rows = [["what", "reached: median (lowest to highest)", "spike", "reach for", "", "in figures of this machine"]]
+    rows = [["what", "median (lowest to highest)", "goal", "", "in figures of this machine"]]
     for figure in figures:
         mark = {True: "reached", False: "not reached", None: "failed" if figure.failed else ""}[figure.reached]
-        rows.append([figure.what, figure.spread(), figure.spike, figure.target(), mark, figure.note])
+        rows.append([figure.what, figure.spread(), figure.target(), mark, figure.note])
     return _markdown(rows)
 
 

@@ -43,7 +43,6 @@ def bench_drain(rounds: int, events: int, say: Callable[[str], None]) -> Figure:
     figure = Figure(
         id="writer",
         what="writer: events drained a second, with Idempotency-Keys, against COPY of the same rows into both tables",
-        spike="0.4",
         goal=0.7,
     )
     # A block that holds a whole round: while the writer is away nobody lends any.

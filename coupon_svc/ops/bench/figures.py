@@ -21,8 +21,6 @@ class Figure(msgspec.Struct, kw_only=True):
     samples: list[float] = []
     unit: str = ""
     """of the samples: "" is a ratio, else "ms" """
-    spike: str = "–"
-    """what a first trial of the design had reached, as text"""
     goal: float | None = None
     less_is_better: bool = False
     failed: str | None = None
@@ -49,7 +47,7 @@ class Figure(msgspec.Struct, kw_only=True):
         return f"{mid} ({low} to {high}) {self.unit}".rstrip()
 
     def target(self) -> str:
-        """What to reach for, as text."""
+        """The goal, as text."""
         return "–" if self.goal is None else f"{self.goal:g} {self.unit}".rstrip()
 
     def _text(self, value: float) -> str:
