@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from coupon_svc.api.auth import KeyRing
 from coupon_svc.api.books import Books
 from coupon_svc.api.coupons import Coupons
+from coupon_svc.api.limits import Limits, drain_at_sigterm
 from coupon_svc.api.metrics import Metrics
 from coupon_svc.api.public import Public
 from coupon_svc.api.registration import Registration
@@ -32,6 +34,7 @@ def make_api(settings: Settings | None = None) -> Api:
     resolver = Resolver(lookups)
     runner = BookRunner(store, resolver, database, settings.shards)
     metrics = Metrics()
+    public = Public(store, metrics)
     registration = Registration(settings.database_url, store)
 
     @asynccontextmanager
@@ -39,18 +42,25 @@ def make_api(settings: Settings | None = None) -> Api:
         await store.start()
         await registration.start()
         try:
-            yield
+            with drain_at_sigterm(asyncio.get_running_loop(), settings.drain_ms, drain):
+                yield
         finally:
             await registration.stop()
             await store.stop()
             await database.close()
             await lookups.close()
 
-    return make_app(
+    api = make_app(
         Books(runner, database, settings.shards),
         Coupons(store, runner, resolver, database, registration),
-        Public(store, metrics),
+        public,
         KeyRing(resolver, settings.key_cache_ms),
         metrics,
         lifespan,
+        Limits.of(settings),
     )
+
+    def drain() -> None:
+        public.draining = api.draining = True
+
+    return api

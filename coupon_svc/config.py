@@ -26,6 +26,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Events a shard may hold that the ledger has not: beyond it assigns and locks are refused."""
     ledger_wait_ms: int = 5_000
     """How long an answer waits for the ledger before it is `outcome_unknown`."""
+    head_timeout_ms: int = 10_000
+    """How long a caller may take for a request line and its headers."""
+    body_timeout_ms: int = 30_000
+    """In each such time a body must end, or come at `body_bytes_per_s_min`."""
+    body_bytes_per_s_min: int = 4_096
+    keep_alive_ms: int = 620_000
+    """How long a connection may be idle: longer than any load balancer in front keeps it, or it meets a closed one."""
+    connections_max: int = 10_000
+    """Connections of callers per API process: beyond it requests are refused with `too_many_connections`."""
+    drain_ms: int = 0
+    """How long `/readyz` is 503 after SIGTERM before the process stops serving."""
     key_cache_ms: int = 5_000
     """How long a process trusts what it knows of an API key: a revoked key is refused everywhere after this."""
     lease_codes_min: int = 5_000
@@ -39,6 +50,12 @@ _BOUNDS = {
     "workers": (1, 64),
     "backlog_events_max": (1, 1_000_000_000),
     "ledger_wait_ms": (100, 60_000),
+    "head_timeout_ms": (100, 600_000),
+    "body_timeout_ms": (100, 600_000),
+    "body_bytes_per_s_min": (1, 1_000_000),
+    "keep_alive_ms": (100, 86_400_000),
+    "connections_max": (10, 1_000_000),
+    "drain_ms": (0, 600_000),
     "key_cache_ms": (0, 600_000),
     "lease_codes_min": (1, 100_000),
     "lease_codes_max": (1, 1_000_000),

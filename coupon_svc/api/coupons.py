@@ -11,11 +11,10 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from coupon_svc.api.http import Answer, Call
-from coupon_svc.api.inputs import decode_cursor, encode_cursor, encode_metadata, invalid, page_limit
+from coupon_svc.api.inputs import check_user_id, decode_cursor, encode_cursor, encode_metadata, invalid, page_limit
 from coupon_svc.api.registration import Registration
 from coupon_svc.api.runner import BookRunner, Place
 from coupon_svc.api.schemas import (
-    USER_ID,
     AssignAnswer,
     AssignCode,
     AssignCoupon,
@@ -229,8 +228,7 @@ class Coupons:
         user_id = call.path["user_id"]
         tenant_id = call.key.tenant_id
         query = call.query
-        if not USER_ID.fullmatch(user_id):
-            raise invalid("/user_id", "give 1..128 characters without control characters")
+        check_user_id(user_id)
         limit = page_limit(query)
         status, book_id = query.get("status"), query.get("book_id")
         if status not in (None, "assigned", "locked", "redeemed"):

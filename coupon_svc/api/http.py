@@ -3,6 +3,7 @@ request and response objects, since the hot routes pass through here tens of tho
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import re
@@ -148,6 +149,9 @@ class Endpoint:
             outcome = "ok"
         except ClientGone:
             outcome = "client_gone"
+        except asyncio.CancelledError:  # the server stops, and has waited for this long enough
+            outcome = Outcome.OUTCOME_UNKNOWN.value
+            response, _ = self._refuse(Refused(Outcome.OUTCOME_UNKNOWN))
         except Refused as refused:
             outcome = refused.outcome.value
             response, _ = self._refuse(refused)

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from coupon_svc.api.schemas import METADATA_BYTES_MAX, METADATA_DEPTH_MAX, Cursor
+from coupon_svc.api.schemas import METADATA_BYTES_MAX, METADATA_DEPTH_MAX, USER_ID_RULE, Cursor, UserId
 from coupon_svc.domain.outcomes import Outcome, Refused
 
 PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 1000
@@ -18,6 +18,14 @@ PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 1000
 def invalid(pointer: str, detail: str) -> Refused:
     """The refusal of one part of a request: where, as a JSON pointer, and what to do about it."""
     return Refused(Outcome.INVALID_REQUEST, errors=[{"pointer": pointer, "detail": detail}])
+
+
+def check_user_id(text: str) -> None:
+    """A user id in a path, held to what it must be in a body. Raises Refused(invalid_request)."""
+    try:
+        msgspec.convert(text, UserId)
+    except msgspec.ValidationError:
+        raise invalid("/user_id", f"give {USER_ID_RULE}") from None
 
 
 def encode_metadata(metadata: dict[str, Any] | None) -> str:

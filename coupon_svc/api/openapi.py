@@ -175,7 +175,13 @@ def _public_paths() -> dict[str, Any]:
             responses[str(status)] = _problem(status, outcomes)
         return {"get": {"operationId": name, "summary": summary, "security": [], "responses": responses}}
 
-    unready = [Outcome.RECOVERING, Outcome.STORE_UNAVAILABLE, Outcome.BACKLOG_FULL]
+    unready = [
+        Outcome.TOO_MANY_CONNECTIONS,
+        Outcome.SHUTTING_DOWN,
+        Outcome.STORE_UNAVAILABLE,
+        Outcome.RECOVERING,
+        Outcome.BACKLOG_FULL,
+    ]
     explained = get("read_problem", "What a problem is about", "application/json", missing=[Outcome.NOT_FOUND])
     explained["get"]["parameters"] = [
         {

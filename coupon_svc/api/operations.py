@@ -17,6 +17,9 @@ _BODY = (
 _READ_SCOPES = ("books:read", "books:write")
 
 ANY_OPERATION = (
+    Outcome.TOO_MANY_CONNECTIONS,
+    Outcome.REQUEST_TIMEOUT,
+    Outcome.SHUTTING_DOWN,
     Outcome.METHOD_NOT_ALLOWED,
     Outcome.UNAUTHENTICATED,
     Outcome.MISSING_SCOPE,

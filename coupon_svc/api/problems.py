@@ -20,6 +20,15 @@ class Problem(NamedTuple):
 
 
 PROBLEMS: dict[Outcome, Problem] = {
+    Outcome.TOO_MANY_CONNECTIONS: Problem(
+        503, "Too many connections", "This process serves as many connections as it may. Nothing was done.", 1
+    ),
+    Outcome.REQUEST_TIMEOUT: Problem(
+        408, "Request timeout", "The request was not complete in time. Nothing was done; send it again."
+    ),
+    Outcome.SHUTTING_DOWN: Problem(
+        503, "Shutting down", "This process is being stopped; another one serves. Nothing was done.", 1
+    ),
     Outcome.NOT_FOUND: Problem(404, "Not found", "There is nothing at this address; see /docs for what there is."),
     Outcome.METHOD_NOT_ALLOWED: Problem(
         405, "Method not allowed", "The Allow header names the methods to be used here."

@@ -28,6 +28,8 @@ class Public:
     def __init__(self, store: Store, metrics: Metrics) -> None:
         self._store = store
         self._metrics = metrics
+        self.draining = False
+        """Whether the process was told to stop, and goes on only until load balancers have seen it."""
         self._openapi = msgspec.json.encode(openapi_document(OPERATIONS))
         self._docs = (Path(__file__).parent / "docs.html").read_bytes()
 
@@ -35,14 +37,26 @@ class Public:
         return _JSON, b'{"status":"alive"}'
 
     def readyz(self, _: Scope) -> tuple[bytes, bytes]:
-        if not self._store.connected or self._store.refuses_writes:
-            raise Refused(Outcome.STORE_UNAVAILABLE)
-        if not all(view.certified for view in self._store.views):
-            raise Refused(Outcome.RECOVERING)
-        for shard, view in enumerate(self._store.views):
-            if self._store.backlog(shard) >= view.backlog_max:
-                raise Refused(Outcome.BACKLOG_FULL)
-        return _JSON, b'{"status":"ready"}'
+        """200 or 503, and in either how many shards are open: certified in the Redis that this process speaks to."""
+        views = self._store.views
+        shards = {"open": sum(view.certified for view in views), "of": len(views)}
+        unready = self._unready()
+        if unready is not None:
+            raise Refused(unready, shards=shards)
+        return _JSON, msgspec.json.encode({"status": "ready", "shards": shards})
+
+    def _unready(self) -> Outcome | None:
+        """Why this process should be sent no requests, if there is a reason."""
+        if self.draining:
+            return Outcome.SHUTTING_DOWN
+        store = self._store
+        if not store.connected or store.refuses_writes:
+            return Outcome.STORE_UNAVAILABLE
+        if not all(view.certified for view in store.views):
+            return Outcome.RECOVERING
+        if any(store.backlog(shard) >= view.backlog_max for shard, view in enumerate(store.views)):
+            return Outcome.BACKLOG_FULL
+        return None
 
     def metrics(self, _: Scope) -> tuple[bytes, bytes]:
         return _TEXT, self._metrics.render(self._store)
@@ -71,19 +85,19 @@ class PublicEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if scope["method"] not in ("GET", "HEAD"):
-                await send_problem(send, Outcome.METHOD_NOT_ALLOWED, [(b"allow", b"GET, HEAD")])
+                await send_problem(send, Refused(Outcome.METHOD_NOT_ALLOWED), [(b"allow", b"GET, HEAD")])
                 return
             content_type, body = self._answer(scope)
         except Refused as refused:
-            await send_problem(send, refused.outcome)
+            await send_problem(send, refused)
             return
         headers: Headers = [(b"content-type", content_type), (b"cache-control", b"no-store")]
         await send_response(send, 200, headers + (_DOCS_HEADERS if content_type == _HTML else []), body)
 
 
-async def send_problem(send: Send, outcome: Outcome, headers: Headers | None = None) -> None:
-    """Answer with an outcome."""
-    status, all_headers, body, _ = problem_response(Refused(outcome), headers)
+async def send_problem(send: Send, refused: Refused, headers: Headers | None = None) -> None:
+    """Answer with a refusal."""
+    status, all_headers, body, _ = problem_response(refused, headers)
     await send_response(send, status, all_headers, body)
 
 
@@ -92,4 +106,4 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1000})
         return
-    await send_problem(send, Outcome.NOT_FOUND)
+    await send_problem(send, Refused(Outcome.NOT_FOUND))

@@ -15,6 +15,7 @@ from coupon_svc.api.auth import KeyRing
 from coupon_svc.api.books import Books
 from coupon_svc.api.coupons import Coupons
 from coupon_svc.api.http import ENCODED_SLASH, Answer, Call, Endpoint, Handler
+from coupon_svc.api.limits import Limits
 from coupon_svc.api.metrics import Metrics
 from coupon_svc.api.operations import OPERATIONS
 from coupon_svc.api.public import Public, PublicEndpoint, not_found
@@ -44,6 +45,7 @@ def make_app(
     keys: KeyRing,
     metrics: Metrics,
     lifespan: Callable[[Any], AbstractAsyncContextManager[None]],
+    limits: Limits | None = None,
 ) -> Api:
     """The whole HTTP application. A path has one endpoint for all its methods, so that a wrong one is answered 405."""
     handlers: dict[str, Handler] = {
@@ -76,7 +78,7 @@ def make_app(
         "/problems/{outcome}": public.problem,
     }
     routes += [Route(path, PublicEndpoint(answer)) for path, answer in open_to_all.items()]
-    return Api(Router(routes, redirect_slashes=False, default=not_found, lifespan=lifespan))
+    return Api(Router(routes, redirect_slashes=False, default=not_found, lifespan=lifespan), limits)
 
 
 class Api:
@@ -85,8 +87,11 @@ class Api:
     A percent-encoded slash stays within its part of the path; servers decode it before anybody can route by it.
     """
 
-    def __init__(self, router: Router) -> None:
+    def __init__(self, router: Router, limits: Limits | None = None) -> None:
         self.router = router
+        self.limits = limits or Limits()
+        self.draining = False
+        """Whether each answer is its connection's last: the caller is to connect again, to another process."""
         self._hot_whole: dict[bytes, Endpoint] = {}
         self._hot_folders: dict[bytes, Endpoint] = {}
         for route in router.routes:

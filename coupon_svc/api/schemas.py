@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -20,8 +19,18 @@ REJECTED_SHOWN_MAX = 100
 
 _NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f]*(?![\s\S])"  # `$` would let a line break pass at the end
 Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=_NO_CONTROLS, description="1..200 characters")]
+_WHITE = r"[ \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+"""White space of Unicode that is no control character; `\\s` means other sets in other engines."""
+USER_ID_RULE = "1..128 characters, no control character or U+FFFD, no white space at either end; not . or .."
 UserId = Annotated[
-    str, Meta(min_length=1, max_length=128, pattern=_NO_CONTROLS, description="the caller's own id, 1..128 characters")
+    str,
+    Meta(
+        min_length=1,
+        max_length=128,
+        # `.` and `..` would be resolved away in a path; U+FFFD is what bytes that are no UTF-8 arrive as.
+        pattern=rf"^(?!\.\.?(?![\s\S]))(?!{_WHITE})[^\x00-\x1f\x7f-\x9f\ufffd]*(?<!{_WHITE})(?![\s\S])",
+        description=f"the caller's own id: {USER_ID_RULE}",
+    ),
 ]
 Reference = Annotated[str, Meta(min_length=1, max_length=200, pattern=_NO_CONTROLS, description="the caller's own")]
 LockToken = Annotated[str, Meta(min_length=1, max_length=100, pattern=_NO_CONTROLS)]
@@ -245,5 +254,3 @@ class Problem(msgspec.Struct, kw_only=True):
 Cursor = tuple[
     Annotated[int, Meta(ge=0, le=9_007_199_254_740_991)], Annotated[str, Meta(max_length=300, pattern=_NO_CONTROLS)]
 ]
-USER_ID = re.compile(r"[^\x00-\x1f\x7f-\x9f\ufffd]{1,128}")
-"""A user id in a path; bytes that are no UTF-8 arrive as U+FFFD."""

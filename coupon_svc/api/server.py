@@ -8,17 +8,23 @@ path, a caller who does not read), takes uvicorn's own way to the same endpoint.
 
 from __future__ import annotations
 
+import asyncio
+import math
 from asyncio.events import TimerHandle
 from typing import Any
 
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from coupon_svc.api.http import Endpoint, Response
-from coupon_svc.api.problems import bad_request
+from coupon_svc.api.http import Endpoint, Response, send_response
+from coupon_svc.api.problems import bad_request, problem_response
+from coupon_svc.api.public import send_problem
 from coupon_svc.api.routes import Api
+from coupon_svc.domain.outcomes import Outcome, Refused
 
 SERVER_SETTINGS: dict[str, Any] = {
     "loop": "uvloop",
+    "ws": "none",  # a connection that was upgraded would be beyond all limits
     "access_log": False,  # it would print codes
     "log_config": None,
     "server_header": False,
@@ -28,6 +34,14 @@ SERVER_SETTINGS: dict[str, Any] = {
 HOT_BODY_BYTES_MAX = 16 * 1024
 HEAD_BYTES_MAX = 64 * 1024
 """Of a request line and its headers that are not complete yet; the parser itself would keep as many as are sent."""
+PASSED_OVER_BYTES_MAX = 8 * 1024 * 1024
+"""Of a body that was answered before its end, as one that is too large is: callers who send it all before they read the
+answer find it, and the connection, up to here."""
+STOP_BODY_S = 2.0
+"""For the rest of a body when the server stops: well before it gives up what is under way."""
+LINGER_S = 1.0
+_NOTHING, _HEAD, _BODY = range(3)
+"""What the parser is in the middle of."""
 
 
 class _HotCycle:
@@ -64,36 +78,79 @@ _NOBODY_WAITS = _NobodyWaits()
 
 
 class CouponProtocol(HttpToolsProtocol):
-    """HTTP/1.1 for an Api. What is no valid HTTP is refused as a problem, and the connection closed."""
+    """HTTP/1.1 for an Api, within its limits. Malformed HTTP is refused as a problem, and the connection closed.
+
+    A connection has one timer. It is looked at when it is due, and moved only when somebody may be late earlier than
+    that: so a request that comes in one piece costs no timer.
+    """
 
     app: Api
     cycle: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._idle_since: float | None = None
-        self._idle_timer: TimerHandle | None = None
-        self._head_bytes = 0
-        self._in_body = False
+        self._limits = self.app.limits
+        self._reading = _NOTHING
+        self._since = 0.0
+        """When the caller began to be waited for: since the connect, the last answer, or the begin of a head or of a
+        window of a body."""
+        self._bytes: int | None = None
+        """Read of a head, or of a body in this window; None until the end of the piece in which it began."""
+        self._passed_over = 0
+        """Bytes of a body that was answered before its end."""
+        self._was_paused = False
+        """Whether reading was paused in this window: then it was not the caller who was slow."""
+        self._unsent = 0
+        """Bytes of answers that waited for the caller at the last look."""
+        self._timer: TimerHandle | None = None
+        self._due = math.inf
+        self._stopping = False
+        self._ended = False
         self._default_headers: Any = None
         self._default_lines = b""
 
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        beyond = len(self.connections) - self._limits.connections_max
+        if beyond > self._limits.connections_refused_max:
+            transport.abort()
+            return
+        if beyond > 0:
+            stand_in: Any = _Full(self.app)
+            self.app = stand_in
+        self._since = self.loop.time()
+        self._look_at(self._since + self._limits.head_s)
+
     def data_received(self, data: bytes) -> None:
-        self._head_bytes += len(data)
         super().data_received(data)
-        if self._head_bytes > HEAD_BYTES_MAX and not self._in_body and not self.transport.is_closing():
-            self.send_400_response("")
+        if self._reading:
+            self._read_a_part(len(data))
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio's own, which uvicorn leaves out
+        """A caller may close its side once it has asked; what it asked for is answered."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            return None
+        cycle.keep_alive = False
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._ended = True
 
     # --- from the parser
 
     def on_message_begin(self) -> None:
         """No scope yet: a hot request needs none."""
+        self._reading, self._bytes = _HEAD, None
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
 
     def on_headers_complete(self) -> None:
-        self._head_bytes, self._in_body = 0, True
+        self._reading, self._bytes = _BODY, None
         hot = self._hot_cycle()
         if hot is not None:
             self.cycle = hot
@@ -104,6 +161,8 @@ class CouponProtocol(HttpToolsProtocol):
         self.url, self.headers, self.expect_100_continue = url, headers, expects
         self.scope["headers"] = headers_of_scope
         super().on_headers_complete()
+        if self.app.draining:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         if type(self.cycle) is _HotCycle:
@@ -112,7 +171,7 @@ class CouponProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._head_bytes, self._in_body = 0, False
+        self._reading = _NOTHING
         cycle = self.cycle
         if type(cycle) is _HotCycle and cycle.more_body:
             cycle.more_body = False
@@ -136,7 +195,7 @@ class CouponProtocol(HttpToolsProtocol):
         length = next((value for name, value in self.headers if name == b"content-length"), b"")
         if not length.isdigit() or len(length) > 5 or int(length) > HOT_BODY_BYTES_MAX:
             return None
-        return _HotCycle(*found, self.parser.should_keep_alive())
+        return _HotCycle(*found, self.parser.should_keep_alive() and not self.app.draining)
 
     async def _answer(self, cycle: _HotCycle, headers: dict[bytes, bytes]) -> None:
         response = await cycle.endpoint.respond("POST", cycle.path, b"", headers, cycle.body)
@@ -160,43 +219,139 @@ class CouponProtocol(HttpToolsProtocol):
         lines.append(response.body)
         return b"".join(lines)
 
-    # --- idle connections: one timer each, looked at when it is due, instead of a new one for every response
-
-    def _unset_keepalive_if_required(self) -> None:
-        self._idle_since = None
-
     def on_response_complete(self) -> None:
         if self.pipeline or self.transport.is_closing():
             super().on_response_complete()
+            if self.transport.is_closing():  # not before the answer is sent
+                self._look_at(self.loop.time() + self._limits.body_s)
             return
         self.server_state.total_requests += 1
-        self.flow.resume_reading()
-        self._idle_since = self.loop.time()
-        if self._idle_timer is None:
-            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._close_if_idle)
+        if self.flow.read_paused:
+            self.flow.resume_reading()
+        self._since = now = self.loop.time()
+        due = now + (self._limits.head_s if self._reading == _HEAD else self._limits.keep_alive_s)
+        if due < self._due:
+            self._look_at(due)
 
-    def _close_if_idle(self) -> None:
-        self._idle_timer = None
-        if self._idle_since is None or self.transport.is_closing():
+    # --- callers who are late
+
+    def _look_at(self, due: float) -> None:
+        """Look at this connection at that time, or before."""
+        if due >= self._due:
             return
-        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
-        if left <= 0:
-            self.timeout_keep_alive_handler()
-        else:
-            self._idle_timer = self.loop.call_later(left, self._close_if_idle)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        self._timer = self.loop.call_at(due, self._look)
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
+    def _read_a_part(self, number: int) -> None:
+        """More is to come of what was received: note how much there is, and see to it that the rest is in time."""
+        if self._ended or self.transport.is_closing():
+            return
+        begins = self._bytes is None
+        self._bytes = 0 if self._bytes is None else self._bytes + number
+        if self._reading == _HEAD:
+            if begins and self.cycle is not None:  # of the first request the connect is the begin
+                self._since = self.loop.time()
+                self._look_at(self._since + self._limits.head_s)
+            if self._bytes > HEAD_BYTES_MAX:
+                self.send_400_response("")
+            return
+        if begins:
+            self._begin_window(self.loop.time())
+        if self.flow.read_paused:
+            self._was_paused = True
+        if self.cycle.response_complete:
+            self._passed_over += number
+            if self._passed_over > PASSED_OVER_BYTES_MAX:
+                self.transport.close()
+
+    def _begin_window(self, now: float) -> None:
+        """Give a body, or what is left of it, its time."""
+        self._since, self._bytes, self._was_paused = now, 0, self.flow.read_paused
+        self._look_at(now + self._limits.body_s)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unsent = 0
+        self._look_at(self.loop.time() + self._limits.body_s)
+
+    def _look(self) -> None:
+        """Act on whoever is late, and look again when the next one may be."""
+        self._timer, self._due = None, math.inf
+        now = self.loop.time()
+        if self.transport.is_closing() or self.flow.write_paused:
+            unsent = self.transport.get_write_buffer_size()
+            if unsent and unsent == self._unsent:
+                self.transport.abort()
+                return
+            self._unsent = unsent
+            self._look_at(now + self._limits.body_s)
+            if self.transport.is_closing():
+                return
+        cycle = self.cycle
+        if self._reading == _BODY:
+            self._look_at_body(now)
+        elif cycle is not None and not cycle.response_complete:
+            pass  # the caller waits for us
+        elif self._reading == _HEAD:
+            self._end_when_due(self._since + self._limits.head_s, now, Outcome.REQUEST_TIMEOUT)
+        else:
+            wait = self._limits.head_s if cycle is None else self._limits.keep_alive_s
+            self._end_when_due(self._since + wait, now, None)
+
+    def _look_at_body(self, now: float) -> None:
+        if self._stopping:
+            self._end(Outcome.SHUTTING_DOWN)
+        elif self._since + self._limits.body_s > now:
+            self._look_at(self._since + self._limits.body_s)
+        elif (
+            self._was_paused
+            or self.flow.read_paused
+            or (self._bytes or 0) >= self._limits.body_s * self._limits.body_bytes_per_s_min
+        ):
+            self._begin_window(now)
+        else:
+            self._end(Outcome.REQUEST_TIMEOUT)
+
+    def _end_when_due(self, due: float, now: float, outcome: Outcome | None) -> None:
+        if due > now:
+            self._look_at(due)
+        elif outcome is not None:
+            self._end(outcome)
+        elif self.transport.get_write_buffer_size():
+            self.transport.abort()  # it has had all this time to take its answer
+        else:
+            self.transport.close()
+
+    def _end(self, outcome: Outcome) -> None:
+        """Refuse the request that is being read, where that can be told yet, and close the connection."""
+        cycle = self.cycle
+        if self._reading == _BODY and (cycle.response_complete or getattr(cycle, "response_started", False)):
+            self.transport.close()
+            return
+        status, headers, body, _ = problem_response(Refused(outcome))
+        self._send_last(self._bytes_of(Response(status, headers, body), keep_alive=False))
+
+    def shutdown(self) -> None:
+        """Close when nothing is under way; a request that is not complete soon is given up."""
+        if self._ended:
+            self.transport.close()
+            return
+        super().shutdown()
+        if self._reading == _BODY and not self.transport.is_closing():
+            self._stopping = True
+            self._look_at(self.loop.time() + STOP_BODY_S)
 
     # --- what is no HTTP
 
     def send_400_response(self, msg: str) -> None:
         cycle = self.cycle
-        if cycle is not None and not cycle.response_complete and not self._in_body:
+        if self.pipeline or (cycle is not None and not cycle.response_complete and self._reading != _BODY):
             # What came before is still under way, and its caller would take the refusal for its answer.
             cycle.keep_alive = False
+            if self._reading == _BODY:
+                self.pipeline[0] = (cycle, _malformed)
             self.flow.pause_reading()
             return
         body = bad_request()
@@ -204,5 +359,67 @@ class CouponProtocol(HttpToolsProtocol):
             "HTTP/1.1 400 Bad Request\r\nContent-Type: application/problem+json\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
+        self._send_last(head.encode() + body)
+
+    def _send_last(self, response: bytes) -> None:
+        """Send a response to a request that was not read to its end, and close the connection.
+
+        What the caller still sends is passed over for a moment: to close a socket with unread bytes resets the connection,
+        and the response might be lost with it.
+        """
+        self._ended = True
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:  # whoever reads its body need not wait any longer
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if self.transport.get_write_buffer_size():
+            self.transport.write(response)
+            self.transport.close()
+            self._look_at(self.loop.time() + self._limits.body_s)
+            return
+        self.transport.write(response)
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self.transport.set_protocol(_Lingering(self))
+
+
+async def _malformed(scope: Any, receive: Any, send: Any) -> None:
+    """Answers, in its turn, a pipelined request whose body turned out to be malformed."""
+    await send_response(send, 400, [(b"content-type", b"application/problem+json")], bad_request())
+
+
+class _Lingering(asyncio.Protocol):
+    """Takes the place of a connection's protocol that has said its last, until the caller closes or LINGER_S are over."""
+
+    def __init__(self, protocol: CouponProtocol) -> None:
+        self._protocol = protocol
+        self._timer = protocol.loop.call_later(LINGER_S, protocol.transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        """Nobody reads it."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        self._protocol.connection_lost(exc)
+
+
+class _Full:
+    """In the place of the Api on a connection beyond the bound: says so, in HTTP, and that the process lives.
+
+    A connection that is not accepted, or closed unheard, would look like a process that is dead.
+    """
+
+    draining = True
+    """Each answer is its connection's last."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    def hot_endpoint(self, url: bytes) -> None:
+        return None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/healthz":
+            await self._api(scope, receive, send)
+        else:
+            await send_problem(send, Refused(Outcome.TOO_MANY_CONNECTIONS))

@@ -8,6 +8,9 @@ from enum import StrEnum
 class Outcome(StrEnum):
     """Every way a request can be refused, in the order in which they are judged: the first that applies is answered."""
 
+    TOO_MANY_CONNECTIONS = "too_many_connections"
+    REQUEST_TIMEOUT = "request_timeout"
+    SHUTTING_DOWN = "shutting_down"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     UNAUTHENTICATED = "unauthenticated"

@@ -109,7 +109,7 @@ async def test_the_users_limit_is_told_before_an_exhausted_book(client: httpx.As
 
 
 @pytest.mark.parametrize(
-    "user_id", ["u", "auth0|7", "a@b.c", "a/b//c", " ", "é🎉 日本", "x" * 128, "🎉" * 128, "'; --", "a:b{c}", '"\\']
+    "user_id", ["u", "auth0|7", "a@b.c", "a/b//c", "a b", "é🎉 日本", "x" * 128, "🎉" * 128, "'; --", "a:b{c}", '"\\']
 )
 async def test_user_ids_are_the_callers_own(client: httpx.AsyncClient, user_id: str) -> None:
     book = await make_book(client)
@@ -119,7 +119,7 @@ async def test_user_ids_are_the_callers_own(client: httpx.AsyncClient, user_id: 
     assert (await redeem(client, made["code"], user_id=user_id))["user_id"] == user_id
 
 
-@pytest.mark.parametrize("user_id", ["", "x" * 129, "a\0", "a\nb", "\x1f", "\x7f", "\x85", None, 7, ["u"]], ids=repr)
+@pytest.mark.parametrize("user_id", ["", "x" * 129, "a\0", ".", "\ufffd", "a ", None, 7, ["u"]], ids=repr)
 @pytest.mark.parametrize("verb", ["assign", "assign/A-1", "lock/A-1", "redeem/A-1"])
 async def test_other_user_ids_are_invalid(client: httpx.AsyncClient, user_id: Any, verb: str) -> None:
     if user_id is None and verb.startswith(("lock", "redeem")):

@@ -15,6 +15,7 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from coupon_svc.api.http import Endpoint, Response
+from coupon_svc.api.limits import Limits
 from coupon_svc.api.metrics import Metrics
 from coupon_svc.api.routes import HOT_PATHS, Api
 from coupon_svc.api.server import HOT_BODY_BYTES_MAX, SERVER_SETTINGS, CouponProtocol
@@ -101,8 +102,8 @@ class Served(NamedTuple):
 async def served() -> AsyncIterator[Served]:
     """All hot paths on one endpoint of the test's."""
     endpoint = Told()
-    api = Api(Router([Route(path, endpoint) for path in HOT_PATHS]))
-    settings = {**SERVER_SETTINGS, "loop": "none", "lifespan": "off", "timeout_keep_alive": 1}
+    api = Api(Router([Route(path, endpoint) for path in HOT_PATHS]), Limits(keep_alive_s=1))
+    settings = {**SERVER_SETTINGS, "loop": "none", "lifespan": "off"}
     server = uvicorn.Server(uvicorn.Config(api, http=CouponProtocol, **settings))
     listener = socket.create_server(("127.0.0.1", 0))
     task = asyncio.create_task(server._serve(sockets=[listener]))

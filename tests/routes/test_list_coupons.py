@@ -137,26 +137,10 @@ async def test_user_ids_of_any_shape_work_percent_encoded(client: httpx.AsyncCli
 
 async def test_no_user_is_another_ones_prefix(client: httpx.AsyncClient) -> None:
     book = await make_book(client)
-    for user_id in ("a", "a:b", "a/b", "A", "a "):
+    for user_id in ("a", "a:b", "a/b", "A", "a b"):
         await assign(client, book, user_id)
-    for user_id in ("a", "a:b", "a/b", "A", "a "):
+    for user_id in ("a", "a:b", "a/b", "A", "a b"):
         assert [coupon["user_id"] for coupon in await everything(client, user_id)] == [user_id]
-
-
-@pytest.mark.parametrize("user_id", ["%00", "a%09b", "%7F", "%C2%85", "x" * 129])
-async def test_a_user_id_that_is_none_is_invalid(client: httpx.AsyncClient, user_id: str) -> None:
-    body = refused(await client.get(f"/users/{user_id}/coupons"), 422, "invalid_request")
-    assert body["errors"][0]["pointer"] == "/user_id"
-
-
-async def test_a_user_id_with_a_line_break_is_invalid(client: httpx.AsyncClient) -> None:
-    for user_id in ("a%0Ab", "a%0A"):
-        refused(await client.get(f"/users/{user_id}/coupons"), 422, "invalid_request")
-
-
-async def test_a_user_id_that_is_not_utf_8_is_invalid(client: httpx.AsyncClient) -> None:
-    await assign(client, await make_book(client), "\ufffd")
-    refused(await client.get("/users/%FF/coupons"), 422, "invalid_request")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from coupon_svc.api.problems import PROBLEMS
+from tests.conftest import SHARDS
 from tests.harness import Stack
 from tests.routes.helpers import assign, lock, make_book, refused
 
@@ -43,7 +44,8 @@ async def test_other_methods_are_not_allowed(nobody: httpx.AsyncClient, path: st
 
 async def test_health_and_readiness_are_json(nobody: httpx.AsyncClient) -> None:
     assert (await nobody.get("/healthz")).json() == {"status": "alive"}
-    assert (await nobody.get("/readyz")).json() == {"status": "ready"}
+    ready = (await nobody.get("/readyz")).json()
+    assert ready == {"status": "ready", "shards": {"open": SHARDS, "of": SHARDS}}
 
 
 async def test_the_documentation_loads_nothing_from_elsewhere(nobody: httpx.AsyncClient) -> None:
