@@ -1,6 +1,7 @@
 #!lua
 --[[
-lock_coupon: hold an assigned coupon for one redemption attempt, or renew the hold with its token.
+lock_coupon: hold an assigned coupon for one redemption attempt, or renew the hold with its token. No hold outlives the
+book.
 
 Keys
   KEYS[1] meta      hash    read
@@ -61,6 +62,9 @@ if ttl_ms == "" then
   ttl_ms = redis.call("HGET", KEYS[2], "lock_ttl_ms")
 end
 local token = held_token or ARGV[7]
+if book[4] ~= "" and tonumber(book[4]) - now_ms < tonumber(ttl_ms) then
+  ttl_ms = string.format("%d", tonumber(book[4]) - now_ms)
+end
 local until_ms = string.format("%d", now_ms + tonumber(ttl_ms))
 redis.call("SET", KEYS[4], token, "PX", ttl_ms)
 if idem_key then

@@ -25,7 +25,7 @@ if not version then
   if ARGV[4] == "known" then
     return {"gone"}
   end
-  redis.call("HSET", KEYS[2], "lent", 0, "redeemed", 0, "quarantined", 0)
+  redis.call("HSET", KEYS[2], "lent", 0, "redeemed", 0, "partly_redeemed", 0, "quarantined", 0)
 elseif tonumber(version) >= tonumber(ARGV[3]) then
   return {"stale"}
 end

@@ -77,9 +77,8 @@ local position = ARGV[1] .. "-" .. string.format("%d", seq)
 -- The position of the assignment stays in front: it is answered again when the code is assigned to its holder again.
 local positions = string.match(held_position, "^[^/]+") .. "/" .. position
 redis.call("HSET", KEYS[3], code, positions .. " " .. uses .. " " .. held_at_ms .. " " .. held_by)
-if left == "0" then
-  redis.call("HINCRBY", KEYS[2], "redeemed", 1)
-end
+-- Each use is counted once: as its code's last, or as one that leaves more. Both together are the book's redemptions.
+redis.call("HINCRBY", KEYS[2], left == "0" and "redeemed" or "partly_redeemed", 1)
 redis.call("XADD", KEYS[6], position, "event", "coupon_redeemed", "book", ARGV[7], "code", code, "user", held_by,
   "at_ms", at_ms, "uses", uses, "reference", ARGV[8], "metadata", ARGV[9], "idem", ARGV[10],
   "fingerprint", fingerprint)

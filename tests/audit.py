@@ -421,6 +421,8 @@ async def _audit_books(ledger: Any, redis: Redis, dead: set[str]) -> None:
         uses_max = book["max_redemptions_per_code"]
         spent = sum(uses_max is not None and holder.uses >= uses_max for holder in holders.values())
         assert int(fields["redeemed"]) == spent, f"{book_id}: the counter of redeemed codes is off"
+        uses = sum(holder.uses for holder in holders.values())
+        assert int(fields["partly_redeemed"]) == uses - spent, f"{book_id}: the counter of redemptions is off"
         known = coupons.get(book_id, {})
         for code in set(holders) ^ set(known):
             assert code in dead, f"{book_id}: {code} is held in one store only"

@@ -213,7 +213,7 @@ async def test_a_list_is_not_durable_because_its_epoch_ended_while_it_was_waited
     coupons = Coupons(store, runner, resolver, resolver, Registration("", store))
 
     async def run(*_: Any, **__: Any) -> list[Any]:
-        return ["ok", "1000", "ledger", "1", ["1-1 0 1 u", "1-2 0 1 u"], [-2, -2]]
+        return ["ok", "1000", "ledger", "1", ["1-1 0 1 u", "1-2 0 1 u"], [-2, -2], "active"]
 
     store.run = run  # type: ignore[method-assign]
     asked = asyncio.create_task(coupons._read_codes(runner.place(BOOK), 1, ["A-1", "A-2"]))

@@ -74,6 +74,10 @@ async def a_free_code_gone(stack: Stack, redis: Redis) -> None:
     await redis.zpopmin(await one(redis, "cb:*:free:*"))
 
 
+async def a_redemption_miscounted(stack: Stack, redis: Redis) -> None:
+    await redis.hincrby(await one(redis, "cb:*:book:*"), "partly_redeemed", 1)
+
+
 async def an_event_gone(stack: Stack, redis: Redis) -> None:
     await stack.ledger("DELETE FROM events WHERE seq = 2")
 
@@ -103,8 +107,8 @@ async def a_position_moved(stack: Stack, redis: Redis) -> None:
 
 
 DAMAGES = (
-    another_holder, a_held_code_free, a_users_list_gone, a_foreign_code_free, a_free_code_gone, an_event_gone,
-    a_coupon_moved, a_use_forgotten, a_use_too_many, a_count_wrong, a_code_deleted, a_position_moved,
+    another_holder, a_held_code_free, a_users_list_gone, a_foreign_code_free, a_free_code_gone, a_redemption_miscounted,
+    an_event_gone,     a_coupon_moved, a_use_forgotten, a_use_too_many, a_count_wrong, a_code_deleted, a_position_moved,
 )  # fmt: skip
 
 

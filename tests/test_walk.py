@@ -485,7 +485,7 @@ class Walk(RuleBasedStateMachine):
         for book in self.books:
             asked.zrange(of.free(book.book_id), 0, -1)
             asked.hgetall(of.holders(book.book_id))
-            asked.hmget(of.book(book.book_id), "version", "lent", "redeemed")
+            asked.hmget(of.book(book.book_id), "version", "lent", "redeemed", "partly_redeemed")
             asked.mget([of.meta, *(of.lock(book.book_id, code) for code in book.held)])
         seq, length, *rest = asked.execute()
         assert int(seq or 0) == self.seq == length
@@ -502,7 +502,8 @@ class Walk(RuleBasedStateMachine):
             assert {code: [value[0], value[1], value[3]] for code, value in found.items()} == expected
             assert [lock or "" for lock in locks[1:]] == [held.token for held in book.held.values()]
             spent = sum(held.uses == book.uses_max for held in book.held.values())
-            assert [int(counter) for counter in counters] == [book.version, len(free) + len(holders), spent]
+            partly = sum(held.uses for held in book.held.values()) - spent
+            assert [int(counter) for counter in counters] == [book.version, len(free) + len(holders), spent, partly]
 
 
 def test_the_scripts_do_what_a_plain_model_of_them_foretells(plain_redis: EmbeddedRedis) -> None:

@@ -79,7 +79,7 @@ class Books:
             book = await catalogue.insert_book(connection, new)
             if pattern and body.generate:
                 book = await catalogue.generate_codes(connection, tenant_id, book_id, pattern, body.generate.total)
-            answer = _encode(book_answer(book, _untouched(book)))
+            answer = _encode(book_answer(book, _untouched(book), 0))
             if idempotent:
                 await remember(connection, idempotent, 201, answer)
         await self._in_force(book)
@@ -165,7 +165,7 @@ class Books:
     async def _live(self, tenant_id: int, book_id: str) -> BookAnswer:
         """A book as Redis has it: rules in force, counters of this moment."""
         _, _, stored, *numbers = await self._ask(tenant_id, book_id)
-        total, held, redeemed, quarantined = map(int, numbers)
+        total, held, redeemed, quarantined, redemptions = map(int, numbers)
         counters = CodeCounters(
             total=total,
             available=total - held - quarantined,
@@ -173,10 +173,10 @@ class Books:
             redeemed=redeemed,
             quarantined=quarantined,
         )
-        return book_answer(msgspec.json.decode(stored, type=Book), counters)
+        return book_answer(msgspec.json.decode(stored, type=Book), counters, redemptions)
 
 
-def book_answer(book: Book, codes: CodeCounters) -> BookAnswer:
+def book_answer(book: Book, codes: CodeCounters, redemptions: int) -> BookAnswer:
     """A book as callers see it."""
     return BookAnswer(
         book_id=book.book_id,
@@ -190,6 +190,7 @@ def book_answer(book: Book, codes: CodeCounters) -> BookAnswer:
         metadata=book.metadata,
         status=book.status,
         created_at=rfc3339(book.created_at_ms),
+        redemptions=redemptions,
         codes=codes,
     )
 

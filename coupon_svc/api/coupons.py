@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -19,6 +20,7 @@ from coupon_svc.api.schemas import (
     AssignCode,
     AssignCoupon,
     CodeAnswer,
+    CodeBookStatus,
     CouponAnswer,
     CouponsPage,
     LockAnswer,
@@ -39,6 +41,20 @@ from coupon_svc.store.connection import Reply
 
 QUARANTINED = "quarantined"
 LOOKED_AT_ONCE_MIN = 200
+
+
+class CodesRead(NamedTuple):
+    """What Redis has of some codes of a book.
+
+    `uses_max`: how often each may be redeemed, None without limit. `coupons`: one for each code, None where nobody holds
+    it, QUARANTINED where it is not known whether anybody does.
+    """
+
+    uses_max: int | None
+    book_status: CodeBookStatus
+    coupons: list[CouponAnswer | str | None]
+
+
 _ANSWERED = frozenset({"ok", "replayed", "already_yours", "renewed"})
 
 
@@ -147,7 +163,7 @@ class Coupons:
             user_id=user_id,
             lock_token=token,
             locked_until=rfc3339(int(until_ms)),
-            ttl_seconds=int(ttl_ms) // 1000,
+            ttl_seconds=max(1, int(ttl_ms) // 1000),
         )
         renewed = outcome == "renewed" or (outcome == "replayed" and token == body.lock_token)
         return Answer(200 if renewed else 201, answer, outcome == "replayed")
@@ -209,17 +225,19 @@ class Coupons:
 
     async def read_code(self, call: Call) -> Answer:
         code, place = await self._find(call)
-        uses_max, (coupon,) = await self._read_codes(place, call.key.tenant_id, [code])
+        read = await self._read_codes(place, call.key.tenant_id, [code])
+        (coupon,) = read.coupons
         if isinstance(coupon, CouponAnswer):
-            return Answer(200, msgspec.convert(coupon, CodeAnswer, from_attributes=True))
+            return Answer(200, CodeAnswer(**msgspec.structs.asdict(coupon), book_status=read.book_status))
         answer = CodeAnswer(
             code=code,
             book_id=place.book_id,
             status="quarantined" if coupon == QUARANTINED else "available",
+            book_status=read.book_status,
             user_id=None,
             assigned_at=None,
             redemptions_used=0,
-            redemptions_left=uses_max,
+            redemptions_left=read.uses_max,
             locked_until=None,
         )
         return Answer(200, answer)
@@ -293,8 +311,8 @@ class Coupons:
         )
         states = {
             (book_id, code): state
-            for (book_id, codes), (_, found) in zip(by_book.items(), answers, strict=True)
-            for code, state in zip(codes, found, strict=True)
+            for (book_id, codes), read in zip(by_book.items(), answers, strict=True)
+            for code, state in zip(codes, read.coupons, strict=True)
         }
         listed = []
         for shard, member in members:
@@ -305,11 +323,8 @@ class Coupons:
             listed.append((shard, member, state))
         return listed
 
-    async def _read_codes(
-        self, place: Place, tenant_id: int, codes: list[str]
-    ) -> tuple[int | None, list[CouponAnswer | str | None]]:
-        """How often a code of the book may be redeemed (None: without limit), and the coupon of each code: None where
-        nobody holds it, QUARANTINED where it is not known whether anybody does. Waits until what it shows is durable."""
+    async def _read_codes(self, place: Place, tenant_id: int, codes: list[str]) -> CodesRead:
+        """Read some codes of a book. Waits until what it shows is durable."""
         keys = place.view.keys
         touched = [
             keys.book(place.book_id),
@@ -319,7 +334,7 @@ class Coupons:
             *(keys.lock(place.book_id, code) for code in codes),
         ]
         reply = await self._run_read("read_codes", place, tenant_id, touched, codes)
-        _, now_ms, ack, uses_max, holders, locks = reply
+        _, now_ms, ack, uses_max, holders, locks, book_status = reply
         shown = [holder.partition(" ")[0].rpartition("/")[2] for holder in holders if holder not in ("", QUARANTINED)]
         if shown:
             # All at once, by the last of them: an epoch may end meanwhile, and what was waited for after that is taken for
@@ -346,7 +361,7 @@ class Coupons:
                     locked_until=rfc3339(int(now_ms) + lock_ms) if locked else None,
                 )
             )
-        return int(uses_max) if uses_max else None, coupons
+        return CodesRead(int(uses_max) if uses_max else None, book_status, coupons)
 
     # --- what all of them need
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from bisect import bisect_left
 from collections import defaultdict
@@ -43,8 +44,11 @@ class Metrics:
             lines.append(f"coupon_request_seconds_sum{{{labels}}} {self._seconds[operation]:.6f}")
             lines.append(f"coupon_request_seconds_count{{{labels}}} {total}")
         lines += ["# TYPE coupon_shard_certified gauge", "# TYPE coupon_shard_backlog_events gauge"]
+        lines.append("# TYPE coupon_shard_ledger_unseen_seconds gauge")
         for shard, view in enumerate(store.views):
             labels = f'process="{process}",shard="{shard:02d}"'
             lines.append(f"coupon_shard_certified{{{labels}}} {int(view.certified)}")
             lines.append(f"coupon_shard_backlog_events{{{labels}}} {store.backlog(shard)}")
+            unseen = "+Inf" if math.isinf(view.ledger_unseen_s) else f"{view.ledger_unseen_s:.3f}"
+            lines.append(f"coupon_shard_ledger_unseen_seconds{{{labels}}} {unseen}")
         return ("\n".join(lines) + "\n").encode()

@@ -181,6 +181,7 @@ def _public_paths() -> dict[str, Any]:
         Outcome.STORE_UNAVAILABLE,
         Outcome.RECOVERING,
         Outcome.BACKLOG_FULL,
+        Outcome.LEDGER_BEHIND,
     ]
     explained = get("read_problem", "What a problem is about", "application/json", missing=[Outcome.NOT_FOUND])
     explained["get"]["parameters"] = [
@@ -195,7 +196,10 @@ def _public_paths() -> dict[str, Any]:
     return {
         "/healthz": get("read_health", "The process lives", "application/json"),
         "/readyz": get(
-            "read_readiness", "Redis is certified and the backlog is below its cap", "application/json", unready=unready
+            "read_readiness",
+            "Every shard is certified, below its backlog cap, and its ledger was seen of late",
+            "application/json",
+            unready=unready,
         ),
         "/metrics": get("read_metrics", "Counters for Prometheus", "text/plain"),
         "/openapi.json": get("read_openapi", "This document", "application/json"),

@@ -14,7 +14,7 @@ from coupon_svc.api.openapi import openapi_document
 from coupon_svc.api.operations import OPERATIONS
 from coupon_svc.api.problems import PROBLEMS, Headers, problem_response
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.store.client import Store
+from coupon_svc.store.client import LEDGER_UNSEEN_MAX_S, Store
 
 _JSON, _HTML, _TEXT = b"application/json", b"text/html; charset=utf-8", b"text/plain; version=0.0.4; charset=utf-8"
 _DOCS_HEADERS = [
@@ -56,6 +56,8 @@ class Public:
             return Outcome.RECOVERING
         if any(store.backlog(shard) >= view.backlog_max for shard, view in enumerate(store.views)):
             return Outcome.BACKLOG_FULL
+        if any(view.ledger_unseen_s > LEDGER_UNSEEN_MAX_S for view in store.views):
+            return Outcome.LEDGER_BEHIND
         return None
 
     def metrics(self, _: Scope) -> tuple[bytes, bytes]:

@@ -142,6 +142,7 @@ class BookAnswer(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, Any] | msgspec.Raw
     status: BookStatus
     created_at: str
+    redemptions: int
     codes: CodeCounters
 
 
@@ -216,10 +217,14 @@ class CouponsPage(msgspec.Struct, frozen=True):
     next_cursor: str | None
 
 
+CodeBookStatus = Literal["active", "paused", "closed", "not_started", "expired"]
+
+
 class CodeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     code: str
     book_id: str
     status: Literal["available", "assigned", "locked", "redeemed", "quarantined"]
+    book_status: CodeBookStatus
     user_id: str | None
     assigned_at: str | None
     redemptions_used: int

@@ -405,14 +405,15 @@ async def quarantined_codes(connection: asyncpg.Connection, book_id: str) -> lis
     return [row["code"] for row in rows]
 
 
-async def count_coupons(connection: asyncpg.Connection, book: Book) -> tuple[int, int]:
-    """(codes of the book that somebody holds, those of them that are wholly spent)."""
+async def count_coupons(connection: asyncpg.Connection, book: Book) -> tuple[int, int, int]:
+    """(codes of the book that somebody holds, those of them that are wholly spent, all uses made)."""
     row = await connection.fetchrow(
-        "SELECT count(*) AS held, count(*) FILTER (WHERE uses >= $2) AS spent FROM coupons WHERE book_id = $1",
+        "SELECT count(*) AS held, count(*) FILTER (WHERE uses >= $2) AS spent, coalesce(sum(uses), 0) AS uses"
+        " FROM coupons WHERE book_id = $1",
         book.book_id,
         book.max_redemptions_per_code,
     )
-    return row["held"], row["spent"]
+    return row["held"], row["spent"], row["uses"]
 
 
 async def coupons_of_book(connection: asyncpg.Connection, book_id: str) -> AsyncIterator[asyncpg.Record]:

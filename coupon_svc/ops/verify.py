@@ -175,7 +175,11 @@ class Verifier:
 
     async def _verify_book(self, shard: int, keys: ShardKeys, book: Book, epoch: int) -> None:
         ledger = await self._ledger_coupons(book)
+        counted = await self._redemptions(keys, book.book_id)
         held = {code: parse_holder(text) async for code, text in self._scan_hash(keys.holders(book.book_id))}
+        uses = sum(holder.uses for holder in held.values())
+        wrong = max(counted - uses, uses - await self._redemptions(keys, book.book_id), 0)
+        self._find(shard, "a book counts other redemptions than its coupons have", wrong, book)
         missing = [code for code, (user, uses) in ledger.items() if not _same(held.get(code), user, uses)]
         self._find(shard, "a coupon of the ledger is not in Redis, or another's there", len(missing), book)
         ahead = {code: holder for code, holder in held.items() if code not in ledger or ledger[code][1] < holder.uses}
@@ -249,6 +253,10 @@ class Verifier:
         pipe.hget(keys.book(book_id), "lent")
         in_pool, in_hands, lent = await pipe.execute()
         return in_pool, in_hands, int(lent if lent is not None else -1)
+
+    async def _redemptions(self, keys: ShardKeys, book_id: str) -> int:
+        counts = await self._redis.hmget(keys.book(book_id), "redeemed", "partly_redeemed")
+        return sum(int(count or 0) for count in counts)
 
     async def _scan_hash(self, key: str) -> AsyncIterator[tuple[str, str]]:
         async for field, value in self._redis.hscan_iter(key, count=CHUNK):

@@ -336,12 +336,15 @@ class OwnerStore:
             raise StoreLost(str(command[0])) from None
 
     async def held_counts(self, shard: int, book_ids: Sequence[str]) -> list[int | None]:
-        """How many codes of each book were ever brought to Redis; None for a book it does not have. Raises StoreLost."""
+        """How many codes of each book were ever brought to Redis; None for a book that it does not have as this version
+        keeps it. Raises StoreLost."""
         keys, counts = self._keys[shard], []
         for start in range(0, len(book_ids), KEYS_PER_CALL_MAX):
             some = book_ids[start : start + KEYS_PER_CALL_MAX]
-            counts += await asyncio.gather(*(self._ask("HGET", keys.book(book_id), "lent") for book_id in some))
-        return [None if count is None else _count(count) for count in counts]
+            counts += await asyncio.gather(
+                *(self._ask("HMGET", keys.book(book_id), "lent", "partly_redeemed") for book_id in some)
+            )
+        return [None if lent is None or partly_redeemed is None else _count(lent) for lent, partly_redeemed in counts]
 
     async def read_events(self, after: Mapping[int, tuple[int, int]], block_ms: int) -> dict[int, list[list[Reply]]]:
         """Entries of each shard's stream that follow (epoch, seq), waiting up to `block_ms` for the first.

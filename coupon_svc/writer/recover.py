@@ -142,16 +142,21 @@ class Recoverer:
         """Whether every book in Redis has as many holders as the ledger, and no code is missing from its keys."""
         for book in await books_of_shard(connection, shard):
             in_pool, held, lent = await self._store.pool_counts(shard, book.book_id)
-            in_ledger, _ = await recovery.count_coupons(connection, book)
+            in_ledger, *_ = await recovery.count_coupons(connection, book)
             if held != in_ledger or in_pool + held != lent:
                 return False
         return True
 
     async def _restore(self, connection: Any, term: Term, *, keep_coupons: bool) -> None:
         for book in await books_of_shard(connection, term.shard):
-            held, spent = await recovery.count_coupons(connection, book)
+            held, spent, uses = await recovery.count_coupons(connection, book)
             quarantined = await recovery.quarantined_codes(connection, book.book_id)
-            counters = {"lent": held, "redeemed": spent, "quarantined": len(quarantined)}
+            counters = {
+                "lent": held,
+                "redeemed": spent,
+                "partly_redeemed": uses - spent,
+                "quarantined": len(quarantined),
+            }
             fields = {**book_fields(book), "version": str(book.version), **{k: str(v) for k, v in counters.items()}}
             await self._store.restore_book(term, book.book_id, fields, quarantined)
             if not keep_coupons:

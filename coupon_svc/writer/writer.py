@@ -193,7 +193,11 @@ class Writer:
         if shard.wants_recovery or not await self._in_order(shard):
             work = self._recoverer.recover(connection, shard.owned)
             shard.begin_epoch(await bounded(connection, work, RECOVERY_TIMEOUT_S))
-        await bounded(connection, self._lender.settle(connection, shard), RECOVERY_TIMEOUT_S)
+        try:
+            await bounded(connection, self._lender.settle(connection, shard), RECOVERY_TIMEOUT_S)
+        except Suspect:
+            shard.wants_recovery = True  # a book is gone, or has no count of its redemptions
+            raise
         shard.opened_on = identity
 
     async def _compare_clocks(self, connection: Any, shard: Shard) -> None:

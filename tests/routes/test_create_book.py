@@ -52,6 +52,7 @@ async def test_a_book_is_answered_with_its_rules_as_stored(client: httpx.AsyncCl
         "ack": "redis",
         "metadata": {"campaign": "s26", "nested": {"ü": [1, 2.5, None, True]}},
         "status": "active",
+        "redemptions": 0,
         "codes": {"total": 100, "available": 100, "assigned": 0, "redeemed": 0, "quarantined": 0},
     }
     assert (await client.get(made.headers["location"])).json() == made.json()
@@ -71,6 +72,7 @@ async def test_only_the_name_must_be_given(client: httpx.AsyncClient) -> None:
         "ack": "ledger",
         "metadata": {},
         "status": "active",
+        "redemptions": 0,
         "codes": {"total": 0, "available": 0, "assigned": 0, "redeemed": 0, "quarantined": 0},
     }
     refused(await client.post("/coupons"), 422, "invalid_request")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.harness import Stack, until
-from tests.routes.helpers import TIME, alike, assign, lock, make_book, patch, redeem, refused
+from tests.routes.helpers import TIME, again, alike, assign, lock, make_book, patch, redeem, refused
 
 
 def seconds_left(answer: dict[str, Any]) -> float:
@@ -38,6 +38,44 @@ async def test_the_books_own_time_is_the_default(client: httpx.AsyncClient) -> N
         answer = (await client.post(f"/coupons/lock/{code}")).json()
         assert answer["ttl_seconds"] == seconds
         assert seconds - 5 < seconds_left(answer) <= seconds + 1
+
+
+async def test_a_lock_is_never_promised_beyond_the_end_of_its_book(client: httpx.AsyncClient) -> None:
+    ends_at = (datetime.now(UTC) + timedelta(seconds=40)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    code = await assign(client, await make_book(client, expires_at=ends_at))
+    keyed = {"Idempotency-Key": "l"}
+    made = await client.post(f"/coupons/lock/{code}", headers=keyed)
+    assert made.json()["locked_until"] == ends_at
+    assert 30 <= made.json()["ttl_seconds"] < 40
+    assert again(made, await client.post(f"/coupons/lock/{code}", headers=keyed))
+    renewed = await client.post(f"/coupons/lock/{code}", json={"lock_token": made.json()["lock_token"]})
+    assert (renewed.status_code, renewed.json()["locked_until"]) == (200, ends_at)
+    assert (await client.get(f"/coupons/codes/{code}")).json()["locked_until"] == ends_at
+
+
+async def test_a_lock_of_the_books_last_second_is_told_to_be_a_second_long(client: httpx.AsyncClient) -> None:
+    book = await make_book(client)
+    code = await assign(client, book)
+    ends_at = (datetime.now(UTC) + timedelta(milliseconds=900)).isoformat()
+    await patch(client, book, expires_at=ends_at)
+    made = (await client.post(f"/coupons/lock/{code}", json={"ttl_seconds": 3600})).json()
+    assert (made["locked_until"][:23], made["ttl_seconds"]) == (ends_at[:23], 1)
+
+    await asyncio.sleep(max(0.0, seconds_left(made)))
+    refused(await client.post(f"/coupons/redeem/{code}", json={"lock_token": made["lock_token"]}), 409, "book_expired")
+    read = (await client.get(f"/coupons/codes/{code}")).json()
+    assert (read["status"], read["book_status"]) == ("assigned", "expired")
+
+
+async def test_a_book_whose_end_is_moved_ends_its_locks_with_it(client: httpx.AsyncClient) -> None:
+    book = await make_book(client)
+    code = await assign(client, book)
+    token = await lock(client, code, ttl_seconds=600)
+    ends_at = (datetime.now(UTC) + timedelta(seconds=60)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    await patch(client, book, expires_at=ends_at)
+    assert (await client.get(f"/coupons/codes/{code}")).json()["locked_until"] == ends_at
+    assert (await client.get("/users/u/coupons")).json()["coupons"][0]["locked_until"] == ends_at
+    await redeem(client, code, lock_token=token)
 
 
 async def test_it_is_renewed_with_its_own_token_and_no_other_way(client: httpx.AsyncClient) -> None:

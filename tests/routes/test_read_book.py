@@ -48,6 +48,22 @@ async def test_codes_that_never_run_out_of_uses_stay_assigned(client: httpx.Asyn
     }
 
 
+async def test_every_redemption_is_counted_wherever_the_book_is_answered(client: httpx.AsyncClient) -> None:
+    cases: list[tuple[int | None, int, int]] = [(1, 2, 2), (2, 3, 1), (None, 3, 0)]
+    for uses_max, uses, redeemed in cases:
+        book = await make_book(client, codes=[f"R-{uses_max}-1", f"R-{uses_max}-2"], max_redemptions_per_code=uses_max)
+        for number in range(uses):
+            code = f"R-{uses_max}-{min(2, number + 1)}"
+            await client.post(f"/coupons/assign/{code}", json={"user_id": "u"})
+            key = {"Idempotency-Key": str(number)}
+            for _ in range(2):  # the second is a replay, and no use
+                assert (await client.post(f"/coupons/redeem/{code}", headers=key)).status_code == 201
+        read = (await client.get(f"/coupons/{book}")).json()
+        assert (read["redemptions"], read["codes"]["redeemed"]) == (uses, redeemed)
+        assert (await patch(client, book, name="b"))["redemptions"] == uses
+        assert (await client.get("/coupons")).json()["books"][0]["redemptions"] == uses
+
+
 async def test_a_book_that_is_shut_is_read_as_ever(client: httpx.AsyncClient) -> None:
     book = await make_book(client)
     for status in ("paused", "closed"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httpx
 import pytest
 
-from tests.routes.helpers import TIME, assign, lock, make_book, redeem, refused
+from tests.routes.helpers import SHUT, TIME, assign, lock, make_book, patch, redeem, refused
 
 
 async def test_a_code_is_read_in_each_of_its_states(client: httpx.AsyncClient) -> None:
@@ -14,6 +16,7 @@ async def test_a_code_is_read_in_each_of_its_states(client: httpx.AsyncClient) -
         "code": "R-1",
         "book_id": book,
         "status": "available",
+        "book_status": "active",
         "user_id": None,
         "assigned_at": None,
         "redemptions_used": 0,
@@ -35,7 +38,18 @@ async def test_a_code_is_read_in_each_of_its_states(client: httpx.AsyncClient) -
     spent = {**held, "status": "redeemed", "redemptions_used": 2, "redemptions_left": 0}
     assert (await client.get("/coupons/codes/R-1")).json() == spent
     (listed,) = (await client.get("/users/u/coupons")).json()["coupons"]
-    assert listed == spent
+    assert listed == {name: value for name, value in spent.items() if name != "book_status"}
+
+
+@pytest.mark.parametrize(("change", "outcome"), SHUT, ids=str)
+async def test_a_code_tells_the_state_of_its_book_and_so_does_one_that_nobody_holds(
+    client: httpx.AsyncClient, change: dict[str, Any], outcome: str
+) -> None:
+    book = await make_book(client, codes=["B-1", "B-2"])
+    await client.post("/coupons/assign/B-1", json={"user_id": "u"})
+    await patch(client, book, **change)
+    for code in ("B-1", "B-2"):
+        assert "book_" + (await client.get(f"/coupons/codes/{code}")).json()["book_status"] == outcome
 
 
 async def test_a_code_without_a_bound_has_null_uses_left(client: httpx.AsyncClient) -> None:

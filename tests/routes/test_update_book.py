@@ -85,7 +85,10 @@ async def test_a_book_that_is_not_open_refuses_assign_lock_and_redeem_and_nothin
         refused(await client.post(f"/coupons/{path}", json=body), 409, outcome)
     again = await client.post("/coupons/assign/A-1", json={"user_id": "u"})
     assert (again.status_code, again.json()) == (200, first.json())
-    assert (await client.get("/coupons/codes/A-1")).json()["status"] == "locked"
+    read = (await client.get("/coupons/codes/A-1")).json()
+    assert f"book_{read['book_status']}" == outcome
+    ended = change.get("expires_at") == IN_THE_PAST  # and with it the lock
+    assert (read["status"], read["locked_until"] is None) == (("assigned", True) if ended else ("locked", False))
     assert len((await client.get("/users/u/coupons")).json()["coupons"]) == 2
     assert (await client.get(f"/coupons/{book}")).json()["codes"]["assigned"] == 2
     refused(await client.post("/coupons/unlock/A-1", json={"lock_token": "wrong"}), 409, "lock_not_held")

@@ -147,7 +147,7 @@ class Shard:
         self, book_id: str, generation: int = GENERATION, *, quarantined: Sequence[str] = (), **fields: Any
     ) -> Reply:
         """`fields` are those that differ from an active book's without limits, coupons or codes."""
-        counters = {"lent": 0, "redeemed": 0, "quarantined": len(quarantined)}
+        counters = {"lent": 0, "redeemed": 0, "partly_redeemed": 0, "quarantined": len(quarantined)}
         sent = {**new_rules(), "version": 1, **counters, **fields}
         flat = [part for pair in sent.items() for part in pair]
         keys = [self.keys.meta, self.keys.book(book_id), self.keys.free(book_id), self.keys.quarantine(book_id)]

@@ -42,6 +42,29 @@ def test_the_caller_may_choose_the_ttl(shard: Shard) -> None:
     assert 3_500_000 < shard.redis.pttl(shard.keys.lock(book, "A-1")) <= 3_600_000
 
 
+def test_no_lock_outlives_its_book(shard: Shard) -> None:
+    ends_at = shard.now_ms() + 30_000
+    book = shard.assigned(expires_at_ms=ends_at)
+    for token in ("", "t1"):  # made, and renewed
+        _, _, _, until_ms, ttl_ms, *_ = shard.lock_coupon(book, "A-1", KEYED, token=token, new_token="t1")
+        assert until_ms == str(ends_at)
+        assert 20_000 < int(ttl_ms) <= 30_000
+        assert 20_000 < shard.redis.pttl(shard.keys.lock(book, "A-1")) <= 30_000
+        replayed = shard.lock_coupon(book, "A-1", KEYED, token=token)
+        assert replayed[:5] == ["replayed", "u", "t1", until_ms, ttl_ms]
+        shard.redis.delete(shard.idem_key(book, "key 1"))
+    assert shard.lock_coupon(book, "A-1", token="t1", ttl_ms=5_000)[4] == "5000"
+
+
+def test_a_lock_ends_with_its_book_by_the_clock_of_redis(shard: Shard) -> None:
+    ends_at = shard.now_ms() + 300
+    book = shard.assigned(expires_at_ms=ends_at)
+    assert shard.lock_coupon(book, "A-1", new_token="t1")[3] == str(ends_at)
+    wait_until_gone(shard, shard.keys.lock(book, "A-1"))
+    assert shard.now_ms() >= ends_at
+    assert shard.lock_coupon(book, "A-1") == ["book_expired"]
+
+
 def test_a_locked_coupon_is_refused_with_the_time_that_is_left(shard: Shard) -> None:
     book = shard.assigned()
     shard.lock_coupon(book, "A-1", new_token="t1")

@@ -42,7 +42,7 @@ async def owned(request: pytest.FixtureRequest) -> AsyncIterator[Owned]:
 
 
 def fields(**others: int) -> dict[str, str]:
-    counters = {"version": 1, "lent": 0, "redeemed": 0, "quarantined": 0}
+    counters = {"version": 1, "lent": 0, "redeemed": 0, "partly_redeemed": 0, "quarantined": 0}
     return {name: str(value) for name, value in {**new_rules(), **counters, **others}.items()}
 
 

@@ -13,7 +13,7 @@ def test_a_new_book_has_its_rules_and_empty_counters(shard: Shard) -> None:
     with shard.writes(f"book:{BOOK}"):
         assert shard.put_book(BOOK, 3, stored='{"name":"Sommer ☀ {07}"}') == ["ok"]
     rules = {name: str(value) for name, value in new_rules().items()}
-    counters = {"lent": "0", "redeemed": "0", "quarantined": "0"}
+    counters = {"lent": "0", "redeemed": "0", "partly_redeemed": "0", "quarantined": "0"}
     assert shard.book(BOOK) == {**rules, **counters, "stored": '{"name":"Sommer ☀ {07}"}', "version": "3"}
 
 

@@ -14,8 +14,10 @@ def test_holders_and_locks_are_told_in_the_order_asked(shard: Shard) -> None:
     shard.lock_coupon(book, "A-1", ttl_ms=60_000)
     before = shard.now_ms()
     with shard.writes_nothing():
-        outcome, now_ms, ack, uses_max, holders, locks = shard.read_codes(book, ["D-4", "B-2", "X-9", "A-1"])
-    assert (outcome, ack, uses_max) == ("ok", "redis", "3")
+        outcome, now_ms, ack, uses_max, holders, locks, book_status = shard.read_codes(
+            book, ["D-4", "B-2", "X-9", "A-1"]
+        )
+    assert (outcome, ack, uses_max, book_status) == ("ok", "redis", "3", "active")
     assert before <= int(now_ms) <= shard.now_ms()
     assert holders == ["", f"4-2/4-3 1 {second} a user: {{x}}", "", f"4-1 0 {first} u"]
     assert locks[:3] == [-2, -2, -2]
@@ -44,16 +46,33 @@ def test_a_thousand_codes_are_read_at_once(shard: Shard) -> None:
         shard.load_codes(book, codes[start : start + 500])
     shard.assign_code(book, "u", codes[999])
     shard.lock_coupon(book, codes[999])
-    holders, locks = shard.read_codes(book, codes)[4:]
+    holders, locks = shard.read_codes(book, codes)[4:6]
     assert holders[:999] == [""] * 999
     assert holders[999].endswith(" u")
     assert [lock > 0 for lock in locks] == [False] * 999 + [True]
 
 
-def test_a_book_that_is_shut_is_read_all_the_same(shard: Shard) -> None:
+def test_a_book_that_is_shut_is_read_all_the_same_and_its_status_told_by_the_clock_of_redis(shard: Shard) -> None:
+    """In the order in which assign, lock and redeem are refused."""
     book = shard.assigned()
-    book_is_shut(shard, book)
-    assert shard.read_codes(book, ["A-1"])[0] == "ok"
+    for shut in book_is_shut(shard, book):
+        outcome, *_, book_status = shard.read_codes(book, ["A-1"])
+        assert (outcome, f"book_{book_status}") == ("ok", shut.reply)
+        shut.remove()
+    assert shard.read_codes(book, ["A-1"])[6] == "active"
+
+
+def test_no_lock_is_told_to_outlive_its_book(shard: Shard) -> None:
+    """The end of the book was moved after the lock was made."""
+    book = shard.new_book("A-1", "B-2")
+    shard.assign_coupon(book, "u")
+    shard.lock_coupon(book, "A-1", ttl_ms=60_000)
+    shard.set_rule(book, expires_at_ms=shard.now_ms() + 30_000)
+    locks = shard.read_codes(book, ["A-1", "B-2"])[5]
+    assert 20_000 < locks[0] <= 30_000
+    assert locks[1] == -2
+    shard.set_rule(book, expires_at_ms=shard.now_ms() - 1)
+    assert shard.read_codes(book, ["A-1"])[5][0] < 0
 
 
 def test_replies_come_in_the_documented_order(shard: Shard) -> None:

@@ -38,8 +38,12 @@ class Ledger:
     def __init__(self, shard: Shard, rules: Mapping[str, str]) -> None:
         self.coupons: dict[str, str] = {}
         self.records: dict[str, tuple[str, int]] = {}
-        self.spent = 0
-        self.rules = {name: value for name, value in rules.items() if name not in ("lent", "redeemed", "quarantined")}
+        self.spent = self.uses = 0
+        self.rules = {
+            name: value
+            for name, value in rules.items()
+            if name not in ("lent", "redeemed", "partly_redeemed", "quarantined")
+        }
         for event in shard.events():
             position = f"{EPOCH}-{event.seq}"
             if event.uses is None:
@@ -49,6 +53,7 @@ class Ledger:
                 assigned, _, rest = self.coupons[event.code].partition(" ")
                 self.coupons[event.code] = f"{assigned} {event.uses} {rest.partition(' ')[2]}"
                 self.spent += event.uses == USES_MAX
+                self.uses += 1
                 left = str(USES_MAX - event.uses)
                 answer = [event.user_id, str(event.at_ms), position, str(event.uses), left]
             if event.idem:
@@ -61,7 +66,11 @@ class Ledger:
         doomed = [shard.keys.prefix + name for name in shard.snapshot() if name != "meta"]
         assert shard.wipe_keys(doomed) == ["ok"]
         assert shard.snapshot().keys() == {"meta"}
-        counters: dict[str, Any] = {"lent": len(self.coupons), "redeemed": self.spent}
+        counters: dict[str, Any] = {
+            "lent": len(self.coupons),
+            "redeemed": self.spent,
+            "partly_redeemed": self.uses - self.spent,
+        }
         assert shard.restore_book(book, quarantined=["Q-1"], **{**self.rules, **counters}) == ["ok"]
         assert shard.restore_coupons(book, self.coupons) == ["ok"]
         assert shard.restore_idem(book, self.records) == ["ok"]
@@ -92,7 +101,8 @@ def answers(shard: Shard, book: str, caller: Caller) -> dict[str, Reply]:
     found["lock C-3"] = shard.lock_coupon(book, "C-3", caller)
     for user in ("u", "v", "a user: {x}", "nobody"):
         found[f"list {user}"] = shard.list_coupons(user, caller)
-    found["book"] = shard.read_book(book, caller)[:6]
+    *rules_and_counts, _, redemptions = shard.read_book(book, caller)
+    found["book"] = [*rules_and_counts, redemptions]
     holders = shard.read_codes(book, CODES, caller)[4]
     found["codes"] = [holder.split(" ")[1:] for holder in holders]
     return found

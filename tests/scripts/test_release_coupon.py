@@ -42,7 +42,7 @@ def test_the_counts_agree_afterwards(shard: Shard) -> None:
     """None of the scripts that compare them takes a released code for a loss."""
     book = quarantined(shard)
     shard.release_coupon(book, "Q-1", HOLDER)
-    assert shard.read_book(book)[4:] == [2, "0", "1"]
+    assert shard.read_book(book)[4:] == [2, "0", "1", 0]
     assert shard.read_codes(book, ["Q-1", "Q-2", "B-2"])[4] == [HOLDER, "quarantined", ""]
     assert shard.load_codes(book, ["C-3"]) == ["ok", 1, 2]
     assert shard.redeem_coupon(book, "B-2") == ["not_assigned"]

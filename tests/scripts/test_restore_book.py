@@ -12,9 +12,11 @@ BOOK = "bk_000123456789abcdef"
 def test_a_book_comes_back_with_its_counters_and_its_quarantine_and_an_empty_pool(shard: Shard) -> None:
     shard.shut_shard()
     with shard.writes(f"book:{BOOK}", f"quarantine:{BOOK}"):
-        assert shard.restore_book(BOOK, version=3, lent=2, redeemed=1, quarantined=["Q-1", "Q-2"], total=9) == ["ok"]
+        assert shard.restore_book(
+            BOOK, version=3, lent=2, redeemed=1, partly_redeemed=3, quarantined=["Q-1", "Q-2"], total=9
+        ) == ["ok"]
     rules = {name: str(value) for name, value in new_rules().items()}
-    counters = {"lent": "2", "redeemed": "1", "total": "9", "version": "3"}
+    counters = {"lent": "2", "redeemed": "1", "partly_redeemed": "3", "total": "9", "version": "3"}
     assert shard.book(BOOK) == {**rules, **counters, "quarantined": "2"}
     assert shard.quarantined(BOOK) == {"Q-1", "Q-2"}
 
@@ -94,4 +96,4 @@ def test_codes_are_dealt_from_a_restored_book_as_from_a_new_one(shard: Shard) ->
     assert shard.load_codes(BOOK, ["A-1"]) == ["ok", 1, 1]
     assert shard.assign_coupon(BOOK, "u")[:2] == ["ok", "A-1"]
     assert shard.assign_coupon(BOOK, "u") == ["book_exhausted"]
-    assert shard.read_book(BOOK)[4:] == [1, "0", "1"]
+    assert shard.read_book(BOOK)[4:] == [1, "0", "1", 0]

@@ -253,8 +253,6 @@ def _figures(rounds: _Rounds) -> list[Figure]:
             cpu = [turn.cpu_us for turn in rounds.turns[name]]
             middle = statistics.median_high(cpu)
             what = f"processor time of the API process per assign, `ack = {ack}`, {words}, against the echo's"
-            figure = Figure(
-                id=f"cpu_{ack}_{kind}", what=what, goal=1.1, less_is_better=True, note=f"{middle:.0f} µs"
-            )
+            figure = Figure(id=f"cpu_{ack}_{kind}", what=what, goal=1.1, less_is_better=True, note=f"{middle:.0f} µs")
             add([name], ratios(cpu, rounds.echo_cpu[name]), figure)
     return figures
