@@ -72,6 +72,7 @@ class Store:
         self._url = url
         self._scripts = scripts
         self._installation: str | None = None
+        self._stranger: str | None = None
         self._joined = asyncio.Event()
         self.positions = positions
         self.views = [ShardView(ShardKeys(shard, shards)) for shard in range(shards)]
@@ -277,7 +278,8 @@ class Store:
         """Whether the shard's keys are this installation's. Until Postgres has said which that is, none are."""
         if self._installation is None:
             return False
-        if meta.installation != self._installation and meta.installation is not None:
+        if meta.installation not in (None, self._installation, self._stranger):
+            self._stranger = meta.installation  # told once, and not sixteen times a second
             log.critical(
                 "shard %02d in this Redis belongs to installation %s, and the database to installation %s: check"
                 " COUPON_REDIS_URL and COUPON_DATABASE_URL",
