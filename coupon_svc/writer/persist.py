@@ -25,7 +25,7 @@ from coupon_svc.ledger.events import (
 )
 from coupon_svc.ledger.recovery import stop_shard
 from coupon_svc.ledger.shards import connection_name
-from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect, Term, entry_digest
+from coupon_svc.store.owner import ClocksApart, OwnerStore, StoreLost, Suspect, Term, entry_digest
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.shard import Shard
@@ -224,6 +224,7 @@ class Persister:
             )  # fmt: skip
         except Suspect as error:
             log.error("shard %02d is suspect: %s", batch.shard, error)
+            shard.clocks_were_apart = isinstance(error, ClocksApart)
             shard.opened_on = None
 
     async def _tell_away(self) -> None:

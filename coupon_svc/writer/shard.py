@@ -47,6 +47,8 @@ class Shard:
         """The Redis that is certified for this shard; None while none is."""
         self.wants_recovery = False
         """Something was found amiss that taking the shard over again would not mend."""
+        self.clocks_were_apart = False
+        """What Redis dated in this epoch may have ended by a wrong clock."""
         self.stopped = False
         """Its history contradicts itself: nothing is persisted any more until a person has looked."""
         self.pools: dict[str, Pool] = {}
@@ -61,7 +63,7 @@ class Shard:
         """It was recovered: nothing that was known of its last epoch is of use in this one."""
         self.owned = owned
         self.committed, self.chain, self.entry = 0, owned.chain, ""
-        self.wants_recovery = False
+        self.wants_recovery = self.clocks_were_apart = False
         self.pools.clear()
         self._gone.clear()
         self._marks.clear()

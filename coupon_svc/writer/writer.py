@@ -143,6 +143,7 @@ class Writer:
                 )  # fmt: skip
             except Suspect as error:
                 log.warning("shard %02d is suspect: %s", shard.owned.shard, error)
+                shard.clocks_were_apart = isinstance(error, ClocksApart)
                 shard.opened_on = None
                 continue
             if seq > committed and not await self._follows(shard, committed):
@@ -168,9 +169,8 @@ class Writer:
                     except (LedgerUnavailable, StoreLost) as error:
                         log.warning("shard %02d has to wait: %s", shard.owned.shard, error)
                         await asyncio.sleep(0.2)
-                    except ClocksApart as error:
-                        log.critical("shard %02d is shut: %s", shard.owned.shard, error)
-                        await asyncio.sleep(1.0)
+                    except ClocksApart:
+                        await asyncio.sleep(0.2)
                     except (Suspect, NotOwner):
                         log.warning("shard %02d has another owner", shard.owned.shard)
                         await asyncio.sleep(0.2)
@@ -205,9 +205,14 @@ class Writer:
         idempotency records and locks) is not kept."""
         ledger_ms: int = await bounded(connection, connection.fetchval(_CLOCK), STATEMENTS_TIMEOUT_S)
         apart_ms = await self._store.clock_ms() - ledger_ms
-        if abs(apart_ms) > CLOCKS_APART_MAX_MS:
+        apart = abs(apart_ms) > CLOCKS_APART_MAX_MS
+        if apart or shard.clocks_were_apart:  # or they were a moment ago, and are together again
             await bounded(connection, want_rebuild(connection, shard.owned.shard), STATEMENTS_TIMEOUT_S)
             shard.wants_recovery = True
+        if apart:
+            if not shard.clocks_were_apart:
+                log.critical("shard %02d is shut: %s", shard.owned.shard, clocks_apart(apart_ms))
+            shard.clocks_were_apart = True
             await self._store.shut_shard(shard.term)
             raise ClocksApart(clocks_apart(apart_ms))
 
