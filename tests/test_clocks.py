@@ -1,4 +1,4 @@
-"""While the clocks of Redis and Postgres are a minute apart nothing is decided, and what ended by the wrong one comes back."""
+"""While the clocks of Redis and Postgres are a minute apart nothing is decided; what ended by the wrong one comes back."""
 
 from __future__ import annotations
 

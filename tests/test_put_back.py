@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -105,5 +106,38 @@ async def test_an_owner_sees_that_what_is_committed_is_not_what_redis_made(make_
 
         writer.stop()
         await rewrite()
-        writer = stack.writer()
+        stack.writer()
         await until(stopped, what="who opens the shard should compare the last event")
+
+
+async def test_what_follows_in_another_history_is_not_committed(make_stack: MakeStack) -> None:
+    """An event was made anew where the ledger ends, and one more: the next commit would pass for the next of ours."""
+    stack = await make_stack()
+    writer = stack.writer()
+    stack.api()
+    await stack.ready()
+    async with await stack.client() as http, stack.redis() as client:
+        redis: Any = client
+        rules = {"name": "b", "generate": {"pattern": "Q-########", "total": 40}}
+        book_id = (await http.post("/coupons", json=rules)).json()["book_id"]
+        assert (await http.post("/coupons/assign", json={"book_id": book_id, "user_id": "u"})).status_code == 201
+        await stack.drained()
+        shard = int(book_id[3:5])
+        keys = ShardKeys(shard, stack.shards)
+        epoch = await redis.hget(keys.meta, "epoch")
+        ((_, last),) = await redis.xrange(keys.events, f"{epoch}-1", f"{epoch}-1")
+        writer.signal(signal.SIGSTOP)
+        async with redis.pipeline(transaction=True) as pipe:
+            pipe.delete(keys.events)
+            pipe.xadd(keys.events, {**last, "user": "x"}, id=f"{epoch}-1")
+            pipe.xadd(keys.events, {**last, "user": "y", "code": "Q-MADEANEW"}, id=f"{epoch}-2")
+            pipe.hset(keys.meta, "seq", 2)
+            await pipe.execute()
+        writer.signal(signal.SIGCONT)
+
+        async def stopped() -> bool:
+            rows = await stack.ledger("SELECT stopped FROM shards WHERE shard = $1", shard)
+            return "differs from the one in the ledger" in (rows[0]["stopped"] or "")
+
+        await until(stopped)
+        assert [row["user_id"] for row in await stack.ledger("SELECT user_id FROM events")] == ["u"]

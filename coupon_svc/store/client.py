@@ -44,7 +44,7 @@ OWNER_UNHEARD_MAX_S = 15.0
 class ShardView:
     """What this process knows of a shard: the epoch it is certified in, and the highest seq it has seen of it."""
 
-    __slots__ = ("backlog_max", "certified", "epoch", "epoch_min", "keys", "ledger_unseen_s", "past", "seen_seq")
+    __slots__ = ("backlog_max", "certified", "epoch", "epoch_min", "keys", "ledger_unseen_s", "seen_seq")
 
     def __init__(self, keys: ShardKeys) -> None:
         self.keys = keys
@@ -53,15 +53,12 @@ class ShardView:
         self.epoch_min = 0
         """Older epochs are over, whatever a Redis says: the ledger has begun this one."""
         self.seen_seq = 0
-        self.past: dict[int, int] = {}
-        """What was seen of epochs that this process has left and not reported yet."""
         self.backlog_max = 0
         self.ledger_unseen_s = math.inf
         """How long ago the ledger was seen last, by Redis's clock and when this process asked last."""
 
     def enter(self, epoch: int) -> None:
         """Go on in a newer epoch."""
-        self.past[self.epoch] = self.seen_seq
         self.epoch, self.seen_seq = epoch, 0
 
 
@@ -127,12 +124,11 @@ class Store:
         view = self.views[shard]
         if epoch <= view.epoch_min:
             return []
-        if 0 < view.epoch < epoch:
-            view.past[view.epoch] = view.seen_seq
-            view.certified = False
         view.epoch_min = epoch
-        past, view.past = view.past, {}
-        return [(live, past.get(live, 0))] if 0 < live < epoch else []
+        if view.epoch < epoch:
+            view.certified = False
+        # No newer epoch was entered than `live`: the next one is certified when this one is settled.
+        return [(live, view.seen_seq if view.epoch == live else 0)] if 0 < live < epoch else []
 
     # --- running scripts
 

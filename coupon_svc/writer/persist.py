@@ -45,6 +45,14 @@ class Hole(Exception):
     """Events are missing from the stream: they were trimmed by somebody, or this Redis is not the one we know."""
 
 
+class Rewritten(Exception):
+    """In these shards the stream has another event where the ledger ends: what follows is of another history."""
+
+    def __init__(self, shards: Sequence[int]) -> None:
+        super().__init__(f"the streams of shards {shards} were written anew")
+        self.shards = shards
+
+
 class Persister:
     """The writer's main loop. `shards` is shared with the rest of the writer, which adds and removes entries."""
 
@@ -134,6 +142,11 @@ class Persister:
                     healthy = await self._without_poison(batch)
                     if healthy is not None:
                         done += await self._transact([healthy])
+        except Rewritten as error:
+            for number in error.shards:
+                log.error("shard %02d is suspect: its stream has another event where the ledger ends", number)
+                if (shard := self._shards.get(number)) is not None:
+                    shard.opened_on = None
         except LedgerEdited as error:
             for batch in batches:
                 if batch.shard in error.shards:
@@ -144,9 +157,15 @@ class Persister:
         connection = await self._connected()
 
         async def work() -> dict[int, bytes]:
-            async with connection.transaction():
-                heads = await write_batches(connection, self._writer_id, batches)
-                crash_point("persist.written")
+            rewritten = asyncio.create_task(self._rewritten(batches))  # meanwhile, so that no caller waits for it
+            try:
+                async with connection.transaction():
+                    heads = await write_batches(connection, self._writer_id, batches)
+                    if shards := await rewritten:
+                        raise Rewritten(shards)
+                    crash_point("persist.written")
+            finally:
+                rewritten.cancel()
             return heads
 
         try:
@@ -156,6 +175,20 @@ class Persister:
             raise
         crash_point("persist.committed")
         return [(batch, heads[batch.shard]) for batch in batches]
+
+    async def _rewritten(self, batches: Sequence[Batch]) -> list[int]:
+        """The shards among them whose stream has another event where the ledger ends, as it stands after it was read: keys
+        of a moment ago were put back, and what follows there was made from them. Raises StoreLost."""
+        ends = {
+            batch.shard: shard.entry for batch in batches if (shard := self._shards.get(batch.shard)) and shard.entry
+        }
+        asked = [batch for batch in batches if batch.shard in ends]
+        found = await asyncio.gather(*(self._store.entry_at(b.shard, b.epoch, b.committed) for b in asked))
+        return [
+            batch.shard
+            for batch, entry in zip(asked, found, strict=True)
+            if entry is not None and entry_digest(entry) != ends[batch.shard]
+        ]
 
     async def _without_poison(self, batch: Batch) -> Batch | None:
         """The batch with the events that the ledger cannot take moved to its dead letters.
