@@ -15,13 +15,17 @@ from coupon_svc.ledger.lending import Lease
 PIECE = 5_000
 """Codes per transaction."""
 
+# Scalar subqueries, here and in `recovery`: a join or EXISTS may be planned as a hash of all the book's coupons, for each
+# piece anew.
+
 # Codes of book $1 that are lent and have no coupon, once all leased places are accounted for.
 UNACCOUNTED = """
     SELECT named.code FROM (
         SELECT code FROM outstanding_codes WHERE book_id = $1 UNION SELECT code FROM lone_leases WHERE book_id = $1) named
-    JOIN books ON books.book_id = $1 JOIN codes ON codes.tenant_id = books.tenant_id AND codes.code = named.code
-    WHERE codes.book_id = $1 AND place BETWEEN 0 AND leased_upto
-      AND NOT EXISTS (SELECT FROM coupons WHERE coupons.book_id = $1 AND coupons.code = named.code)
+    JOIN books ON books.book_id = $1
+    WHERE (SELECT place FROM codes WHERE codes.tenant_id = books.tenant_id AND codes.code = named.code)
+          BETWEEN 0 AND leased_upto
+      AND (SELECT true FROM coupons WHERE coupons.book_id = $1 AND coupons.code = named.code) IS NULL
 """
 _NEXT = """
     SELECT max(place) AS upto, count(*) AS codes FROM (
@@ -30,7 +34,7 @@ _NEXT = """
 _NAME = """
     INSERT INTO outstanding_codes SELECT book_id, code FROM codes
     WHERE book_id = $1 AND place > $2 AND place <= $3
-      AND NOT EXISTS (SELECT FROM coupons WHERE coupons.book_id = $1 AND coupons.code = codes.code)
+      AND (SELECT true FROM coupons WHERE coupons.book_id = $1 AND coupons.code = codes.code) IS NULL
     ON CONFLICT DO NOTHING
 """
 _ACCOUNT = """
@@ -41,8 +45,8 @@ _PRUNE = """
     WITH page AS MATERIALIZED (
         SELECT code FROM outstanding_codes WHERE book_id = $1 AND code > $2 ORDER BY code LIMIT $3),
     pruned AS (
-        DELETE FROM outstanding_codes o USING page, coupons c
-        WHERE o.book_id = $1 AND o.code = page.code AND c.book_id = $1 AND c.code = page.code)
+        DELETE FROM outstanding_codes o USING page WHERE o.book_id = $1 AND o.code = page.code
+        AND (SELECT true FROM coupons WHERE coupons.book_id = $1 AND coupons.code = page.code))
     SELECT max(code) AS last, count(*) AS codes FROM page
 """
 

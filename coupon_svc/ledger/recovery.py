@@ -40,13 +40,13 @@ _BEGIN_EPOCH = """
 # Of a book: the next codes that may be unaccounted for; whether they are, that is lent and without a coupon; and whether
 # the live epoch has a dead letter of theirs. One of an epoch before was judged when that was settled.
 _NAMED = """
-    SELECT named.code, place BETWEEN 0 AND $3 AND NOT EXISTS (
-               SELECT FROM coupons WHERE coupons.book_id = $1 AND coupons.code = named.code) AS lost,
-           EXISTS (SELECT FROM dead_letters d
-               WHERE d.shard = $4 AND d.epoch = $5 AND d.book_id = $1 AND d.code = named.code) AS dead
+    SELECT named.code,
+           (SELECT place FROM codes WHERE tenant_id = $2 AND codes.code = named.code) BETWEEN 0 AND $3
+               AND (SELECT true FROM coupons WHERE coupons.book_id = $1 AND coupons.code = named.code) IS NULL AS lost,
+           (SELECT count(*) FROM dead_letters d WHERE d.book_id = $1 AND d.code = named.code
+               AND d.shard = $4 AND d.epoch = $5) > 0 AS dead
     FROM (SELECT code FROM outstanding_codes WHERE book_id = $1 UNION SELECT code FROM lone_leases WHERE book_id = $1
           ORDER BY code LIMIT $6) named
-    LEFT JOIN codes ON tenant_id = $2 AND codes.code = named.code
 """
 _TO_SETTLE = """
     SELECT book_id FROM books WHERE shard = $1 AND lent > 0 AND (leased_upto > accounted_upto OR NOT loaded
