@@ -237,15 +237,13 @@ class Recoverer:
         uses are right, unless an older version brought the book and left one out."""
         for some in _chunks(books, AT_ONCE):
             known = await self._store.held_counts(term.shard, [book.book_id for book in some])
-            calls = []
+            restored = []
             for book, complete in zip(some, known, strict=True):
-                counts = {"lent": held[book.book_id]}
-                if complete is None:
-                    counts = (await self._walk_coupons(connection, book, _nowhere)).fields
+                uses = {} if complete is not None else (await self._walk_coupons(connection, book, _nowhere)).fields
                 codes = await self._quarantine(connection, book)
-                fields = _fields(book, **counts, quarantined=len(codes))
-                calls.append(self._store.restore_book(term, book.book_id, fields, codes))
-            await asyncio.gather(*calls)
+                counts = {**uses, "lent": held[book.book_id], "quarantined": len(codes)}
+                restored.append((book.book_id, _fields(book, **counts), codes))
+            await asyncio.gather(*(self._store.restore_book(term, *book) for book in restored))
 
     async def _rebuild(self, connection: Any, term: Term, books: Sequence[Book], total: int) -> None:
         """An empty shard as the ledger has it: books, coupons, Idempotency-Keys."""
@@ -298,7 +296,8 @@ class Recoverer:
             for event in events:
                 by_book.setdefault(event["book_id"], []).append(event)
             for book_id, rows in by_book.items():
-                await self._restore_records(term, books[book_id], rows)
+                if book := books.get(book_id):  # else somebody put it into the stream by hand
+                    await self._restore_records(term, book, rows)
             events, upto = await _step(connection, recovery.idempotent_events(connection, shard, upto, since))
 
     async def _restore_records(self, term: Term, book: Book, rows: Sequence[Any]) -> None:
