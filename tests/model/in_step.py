@@ -35,6 +35,7 @@ METHODS = {
         "_agrees": "judges",
         "_wait_for_reports": "settles",
         "_patience": "",  # how long to wait is free here
+        "_walk_coupons": "restore_coupons on redis",
         "_settle": "settles",
         "_settle_book": "settles",
         "_restore_rules": "restore_book on redis",
