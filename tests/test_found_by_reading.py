@@ -25,6 +25,7 @@ from coupon_svc.ledger import recovery
 from coupon_svc.ledger.catalogue import lease_code
 from coupon_svc.ledger.database import LedgerUnavailable
 from coupon_svc.ledger.keys import KeyRow
+from coupon_svc.ledger.marks import Mark
 from coupon_svc.ledger.quarantine import redeem_receipt
 from coupon_svc.ledger.recovery import NewEpoch
 from coupon_svc.ledger.shards import OwnedShard
@@ -312,8 +313,8 @@ async def test_a_key_answers_the_same_after_a_rebuild_though_an_older_record_cam
             code,
         )
     await ledger.execute("SET enable_indexscan = off; SET enable_bitmapscan = off")  # as the planner may have it
-    rows = await recovery.idempotent_events(ledger, 0, BOOK, 1)
-    assert [row["code"] for row in rows] == ["OLD", "NEW"], "the last one is the one that stays"
+    page = await recovery.idempotent_events(ledger, 0, Mark(0, 0), 1)
+    assert [row["code"] for row in page.events] == ["OLD", "NEW"], "the last one is the one that stays"
 
 
 # --- odd requests

@@ -31,9 +31,9 @@ async def test_a_stopped_shard_is_shut_when_it_would_be_opened(make_stack: Calla
     await writer._renew(connection)
     try:
         with pytest.raises(HistoryForked, match="a person looks"):
-            await writer._open(writer._shards[0])
+            await writer._open(writer._shards[0], connection)
         assert await redis.hget(meta, "epoch") == "recovering", "nobody decides anything there"
-        await writer._open(writer._shards[1])
+        await writer._open(writer._shards[1], connection)
         assert writer._shards[1].opened_on is not None, "the others are opened"
     finally:
         writer._store.close()

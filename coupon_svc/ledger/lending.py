@@ -113,17 +113,6 @@ async def lease_block(
         return Lease([row["code"] for row in rows], book["unlent"] - len(rows))
 
 
-async def outstanding_lease(connection: asyncpg.Connection, book_id: str) -> Lease:
-    """Every code that Redis was lent and the ledger has not seen assigned. Redis skips those it knows of."""
-    rows = await connection.fetch(
-        "SELECT code FROM codes JOIN books USING (book_id) WHERE book_id = $1 AND place BETWEEN 0 AND leased_upto"
-        " AND NOT EXISTS (SELECT FROM coupons WHERE coupons.book_id = $1 AND coupons.code = codes.code)",
-        book_id,
-    )
-    unlent = await connection.fetchval("SELECT total - lent - quarantined FROM books WHERE book_id = $1", book_id)
-    return Lease([row["code"] for row in rows], unlent)
-
-
 async def lone_leases(connection: asyncpg.Connection, shards: Sequence[int], most: int = 500) -> dict[str, Lease]:
     """Codes that were lent alone and are not in Redis yet, by book."""
     rows = await connection.fetch(

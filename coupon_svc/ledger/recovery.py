@@ -3,12 +3,12 @@ codes of which nobody knows. Every step may be killed and run again."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import asyncpg
 
-from coupon_svc.domain.books import Ack, Book
+from coupon_svc.domain.books import Ack
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.ledger.catalogue import ROUND, random_places
@@ -23,6 +23,8 @@ from coupon_svc.ledger.events import (
     unlinked,
     write_linked,
 )
+from coupon_svc.ledger.marks import Mark
+from coupon_svc.ledger.outstanding import PIECE, BookBusy, limit_wait
 from coupon_svc.ledger.shards import OwnedShard
 
 EPOCH_CHANNEL = "coupon_epoch"
@@ -35,11 +37,21 @@ _BEGIN_EPOCH = """
     WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 AND stopped IS NULL
     RETURNING shard, epoch, committed, generation, chain, certified_epoch, settled_epoch, rebuild
 """
-# Codes that were lent and of which the ledger has no assignment. Place -1 is the quarantine, 0 a code that was lent alone.
-_UNACCOUNTED = """
-    SELECT code, EXISTS (SELECT FROM dead_letters d WHERE d.book_id = $1 AND d.code = codes.code) AS dead
-    FROM codes WHERE book_id = $1 AND place BETWEEN 0 AND $2
-      AND NOT EXISTS (SELECT FROM coupons WHERE coupons.book_id = $1 AND coupons.code = codes.code)
+# Of a book: the next codes that may be unaccounted for; whether they are, that is lent and without a coupon; and whether
+# the live epoch has a dead letter of theirs. One of an epoch before was judged when that was settled.
+_NAMED = """
+    SELECT named.code,
+           (SELECT place FROM codes WHERE tenant_id = $2 AND codes.code = named.code) BETWEEN 0 AND $3
+               AND (SELECT true FROM coupons WHERE coupons.book_id = $1 AND coupons.code = named.code) IS NULL AS lost,
+           (SELECT count(*) FROM dead_letters d WHERE d.book_id = $1 AND d.code = named.code
+               AND d.shard = $4 AND d.epoch = $5) > 0 AS dead
+    FROM (SELECT code FROM outstanding_codes WHERE book_id = $1 UNION SELECT code FROM lone_leases WHERE book_id = $1
+          ORDER BY code LIMIT $6) named
+"""
+_TO_SETTLE = """
+    SELECT book_id FROM books WHERE shard = $1 AND lent > 0 AND (leased_upto > accounted_upto OR NOT loaded
+        OR EXISTS (SELECT FROM outstanding_codes o WHERE o.book_id = books.book_id)
+        OR EXISTS (SELECT FROM lone_leases l WHERE l.book_id = books.book_id))
 """
 _MOVE = """
     UPDATE codes SET place = moved.place FROM unnest($2::text[], $3::bigint[]) AS moved (code, place)
@@ -55,11 +67,29 @@ _NOTE_LATE = """
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
 """
 _EVENT_AT = f"SELECT {', '.join(Event._fields)} FROM events WHERE (shard, epoch, seq) = ($1, $2, $3)"
+# By position alone, however few of them count: so each page is read in the same time. The page's last position comes with
+# it, in a row of nulls where none of its events counts.
 _IDEMPOTENT_EVENTS = """
-    SELECT event, epoch, seq, code, user_id, at_ms, uses, idem, fingerprint FROM events
-    WHERE shard = $1 AND book_id = $2 AND idem IS NOT NULL AND at_ms > $3
-    ORDER BY epoch, seq
+    WITH page AS MATERIALIZED (
+        SELECT event, book_id, epoch, seq, code, user_id, at_ms, uses, idem, fingerprint FROM events
+        WHERE shard = $1 AND (epoch, seq) > ($2, $3) ORDER BY epoch, seq LIMIT $5)
+    SELECT page.*, last.epoch AS last_epoch, last.seq AS last_seq
+    FROM (SELECT epoch, seq FROM page ORDER BY epoch DESC, seq DESC LIMIT 1) last
+    LEFT JOIN page ON idem IS NOT NULL AND at_ms > $4
+    ORDER BY page.epoch, page.seq
 """
+# What came late stands at an old position, whenever it was decided.
+_LATE_IDEMPOTENT_EVENTS = """
+    SELECT event, book_id, epoch, seq, code, user_id, at_ms, uses, idem, fingerprint FROM late_events
+    WHERE shard = $1 AND recorded AND (epoch, seq) <= ($2, $3) AND idem IS NOT NULL AND at_ms > $4 ORDER BY epoch, seq
+"""
+_COUPONS = """
+    SELECT code, user_id, assigned_at_ms, uses, epoch, seq FROM coupons
+    WHERE book_id = $1 AND code > $2 ORDER BY code LIMIT $3
+"""
+PAGE = 5_000
+"""Rows per statement of what Redis is rebuilt from."""
+EVENTS_PAGE = 20_000
 
 
 class HistoryForked(Exception):
@@ -310,47 +340,84 @@ async def release(connection: asyncpg.Connection, book_id: str, code: str, epoch
     return True
 
 
-async def settle(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, *, nothing_lost: bool) -> Settled:
-    """Step 3: what becomes of codes that were lent and have no record. One transaction for the whole shard.
+async def books_to_settle(connection: asyncpg.Connection, shard: int) -> list[str]:
+    """Step 3: the books that may have codes which were lent and have no record."""
+    return [row["book_id"] for row in await connection.fetch(_TO_SETTLE, shard)]
+
+
+async def settle_piece(
+    connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, book_id: str, *, nothing_lost: bool, wait_ms: int
+) -> tuple[Settled, bool]:
+    """What becomes of codes of one book that were lent and have no record, at most PIECE of them. Whether there are more.
 
     Of a book with `ack = ledger` nobody was answered, and so it is when it was shown that nothing was lost: the codes go
-    back to be dealt. Otherwise somebody may have been answered: they are quarantined. Raises NotOwner.
+    back to be dealt. Otherwise somebody may have been answered: they are quarantined.
+
+    A recovery that dies half-way leaves books settled and others not, and `settled_epoch` where it was. The next one may
+    come to another verdict: either is right, since "nothing was lost" rests on reports and on what the ledger has, which
+    only grow, and "something may be" is always safe.
+
+    Does nothing before all places are accounted for (`account_piece`). The book's row comes first and the shard's last:
+    who waits for a book holds up no commit. Raises BookBusy, NotOwner.
     """
-    shard = begun.owned.shard
-    returned = quarantined = 0
-    async with connection.transaction():
-        await require_recoverer(connection, writer_id, begun.owned)
-        books = await connection.fetch(
-            "SELECT book_id, tenant_id, ack, leased_upto, places_upto FROM books WHERE shard = $1 AND lent > 0 FOR UPDATE",
-            shard,
-        )
-        for book in books:
-            rows = await connection.fetch(_UNACCOUNTED, book["book_id"], book["leased_upto"])
+    shard, epoch = begun.owned.shard, begun.live_epoch
+    try:
+        async with connection.transaction():
+            await limit_wait(connection, wait_ms)
+            book = await connection.fetchrow(
+                "SELECT tenant_id, ack, leased_upto, places_upto, accounted_upto FROM books WHERE book_id = $1 FOR UPDATE",
+                book_id,
+            )
+            if book["accounted_upto"] < book["leased_upto"]:
+                return Settled(0, 0), True
+            rows = await connection.fetch(_NAMED, book_id, book["tenant_id"], book["leased_upto"], shard, epoch, PIECE)
+            lost = [row for row in rows if row["lost"]]
             keep_back = book["ack"] == Ack.REDIS and not nothing_lost
-            held = [row["code"] for row in rows if row["dead"] or keep_back]
-            back = [row["code"] for row in rows if not (row["dead"] or keep_back)]
+            held = [row["code"] for row in lost if row["dead"] or keep_back]
+            back = [row["code"] for row in lost if not (row["dead"] or keep_back)]
             upto = book["places_upto"]
             if back and book["leased_upto"] == upto:  # no place is left in this round
                 upto += ROUND
-            await connection.execute(
-                _MOVE, book["tenant_id"], back, random_places(len(back), book["leased_upto"], upto)
-            )
+            places = random_places(len(back), book["leased_upto"], upto)
+            await connection.execute(_MOVE, book["tenant_id"], back, places)
             await connection.execute(_MOVE, book["tenant_id"], held, [-1] * len(held))
             await connection.execute(
                 "INSERT INTO quarantine (book_id, code, shard, epoch) SELECT $1, unnest($2::text[]), $3, $4",
-                book["book_id"], held, shard, begun.live_epoch,
+                book_id, held, shard, epoch,
             )  # fmt: skip
             await connection.execute(
-                "UPDATE books SET lent = lent - $2, quarantined = quarantined + $3, places_upto = $4, loaded = true"
-                " WHERE book_id = $1",
-                book["book_id"], len(rows), len(held), upto,
+                "UPDATE books SET lent = lent - $2, accounted = lent - $2, quarantined = quarantined + $3,"
+                " places_upto = $4, loaded = true WHERE book_id = $1",
+                book_id, len(lost), len(held), upto,
             )  # fmt: skip
-            returned += len(back)
-            quarantined += len(held)
-        await connection.execute("DELETE FROM lone_leases WHERE shard = $1", shard)
+            for table in (
+                "lone_leases",
+                "outstanding_codes",
+            ):  # in this order: rows of the one become rows of the other
+                await connection.execute(
+                    f"DELETE FROM {table} WHERE book_id = $1 AND code = ANY ($2)",
+                    book_id,
+                    [row["code"] for row in rows],
+                )
+            await require_recoverer(connection, writer_id, begun.owned)
+    except asyncpg.LockNotAvailableError:
+        raise BookBusy from None
+    return Settled(len(back), len(held)), len(rows) == PIECE
+
+
+async def mark_settled(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch) -> None:
+    """All books of the shard are settled. Raises NotOwner."""
+    shard = begun.owned.shard
+    async with connection.transaction():
+        await require_recoverer(connection, writer_id, begun.owned)
         await connection.execute("UPDATE shards SET settled_epoch = certified_epoch WHERE shard = $1", shard)
         await connection.execute("DELETE FROM api_reports WHERE shard = $1 AND epoch < $2", shard, begun.live_epoch)
-    return Settled(returned, quarantined)
+
+
+async def still_recoverer(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch) -> None:
+    """Raises NotOwner when another writer or another epoch has taken over."""
+    async with connection.transaction():
+        await require_recoverer(connection, writer_id, begun.owned)
 
 
 async def mark_certified(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch) -> OwnedShard:
@@ -405,31 +472,36 @@ async def quarantined_codes(connection: asyncpg.Connection, book_id: str) -> lis
     return [row["code"] for row in rows]
 
 
-async def count_coupons(connection: asyncpg.Connection, book: Book) -> tuple[int, int, int]:
-    """(codes of the book that somebody holds, those of them that are wholly spent, all uses made)."""
-    row = await connection.fetchrow(
-        "SELECT count(*) AS held, count(*) FILTER (WHERE uses >= $2) AS spent, coalesce(sum(uses), 0) AS uses"
-        " FROM coupons WHERE book_id = $1",
-        book.book_id,
-        book.max_redemptions_per_code,
-    )
-    return row["held"], row["spent"], row["uses"]
+async def coupons_of_book(connection: asyncpg.Connection, book_id: str, after: str = "") -> list[asyncpg.Record]:
+    """The next PAGE coupons of a book behind a code: code, user_id, assigned_at_ms, uses, epoch, seq."""
+    return list(await connection.fetch(_COUPONS, book_id, after, PAGE))
 
 
-async def coupons_of_book(connection: asyncpg.Connection, book_id: str) -> AsyncIterator[asyncpg.Record]:
-    """Every coupon of a book: code, user_id, assigned_at_ms, uses, epoch, seq. Within a transaction."""
-    async for row in connection.cursor(
-        "SELECT code, user_id, assigned_at_ms, uses, epoch, seq FROM coupons WHERE book_id = $1", book_id, prefetch=5000
-    ):
-        yield row
+class EventsPage(NamedTuple):
+    """Events that carry an Idempotency-Key, and up to which position that is all of them; None at the end."""
+
+    events: list[asyncpg.Record]
+    upto: Mark | None
 
 
-async def idempotent_events(
-    connection: asyncpg.Connection, shard: int, book_id: str, since_ms: int
+async def late_idempotent_events(
+    connection: asyncpg.Connection, shard: int, upto: Mark, since_ms: int
 ) -> list[asyncpg.Record]:
-    """Events of a book that carry an Idempotency-Key and are younger than `since_ms`, oldest first: of two with the same
-    key (the first was lost for a while) the later one is what the key answers."""
-    return list(await connection.fetch(_IDEMPOTENT_EVENTS, shard, book_id, since_ms))
+    """Events up to a position that came late and carry an Idempotency-Key, oldest first."""
+    return list(await connection.fetch(_LATE_IDEMPOTENT_EVENTS, shard, *upto, since_ms))
+
+
+async def idempotent_events(connection: asyncpg.Connection, shard: int, after: Mark, since_ms: int) -> EventsPage:
+    """Events of a shard behind a position that carry an Idempotency-Key and are younger than `since_ms`, a page of them.
+
+    Oldest first: of two with the same key (the first was lost for a while) the later one is what the key answers.
+    """
+    rows = await connection.fetch(_IDEMPOTENT_EVENTS, shard, *after, since_ms, EVENTS_PAGE)
+    if not rows:
+        return EventsPage([], None)
+    return EventsPage(
+        [row for row in rows if row["idem"] is not None], Mark(rows[0]["last_epoch"], rows[0]["last_seq"])
+    )
 
 
 # --- who may have been answered

@@ -84,6 +84,11 @@ _LEDGER_CHECKS = {
         SELECT count(*) FROM coupons JOIN books USING (book_id)
         LEFT JOIN codes ON codes.tenant_id = books.tenant_id AND codes.code = coupons.code
         WHERE shard = $1 AND (codes.code IS NULL OR codes.place NOT BETWEEN 0 AND leased_upto)""",
+    "a code that was lent is neither assigned nor known to be outstanding": """
+        SELECT count(*) FROM books JOIN codes USING (book_id) WHERE shard = $1 AND place BETWEEN 0 AND accounted_upto
+        AND NOT EXISTS (SELECT FROM coupons c WHERE c.book_id = books.book_id AND c.code = codes.code)
+        AND NOT EXISTS (SELECT FROM outstanding_codes o WHERE o.book_id = books.book_id AND o.code = codes.code)
+        AND NOT EXISTS (SELECT FROM lone_leases l WHERE l.book_id = books.book_id AND l.code = codes.code)""",
     "the quarantine's list is not what its codes say": """
         SELECT count(*) FROM (SELECT book_id, code FROM quarantine WHERE shard = $1) q
         FULL JOIN (SELECT book_id, code FROM codes JOIN books USING (book_id) WHERE shard = $1 AND place = -1) c
@@ -200,11 +205,12 @@ class Verifier:
         self.report.codes_free += len(free)
 
     async def _ledger_coupons(self, book: Book) -> dict[str, tuple[str, int]]:
-        async with self._connection.transaction():
-            return {
-                row["code"]: (row["user_id"], row["uses"])
-                async for row in coupons_of_book(self._connection, book.book_id)
-            }
+        ledger: dict[str, tuple[str, int]] = {}
+        rows = await coupons_of_book(self._connection, book.book_id)
+        while rows:
+            ledger.update((row["code"], (row["user_id"], row["uses"])) for row in rows)
+            rows = await coupons_of_book(self._connection, book.book_id, rows[-1]["code"])
+        return ledger
 
     async def _not_arrived(self, shard: int, book: Book, ahead: dict[str, _Held]) -> int:
         """How many of the coupons that were only in Redis are still not in the ledger a moment later."""

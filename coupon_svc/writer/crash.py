@@ -19,8 +19,10 @@ CRASH_POINTS = (
     "recover.begun",
     "recover.shut",
     "recover.drained",
+    "recover.book_settled",
     "recover.settled",
     "recover.wiped",
+    "recover.coupons_restored",
     "recover.restored",
     "recover.certified",
 )

@@ -9,7 +9,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 from coupon_svc.domain.books import Book
-from coupon_svc.ledger import lending
+from coupon_svc.ledger import lending, outstanding
 from coupon_svc.ledger.books import books_of_shard
 from coupon_svc.ledger.catalogue import WRITER_CHANNEL
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
@@ -50,7 +50,8 @@ class Lender:
         self._work = asyncio.Event()
         self._low: dict[str, Shard] = {}
         self._connection: Any = None
-        self._unsettled = False
+        self._in_doubt: dict[str, Shard] = {}
+        """Books whose last lease may have been committed and not have come to Redis."""
 
     def count_assigned(self, shard: Shard, book_id: str, number: int) -> None:
         """The persister saw this many codes of the book leave the pool."""
@@ -80,22 +81,17 @@ class Lender:
             try:
                 connection = await self._connected()
                 await bounded(connection, self.turn(connection), STATEMENTS_TIMEOUT_S)
+                await self._bring_again(connection)
                 if loop.time() - forgotten_at > FORGET_EVERY_S:
                     await bounded(connection, forget_old(connection), STATEMENTS_TIMEOUT_S)
                     forgotten_at = loop.time()
             except (StoreLost, LedgerUnavailable, NotOwner) as error:
                 log.info("lending has to wait: %s", error or type(error).__name__)
-                self._unsettled = True  # a lease may have been committed, and its reply lost
                 await asyncio.sleep(0.1)
 
     async def turn(self, connection: Any) -> None:
         """Everything there is to lend now. Raises StoreLost, LedgerUnavailable, NotOwner."""
         open_shards = [n for n, shard in self._shards.items() if shard.opened_on is not None]
-        if self._unsettled:
-            self._unsettled = False  # until something cannot be brought once more
-            for number in open_shards:
-                unsettled = self._shards[number]
-                await self._guarded(unsettled, unsettled.owned, self.settle(connection, unsettled))
         for book in await lending.books_to_load(connection, open_shards):
             if shard := self._shard_of(book.book_id):
                 await self._guarded(shard, shard.owned, self._load_book(connection, shard, book))
@@ -112,25 +108,43 @@ class Lender:
                 await self._guarded(shard, shard.owned, self._refill(connection, shard, book_id))
 
     async def settle(self, connection: Any, shard: Shard) -> None:
-        """Bring again what was lent and may not have arrived, and look at every pool: after a take-over or a lost reply.
+        """Bring again what was lent and may not have arrived, and look at every pool: after a take-over.
 
         Raises StoreLost, LedgerUnavailable; Suspect when a book is gone from Redis.
         """
         owned = shard.owned
-        books = await books_of_shard(connection, owned.shard)
+        books = await bounded(connection, books_of_shard(connection, owned.shard), STATEMENTS_TIMEOUT_S)
         counts = await self._store.held_counts(owned.shard, [book.book_id for book in books])
         for book, count in zip(books, counts, strict=True):
             if count is None:
                 raise Suspect(f"book {book.book_id} is gone")
             if count != book.lent:
-                lease = await lending.outstanding_lease(connection, book.book_id)
-                try:
-                    await self._bring(shard, owned, book.book_id, lease)
-                except StoreFull:
-                    # No reason to keep the shard shut: redeems go on, and only its owner takes from the stream.
-                    self._unsettled = True
+                await self._bring_outstanding(connection, shard, book.book_id)
             if book.unlent > 0:
                 self.look_at(shard, book.book_id)
+
+    async def _bring_again(self, connection: Any) -> None:
+        """Bring what books in doubt were lent, each by itself: however long that takes, it holds up no turn."""
+        for book_id, shard in list(self._in_doubt.items()):
+            if self._shards.get(shard.owned.shard) is not shard:
+                self._in_doubt.pop(book_id)  # whoever opens the shard now looks at all its books
+            elif shard.opened_on is not None:  # else it is being opened: look again then
+                await self._guarded(shard, shard.owned, self._bring_outstanding(connection, shard, book_id))
+
+    async def _bring_outstanding(self, connection: Any, shard: Shard, book_id: str) -> None:
+        """Bring what the book was lent and has no coupon. What cannot be brought now leaves the book in doubt."""
+        owned = shard.owned
+        self._in_doubt[book_id] = shard
+        try:
+            while await bounded(connection, outstanding.account_piece(connection, book_id), STATEMENTS_TIMEOUT_S):
+                pass
+            find = outstanding.outstanding_lease(connection, book_id)
+            await self._bring(shard, owned, book_id, await bounded(connection, find, STATEMENTS_TIMEOUT_S))
+        except (outstanding.BookBusy, StoreFull) as error:
+            # No reason to keep the shard shut: redeems go on, and only its owner takes from the stream.
+            log.info("shard %02d: codes have to wait: %s", owned.shard, type(error).__name__)
+            return
+        self._in_doubt.pop(book_id, None)
 
     async def _guarded(self, shard: Shard, owned: OwnedShard, work: Awaitable[None]) -> None:
         """Do one piece of work for a shard, as it was `owned` when that began. A shard that is suspect is shut and
@@ -139,7 +153,6 @@ class Lender:
             await work
         except StoreFull as error:  # the rules of other books need no memory, and are to be in force all the same
             log.warning("shard %02d: codes have to wait: %s", shard.owned.shard, error)
-            self._unsettled = True
         except Suspect as error:
             if shard.owned != owned:
                 return
@@ -179,11 +192,17 @@ class Lender:
             pool.block = min(2 * pool.block, self._lease_max)
         elif since > SLOW_REFILL_S:
             pool.block = max(pool.block // 2, self._lease_min)
+        doubtful = book_id in self._in_doubt
+        self._in_doubt[book_id] = shard  # until it is brought: a lease may be committed, and its reply lost
         lease = await lending.lease_block(connection, self._writer_id, owned, book_id, pool.block)
         if lease is None:
+            if not doubtful:
+                self._in_doubt.pop(book_id, None)
             return  # somebody writes to the book, and tells when it is done
         crash_point("lend.leased")
         pool.in_pool = await self._bring(shard, owned, book_id, lease._replace(unlent=lease.unlent + lone))
+        if not doubtful:
+            self._in_doubt.pop(book_id, None)
         pool.unlent, pool.refilled_at = lease.unlent, now
         if pool.wants_refill():  # what was brought is gone already
             self._work.set()

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -23,8 +23,12 @@ from coupon_svc.domain.clock import now_ms
 from coupon_svc.domain.events import COUPON_ASSIGNED, MalformedEvent, parse_entry_id, parse_event
 from coupon_svc.ledger import recovery
 from coupon_svc.ledger.books import books_of_shard
+from coupon_svc.ledger.database import bounded
 from coupon_svc.ledger.events import Batch, DeadLetter, garbled_letter
-from coupon_svc.ledger.recovery import HistoryForked, NewEpoch
+from coupon_svc.ledger.marks import Mark, mark_of_a_day_ago
+from coupon_svc.ledger.outstanding import BookBusy, account_piece, held_by_book
+from coupon_svc.ledger.processes import expired_processes
+from coupon_svc.ledger.recovery import HistoryForked, NewEpoch, Settled
 from coupon_svc.ledger.shards import OwnedShard
 from coupon_svc.store.meta import ShardMeta
 from coupon_svc.store.owner import KEYS_PER_CALL_MAX, OwnerStore, Term
@@ -32,19 +36,35 @@ from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.rules import book_fields
 from coupon_svc.writer.shard import term_of
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
+STEP_TIMEOUT_S = 30.0
+"""One step with Postgres. A recovery has many, and no bound of its own: it goes on as long as each of them ends."""
 REPORTS_WAIT_S = 2.5
+REPORTS_AGAIN_S = 0.2
+SILENCE_REMEMBERED_S = 30.0
+TELL_EVERY_S = 10.0
+BOOK_WAIT_MS = 1000
+AT_ONCE = 100
 IDEMPOTENCY_MS = 24 * 3600 * 1000
 
 
+async def _step(connection: Any, work: Awaitable[T]) -> T:
+    """One step with Postgres, which ends in time or with the connection. Raises LedgerUnavailable."""
+    return await bounded(connection, work, STEP_TIMEOUT_S)
+
+
 class Recoverer:
-    """Recovers one shard at a time, on the connection it is given."""
+    """Recovers shards, any number at a time, each on a connection of its own."""
 
     def __init__(self, writer_id: str, store: OwnerStore, backlog_max: int) -> None:
         self._writer_id = writer_id
         self._store = store
         self._backlog_max = backlog_max
+        self._silent: dict[str, float] = {}
+        """When API processes were last waited for in vain: who is silent about one shard is silent about all."""
 
     async def recover(self, connection: Any, owned: OwnedShard) -> OwnedShard:
         """Recover the shard and certify Redis for it. Returns the shard in its new epoch.
@@ -52,7 +72,7 @@ class Recoverer:
         Raises NotOwner, StoreLost, LedgerUnavailable: try again from the start; Suspect: a newer owner is at work;
         HistoryForked: the shard is stopped now, and a person must look.
         """
-        begun = await recovery.begin_epoch(connection, self._writer_id, owned)
+        begun = await _step(connection, recovery.begin_epoch(connection, self._writer_id, owned))
         crash_point("recover.begun")
         shard, term = begun.owned.shard, term_of(begun.owned)
         try:
@@ -67,19 +87,23 @@ class Recoverer:
             drained, whole = await self._drain(connection, begun, meta)
         except HistoryForked as error:
             log.critical("shard %02d is stopped: %s", shard, error)
-            await recovery.stop_shard(connection, shard, str(error))
+            await _step(connection, recovery.stop_shard(connection, shard, str(error)))
             raise
         crash_point("recover.drained")
         nothing_lost = await self._nothing_lost(connection, begun, drained)
-        settled = await recovery.settle(connection, self._writer_id, begun, nothing_lost=nothing_lost)
+        settled = await self._settle(connection, begun, nothing_lost=nothing_lost)
         crash_point("recover.settled")
-        kept = whole and not begun.rebuild and await self._agrees(connection, shard)
-        if not kept:
+        books = await _step(connection, books_of_shard(connection, shard))
+        held = await _step(connection, held_by_book(connection, shard))
+        kept = whole and not begun.rebuild and await self._agrees(shard, held)
+        if kept:
+            await self._restore_rules(connection, term, books, held)
+        else:
             await self._store.wipe_shard(term)
             crash_point("recover.wiped")
-        await self._restore(connection, term, keep_coupons=kept)
+            await self._rebuild(connection, term, books, sum(held.values()))
         crash_point("recover.restored")
-        owned = await recovery.mark_certified(connection, self._writer_id, begun)
+        owned = await _step(connection, recovery.mark_certified(connection, self._writer_id, begun))
         await self._store.certify_shard(term, identity, self._backlog_max)
         crash_point("recover.certified")
         log.info(
@@ -92,7 +116,7 @@ class Recoverer:
         """What the stream holds and the ledger does not, into the ledger. Returns the seq up to which the ledger accounts
         for the live epoch, and whether this Redis stands just there."""
         shard, live = begun.owned.shard, begun.live_epoch
-        reached = await recovery.last_seq(connection, shard, live)
+        reached = await _step(connection, recovery.last_seq(connection, shard, live))
         if live in (meta.epoch, meta.was):
             await self._require_told(shard, live, reached, meta.committed or 0)
         now = await self._store.read_meta(shard)  # it is shut: no script adds to it any more
@@ -101,11 +125,12 @@ class Recoverer:
         while entries := await self._store.stream_after(shard, epoch, seq):
             for number, batch in _by_epoch(shard, [entry for entry in entries if not _made_up(entry, begun, made)]):
                 if number == live:
-                    reached = await recovery.drain(connection, self._writer_id, begun, batch)
+                    reached = await _step(connection, recovery.drain(connection, self._writer_id, begun, batch))
                 else:
-                    await recovery.take_late(connection, self._writer_id, begun, number, batch.events)
+                    late = recovery.take_late(connection, self._writer_id, begun, number, batch.events)
+                    await _step(connection, late)
             epoch, seq = parse_entry_id(entries[-1][0])
-        dead = await recovery.first_dead_letter(connection, shard, live)
+        dead = await _step(connection, recovery.first_dead_letter(connection, shard, live))
         if live:  # whoever still waits in that epoch is answered, up to what the ledger could not take
             await self._store.tell_position(shard, live, reached if dead is None else min(reached, dead - 1))
         stands = live > 0 and meta.epoch == live and meta.seq == reached and dead is None
@@ -126,63 +151,212 @@ class Recoverer:
     async def _nothing_lost(self, connection: Any, begun: NewEpoch, drained: int) -> bool:
         """Whether every API process that could have answered in the live epoch has said that the ledger has it all."""
         shard, live = begun.owned.shard, begun.live_epoch
-        if not live or not await recovery.may_have_answered_early(connection, shard):
+        if not live or not await _step(connection, recovery.may_have_answered_early(connection, shard)):
             return True
-        if await recovery.anything_missing(connection, shard, live):
+        if await _step(connection, recovery.anything_missing(connection, shard, live)):
             return False
-        deadline = asyncio.get_running_loop().time() + REPORTS_WAIT_S
-        while silent := await recovery.silent_processes(connection, shard, live):
-            if asyncio.get_running_loop().time() >= deadline:
-                log.warning("shard %02d: %d API processes cannot be asked what they have answered", shard, len(silent))
-                return False
-            await asyncio.sleep(0.05)
-        return await recovery.highest_seen(connection, shard, live) <= drained
+        if silent := await self._wait_for_reports(connection, shard, live):
+            log.warning("shard %02d: %d API processes cannot be asked what they have answered", shard, silent)
+            return False
+        return await _step(connection, recovery.highest_seen(connection, shard, live)) <= drained
 
-    async def _agrees(self, connection: Any, shard: int) -> bool:
+    async def _wait_for_reports(self, connection: Any, shard: int, live: int) -> int:
+        """Wait for the reports of processes that live, though not long for one that another shard has waited for in vain.
+        Returns how many processes have not reported."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        while silent := set(await _step(connection, recovery.silent_processes(connection, shard, live))):
+            gone = set(await _step(connection, expired_processes(connection)))
+            now = loop.time()
+            patience = {process: self._patience(process, now) for process in silent - gone}
+            if now - begun >= max(patience.values(), default=0.0):
+                self._silent.update((process, now) for process in patience)
+                break
+            await asyncio.sleep(0.05)
+        return len(silent)
+
+    def _patience(self, process: str, now: float) -> float:
+        known_silent = now - self._silent.get(process, -SILENCE_REMEMBERED_S) < SILENCE_REMEMBERED_S
+        return REPORTS_AGAIN_S if known_silent else REPORTS_WAIT_S
+
+    async def _settle(self, connection: Any, begun: NewEpoch, *, nothing_lost: bool) -> Settled:
+        """Settle book by book. One whose row somebody holds is asked again after the others, as long as it takes: nothing
+        else would bring the shard any further."""
+        shard, told_at = begun.owned.shard, asyncio.get_running_loop().time()
+        returned = quarantined = 0
+        books, wait_ms = await _step(connection, recovery.books_to_settle(connection, shard)), 0
+        while books:
+            await _step(connection, recovery.still_recoverer(connection, self._writer_id, begun))
+            busy = []
+            for book_id in books:
+                try:
+                    settled = await self._settle_book(
+                        connection, begun, book_id, nothing_lost=nothing_lost, wait_ms=max(50, wait_ms)
+                    )
+                except BookBusy:
+                    busy.append(book_id)
+                else:
+                    returned, quarantined = returned + settled.returned, quarantined + settled.quarantined
+                    crash_point("recover.book_settled")
+            now = asyncio.get_running_loop().time()
+            if busy and now - told_at >= TELL_EVERY_S:
+                told_at = now
+                log.warning(
+                    "shard %02d waits for %d books whose rows other transactions hold: %s, …", shard, len(busy), busy[0]
+                )
+            books, wait_ms = busy, BOOK_WAIT_MS
+        await _step(connection, recovery.mark_settled(connection, self._writer_id, begun))
+        return Settled(returned, quarantined)
+
+    async def _settle_book(
+        self, connection: Any, begun: NewEpoch, book_id: str, *, nothing_lost: bool, wait_ms: int
+    ) -> Settled:
+        returned = quarantined = 0
+        more = True
+        while more:
+            while await _step(connection, account_piece(connection, book_id, wait_ms)):
+                pass
+            piece = recovery.settle_piece(
+                connection, self._writer_id, begun, book_id, nothing_lost=nothing_lost, wait_ms=wait_ms
+            )
+            settled, more = await _step(connection, piece)
+            returned, quarantined = returned + settled.returned, quarantined + settled.quarantined
+        return Settled(returned, quarantined)
+
+    async def _agrees(self, shard: int, held_by_book: Mapping[str, int]) -> bool:
         """Whether every book in Redis has as many holders as the ledger, and no code is missing from its keys."""
-        for book in await books_of_shard(connection, shard):
-            in_pool, held, lent = await self._store.pool_counts(shard, book.book_id)
-            in_ledger, *_ = await recovery.count_coupons(connection, book)
-            if held != in_ledger or in_pool + held != lent:
-                return False
+        for some in _chunks(list(held_by_book), AT_ONCE):
+            counts = await asyncio.gather(*(self._store.pool_counts(shard, book_id) for book_id in some))
+            for book_id, (in_pool, held, lent) in zip(some, counts, strict=True):
+                if held != held_by_book[book_id] or in_pool + held != lent:
+                    return False
         return True
 
-    async def _restore(self, connection: Any, term: Term, *, keep_coupons: bool) -> None:
-        for book in await books_of_shard(connection, term.shard):
-            held, spent, uses = await recovery.count_coupons(connection, book)
-            quarantined = await recovery.quarantined_codes(connection, book.book_id)
-            counters = {
-                "lent": held,
-                "redeemed": spent,
-                "partly_redeemed": uses - spent,
-                "quarantined": len(quarantined),
-            }
-            fields = {**book_fields(book), "version": str(book.version), **{k: str(v) for k, v in counters.items()}}
-            await self._store.restore_book(term, book.book_id, fields, quarantined)
-            if not keep_coupons:
-                await self._restore_coupons(connection, term, book)
-                await self._restore_idem(connection, term, book)
+    async def _restore_rules(self, connection: Any, term: Term, books: Sequence[Book], held: Mapping[str, int]) -> None:
+        """Of a Redis that is kept: empty pools, and the books' rules and quarantine as the ledger has them. Its counts of
+        uses are right, unless an older version brought the book and left one out."""
+        for some in _chunks(books, AT_ONCE):
+            known = await self._store.held_counts(term.shard, [book.book_id for book in some])
+            restored = []
+            for book, complete in zip(some, known, strict=True):
+                uses = {} if complete is not None else (await self._walk_coupons(connection, book, _nowhere)).fields
+                codes = await self._quarantine(connection, book)
+                counts = {**uses, "lent": held[book.book_id], "quarantined": len(codes)}
+                restored.append((book.book_id, _fields(book, **counts), codes))
+            await asyncio.gather(*(self._store.restore_book(term, *book) for book in restored))
 
-    async def _restore_coupons(self, connection: Any, term: Term, book: Book) -> None:
-        chunk: list[tuple[str, str, str]] = []
-        async with connection.transaction():
-            async for row in recovery.coupons_of_book(connection, book.book_id):
-                holder = f"{row['epoch']}-{row['seq']} {row['uses']} {row['assigned_at_ms']} {row['user_id']}"
-                chunk.append((row["code"], row["user_id"], holder))
-                if len(chunk) == KEYS_PER_CALL_MAX:
-                    await self._store.restore_coupons(term, book.tenant_id, book.book_id, chunk)
-                    chunk = []
-        if chunk:
-            await self._store.restore_coupons(term, book.tenant_id, book.book_id, chunk)
+    async def _rebuild(self, connection: Any, term: Term, books: Sequence[Book], total: int) -> None:
+        """An empty shard as the ledger has it: books, coupons, Idempotency-Keys."""
+        progress = _Progress(term.shard, total)
+        for book in books:
+            # Before the coupons: a code that a receipt brings back meanwhile is in one of the two, or in both.
+            codes = await self._quarantine(connection, book)
+            counts = await self._restore_coupons(connection, term, book, progress)
+            fields = _fields(book, **counts.fields, quarantined=len(codes))
+            await self._store.restore_book(term, book.book_id, fields, codes)
+        crash_point("recover.coupons_restored")
+        await self._restore_idem(connection, term, {book.book_id: book for book in books})
 
-    async def _restore_idem(self, connection: Any, term: Term, book: Book) -> None:
+    async def _quarantine(self, connection: Any, book: Book) -> list[str]:
+        if not book.quarantined:
+            return []
+        return await _step(connection, recovery.quarantined_codes(connection, book.book_id))
+
+    async def _restore_coupons(self, connection: Any, term: Term, book: Book, progress: _Progress) -> _Counts:
+        async def restore(rows: Sequence[Any]) -> None:
+            for some in _chunks(rows, KEYS_PER_CALL_MAX):
+                coupons = [(row["code"], row["user_id"], _holder(row)) for row in some]
+                await self._store.restore_coupons(term, book.tenant_id, book.book_id, coupons)
+            progress.add(len(rows))
+
+        return await self._walk_coupons(connection, book, restore)
+
+    async def _walk_coupons(
+        self, connection: Any, book: Book, use: Callable[[Sequence[Any]], Awaitable[None]]
+    ) -> _Counts:
+        """Hand all coupons of a book to `use`, a page at a time, and count them on the way: a receipt may add one at any
+        time, so a count of its own would be of others."""
+        counts = _Counts(book.max_redemptions_per_code)
+        rows = await _step(connection, recovery.coupons_of_book(connection, book.book_id))
+        while rows:
+            await use(rows)
+            counts.add(rows)
+            after = rows[-1]["code"]
+            rows = await _step(connection, recovery.coupons_of_book(connection, book.book_id, after))
+        return counts
+
+    async def _restore_idem(self, connection: Any, term: Term, books: Mapping[str, Book]) -> None:
+        """The records of the last 24 hours, in one pass over the shard's events since then."""
+        shard, since = term.shard, now_ms() - IDEMPOTENCY_MS
+        mark = await _step(connection, mark_of_a_day_ago(connection, shard))
+        events = await _step(connection, recovery.late_idempotent_events(connection, shard, mark, since))
+        upto: Mark | None = mark
+        while upto is not None:
+            by_book: dict[str, list[Any]] = {}
+            for event in events:
+                by_book.setdefault(event["book_id"], []).append(event)
+            for book_id, rows in by_book.items():
+                if book := books.get(book_id):  # else somebody put it into the stream by hand
+                    await self._restore_records(term, book, rows)
+            events, upto = await _step(connection, recovery.idempotent_events(connection, shard, upto, since))
+
+    async def _restore_records(self, term: Term, book: Book, rows: Sequence[Any]) -> None:
         now = now_ms()
-        rows = await recovery.idempotent_events(connection, term.shard, book.book_id, now - IDEMPOTENCY_MS)
         records = [(str(row["idem"]), _record(row, book), max(1, row["at_ms"] + IDEMPOTENCY_MS - now)) for row in rows]
-        for start in range(0, len(records), KEYS_PER_CALL_MAX):
-            await self._store.restore_idem(
-                term, book.tenant_id, book.book_id, records[start : start + KEYS_PER_CALL_MAX]
-            )
+        for some in _chunks(records, KEYS_PER_CALL_MAX):
+            await self._store.restore_idem(term, book.tenant_id, book.book_id, some)
+
+
+class _Counts:
+    """What a book's hash counts of its coupons."""
+
+    def __init__(self, most_uses: int | None) -> None:
+        self._most_uses = most_uses
+        self._held = self._uses = self._spent = 0
+
+    def add(self, rows: Sequence[Any]) -> None:
+        self._held += len(rows)
+        self._uses += sum(row["uses"] for row in rows)
+        if self._most_uses is not None:
+            self._spent += sum(1 for row in rows if row["uses"] >= self._most_uses)
+
+    @property
+    def fields(self) -> dict[str, int]:
+        return {"lent": self._held, "redeemed": self._spent, "partly_redeemed": self._uses - self._spent}
+
+
+async def _nowhere(rows: Sequence[Any]) -> None:
+    """Coupons that are only to be counted."""
+
+
+class _Progress:
+    """Says in the log now and then how far a large rebuild has come."""
+
+    def __init__(self, shard: int, total: int) -> None:
+        self._shard, self._total, self._done = shard, total, 0
+        self._told_at = asyncio.get_running_loop().time()
+
+    def add(self, coupons: int) -> None:
+        self._done += coupons
+        now = asyncio.get_running_loop().time()
+        if now - self._told_at >= TELL_EVERY_S:
+            self._told_at = now
+            log.info("shard %02d: %d of %d coupons restored", self._shard, self._done, self._total)
+
+
+def _chunks(things: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(things), size):
+        yield things[start : start + size]
+
+
+def _fields(book: Book, **counts: int) -> dict[str, str]:
+    """A book's hash in Redis."""
+    return {**book_fields(book), "version": str(book.version), **{name: str(count) for name, count in counts.items()}}
+
+
+def _holder(row: Any) -> str:
+    """A coupon's holder as the scripts keep it."""
+    return f"{row['epoch']}-{row['seq']} {row['uses']} {row['assigned_at_ms']} {row['user_id']}"
 
 
 def _made_up(entry: Sequence[Any], begun: NewEpoch, made: int | None) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import secrets
 import signal
+from collections import Counter
 from typing import Any
 
 import uvloop
@@ -19,6 +20,7 @@ from coupon_svc.ledger.migrations import check_installation
 from coupon_svc.ledger.processes import expired_processes, forget_processes, report_seen
 from coupon_svc.ledger.recovery import HistoryForked, event_at, first_dead_letter, stopped_because, want_rebuild
 from coupon_svc.ledger.shards import connection_name, owned_shards, release_shards, renew_writer, take_shards
+from coupon_svc.loops import keep_running
 from coupon_svc.store.owner import (
     CLOCKS_APART_MAX_MS,
     ClocksApart,
@@ -35,13 +37,14 @@ from coupon_svc.writer.lend import Lender
 from coupon_svc.writer.persist import Persister
 from coupon_svc.writer.recover import Recoverer
 from coupon_svc.writer.shard import Shard
+from coupon_svc.writer.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
 RENEW_EVERY_S = 1.0
 LOOK_EVERY_S = 0.05
 STATEMENTS_TIMEOUT_S = 3.0
-RECOVERY_TIMEOUT_S = 600.0
+OPENED_AT_ONCE = 4
 
 _CLOCK = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 
@@ -67,11 +70,18 @@ class Writer:
             settings.database_url, self.writer_id, self._store, self._shards, self._lender.count_assigned, self._clock
         )
         self._recoverer = Recoverer(self.writer_id, self._store, settings.backlog_events_max)
+        self._upkeep = Upkeep(settings.database_url, self.writer_id, self._shards)
         self._connections: dict[str, Any] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then hand the shards over, so that another writer need not wait."""
-        parts = (self._keep_owning(), self._keep_open(), self._persister.run(), self._lender.run())
+        parts = (
+            self._keep_owning(),
+            self._keep_open(),
+            self._persister.run(),
+            self._lender.run(),
+            keep_running(self._upkeep.run),
+        )
         tasks = [asyncio.create_task(part) for part in parts]
         stopped = asyncio.create_task(stop.wait())
         try:
@@ -160,27 +170,47 @@ class Writer:
     # --- opening
 
     async def _keep_open(self) -> None:
-        """Open every owned shard that is shut: take over what is in order, recover what is not."""
-        while True:
-            for shard in list(self._shards.values()):
-                if shard.opened_on is None and not shard.stopped:
-                    try:
-                        await self._open(shard)
-                    except (LedgerUnavailable, StoreLost) as error:
-                        log.warning("shard %02d has to wait: %s", shard.owned.shard, error)
-                        await asyncio.sleep(0.2)
-                    except ClocksApart:
-                        await asyncio.sleep(0.2)
-                    except (Suspect, NotOwner):
-                        log.warning("shard %02d has another owner", shard.owned.shard)
-                        await asyncio.sleep(0.2)
-                    except HistoryForked as error:
-                        log.critical("shard %02d is stopped: %s", shard.owned.shard, error)
-                        shard.stopped = True
-            await asyncio.sleep(LOOK_EVERY_S)
+        """Open every owned shard that is shut: take over what is in order, recover what is not. Several at once, each on a
+        connection of its own: one that has to wait holds up no other. What was tried last is tried again last."""
+        free = [f"opening {number}" for number in range(OPENED_AT_ONCE)]
+        opening: set[int] = set()
+        tried = Counter[int]()
 
-    async def _open(self, shard: Shard) -> None:
-        connection = await self._connected("opening")
+        async def open_one(shard: Shard, name: str) -> None:
+            number = shard.owned.shard
+            try:
+                await self._try_open(shard, name)
+            finally:
+                opening.remove(number)
+                free.append(name)
+
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                for number in sorted(set(self._shards) - opening, key=tried.__getitem__):
+                    shard = self._shards[number]
+                    if not free or shard.opened_on is not None or shard.stopped:
+                        continue
+                    tried[number] = max(tried.values(), default=0) + 1
+                    opening.add(number)
+                    tasks.create_task(open_one(shard, free.pop()))
+                await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _try_open(self, shard: Shard, name: str) -> None:
+        try:
+            await self._open(shard, await self._connected(name))
+        except (LedgerUnavailable, StoreLost) as error:
+            log.warning("shard %02d has to wait: %s", shard.owned.shard, error)
+            await asyncio.sleep(0.2)
+        except ClocksApart:
+            await asyncio.sleep(0.2)
+        except (Suspect, NotOwner):
+            log.warning("shard %02d has another owner", shard.owned.shard)
+            await asyncio.sleep(0.2)
+        except HistoryForked as error:
+            log.critical("shard %02d is stopped: %s", shard.owned.shard, error)
+            shard.stopped = True
+
+    async def _open(self, shard: Shard, connection: Any) -> None:
         for owned in await bounded(connection, owned_shards(connection, self.writer_id), STATEMENTS_TIMEOUT_S):
             if owned.shard == shard.owned.shard:
                 # As the ledger has it, whatever we thought.
@@ -190,11 +220,10 @@ class Writer:
         if reason := await bounded(connection, stopped_because(connection, shard.owned.shard), STATEMENTS_TIMEOUT_S):
             await self._store.shut_shard(shard.term)
             raise HistoryForked(reason)
-        if shard.wants_recovery or not await self._in_order(shard):
-            work = self._recoverer.recover(connection, shard.owned)
-            shard.begin_epoch(await bounded(connection, work, RECOVERY_TIMEOUT_S))
+        if shard.wants_recovery or not await self._in_order(shard, connection):
+            shard.begin_epoch(await self._recoverer.recover(connection, shard.owned))
         try:
-            await bounded(connection, self._lender.settle(connection, shard), RECOVERY_TIMEOUT_S)
+            await self._lender.settle(connection, shard)
         except Suspect:
             shard.wants_recovery = True  # a book is gone, or has no count of its redemptions
             raise
@@ -216,10 +245,9 @@ class Writer:
             await self._store.shut_shard(shard.term)
             raise ClocksApart(clocks_apart(apart_ms))
 
-    async def _in_order(self, shard: Shard) -> bool:
+    async def _in_order(self, shard: Shard, connection: Any) -> bool:
         """Whether Redis is as the shard's last owner certified it, holds every event that the ledger has not, and has made
         none that the ledger could not take, and whether the last one that the ledger has is the one in the stream."""
-        connection = await self._connected("opening")
         dead = first_dead_letter(connection, shard.owned.shard, shard.owned.epoch)
         if await bounded(connection, dead, STATEMENTS_TIMEOUT_S) is not None:
             return False

@@ -17,8 +17,10 @@ CRASH_POINTS = {
     "recover.begun": "begins epoch",
     "recover.shut": "shut on redis",
     "recover.drained": "drains the stream",
+    "recover.book_settled": "settles",  # there is one book
     "recover.settled": "settles",
     "recover.wiped": "wipe on redis",
+    "recover.coupons_restored": "restore_coupons on redis",
     "recover.restored": "restore_idem on redis",
     "recover.certified": "certify on redis",
 }
@@ -31,9 +33,17 @@ METHODS = {
         "_require_told": "",  # only a ledger that went back can break it, and here it does not
         "_nothing_lost": "settles",
         "_agrees": "judges",
-        "_restore": "restore_book on redis",
+        "_wait_for_reports": "settles",
+        "_patience": "",  # how long to wait is free here
+        "_walk_coupons": "restore_coupons on redis",
+        "_settle": "settles",
+        "_settle_book": "settles",
+        "_restore_rules": "restore_book on redis",
+        "_rebuild": "restore_book on redis",
+        "_quarantine": "restore_book on redis",
         "_restore_coupons": "restore_coupons on redis",
         "_restore_idem": "restore_idem on redis",
+        "_restore_records": "restore_idem on redis",
     },
     "Persister": {
         "run": "is thrown away",
@@ -53,6 +63,8 @@ METHODS = {
         "run": "brings codes",
         "turn": "brings codes",
         "settle": "brings again what is outstanding",
+        "_bring_again": "brings again what is outstanding",
+        "_bring_outstanding": "brings again what is outstanding",
         "_guarded": "load is refused",
         "_load_book": "",  # the book is there from the first state on
         "_refill": "lends code",
