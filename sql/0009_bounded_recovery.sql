@@ -30,6 +30,12 @@ BEGIN
 END $$;
 CREATE TRIGGER lone_leases_stay_outstanding AFTER DELETE ON lone_leases FOR EACH ROW EXECUTE FUNCTION keep_outstanding();
 
+-- An epoch is over for the ledger before its books are settled one after the other, and what is to become of their codes is
+-- decided once: a recovery that takes over half-way may stand before another Redis, and must not judge anew.
+ALTER TABLE shards
+    ADD COLUMN settling_epoch bigint NOT NULL DEFAULT 0,      -- whose codes are being settled; 0 for none
+    ADD COLUMN settling_lost  boolean NOT NULL DEFAULT false; -- somebody may have been answered and the record be lost
+
 -- Where the ledger was, about once an hour. The events of the last 24 hours are those after the newest mark that is older:
 -- found along the primary key, without an index by time that every assign would pay for.
 CREATE TABLE ledger_marks (

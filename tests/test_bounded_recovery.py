@@ -25,7 +25,7 @@ from coupon_svc.ledger.lending import settle_lone_leases
 from coupon_svc.ledger.marks import Mark, mark_of_a_day_ago, note_marks
 from coupon_svc.ledger.migrations import migrate
 from coupon_svc.ledger.quarantine import deal_again, redeem_receipt
-from coupon_svc.ledger.recovery import NewEpoch
+from coupon_svc.ledger.recovery import NewEpoch, Verdict
 from coupon_svc.ledger.shards import OwnedShard, owned_shards
 from coupon_svc.resources import resource_folder
 from coupon_svc.store.keys import ShardKeys
@@ -262,7 +262,7 @@ async def test_a_rebuild_reads_the_events_of_the_last_day_once_for_all_books(
     for number in range(60):  # some without a key, some too old
         key = None if number % 5 == 0 else f"k{number}"
         await add_event(bench, 40_001 + number, books[number % 20], key, 24.5 if number < 10 else 1)
-    await add_event(bench, 40_100, books[3], "k13", 0.5)  # once more the key of another position of the book
+    await add_event(bench, 40_100, books[13], "k13", 0.5)  # once more the key of another position of the book
     await bench.ledger.execute("ANALYZE events")
     before = await rows_read(bench.url, bench.ledger, "events")
     await bench.ledger.execute("UPDATE shards SET rebuild = true WHERE shard = 0")
@@ -331,11 +331,9 @@ async def test_marks_are_made_hourly_while_redis_decides_and_the_one_to_begin_at
 # --- settling
 
 
-async def settle(bench: Bench, begun: NewEpoch, book_id: str, *, nothing_lost: bool) -> recovery.Settled:
+async def settle(bench: Bench, begun: NewEpoch, verdict: Verdict, book_id: str) -> recovery.Settled:
     await account(bench, book_id)
-    settled, more = await recovery.settle_piece(
-        bench.ledger, "w", begun, book_id, nothing_lost=nothing_lost, wait_ms=1000
-    )
+    settled, more = await recovery.settle_piece(bench.ledger, "w", begun, verdict, book_id, 1000)
     assert not more
     return settled
 
@@ -401,16 +399,24 @@ async def test_a_recovery_that_waits_for_a_book_ends_when_another_writer_has_the
 
 
 async def test_a_settlement_that_ended_half_way_is_gone_on_with(bench: Bench) -> None:
-    """The first recoverer could not tell whether something was lost; when the second comes, all have reported."""
+    """The first recoverer could not tell whether something was lost. When the second comes all have reported, and the Redis
+    before it has an event of that epoch which the first one's had not: neither changes what is to become of the codes."""
     done, left = [await bench.book(name, held=1, free=2, ack="redis") for name in ("H", "L")]
     begun = await recovery.begin_epoch(bench.ledger, "w", await bench.owned())
-    assert await settle(bench, begun, done, nothing_lost=False) == (0, 2)
+    verdict = await recovery.end_live_epoch(bench.ledger, "w", begun, lost=True)
+    assert await settle(bench, begun, verdict, done) == (0, 2)
     again = await recovery.begin_epoch(bench.ledger, "w", await bench.owned())
-    assert again.live_epoch == begun.live_epoch
+    assert (again.live_epoch, again.verdict) == (0, verdict)
+    live = begun.live_epoch
+    event = Event(900, COUPON_ASSIGNED, left, "L-2", "late", 1)
+    await recovery.take_late(bench.ledger, "w", again, live, [event])
     await bench.recover()
     rows = [await bench.row(book_id) for book_id in (done, left)]
-    assert [(row["lent"], row["quarantined"]) for row in rows] == [(1, 2), (1, 0)]
+    assert [(row["lent"], row["quarantined"]) for row in rows] == [(1, 2), (1, 2)]
     assert [await bench.counts(book_id) for book_id in (done, left)] == [(0, 1, 1)] * 2
+    rows = await bench.ledger.fetch("SELECT epoch FROM quarantine")
+    assert {row["epoch"] for row in rows} == {live}
+    assert (await recovery.begin_epoch(bench.ledger, "w", await bench.owned())).verdict is None
 
 
 # --- rebuilding
@@ -421,7 +427,7 @@ async def test_a_receipt_that_comes_in_the_middle_of_a_rebuild_makes_no_second_r
 ) -> None:
     book_id = await bench.book("R", held=998, free=1, ack="redis")  # R-999 is the last by name
     begun = await recovery.begin_epoch(bench.ledger, "w", await bench.owned())
-    await settle(bench, begun, book_id, nothing_lost=False)
+    await settle(bench, begun, await recovery.end_live_epoch(bench.ledger, "w", begun, lost=True), book_id)
     honest = bench.store.restore_coupons
     came: list[bool] = []
 

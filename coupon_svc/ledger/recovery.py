@@ -35,7 +35,8 @@ MISSING = "missing from the stream"
 _BEGIN_EPOCH = """
     UPDATE shards SET epoch = epoch + 1, committed = 0
     WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 AND stopped IS NULL
-    RETURNING shard, epoch, committed, generation, chain, certified_epoch, settled_epoch, rebuild
+    RETURNING shard, epoch, committed, generation, chain, certified_epoch, settled_epoch, rebuild, settling_epoch,
+              settling_lost
 """
 # Of a book: the next codes that may be unaccounted for; whether they are, that is lent and without a coupon; and whether
 # the live epoch has a dead letter of theirs. One of an epoch before was judged when that was settled.
@@ -96,6 +97,15 @@ class HistoryForked(Exception):
     """The stream and the ledger tell different stories of the same position. A person must look; the message says where."""
 
 
+class Verdict(NamedTuple):
+    """What is to become of the codes that were lent in an epoch and have no record. It is come to once."""
+
+    epoch: int
+    """0: no epoch is to be settled, and nobody can have been answered."""
+    lost: bool
+    """Somebody may have been answered, and the record be lost."""
+
+
 class NewEpoch(NamedTuple):
     """A shard at the beginning of its recovery.
 
@@ -107,6 +117,8 @@ class NewEpoch(NamedTuple):
     live_epoch: int
     rebuild: bool
     """An operator asked that nothing in Redis be kept."""
+    verdict: Verdict | None = None
+    """Of a recovery that did not get to the end of its settlement."""
 
 
 class Settled(NamedTuple):
@@ -128,7 +140,8 @@ async def begin_epoch(connection: asyncpg.Connection, writer_id: str, owned: Own
             raise HistoryForked(reason) if reason else NotOwner
         await connection.execute("SELECT pg_notify($1, $2)", EPOCH_CHANNEL, str(owned.shard))
     live = row["certified_epoch"] if row["certified_epoch"] > row["settled_epoch"] else 0
-    return NewEpoch(OwnedShard(*row[:5]), live, row["rebuild"])
+    verdict = Verdict(row["settling_epoch"], row["settling_lost"]) if row["settling_epoch"] else None
+    return NewEpoch(OwnedShard(*row[:5]), live, row["rebuild"], verdict)
 
 
 async def last_seq(connection: asyncpg.Connection, shard: int, epoch: int) -> int:
@@ -340,27 +353,43 @@ async def release(connection: asyncpg.Connection, book_id: str, code: str, epoch
     return True
 
 
+async def end_live_epoch(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, *, lost: bool) -> Verdict:
+    """Step 3: the live epoch is over for the ledger, and what is to become of its codes is written down.
+
+    From this commit on every event of the epoch is late, on whichever Redis it turns up. The books are settled one after
+    the other then; a recovery that takes over half-way may stand before another Redis, and would judge otherwise. Raises
+    NotOwner.
+    """
+    async with connection.transaction():
+        await require_recoverer(connection, writer_id, begun.owned)
+        await connection.execute(
+            "UPDATE shards SET settled_epoch = certified_epoch, settling_epoch = $2, settling_lost = $3 WHERE shard = $1",
+            begun.owned.shard,
+            begun.live_epoch,
+            lost,
+        )
+    return Verdict(begun.live_epoch, lost)
+
+
 async def books_to_settle(connection: asyncpg.Connection, shard: int) -> list[str]:
-    """Step 3: the books that may have codes which were lent and have no record."""
+    """The books that may have codes which were lent and have no record."""
     return [row["book_id"] for row in await connection.fetch(_TO_SETTLE, shard)]
 
 
 async def settle_piece(
-    connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, book_id: str, *, nothing_lost: bool, wait_ms: int
+    connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, verdict: Verdict, book_id: str, wait_ms: int
 ) -> tuple[Settled, bool]:
     """What becomes of codes of one book that were lent and have no record, at most PIECE of them. Whether there are more.
 
     Of a book with `ack = ledger` nobody was answered, and so it is when it was shown that nothing was lost: the codes go
     back to be dealt. Otherwise somebody may have been answered: they are quarantined.
 
-    A recovery that dies half-way leaves books settled and others not, and `settled_epoch` where it was. The next one may
-    come to another verdict: either is right, since "nothing was lost" rests on reports and on what the ledger has, which
-    only grow, and "something may be" is always safe.
+    A recovery that dies half-way leaves books settled and others not. The next one goes on with the same verdict.
 
     Does nothing before all places are accounted for (`account_piece`). The book's row comes first and the shard's last:
     who waits for a book holds up no commit. Raises BookBusy, NotOwner.
     """
-    shard, epoch = begun.owned.shard, begun.live_epoch
+    shard, epoch = begun.owned.shard, verdict.epoch
     try:
         async with connection.transaction():
             await limit_wait(connection, wait_ms)
@@ -372,7 +401,7 @@ async def settle_piece(
                 return Settled(0, 0), True
             rows = await connection.fetch(_NAMED, book_id, book["tenant_id"], book["leased_upto"], shard, epoch, PIECE)
             lost = [row for row in rows if row["lost"]]
-            keep_back = book["ack"] == Ack.REDIS and not nothing_lost
+            keep_back = book["ack"] == Ack.REDIS and verdict.lost
             held = [row["code"] for row in lost if row["dead"] or keep_back]
             back = [row["code"] for row in lost if not (row["dead"] or keep_back)]
             upto = book["places_upto"]
@@ -405,13 +434,15 @@ async def settle_piece(
     return Settled(len(back), len(held)), len(rows) == PIECE
 
 
-async def mark_settled(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch) -> None:
+async def mark_settled(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, verdict: Verdict) -> None:
     """All books of the shard are settled. Raises NotOwner."""
     shard = begun.owned.shard
     async with connection.transaction():
         await require_recoverer(connection, writer_id, begun.owned)
-        await connection.execute("UPDATE shards SET settled_epoch = certified_epoch WHERE shard = $1", shard)
-        await connection.execute("DELETE FROM api_reports WHERE shard = $1 AND epoch < $2", shard, begun.live_epoch)
+        await connection.execute(
+            "UPDATE shards SET settled_epoch = certified_epoch, settling_epoch = 0 WHERE shard = $1", shard
+        )
+        await connection.execute("DELETE FROM api_reports WHERE shard = $1 AND epoch < $2", shard, verdict.epoch)
 
 
 async def still_recoverer(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch) -> None:

@@ -19,6 +19,7 @@ CRASH_POINTS = (
     "recover.begun",
     "recover.shut",
     "recover.drained",
+    "recover.judged",
     "recover.book_settled",
     "recover.settled",
     "recover.wiped",

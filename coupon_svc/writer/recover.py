@@ -28,7 +28,7 @@ from coupon_svc.ledger.events import Batch, DeadLetter, garbled_letter
 from coupon_svc.ledger.marks import Mark, mark_of_a_day_ago
 from coupon_svc.ledger.outstanding import BookBusy, account_piece, held_by_book
 from coupon_svc.ledger.processes import expired_processes
-from coupon_svc.ledger.recovery import HistoryForked, NewEpoch, Settled
+from coupon_svc.ledger.recovery import HistoryForked, NewEpoch, Settled, Verdict
 from coupon_svc.ledger.shards import OwnedShard
 from coupon_svc.store.meta import ShardMeta
 from coupon_svc.store.owner import KEYS_PER_CALL_MAX, OwnerStore, Term
@@ -90,8 +90,9 @@ class Recoverer:
             await _step(connection, recovery.stop_shard(connection, shard, str(error)))
             raise
         crash_point("recover.drained")
-        nothing_lost = await self._nothing_lost(connection, begun, drained)
-        settled = await self._settle(connection, begun, nothing_lost=nothing_lost)
+        verdict = begun.verdict or await self._judge(connection, begun, drained)
+        crash_point("recover.judged")
+        settled = await self._settle(connection, begun, verdict)
         crash_point("recover.settled")
         books = await _step(connection, books_of_shard(connection, shard))
         held = await _step(connection, held_by_book(connection, shard))
@@ -148,10 +149,17 @@ class Recoverer:
                     f"the ledger had {told} events of epoch {epoch}, and lacks {reached + 1}: it went back"
                 )
 
+    async def _judge(self, connection: Any, begun: NewEpoch, drained: int) -> Verdict:
+        """What is to become of codes that were lent and have no record: written down before the first book is settled."""
+        if not begun.live_epoch:
+            return Verdict(0, lost=False)
+        lost = not await self._nothing_lost(connection, begun, drained)
+        return await _step(connection, recovery.end_live_epoch(connection, self._writer_id, begun, lost=lost))
+
     async def _nothing_lost(self, connection: Any, begun: NewEpoch, drained: int) -> bool:
         """Whether every API process that could have answered in the live epoch has said that the ledger has it all."""
         shard, live = begun.owned.shard, begun.live_epoch
-        if not live or not await _step(connection, recovery.may_have_answered_early(connection, shard)):
+        if not await _step(connection, recovery.may_have_answered_early(connection, shard)):
             return True
         if await _step(connection, recovery.anything_missing(connection, shard, live)):
             return False
@@ -179,7 +187,7 @@ class Recoverer:
         known_silent = now - self._silent.get(process, -SILENCE_REMEMBERED_S) < SILENCE_REMEMBERED_S
         return REPORTS_AGAIN_S if known_silent else REPORTS_WAIT_S
 
-    async def _settle(self, connection: Any, begun: NewEpoch, *, nothing_lost: bool) -> Settled:
+    async def _settle(self, connection: Any, begun: NewEpoch, verdict: Verdict) -> Settled:
         """Settle book by book. One whose row somebody holds is asked again after the others, as long as it takes: nothing
         else would bring the shard any further."""
         shard, told_at = begun.owned.shard, asyncio.get_running_loop().time()
@@ -190,9 +198,7 @@ class Recoverer:
             busy = []
             for book_id in books:
                 try:
-                    settled = await self._settle_book(
-                        connection, begun, book_id, nothing_lost=nothing_lost, wait_ms=max(50, wait_ms)
-                    )
+                    settled = await self._settle_book(connection, begun, verdict, book_id, max(50, wait_ms))
                 except BookBusy:
                     busy.append(book_id)
                 else:
@@ -205,20 +211,18 @@ class Recoverer:
                     "shard %02d waits for %d books whose rows other transactions hold: %s, …", shard, len(busy), busy[0]
                 )
             books, wait_ms = busy, BOOK_WAIT_MS
-        await _step(connection, recovery.mark_settled(connection, self._writer_id, begun))
+        await _step(connection, recovery.mark_settled(connection, self._writer_id, begun, verdict))
         return Settled(returned, quarantined)
 
     async def _settle_book(
-        self, connection: Any, begun: NewEpoch, book_id: str, *, nothing_lost: bool, wait_ms: int
+        self, connection: Any, begun: NewEpoch, verdict: Verdict, book_id: str, wait_ms: int
     ) -> Settled:
         returned = quarantined = 0
         more = True
         while more:
             while await _step(connection, account_piece(connection, book_id, wait_ms)):
                 pass
-            piece = recovery.settle_piece(
-                connection, self._writer_id, begun, book_id, nothing_lost=nothing_lost, wait_ms=wait_ms
-            )
+            piece = recovery.settle_piece(connection, self._writer_id, begun, verdict, book_id, wait_ms)
             settled, more = await _step(connection, piece)
             returned, quarantined = returned + settled.returned, quarantined + settled.quarantined
         return Settled(returned, quarantined)
