@@ -248,14 +248,14 @@ class Stack:
 
 
 @contextlib.asynccontextmanager
-async def running_stack(folder: Path, postgres_url: str, shards: int) -> AsyncIterator[Stack]:
-    """A stack of one's own whose writer and API are ready, ended with the block."""
+async def running_stack(folder: Path, postgres_url: str, shards: int, **of_api: str) -> AsyncIterator[Stack]:
+    """A stack of one's own whose writer and API are ready, ended with the block; `of_api` are settings of the API."""
     server = EmbeddedRedis(folder / "redis")
     server.start()
     stack = Stack(server, server.url, await fresh_database(postgres_url, shards), folder, shards)
     try:
         stack.writer()
-        stack.api()
+        stack.api(**of_api)
         await stack.ready()
         yield stack
     finally:

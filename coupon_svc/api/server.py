@@ -9,7 +9,11 @@ path, a caller who does not read), takes uvicorn's own way to the same endpoint.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import math
+import sys
+import termios
 from asyncio.events import TimerHandle
 from typing import Any
 
@@ -100,8 +104,8 @@ class CouponProtocol(HttpToolsProtocol):
         """Bytes of a body that was answered before its end."""
         self._was_paused = False
         """Whether reading was paused in this window: then it was not the caller who was slow."""
-        self._unsent = 0
-        """Bytes of answers that waited for the caller at the last look."""
+        self._untaken_before = 0
+        """Bytes of answers that the caller had not taken at the last look."""
         self._timer: TimerHandle | None = None
         self._due = math.inf
         self._stopping = False
@@ -258,6 +262,7 @@ class CouponProtocol(HttpToolsProtocol):
                 self.send_400_response("")
             return
         if begins:
+            self._passed_over = 0
             self._begin_window(self.loop.time())
         if self.flow.read_paused:
             self._was_paused = True
@@ -273,7 +278,7 @@ class CouponProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unsent = 0
+        self._untaken_before = 0
         self._look_at(self.loop.time() + self._limits.body_s)
 
     def _look(self) -> None:
@@ -281,11 +286,11 @@ class CouponProtocol(HttpToolsProtocol):
         self._timer, self._due = None, math.inf
         now = self.loop.time()
         if self.transport.is_closing() or self.flow.write_paused:
-            unsent = self.transport.get_write_buffer_size()
-            if unsent and unsent == self._unsent:
+            untaken = self._untaken()
+            if untaken and untaken == self._untaken_before:
                 self.transport.abort()
                 return
-            self._unsent = unsent
+            self._untaken_before = untaken
             self._look_at(now + self._limits.body_s)
             if self.transport.is_closing():
                 return
@@ -299,6 +304,14 @@ class CouponProtocol(HttpToolsProtocol):
         else:
             wait = self._limits.head_s if cycle is None else self._limits.keep_alive_s
             self._end_when_due(self._since + wait, now, None)
+
+    def _untaken(self) -> int:
+        """Bytes of answers that the caller has not taken yet: ours, and those that are with the kernel, which asks for
+        more only when much of its buffer is free; a slow reader would seem to stand still."""
+        with_kernel = bytearray(4)
+        with contextlib.suppress(OSError, ValueError):  # of a socket that is closed
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, with_kernel)
+        return self.transport.get_write_buffer_size() + int.from_bytes(with_kernel, sys.byteorder)
 
     def _look_at_body(self, now: float) -> None:
         if self._stopping:

@@ -200,7 +200,7 @@ class Supervisor:
         a home that it may be forbidden to read."""
         given = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
         urls = {"COUPON_REDIS_URL": self._redis.url, "COUPON_DATABASE_URL": self._postgres.url}
-        return {**given, **urls, "PGSSLMODE": "disable", "PYTHONUNBUFFERED": "1"}
+        return {**given, **urls, "PGSSLMODE": "disable", "PYTHONUNBUFFERED": "1", "COUPON_DRAIN_MS": "0"}
 
     def _set_up(self, arguments: list[str], stdin: str = "") -> None:
         """Runs a command of the service to its end."""
