@@ -64,8 +64,12 @@ RedemptionsPerCode = Annotated[
 ]
 TtlSeconds = Annotated[int, Meta(ge=1, le=3600, description="how long a lock lasts unless its caller says otherwise")]
 Moment = Annotated[datetime, Meta(tz=True)]
-StartsAt = Annotated[Moment, Meta(description="RFC 3339 with an offset: no assign, lock or redeem before it")]
-ExpiresAt = Annotated[Moment, Meta(description="RFC 3339 with an offset: no assign, lock or redeem from it on")]
+StartsAt = Annotated[
+    Moment, Meta(description="RFC 3339 with an offset, 1970 to 9999: no assign, lock or redeem before it")
+]
+ExpiresAt = Annotated[
+    Moment, Meta(description="RFC 3339 with an offset, 1970 to 9999: no assign, lock or redeem from it on")
+]
 Metadata = Annotated[
     dict[str, Any], Meta(description="your own JSON object, at most 4096 bytes, nested at most 100 levels deep")
 ]
@@ -93,6 +97,7 @@ class Generate(Request, frozen=True):
             min_length=3,
             max_length=64,
             description="each `#` is one random symbol; all else stands for itself and must be a legal code character",
+            extra_json_schema={"pattern": "^[A-Za-z0-9#][A-Za-z0-9._~+@#-]*$"},
         ),
     ]
     total: Annotated[int, Meta(ge=1, le=GENERATED_PER_CALL_MAX, description="how many codes")]
@@ -101,7 +106,8 @@ class Generate(Request, frozen=True):
         Meta(
             min_length=2,
             max_length=64,
-            description="`unambiguous`, `alphanumeric`, `letters`, `digits`, or the symbols themselves",
+            description="`unambiguous`, `alphanumeric`, `letters`, `digits`, or 2 or more different symbols themselves",
+            extra_json_schema={"pattern": "^[A-Za-z0-9._~+@-]*$"},
         ),
     ] = "unambiguous"
 
