@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET
 
 from coupon_svc.api.http import Answer, Call
-from coupon_svc.api.inputs import decode_cursor, encode_cursor, encode_metadata, invalid, page_limit
+from coupon_svc.api.inputs import decode_cursor, encode_cursor, encode_metadata, invalid
 from coupon_svc.api.runner import BookRunner
 from coupon_svc.api.schemas import (
     REJECTED_SHOWN_MAX,
@@ -19,6 +19,7 @@ from coupon_svc.api.schemas import (
     BooksPage,
     CodeCounters,
     CreateBook,
+    Page,
     RejectedCode,
     UpdateBook,
     UploadAnswer,
@@ -116,9 +117,9 @@ class Books:
         return Answer(200, await self._live(call.key.tenant_id, call.path["book_id"]))
 
     async def list_books(self, call: Call) -> Answer:
-        limit = page_limit(call.query)
-        cursor = call.query.get("cursor")
-        before = decode_cursor(cursor) if cursor else None
+        query: Page = call.query
+        limit = query.limit
+        before = decode_cursor(query.cursor) if query.cursor else None
         async with self._database.connection(only_reads=True) as connection:
             books = await catalogue.list_books(connection, call.key.tenant_id, limit + 1, before)
         page = books[:limit]

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from coupon_svc.api.http import Answer, Call
-from coupon_svc.api.inputs import check_user_id, decode_cursor, encode_cursor, encode_metadata, invalid, page_limit
+from coupon_svc.api.inputs import check_user_id, decode_cursor, encode_cursor, encode_metadata, invalid
 from coupon_svc.api.registration import Registration
 from coupon_svc.api.runner import BookRunner, Place
 from coupon_svc.api.schemas import (
@@ -23,6 +23,7 @@ from coupon_svc.api.schemas import (
     CodeBookStatus,
     CouponAnswer,
     CouponsPage,
+    ListCoupons,
     LockAnswer,
     LockCoupon,
     RedeemAnswer,
@@ -245,13 +246,11 @@ class Coupons:
     async def list_coupons(self, call: Call) -> Answer:
         user_id = call.path["user_id"]
         tenant_id = call.key.tenant_id
-        query = call.query
+        query: ListCoupons = call.query
         check_user_id(user_id)
-        limit = page_limit(query)
-        status, book_id = query.get("status"), query.get("book_id")
-        if status not in (None, "assigned", "locked", "redeemed"):
-            raise invalid("/status", "give assigned, locked or redeemed")
-        after = decode_cursor(query["cursor"]) if query.get("cursor") else (0, "")
+        limit, status = query.limit, query.status or None
+        book_id = None if query.book_id is UNSET else query.book_id
+        after = decode_cursor(query.cursor) if query.cursor else (0, "")
         if book_id is not None and after[1] and not after[1].startswith(f"{book_id}:"):
             raise invalid("/cursor", "this cursor is of another list")
         if book_id is not None:

@@ -10,12 +10,13 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from coupon_svc.api.auth import KeyRing
+from coupon_svc.api.inputs import invalid
 from coupon_svc.api.metrics import Metrics
 from coupon_svc.api.problems import Headers, problem_response
 from coupon_svc.domain.outcomes import Outcome, Refused
@@ -35,24 +36,23 @@ _JSON = (b"content-type", b"application/json")
 _encode = msgspec.json.Encoder().encode
 _encode_in_order = msgspec.json.Encoder(order="deterministic").encode
 _PLAIN_NAME = re.compile(r"[a-z][a-z_]{0,40}")
+_BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+PARAMETER_SHOWN_MAX = 100
+"""Characters of the name of an unknown query parameter that a refusal repeats."""
 
 
 class Call:
     """One request as its function sees it: who calls, with what. Everything here has been checked."""
 
-    __slots__ = ("body", "idempotency_key", "key", "method", "path", "query_string")
+    __slots__ = ("body", "idempotency_key", "key", "method", "path", "query")
 
-    def __init__(self, key: KeyRow, method: str, path: Mapping[str, str], query_string: bytes) -> None:
+    def __init__(self, key: KeyRow, method: str, path: Mapping[str, str]) -> None:
         self.key = key
         self.method = method
         self.path = path
-        self.query_string = query_string
+        self.query: Any = None
         self.body: Any = None
         self.idempotency_key: str | None = None
-
-    @property
-    def query(self) -> dict[str, str]:
-        return dict(parse_qsl(self.query_string.decode("latin-1"), keep_blank_values=True))
 
     def fingerprint(self, path: str) -> str:
         """What tells this request from another with the same Idempotency-Key: method, `path` with its code normalised,
@@ -99,8 +99,12 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     method: str
     path: str
     summary: str
+    tag: str
+    """The group of operations that it is shown in."""
     scopes: tuple[str, ...] = ()
     """Any of them is enough; none means that no key is needed."""
+    query: type[msgspec.Struct] | None = None
+    """The query parameters that are known; None: none is."""
     body: type[msgspec.Struct] | None = None
     answers: dict[int, Any] = {}
     """Status -> type of the body, None for an empty one."""
@@ -179,9 +183,14 @@ class Endpoint:
         key = await self._keys.authenticate(headers.get(b"authorization", b""))
         if key.scopes.isdisjoint(operation.scopes):
             raise Refused(Outcome.MISSING_SCOPE, scopes=list(operation.scopes))
-        call = Call(key, operation.method, path, query_string)
+        call = Call(key, operation.method, path)
+        wrong: Refused | None = None
+        if query_string or operation.query is not None:
+            try:
+                call.query = decode_query(operation.query, query_string)
+            except Refused as refused:
+                wrong = refused
         if decoder is not None:
-            invalid: Refused | None = None
             content = body if isinstance(body, bytes) else await read_body(headers, body)
             if content:
                 check_media_type(headers)
@@ -190,11 +199,11 @@ class Endpoint:
             except Refused as refused:
                 if refused.outcome is not Outcome.INVALID_REQUEST:
                     raise
-                invalid = refused
+                wrong = wrong or refused
             if operation.method == "POST" and b"idempotency-key" in headers:
                 call.idempotency_key = parse_idempotency_key(headers[b"idempotency-key"])
-            if invalid is not None:
-                raise invalid
+        if wrong is not None:
+            raise wrong
         return await handler(call)
 
     def _refuse(self, refused: Refused) -> tuple[Response, str]:
@@ -265,25 +274,71 @@ def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
     try:
         return decoder.decode(body or b"{}")
     except msgspec.ValidationError as error:
-        _check_json(body or b"{}")  # what is wrong was found before the end was seen
-        text = str(error)
-        at = _AT.search(text)
-        detail = _without_values(text[: at.start()] if at else text)
-        raise Refused(
-            Outcome.INVALID_REQUEST, errors=[{"pointer": json_pointer(at[1] if at else ""), "detail": detail}]
-        ) from None
+        wrong = error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Refused(Outcome.MALFORMED_JSON) from None
+    parsed = _parsed(body or b"{}")  # the decoder found what is wrong before it saw the end
+    if "got `float`" in str(wrong):
+        try:
+            return msgspec.convert(_whole_numbers(parsed), decoder.type)
+        except msgspec.ValidationError as error:
+            wrong = error
+    raise _invalid(str(wrong))
 
 
-def _check_json(body: bytes) -> None:
-    """Raises Refused(malformed_json) unless the body is JSON, whatever it says."""
+def _parsed(body: bytes) -> Any:
+    """The body as JSON, whatever it says. Raises Refused(malformed_json)."""
     try:
-        msgspec.json.decode(body)
+        return msgspec.json.decode(body)
     except msgspec.ValidationError:
-        pass  # a number too large for anything is JSON all the same
+        return None  # a number too large for anything is JSON all the same
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Refused(Outcome.MALFORMED_JSON) from None
+
+
+def _whole_numbers(body: Any) -> Any:
+    """The same body with `1.0` as `1`: for JSON Schema it is an integer. The caller's metadata stays as it is."""
+    if not isinstance(body, dict):
+        return body
+    whole = {name: _whole_numbers(value) if name != "metadata" else value for name, value in body.items()}
+    return {n: int(v) if isinstance(v, float) and v.is_integer() else v for n, v in whole.items()}
+
+
+def decode_query(known: type[msgspec.Struct] | None, query_string: bytes) -> Any:
+    """The query as its struct, None where no parameter is known. Raises Refused(invalid_request) for a parameter that is
+    unknown, given twice, not percent-encoded UTF-8 or out of bounds."""
+    names = known.__struct_fields__ if known is not None else ()
+    given: dict[str, str] = {}
+    for part in filter(None, query_string.split(b"&")):
+        try:
+            name, value = (_unquoted(text) for text in part.split(b"=", 1) + [b""] * (b"=" not in part))
+        except ValueError:
+            raise invalid("", "a query is percent-encoded UTF-8") from None
+        pointer = "/" + name[:PARAMETER_SHOWN_MAX].replace("~", "~0").replace("/", "~1")
+        if name not in names:
+            raise invalid(pointer, "this endpoint does not know this query parameter")
+        if name in given:
+            raise invalid(pointer, "give this query parameter once")
+        given[name] = value
+    if known is None:
+        return None
+    try:
+        return msgspec.convert(given, known, strict=False)  # every value is text, also one that stands for a number
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error).replace(", got `str`", "")) from None
+
+
+def _unquoted(text: bytes) -> str:
+    """Raises ValueError for a broken escape, and for what is not UTF-8."""
+    if _BROKEN_ESCAPE.search(text):
+        raise ValueError
+    return unquote_to_bytes(text.replace(b"+", b" ")).decode()
+
+
+def _invalid(text: str) -> Refused:
+    """The refusal of what msgspec says is wrong."""
+    at = _AT.search(text)
+    return invalid(json_pointer(at[1] if at else ""), _without_values(text[: at.start()] if at else text))
 
 
 def _without_values(detail: str) -> str:

@@ -12,8 +12,6 @@ import msgspec
 from coupon_svc.api.schemas import METADATA_BYTES_MAX, METADATA_DEPTH_MAX, USER_ID_RULE, Cursor, UserId
 from coupon_svc.domain.outcomes import Outcome, Refused
 
-PAGE_LIMIT_DEFAULT, PAGE_LIMIT_MAX = 50, 1000
-
 
 def invalid(pointer: str, detail: str) -> Refused:
     """The refusal of one part of a request: where, as a JSON pointer, and what to do about it."""
@@ -47,14 +45,6 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
-
-
-def page_limit(query: dict[str, str]) -> int:
-    """The page size asked for. Raises Refused(invalid_request) unless it is 1..1000."""
-    text = query.get("limit", str(PAGE_LIMIT_DEFAULT))
-    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= PAGE_LIMIT_MAX):
-        raise invalid("/limit", f"give a number from 1 to {PAGE_LIMIT_MAX}")
-    return int(text)
 
 
 def encode_cursor(number: int, text: str) -> str:

@@ -1,47 +1,74 @@
-"""The OpenAPI 3.1 document, made from the operations and the structs that validate: it cannot say anything else."""
+"""The OpenAPI 3.1 document, made from the operations and the structs that validate."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
 
 from coupon_svc import __version__
-from coupon_svc.api.http import Operation
-from coupon_svc.api.operations import ANY_OPERATION
-from coupon_svc.api.problems import PROBLEMS
-from coupon_svc.api.schemas import Problem
+from coupon_svc.api.http import BODY_BYTES_MAX, Operation
+from coupon_svc.api.operations import ANY_OPERATION, ANY_REQUEST
+from coupon_svc.api.problems import PROBLEMS, problem_body
+from coupon_svc.api.schemas import Problem, UploadCodes, UserId
 from coupon_svc.domain.outcomes import Outcome
 
 _REF = "#/components/schemas/{name}"
-_PATH = {
-    "code": "Case-insensitive; 3..64 of A-Z 0-9 . _ ~ + @ -, a letter or digit first.",
-    "user_id": "The caller's own id, percent-encoded; a / in it, too.",
-    "book_id": "As a create answered it.",
-    "job_id": "As an upload answered it.",
-    "outcome": "The `code` of a problem.",
+_TAGS = {
+    "Books": "Sets of codes with rules.",
+    "Codes": "Adding codes to a book, and looking at one.",
+    "Coupons": "Codes in users' hands: assign, lock, redeem.",
+    "Service": "Health, metrics and documents. No key is needed, and query parameters are ignored.",
 }
-_PARAMETERS: dict[str, list[dict[str, Any]]] = {
-    "list_books": [],
-    "list_coupons": [
-        {"name": "book_id", "in": "query", "schema": {"type": "string"}},
-        {"name": "status", "in": "query", "schema": {"enum": ["assigned", "locked", "redeemed"]}},
-    ],
+_PATH: dict[str, tuple[dict[str, Any], str]] = {
+    "code": (
+        {"type": "string", "pattern": r"^\s*[A-Za-z0-9][A-Za-z0-9._~+@-]{2,63}\s*$"},
+        "Case-insensitive; 3..64 of A-Z 0-9 . _ ~ + @ -, a letter or digit first.",
+    ),
+    "user_id": (msgspec.json.schema(UserId), "Your own id of the user, percent-encoded; `/` as `%2F`."),
+    "book_id": (
+        {"type": "string", "pattern": "^bk_[0-9]{2}[0-9a-z]{16}$"},
+        "As a create answered it. Whatever else stands here is `book_not_found`.",
+    ),
+    "job_id": ({"type": "string"}, "A job's id."),
+    "outcome": ({"enum": [outcome.value for outcome in Outcome]}, "The `code` of a problem."),
 }
-_PAGING = [
-    {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 50}},
-    {"name": "cursor", "in": "query", "schema": {"type": "string"}, "description": "next_cursor of the page before"},
-]
 _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
-    "schema": {"type": "string", "minLength": 1, "maxLength": 257},
-    "description": "1..255 printable characters, bare or quoted. The same key has one effect, for 24 hours.",
+    "schema": {
+        "type": "string",
+        "pattern": r'^(?:"(?:\\["\\]|[ !#-\[\]-~]){1,255}"|(?!""$)[!-~](?:[ -~]{0,253}[!-~])?)$',
+    },
+    "description": "1..255 printable ASCII characters, bare or quoted. The same key with the same request has one effect.",
+    "example": "order-4711",
 }
 _REPLAYED = {"Idempotent-Replayed": {"schema": {"const": "true"}, "description": "present on an answer given before"}}
-_LOCATION = {"Location": {"schema": {"type": "string"}, "description": "the book's address"}}
+_LOCATION = {
+    "Location": {
+        "required": True,
+        "schema": {"type": "string", "pattern": "^/coupons/bk_"},
+        "description": "the book's address",
+    }
+}
 _NUMBER = {"type": "integer"}
+_RETRY_AFTER = {
+    "Retry-After": {
+        "required": True,
+        "schema": {"type": "integer", "minimum": 1},
+        "description": "when to try again, in seconds",
+    }
+}
+_HEADERS: dict[int, dict[str, Any]] = {
+    401: {"WWW-Authenticate": {"required": True, "schema": {"const": "Bearer"}, "description": "how to authenticate"}},
+    405: {"Allow": {"required": True, "schema": {"type": "string"}, "description": "the methods of this address"}},
+    423: _RETRY_AFTER,
+    503: _RETRY_AFTER,
+}
+"""What problems of a status carry, always."""
 _NUMBERS: dict[Outcome, dict[str, Any]] = {
     Outcome.MISSING_SCOPE: {"scopes": {"type": "array", "items": {"type": "string"}, "description": "one is enough"}},
     Outcome.BODY_TOO_LARGE: {"limit_bytes": _NUMBER},
@@ -61,7 +88,17 @@ _NUMBERS: dict[Outcome, dict[str, Any]] = {
     Outcome.LOCKED: {"retry_after_seconds": {"type": "integer", "minimum": 1}},
 }
 """What else a problem of an outcome says."""
-_EXAMPLES: dict[str, Any] = {
+_NUMBERS_TOLD: dict[Outcome, dict[str, Any]] = {
+    Outcome.MISSING_SCOPE: {"scopes": ["coupons:assign"]},
+    Outcome.BODY_TOO_LARGE: {"limit_bytes": BODY_BYTES_MAX},
+    Outcome.INVALID_REQUEST: {"errors": [{"pointer": "/user_id", "detail": "Expected `str` of length >= 1"}]},
+    Outcome.PATTERN_CAPACITY: {"capacity": 810_000, "requested": 500_000, "already_used": 0},
+    Outcome.USER_CODE_LIMIT: {"limit": 1, "held": 1},
+    Outcome.LOCKED: {"retry_after_seconds": 42},
+}
+"""An example of each."""
+_BOOK_ID, _CODE, _USER, _MOMENT = "bk_08wazn8pg1mwcdvjs8", "SUMMER-9SJG-2HF7", "user-1", "2026-11-22T14:48:57.476Z"
+_BODIES: dict[str, Any] = {
     "create_book": {
         "name": "Summer 2026",
         "max_codes_per_user": 1,
@@ -69,14 +106,94 @@ _EXAMPLES: dict[str, Any] = {
         "metadata": {"campaign": "s26"},
     },
     "update_book": {"status": "paused"},
-    "upload_codes": {"book_id": "bk_…", "codes": ["WELCOME-1", "WELCOME-2"]},
-    "assign_coupon": {"book_id": "bk_…", "user_id": "user-1"},
-    "assign_code": {"user_id": "user-1"},
-    "lock_coupon": {"user_id": "user-1", "ttl_seconds": 60},
-    "unlock_coupon": {"lock_token": "lk_…"},
-    "redeem_coupon": {"user_id": "user-1", "reference": "order-4711"},
+    "upload_codes": {"book_id": _BOOK_ID, "codes": ["WELCOME-1", "WELCOME-2"]},
+    "assign_coupon": {"book_id": _BOOK_ID, "user_id": _USER},
+    "assign_code": {"user_id": _USER},
+    "lock_coupon": {"user_id": _USER, "ttl_seconds": 60},
+    "unlock_coupon": {"lock_token": "lk_50kkcqIRntRxrmigCOPKjESC"},
+    "redeem_coupon": {"user_id": _USER, "reference": "order-4711"},
 }
-"""Bodies to begin with; `…` stands for what an answer told."""
+"""Bodies to begin with."""
+_BOOK = {
+    "book_id": _BOOK_ID,
+    "name": "Summer 2026",
+    "max_codes_per_user": 1,
+    "max_redemptions_per_code": 1,
+    "lock_ttl_seconds": 120,
+    "starts_at": None,
+    "expires_at": None,
+    "ack": "ledger",
+    "metadata": {"campaign": "s26"},
+    "status": "active",
+    "created_at": _MOMENT,
+    "redemptions": 0,
+    "codes": {"total": 1000, "available": 1000, "assigned": 0, "redeemed": 0, "quarantined": 0},
+}
+_ASSIGNED = {
+    "code": _CODE,
+    "book_id": _BOOK_ID,
+    "user_id": _USER,
+    "assigned_at": _MOMENT,
+    "redemptions_left": 1,
+    "position": "08:1-1",
+    "durable": True,
+}
+_COUPON = {
+    "code": _CODE,
+    "book_id": _BOOK_ID,
+    "user_id": _USER,
+    "status": "assigned",
+    "assigned_at": _MOMENT,
+    "redemptions_used": 0,
+    "redemptions_left": 1,
+    "locked_until": None,
+}
+_ANSWERS: dict[str, Any] = {
+    "create_book": _BOOK,
+    "list_books": {"books": [_BOOK], "next_cursor": None},
+    "read_book": _BOOK,
+    "update_book": {**_BOOK, "status": "paused"},
+    "upload_codes": {
+        "book_id": _BOOK_ID,
+        "received": 2,
+        "inserted": 2,
+        "duplicates": 0,
+        "invalid": 0,
+        "rejected": [],
+        "rejected_truncated": False,
+    },
+    "assign_coupon": _ASSIGNED,
+    "assign_code": _ASSIGNED,
+    "lock_coupon": {
+        "code": _CODE,
+        "book_id": _BOOK_ID,
+        "user_id": _USER,
+        "lock_token": "lk_50kkcqIRntRxrmigCOPKjESC",
+        "locked_until": _MOMENT,
+        "ttl_seconds": 60,
+    },
+    "redeem_coupon": {
+        "redemption_id": "rd_08_1_3",
+        "code": _CODE,
+        "book_id": _BOOK_ID,
+        "user_id": _USER,
+        "redeemed_at": _MOMENT,
+        "redemptions_used": 1,
+        "redemptions_left": 0,
+        "position": "08:1-3",
+        "durable": True,
+    },
+    "list_coupons": {"coupons": [_COUPON], "next_cursor": None},
+    "read_code": {**_COUPON, "book_status": "active"},
+}
+"""What each operation answers when all is well."""
+_EITHER_CODES_OR_GENERATE = {
+    "oneOf": [
+        {"required": [given], "properties": {given: {"type": kind}, other: {"type": "null"}}}
+        for given, kind, other in (("codes", "array", "generate"), ("generate", "object", "codes"))
+    ]
+}
+"""What no struct can say of an upload."""
 
 
 def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
@@ -84,21 +201,23 @@ def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
     types = {t for operation in operations for t in (operation.body, *operation.answers.values()) if t is not None}
     ordered = sorted(types, key=lambda t: t.__name__)
     schemas, components = msgspec.json.schema_components([*ordered, Problem], ref_template=_REF)
+    components[UploadCodes.__name__] |= _EITHER_CODES_OR_GENERATE
     refs = dict(zip([*ordered, Problem], schemas, strict=True))
     paths: dict[str, Any] = {}
     for operation in operations:
-        path = operation.path.replace(":path", "")
-        paths.setdefault(path, {})[operation.method.lower()] = _operation(operation, refs)
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, refs)
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "Coupon Book Service",
             "version": __version__,
-            "description": "Books of coupon codes: assigned at random or by name, locked at checkout, redeemed once.",
+            "description": "Books of coupon codes: assigned at random or by name, locked at checkout, redeemed as often as"
+            " their book allows. GET paths answer HEAD, too.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": "/"}],
         "security": [{"key": []}],
+        "tags": [{"name": name, "description": description} for name, description in _TAGS.items()],
         "paths": {**paths, **_public_paths()},
         "components": {
             "schemas": components,
@@ -108,46 +227,64 @@ def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
 
 
 def _operation(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
-    parameters = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}, "description": _PATH[name]}
-        for name in re.findall(r"{(\w+)", operation.path)
-    ]
-    if operation.name in _PARAMETERS:
-        parameters += _PARAMETERS[operation.name] + _PAGING
+    parameters = [_path_parameter(name) for name in re.findall(r"{(\w+)", operation.path)]
+    if operation.query is not None:
+        parameters += _query_parameters(operation.query)
     if operation.method == "POST":
         parameters.append(_IDEMPOTENCY_KEY)
     described: dict[str, Any] = {
         "operationId": operation.name,
+        "tags": [operation.tag],
         "summary": operation.summary,
         "description": f"Scope: {' or '.join(f'`{scope}`' for scope in operation.scopes)}.",
         "parameters": parameters,
         "responses": _responses(operation, refs),
     }
     if operation.body is not None:
-        content = {"schema": refs[operation.body], "example": _EXAMPLES[operation.name]}
-        described["requestBody"] = {"content": {"application/json": content}}
+        described["requestBody"] = {
+            "required": any(field.required for field in msgspec.structs.fields(operation.body)),
+            "content": {"application/json": {"schema": refs[operation.body], "example": _BODIES[operation.name]}},
+        }
     return described
+
+
+def _path_parameter(name: str) -> dict[str, Any]:
+    schema, description = _PATH[name]
+    return {"name": name, "in": "path", "required": True, "schema": schema, "description": description}
+
+
+def _query_parameters(query: type[msgspec.Struct]) -> list[dict[str, Any]]:
+    _, components = msgspec.json.schema_components([query])
+    return [
+        {"name": name, "in": "query", "description": schema.pop("description"), "schema": schema}
+        for name, schema in components[query.__name__]["properties"].items()
+    ]
 
 
 def _responses(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     responses: dict[str, Any] = {}
     for status, answer in operation.answers.items():
-        response: dict[str, Any] = {"description": "Done"}
+        response: dict[str, Any] = {"description": HTTPStatus(status).phrase}
         if answer is not None:
-            response["content"] = {"application/json": {"schema": refs[answer]}}
+            response["content"] = {"application/json": {"schema": refs[answer], "example": _ANSWERS[operation.name]}}
         if operation.method == "POST":
             response["headers"] = _REPLAYED | (_LOCATION if operation.name == "create_book" else {})
         responses[str(status)] = response
+    return responses | _problems((*operation.outcomes, *ANY_OPERATION))
+
+
+def _problems(outcomes: Iterable[Outcome]) -> dict[str, Any]:
     by_status: dict[int, list[Outcome]] = {}
-    for outcome in (*operation.outcomes, *ANY_OPERATION):
+    for outcome in sorted(set(outcomes), key=list(Outcome).index):
         by_status.setdefault(PROBLEMS[outcome].status, []).append(outcome)
-    for status, outcomes in sorted(by_status.items()):
-        responses[str(status)] = _problem(status, outcomes)
-    return responses
+    return {str(status): _problem(status, of_status) for status, of_status in sorted(by_status.items())}
 
 
 def _problem(status: int, outcomes: list[Outcome]) -> dict[str, Any]:
-    properties: dict[str, Any] = {"code": {"enum": [outcome.value for outcome in outcomes]}}
+    properties: dict[str, Any] = {
+        "status": {"const": status},
+        "code": {"enum": [outcome.value for outcome in outcomes]},
+    }
     for outcome in outcomes:
         properties |= _NUMBERS.get(outcome, {})
     schema = {
@@ -157,52 +294,75 @@ def _problem(status: int, outcomes: list[Outcome]) -> dict[str, Any]:
         ]
     }
     lines = [f"`{outcome.value}`: {PROBLEMS[outcome].detail}" for outcome in outcomes]
+    examples = {
+        outcome.value: {"value": problem_body(outcome, "req_5f0c3f2a9d1e4b67", **_NUMBERS_TOLD.get(outcome, {}))}
+        for outcome in outcomes
+    }
     response: dict[str, Any] = {
         "description": "\n\n".join(lines),
-        "content": {"application/problem+json": {"schema": schema}},
+        "content": {"application/problem+json": {"schema": schema, "examples": examples}},
     }
-    if status in (423, 429, 503):
-        response["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
+    if status in _HEADERS:
+        response["headers"] = _HEADERS[status]
     return response
 
 
 def _public_paths() -> dict[str, Any]:
-    def get(name: str, summary: str, media_type: str, **problems: list[Outcome]) -> dict[str, Any]:
-        responses: dict[str, Any] = {"200": {"description": "OK", "content": {media_type: {}}}}
-        shut = [Outcome.METHOD_NOT_ALLOWED]
-        for outcomes in (*problems.values(), shut):
-            status = PROBLEMS[outcomes[0]].status
-            responses[str(status)] = _problem(status, outcomes)
-        return {"get": {"operationId": name, "summary": summary, "security": [], "responses": responses}}
+    def get(
+        name: str, summary: str, media_type: str, schema: dict[str, Any], outcomes: tuple[Outcome, ...] = ()
+    ) -> dict[str, Any]:
+        answer = {"200": {"description": "OK", "content": {media_type: {"schema": schema}}}}
+        problems = _problems((*ANY_REQUEST, *outcomes))
+        described = {"operationId": name, "tags": ["Service"], "summary": summary, "security": []}
+        return {"get": {**described, "responses": answer | problems}}
 
-    unready = [
-        Outcome.TOO_MANY_CONNECTIONS,
+    def status(word: str, **more: dict[str, Any]) -> dict[str, Any]:
+        properties = {"status": {"const": word}, **more}
+        return {"type": "object", "properties": properties, "required": list(properties)}
+
+    shards = {
+        "type": "object",
+        "properties": {"open": {"type": "integer"}, "of": {"type": "integer"}},
+        "required": ["open", "of"],
+        "description": "how many shards this process can use",
+    }
+    unready = (
         Outcome.SHUTTING_DOWN,
         Outcome.STORE_UNAVAILABLE,
         Outcome.RECOVERING,
         Outcome.BACKLOG_FULL,
         Outcome.LEDGER_BEHIND,
-    ]
-    explained = get("read_problem", "What a problem is about", "application/json", missing=[Outcome.NOT_FOUND])
-    explained["get"]["parameters"] = [
-        {
-            "name": "outcome",
-            "in": "path",
-            "required": True,
-            "schema": {"enum": [outcome.value for outcome in Outcome]},
-            "description": _PATH["outcome"],
-        }
-    ]
+    )
+    explained = {
+        "type": "object",
+        "properties": {
+            "code": {"type": "string", "description": "the outcome"},
+            "status": {"type": "integer", "description": "the HTTP status it is answered with"},
+            "title": {"type": "string", "description": "the outcome in a few words"},
+            "detail": {"type": "string", "description": "what it means"},
+            "retry_after_s": {"type": ["integer", "null"], "description": "when to try again, in seconds"},
+        },
+        "required": ["code", "status", "title", "detail", "retry_after_s"],
+    }
+    read_problem = get("read_problem", "What a problem is about", "application/json", explained, (Outcome.NOT_FOUND,))
+    read_problem["get"]["parameters"] = [_path_parameter("outcome")]
+    read_readiness = get(
+        "read_readiness",
+        "Every shard is certified, below its backlog cap, and its ledger was seen of late",
+        "application/json",
+        status("ready", shards=shards),
+        unready,
+    )
+    refusal = read_readiness["get"]["responses"]["503"]["content"]["application/problem+json"]["schema"]
+    refusal["allOf"][1]["properties"]["shards"] = shards
+    parts = ("openapi", "info", "servers", "security", "tags", "paths", "components")
+    document = {"type": "object", "properties": {part: {} for part in parts}, "required": ["openapi", "info", "paths"]}
+    text = {"type": "string"}
     return {
-        "/healthz": get("read_health", "The process lives", "application/json"),
-        "/readyz": get(
-            "read_readiness",
-            "Every shard is certified, below its backlog cap, and its ledger was seen of late",
-            "application/json",
-            unready=unready,
-        ),
-        "/metrics": get("read_metrics", "Counters for Prometheus", "text/plain"),
-        "/openapi.json": get("read_openapi", "This document", "application/json"),
-        "/docs": get("read_docs", "This document, for people", "text/html"),
-        "/problems/{outcome}": explained,
+        "/healthz": get("read_health", "The process lives", "application/json", status("alive")),
+        "/readyz": read_readiness,
+        "/metrics": get("read_metrics", "Counters for Prometheus", "text/plain", text),
+        "/openapi.json": get("read_openapi", "This document", "application/json", document),
+        "/docs": get("read_docs", "This document, for people", "text/html", text),
+        "/problems/{outcome}": read_problem,
     }

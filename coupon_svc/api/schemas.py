@@ -32,14 +32,56 @@ UserId = Annotated[
         description=f"the caller's own id: {USER_ID_RULE}",
     ),
 ]
-Reference = Annotated[str, Meta(min_length=1, max_length=200, pattern=_NO_CONTROLS, description="the caller's own")]
-LockToken = Annotated[str, Meta(min_length=1, max_length=100, pattern=_NO_CONTROLS)]
-Receipt = Annotated[str, Meta(min_length=1, max_length=1500, pattern=_NO_CONTROLS)]
-BookId = str
-Limit = Annotated[int, Meta(ge=1, le=2_147_483_647)]
-TtlSeconds = Annotated[int, Meta(ge=1, le=3600)]
-Moment = Annotated[datetime, Meta(tz=True, description="RFC 3339")]
-Metadata = Annotated[dict[str, Any], Meta(description="the caller's own JSON object, at most 4 KiB")]
+Reference = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=200,
+        pattern=_NO_CONTROLS,
+        description="your own reference for this redemption, e.g. an order number",
+    ),
+]
+LockToken = Annotated[
+    str,
+    Meta(min_length=1, max_length=100, pattern=_NO_CONTROLS, description="the `lock_token` that a lock answered"),
+]
+Receipt = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=1500,
+        pattern=_NO_CONTROLS,
+        description="the `receipt` of the assign; brings its record back where it was lost, and changes nothing else",
+    ),
+]
+BookId = Annotated[str, Meta(description="the book's id, as its creation answered it")]
+HolderId = Annotated[str, Meta(description="your own id of the user who holds the code")]
+Code = Annotated[str, Meta(description="the code, in upper case")]
+_LIMIT = Meta(ge=1, le=2_147_483_647)
+CodesPerUser = Annotated[int, _LIMIT, Meta(description="how many codes of the book one user may hold; null: unlimited")]
+RedemptionsPerCode = Annotated[
+    int, _LIMIT, Meta(description="how often each code may be redeemed; null: unlimited. It never changes")
+]
+TtlSeconds = Annotated[int, Meta(ge=1, le=3600, description="how long a lock lasts unless its caller says otherwise")]
+Moment = Annotated[datetime, Meta(tz=True)]
+StartsAt = Annotated[
+    Moment, Meta(description="RFC 3339 with an offset, 1970 to 9999: no assign, lock or redeem before it")
+]
+ExpiresAt = Annotated[
+    Moment, Meta(description="RFC 3339 with an offset, 1970 to 9999: no assign, lock or redeem from it on")
+]
+Metadata = Annotated[
+    dict[str, Any], Meta(description="your own JSON object, at most 4096 bytes, nested at most 100 levels deep")
+]
+Time = Annotated[str, Meta(description="RFC 3339, in UTC", extra_json_schema={"format": "date-time"})]
+Position = Annotated[
+    str, Meta(description="the event's place in the ledger: shard, epoch, number", pattern=r"^[0-9]{2}:[0-9]+-[0-9]+$")
+]
+UsesLeft = Annotated[int, Meta(ge=0, description="how often the code may still be redeemed; null: without limit")]
+UsesMade = Annotated[int, Meta(ge=0, description="how often the code was redeemed")]
+LockedUntil = Annotated[Time, Meta(description="when its lock ends by itself; null without a lock")]
+NextCursor = Annotated[str, Meta(description="the `cursor` of the next page; null on the last one")]
+CodeBookStatus = Literal["active", "paused", "closed", "not_started", "expired"]
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -47,26 +89,40 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Generate(Request, frozen=True):
-    pattern: Annotated[str, Meta(min_length=3, max_length=64, description="each # is one random symbol")]
-    total: Annotated[int, Meta(ge=1, le=GENERATED_PER_CALL_MAX)]
+    """Codes to be drawn at random, by a pattern. They may fill at most half of what the pattern can name."""
+
+    pattern: Annotated[
+        str,
+        Meta(
+            min_length=3,
+            max_length=64,
+            description="each `#` is one random symbol; all else stands for itself and must be a legal code character",
+            extra_json_schema={"pattern": "^[A-Za-z0-9#][A-Za-z0-9._~+@#-]*$"},
+        ),
+    ]
+    total: Annotated[int, Meta(ge=1, le=GENERATED_PER_CALL_MAX, description="how many codes")]
     alphabet: Annotated[
         str,
         Meta(
             min_length=2,
             max_length=64,
-            description="unambiguous, alphanumeric, letters, digits, or the symbols themselves",
+            description="`unambiguous`, `alphanumeric`, `letters`, `digits`, or 2 or more different symbols themselves",
+            extra_json_schema={"pattern": "^[A-Za-z0-9._~+@-]*$"},
         ),
     ] = "unambiguous"
 
 
 class CreateBook(Request, frozen=True):
     name: Name
-    max_codes_per_user: Limit | None = None
-    max_redemptions_per_code: Limit | None = 1
+    max_codes_per_user: CodesPerUser | None = None
+    max_redemptions_per_code: RedemptionsPerCode | None = 1
     lock_ttl_seconds: TtlSeconds = 120
-    starts_at: Moment | None = None
-    expires_at: Moment | None = None
-    ack: Ack = Ack.LEDGER
+    starts_at: StartsAt | None = None
+    expires_at: ExpiresAt | None = None
+    ack: Annotated[
+        Ack,
+        Meta(description="when an assign is answered: once the ledger has it, or once Redis does. It never changes"),
+    ] = Ack.LEDGER
     generate: Generate | None = None
     metadata: Metadata | None = None
 
@@ -74,11 +130,11 @@ class CreateBook(Request, frozen=True):
 class UpdateBook(Request, frozen=True):
     """Any of the fields. `ack` and `max_redemptions_per_code` are not among them: they never change."""
 
-    status: BookStatus | UnsetType = UNSET
+    status: Annotated[BookStatus, Meta(description="a book that is closed stays closed")] | UnsetType = UNSET
     name: Name | UnsetType = UNSET
-    starts_at: Moment | UnsetType | None = UNSET
-    expires_at: Moment | UnsetType | None = UNSET
-    max_codes_per_user: Limit | UnsetType | None = UNSET
+    starts_at: StartsAt | UnsetType | None = UNSET
+    expires_at: ExpiresAt | UnsetType | None = UNSET
+    max_codes_per_user: CodesPerUser | UnsetType | None = UNSET
     lock_ttl_seconds: TtlSeconds | UnsetType = UNSET
     metadata: Metadata | UnsetType | None = UNSET
 
@@ -87,7 +143,7 @@ class UploadCodes(Request, frozen=True):
     """Either codes or a pattern to generate them by."""
 
     book_id: BookId
-    codes: Annotated[list[str], Meta(max_length=CODES_PER_UPLOAD_MAX)] | None = None
+    codes: Annotated[list[str], Meta(max_length=CODES_PER_UPLOAD_MAX, description="a list of codes")] | None = None
     generate: Generate | None = None
 
 
@@ -103,8 +159,12 @@ class AssignCode(Request, frozen=True):
 
 class LockCoupon(Request, frozen=True):
     user_id: UserId | None = None
-    ttl_seconds: TtlSeconds | None = None
-    lock_token: LockToken | None = None
+    ttl_seconds: (
+        Annotated[int, Meta(ge=1, le=3600, description="how long the lock is to last; default: the book's")] | None
+    ) = None
+    lock_token: (
+        Annotated[LockToken, Meta(description="renews the lock that has this token, instead of making one")] | None
+    ) = None
     receipt: Receipt | None = None
 
 
@@ -120,140 +180,155 @@ class RedeemCoupon(Request, frozen=True):
     receipt: Receipt | None = None
 
 
+class Query(msgspec.Struct, frozen=True, kw_only=True):
+    """Query parameters; one that is unknown or given twice is refused."""
+
+
+class Page(Query, frozen=True):
+    limit: Annotated[int, Meta(ge=1, le=1000, description="how many entries a page has at most")] = 50
+    cursor: (
+        Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]*(?![\s\S])", description="`next_cursor` of the page before")]
+        | UnsetType
+    ) = UNSET
+
+
+class ListCoupons(Page, frozen=True):
+    book_id: Annotated[str, Meta(description="only coupons of this book")] | UnsetType = UNSET
+    status: (
+        Annotated[Literal["assigned", "locked", "redeemed"], Meta(description="only coupons of this status")]
+        | UnsetType
+    ) = UNSET
+
+
 class CodeCounters(msgspec.Struct, frozen=True):
     """The states exclude each other and add up to `total`."""
 
-    total: int
-    available: int
-    assigned: int
-    redeemed: int
-    quarantined: int
+    total: Annotated[int, Meta(ge=0, description="codes of the book")]
+    available: Annotated[int, Meta(ge=0, description="codes that nobody holds")]
+    assigned: Annotated[int, Meta(ge=0, description="codes that somebody holds and may redeem; locked ones, too")]
+    redeemed: Annotated[int, Meta(ge=0, description="codes with all uses spent")]
+    quarantined: Annotated[
+        int, Meta(ge=0, description="codes that may have been assigned before records were lost; nobody gets them")
+    ]
 
 
 class BookAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    book_id: str
-    name: str
-    max_codes_per_user: int | None
-    max_redemptions_per_code: int | None
-    lock_ttl_seconds: int
-    starts_at: str | None
-    expires_at: str | None
-    ack: Ack
-    metadata: dict[str, Any] | msgspec.Raw
-    status: BookStatus
-    created_at: str
-    redemptions: int
+    book_id: BookId
+    name: Annotated[str, Meta(description="your name for it")]
+    max_codes_per_user: CodesPerUser | None
+    max_redemptions_per_code: RedemptionsPerCode | None
+    lock_ttl_seconds: TtlSeconds
+    starts_at: Annotated[Time, Meta(description="RFC 3339, in UTC; null: at once")] | None
+    expires_at: Annotated[Time, Meta(description="RFC 3339, in UTC; null: never")] | None
+    ack: Annotated[Ack, Meta(description="when an assign is answered: once the ledger has it, or once Redis does")]
+    metadata: Annotated[
+        msgspec.Raw, Meta(description="your own JSON object, as it was sent", extra_json_schema={"type": "object"})
+    ]
+    status: Annotated[BookStatus, Meta(description="as it was set; the book's times are apart from it")]
+    created_at: Time
+    redemptions: Annotated[int, Meta(ge=0, description="every use made of any code")]
     codes: CodeCounters
 
 
 class BooksPage(msgspec.Struct, frozen=True):
     books: list[BookAnswer]
-    next_cursor: str | None
+    next_cursor: NextCursor | None
 
 
 class RejectedCode(msgspec.Struct, frozen=True):
-    row: int
-    code: str
+    row: Annotated[int, Meta(ge=1, description="its place in the list, from 1")]
+    code: Annotated[str, Meta(description="the code; of an invalid one the first 64 characters, as sent")]
     reason: Literal["duplicate", "invalid"]
 
 
 class UploadAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    book_id: str
-    received: int
-    inserted: int
-    duplicates: int
-    invalid: int
-    rejected: list[RejectedCode]
-    rejected_truncated: bool
+    book_id: BookId
+    received: Annotated[int, Meta(ge=0, description="codes sent, or asked for")]
+    inserted: Annotated[int, Meta(ge=0, description="codes that are new in the book")]
+    duplicates: Annotated[int, Meta(ge=0, description="codes that the tenant had already, or that the list has twice")]
+    invalid: Annotated[int, Meta(ge=0, description="entries that cannot be a code")]
+    rejected: Annotated[list[RejectedCode], Meta(description="the first 100 entries that were not inserted")]
+    rejected_truncated: Annotated[bool, Meta(description="whether more entries were not inserted")]
 
 
 class AssignAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    code: str
-    book_id: str
-    user_id: str
-    assigned_at: str
-    redemptions_left: int | None
-    position: str
-    durable: bool
+    code: Code
+    book_id: BookId
+    user_id: HolderId
+    assigned_at: Time
+    redemptions_left: UsesLeft | None
+    position: Position
+    durable: Annotated[bool, Meta(description="whether the ledger has it already")]
     receipt: (
-        Annotated[str, Meta(description="in ack = redis books: brings the record back should it be lost")] | UnsetType
+        Annotated[str, Meta(description="in `ack = redis` books: brings the record back should it be lost")] | UnsetType
     ) = UNSET
 
 
 class LockAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    code: str
-    book_id: str
-    user_id: str
-    lock_token: str
-    locked_until: str
-    ttl_seconds: int
+    code: Code
+    book_id: BookId
+    user_id: HolderId
+    lock_token: Annotated[str, Meta(description="who shows it may redeem, renew and unlock")]
+    locked_until: Annotated[Time, Meta(description="when the lock ends by itself; never after its book")]
+    ttl_seconds: Annotated[int, Meta(ge=1, le=3600, description="how many seconds that is from now")]
 
 
 class RedeemAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    redemption_id: str
-    code: str
-    book_id: str
-    user_id: str
-    redeemed_at: str
-    redemptions_used: int
-    redemptions_left: int | None
-    position: str
-    durable: bool
+    redemption_id: Annotated[str, Meta(description="names this use of the code")]
+    code: Code
+    book_id: BookId
+    user_id: HolderId
+    redeemed_at: Time
+    redemptions_used: UsesMade
+    redemptions_left: UsesLeft | None
+    position: Position
+    durable: Annotated[bool, Meta(description="always true: a redeem waits for the ledger")]
 
 
 class CouponAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    code: str
-    book_id: str
-    user_id: str
-    status: Literal["assigned", "locked", "redeemed"]
-    assigned_at: str
-    redemptions_used: int
-    redemptions_left: int | None
-    locked_until: str | None
+    code: Code
+    book_id: BookId
+    user_id: HolderId
+    status: Annotated[Literal["assigned", "locked", "redeemed"], Meta(description="`redeemed`: all uses are spent")]
+    assigned_at: Time
+    redemptions_used: UsesMade
+    redemptions_left: UsesLeft | None
+    locked_until: LockedUntil | None
 
 
 class CouponsPage(msgspec.Struct, frozen=True):
     coupons: list[CouponAnswer]
-    next_cursor: str | None
-
-
-CodeBookStatus = Literal["active", "paused", "closed", "not_started", "expired"]
+    next_cursor: NextCursor | None
 
 
 class CodeAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    code: str
-    book_id: str
-    status: Literal["available", "assigned", "locked", "redeemed", "quarantined"]
-    book_status: CodeBookStatus
-    user_id: str | None
-    assigned_at: str | None
-    redemptions_used: int
-    redemptions_left: int | None
-    locked_until: str | None
-
-
-class JobAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    job_id: str
-    book_id: str
-    status: Literal["running", "succeeded", "failed"]
-    progress: float
-    received: int
-    inserted: int
-    duplicates: int
-    invalid: int
-    rejected: list[RejectedCode]
-    error: str | None
+    code: Code
+    book_id: BookId
+    status: Annotated[
+        Literal["available", "assigned", "locked", "redeemed", "quarantined"],
+        Meta(
+            description="`redeemed`: all uses are spent; `quarantined`: it may have been assigned before records were lost"
+        ),
+    ]
+    book_status: Annotated[
+        CodeBookStatus, Meta(description="only in a book that is `active` are codes assigned, locked and redeemed")
+    ]
+    user_id: Annotated[str, Meta(description="who holds it; null: nobody")] | None
+    assigned_at: Annotated[Time, Meta(description="RFC 3339, in UTC; null: not assigned")] | None
+    redemptions_used: UsesMade
+    redemptions_left: UsesLeft | None
+    locked_until: LockedUntil | None
 
 
 class Problem(msgspec.Struct, kw_only=True):
     """RFC 9457, as `application/problem+json`; more members as the outcome has numbers to act on."""
 
-    type: str
-    title: str
-    status: int
-    detail: str
-    code: str
-    request_id: str
+    type: Annotated[str, Meta(description="the address at which the outcome is explained: `/problems/<code>`")]
+    title: Annotated[str, Meta(description="the outcome in a few words")]
+    status: Annotated[int, Meta(ge=400, le=599, description="the HTTP status")]
+    detail: Annotated[str, Meta(description="what it means, for people")]
+    code: Annotated[str, Meta(description="the outcome, to act on")]
+    request_id: Annotated[str, Meta(description="names this request; give it when you ask for help")]
 
 
 Cursor = tuple[
