@@ -14,6 +14,7 @@ install: $(STAMP) ## Make the environment in .venv, and nothing else
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "coupon-svc needs Python 3.11 or newer; try: make PYTHON=python3.12")'
+	@echo "Installing the packages into $(VENV); this takes a minute or two, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -363,14 +363,14 @@ def _keys_import(args: argparse.Namespace) -> None:
 
 def _check_key(key: str, source: str) -> None:
     if not key.isascii() or not key.isprintable() or not 1 <= len(key) <= 200 or " " in key:
-        raise UsageError(f"a key has 1..200 printable ASCII characters and no spaces; {source} has no such key.")
+        raise UsageError(f"{source} gives no usable key: a key is 1..200 printable ASCII characters without spaces.")
 
 
 def _store_key(args: argparse.Namespace, key: str) -> str:
     scopes = tuple(scope.strip() for scope in args.scopes.split(",") if scope.strip())
     unknown = set(scopes) - set(keys.SCOPES)
     if unknown or not scopes:
-        raise UsageError(f"scopes are some of {', '.join(keys.SCOPES)}.")
+        raise UsageError(f"--scopes takes one or more of {', '.join(keys.SCOPES)}, separated by commas.")
     if not 1 <= len(args.tenant) <= 100 or not args.tenant.isprintable():
         raise UsageError("a tenant's name has 1..100 printable characters.")
     if len(args.label) > 200 or not args.label.isprintable():

@@ -116,7 +116,7 @@ def _check_url(name: str, url: str) -> None:
     except ValueError:
         good = False
     if not good:
-        raise SettingsError(f"{variable(name)} is no address of such a server; it should look like {_EXAMPLES[name]}")
+        raise SettingsError(f"{variable(name)} is not a valid address; it should look like {_EXAMPLES[name]}")
 
 
 def _parse(name: str, text: str) -> int:
