@@ -18,9 +18,10 @@ from coupon_svc.ledger import lending
 from coupon_svc.ledger.events import Batch
 from coupon_svc.ledger.liveness import LOOKS_APART_MAX_S, Watch
 from coupon_svc.ledger.shards import OwnedShard, drop_writer, renew_writer, writer_beats
-from coupon_svc.store.owner import OwnerStore, StoreLost
+from coupon_svc.store.owner import OwnerStore, StoreLost, Term
 from coupon_svc.store.scripts import Scripts
 from coupon_svc.store.server import Identity
+from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.lend import Lender
 from coupon_svc.writer.persist import Persister
 from coupon_svc.writer.shard import Shard
@@ -316,11 +317,18 @@ class OddStore(OwnerStore):
     async def connect(self) -> Identity:
         return HERE
 
-    async def publish_position(self, term: Any, committed: int, **_: Any) -> int:
+    async def publish_position(self, term: Term, committed: int, *_: Any, **__: Any) -> int:
         if term.shard == 1:
             return int("a torn field")
         self.told.append(term.shard)
         return committed
+
+
+class Answering:
+    """A connection to Postgres that tells the time."""
+
+    async def fetchval(self, _: str) -> int:
+        return 0
 
 
 async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_being_shown(
@@ -329,7 +337,7 @@ async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_bein
     writer = Writer(load_settings({"COUPON_REDIS_URL": "redis://x", "COUPON_DATABASE_URL": "postgresql://x"}))
     writer._store = store = OddStore()
     writer._shards.update({number: shard(number) for number in range(3)})
-    await writer._show_alive(None)
+    await writer._show_alive(Answering())
     assert store.told == [0, 2]
     assert [writer._shards[number].opened_on for number in range(3)] == [HERE, None, HERE]
     assert "shard 01 is suspect: ValueError at " in caplog.text
@@ -338,7 +346,7 @@ async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_bein
 async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_being_told_that_postgres_is_away() -> None:
     store = OddStore()
     shards = {number: shard(number) for number in range(3)}
-    await Persister("", "wr", store, shards, lambda *_: None)._tell_away()
+    await Persister("", "wr", store, shards, lambda *_: None, LedgerClock())._tell_away()
     assert store.told == [0, 2]
     assert [shards[number].opened_on for number in range(3)] == [HERE, None, HERE]
 
@@ -382,7 +390,7 @@ async def test_a_shard_that_another_writer_took_throws_no_other_shards_batch_awa
     url, connection = ledger
     shards = {number: shard(number) for number in range(3)}
     await connection.execute("UPDATE shards SET owner = 'another', generation = 2 WHERE shard = 1")
-    persister = Persister(url, "wr", OddStore(), shards, lambda *_: None)
+    persister = Persister(url, "wr", OddStore(), shards, lambda *_: None, LedgerClock())
     batches = [
         Batch(number, 1, 1, 0, 1, [Event(1, COUPON_ASSIGNED, f"bk_0{number}x", f"A-{number}", "u", 1)])
         for number in range(3)
