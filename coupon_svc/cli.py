@@ -371,7 +371,9 @@ def _adopt(args: argparse.Namespace) -> None:
     if not adopted:
         raise UsageError("nothing was changed.")
     for shard, codes in adopted:
-        print(f"shard {shard:02d} is being recovered by its writer; {codes} codes went into quarantine")
+        print(
+            f"shard {shard:02d} is being recovered by its writer; {codes} codes that Redis shows as somebody's are in quarantine"
+        )
 
 
 def _quarantine_list(args: argparse.Namespace) -> None:

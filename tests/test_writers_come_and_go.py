@@ -246,19 +246,14 @@ def shard(number: int) -> Shard:
     return owned
 
 
-@pytest.mark.parametrize("at", ["settle", "books_to_load", "lone_leases"])
+@pytest.mark.parametrize("at", ["books_to_load", "lone_leases", "bring_again"])
 async def test_a_shard_that_is_given_up_within_the_lenders_turn_ends_nothing(
     monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     shards = {number: shard(number) for number in range(3)}
     lender = Lender("", "wr", OwnerStore("redis://127.0.0.1:1", 3, Scripts()), shards, 20, 20)
-    lender._unsettled = True
-    settled: list[int] = []
-
-    async def settle(_: Any, one: Shard) -> None:
-        settled.append(one.owned.shard)
-        if at == "settle":
-            shards.pop(1, None)
+    lender._in_doubt = {f"bk_0{number}x": shards[number] for number in range(3)}
+    brought: list[int] = []
 
     async def books_to_load(*_: Any) -> list[Any]:
         if at == "books_to_load":
@@ -268,17 +263,24 @@ async def test_a_shard_that_is_given_up_within_the_lenders_turn_ends_nothing(
     async def lone_leases(*_: Any) -> dict[str, lending.Lease]:
         if at == "lone_leases":
             shards[1] = shard(1)  # given up, and taken anew
-        return {"bk_01x": lending.Lease(["A-1"], 0)}
+        return {"bk_01x": lending.Lease(["A-1"], 0)} if at == "lone_leases" else {}
 
     async def bring_lone(*_: Any) -> None:
         raise AssertionError("what was lent by one owner is not brought by the next")
 
-    monkeypatch.setattr(lender, "settle", settle)
+    async def bring_outstanding(_: Any, one: Shard, book_id: str) -> None:
+        brought.append(one.owned.shard)
+        if at == "bring_again":
+            shards.pop(1, None)
+            lender._in_doubt.pop("bk_01x", None)  # whoever opened it anew has settled it
+
     monkeypatch.setattr(lender, "_bring_lone", bring_lone)
+    monkeypatch.setattr(lender, "_bring_outstanding", bring_outstanding)
     monkeypatch.setattr(lending, "books_to_load", books_to_load)
     monkeypatch.setattr(lending, "lone_leases", lone_leases)
     await lender.turn(None)
-    assert settled == ([0, 2] if at == "settle" else [0, 1, 2])
+    await lender._bring_again(None)
+    assert brought == [0, 2]
 
 
 async def test_what_goes_wrong_with_one_shard_does_not_end_the_lenders_turn(
@@ -286,21 +288,21 @@ async def test_what_goes_wrong_with_one_shard_does_not_end_the_lenders_turn(
 ) -> None:
     shards = {number: shard(number) for number in range(3)}
     lender = Lender("", "wr", OwnerStore("redis://127.0.0.1:1", 3, Scripts()), shards, 20, 20)
-    lender._unsettled = True
-    settled: list[int] = []
+    lender._low = {f"bk_0{number}x": shards[number] for number in range(3)}
+    refilled: list[int] = []
 
-    async def settle(_: Any, one: Shard) -> None:
+    async def refill(_: Any, one: Shard, book_id: str) -> None:
         int({0: "7", 1: "a secret code", 2: "7"}[one.owned.shard])
-        settled.append(one.owned.shard)
+        refilled.append(one.owned.shard)
 
     async def nothing(*_: Any) -> Any:
         return {}
 
-    monkeypatch.setattr(lender, "settle", settle)
+    monkeypatch.setattr(lender, "_refill", refill)
     monkeypatch.setattr(lending, "books_to_load", nothing)
     monkeypatch.setattr(lending, "lone_leases", nothing)
     await lender.turn(None)
-    assert settled == [0, 2]
+    assert refilled == [0, 2]
     assert (shards[1].opened_on, shards[1].wants_recovery) == (None, True)
     assert "shard 01 is suspect: ValueError at " in caplog.text
     assert "secret" not in caplog.text
@@ -358,12 +360,15 @@ async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_bein
     writer = Writer(load_settings({"COUPON_REDIS_URL": "redis://x", "COUPON_DATABASE_URL": "postgresql://x"}))
     writer._shards.update({number: Shard(OwnedShard(number, 1, 0, 1, CHAIN)) for number in range(3)})
 
-    async def open_shard(one: Shard) -> None:
+    async def open_shard(one: Shard, _: Any) -> None:
         if one.owned.shard == 1:
             int("a torn field")
         one.opened_on = HERE
 
+    async def connected(_: str) -> None: ...
+
     monkeypatch.setattr(writer, "_open", open_shard)
+    monkeypatch.setattr(writer, "_connected", connected)
     opening = asyncio.create_task(writer._keep_open())
 
     async def others_opened() -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from coupon_svc.config import Settings
-from coupon_svc.domain.books import Ack
 from coupon_svc.ledger.database import PATIENT_S, open_connection
 from coupon_svc.ledger.migrations import check_installation
 from coupon_svc.ledger.recovery import EPOCH_CHANNEL, last_seq
@@ -34,22 +33,20 @@ _NOT_ASSIGNED = """
     SELECT code FROM unnest($2::text[]) AS code
     WHERE NOT EXISTS (SELECT FROM coupons WHERE coupons.book_id = $1 AND coupons.code = code.code)
 """
-# Codes that Redis shows as somebody's, and all that were lent; of either, those without a record.
+# Of the codes that Redis shows as somebody's, those without a record, and whether the ledger knows that they were lent.
 _SHOWN = """
     SELECT code, place <= $4 AS lent FROM codes WHERE tenant_id = $2 AND code = ANY ($3) AND book_id = $1 AND place >= 0
-      AND NOT EXISTS (SELECT FROM coupons WHERE coupons.book_id = $1 AND coupons.code = codes.code)
-"""
-_LENT = """
-    SELECT code, true AS lent FROM codes WHERE book_id = $1 AND place BETWEEN 0 AND $2
       AND NOT EXISTS (SELECT FROM coupons WHERE coupons.book_id = $1 AND coupons.code = codes.code)
 """
 _QUARANTINE = """
     INSERT INTO quarantine (book_id, code, shard, epoch) SELECT $1, code, $2, epoch FROM unnest($3::text[], $4::bigint[])
         AS held_back (code, epoch)
 """
+# With $5 the last epoch is over, and it is judged that records of it were lost.
 _GO_ON = """
-    UPDATE shards SET stopped = NULL, rebuild = $5, epoch = $2, committed = 0, generation = $3, chain = coalesce($4, chain),
-           settled_epoch = CASE WHEN $5 THEN certified_epoch ELSE settled_epoch END
+    UPDATE shards SET stopped = NULL, epoch = $2, committed = 0, generation = $3, chain = coalesce($4, chain),
+           rebuild = rebuild OR $5, settled_epoch = CASE WHEN $5 THEN certified_epoch ELSE settled_epoch END,
+           settling_epoch = CASE WHEN $5 THEN certified_epoch ELSE settling_epoch END, settling_lost = settling_lost OR $5
     WHERE shard = $1
 """
 
@@ -74,8 +71,6 @@ class Stopped(NamedTuple):
     """Of the last row, when the shard's chain does not end with it."""
     held: dict[str, dict[str, int]]
     """By book, each code that Redis shows as somebody's and the ledger does not, with the epoch in which it was assigned."""
-    missing: frozenset[str]
-    """Books that Redis does not have, so that it says nothing about their codes."""
 
     @property
     def behind(self) -> bool:
@@ -156,11 +151,8 @@ async def _look(connection: Any, store: OwnerStore, row: Any) -> Stopped:
     await store.shut_shard(Term(number, epoch, generation))
     last_hash = await connection.fetchval(_LAST_HASH, number)
     held: dict[str, dict[str, int]] = {}
-    missing = set()
     for book in await connection.fetch("SELECT book_id FROM books WHERE shard = $1", number):
         book_id = book["book_id"]
-        if await store.held_counts(number, [book_id]) == [None]:
-            missing.add(book_id)
         async for page in store.holders(number, book_id):
             epochs = {code: _epoch_of(holder, row["certified_epoch"]) for code, holder in page}
             for lacking in await connection.fetch(_NOT_ASSIGNED, book_id, list(epochs)):
@@ -176,7 +168,6 @@ async def _look(connection: Any, store: OwnerStore, row: Any) -> Stopped:
         await store.newest_entry(number, EPOCH_PLAUSIBLE_MAX),
         last_hash if last_hash not in (None, row["chain"]) else None,
         held,
-        frozenset(missing),
     )
 
 
@@ -196,7 +187,7 @@ async def _go_on(connection: Any, found: Stopped) -> int:
             raise AdoptError(f"shard {found.shard} is not stopped any more: somebody else has adopted it.")
         if not found.only_hash:
             books = await connection.fetch(
-                "SELECT book_id, tenant_id, ack, leased_upto FROM books WHERE shard = $1 ORDER BY book_id FOR UPDATE",
+                "SELECT book_id, tenant_id, leased_upto FROM books WHERE shard = $1 ORDER BY book_id FOR UPDATE",
                 found.shard,
             )
             for book in books:
@@ -209,23 +200,20 @@ async def _go_on(connection: Any, found: Stopped) -> int:
 
 
 async def _hold_back(connection: Any, found: Stopped, book: Any) -> int:
-    """Into quarantine with the codes of a book that somebody may have: what settling the epoch would do, as if everything
-    that Redis alone knew had been lost."""
-    book_id, held = book["book_id"], found.held.get(book["book_id"], {})
-    rows = await connection.fetch(_SHOWN, book_id, book["tenant_id"], list(held), book["leased_upto"])
-    if book["ack"] == Ack.REDIS or book_id in found.missing:
-        rows += await connection.fetch(_LENT, book_id, book["leased_upto"])
-    lent = {row["code"]: row["lent"] for row in rows}
-    codes = list(lent)
+    """Into quarantine with the codes of a book that Redis shows as somebody's, whether or not the ledger knows that they
+    were lent. Returns how many."""
+    held = found.held.get(book["book_id"], {})
+    rows = await connection.fetch(_SHOWN, book["book_id"], book["tenant_id"], list(held), book["leased_upto"])
+    codes, lent = [row["code"] for row in rows], sum(row["lent"] for row in rows)
     await connection.execute(
         "UPDATE codes SET place = -1 WHERE tenant_id = $1 AND code = ANY ($2)", book["tenant_id"], codes
     )
-    epochs = [held.get(code, found.certified_epoch) for code in codes]
-    await connection.execute(_QUARANTINE, book_id, found.shard, codes, epochs)
+    await connection.execute(_QUARANTINE, book["book_id"], found.shard, codes, [held[code] for code in codes])
     await connection.execute(
-        "UPDATE books SET lent = lent - $2, quarantined = quarantined + $3 WHERE book_id = $1",
-        book_id,
-        sum(lent.values()),
+        "UPDATE books SET lent = lent - $2, accounted = least(accounted, lent - $2), quarantined = quarantined + $3"
+        " WHERE book_id = $1",
+        book["book_id"],
+        lent,
         len(codes),
     )
     return len(codes)
