@@ -372,7 +372,7 @@ def _adopt(args: argparse.Namespace) -> None:
         raise UsageError("nothing was changed.")
     for shard, codes in adopted:
         print(
-            f"shard {shard:02d} is being recovered by its writer; {codes} codes that Redis shows as somebody's are in quarantine"
+            f"shard {shard:02d} is being recovered by its writer; {codes} codes that somebody has went into quarantine"
         )
 
 
