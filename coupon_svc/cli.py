@@ -99,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     rebuild = command("rebuild", _rebuild, "rebuild Redis from the ledger, while the service runs")
     rebuild.add_argument("--shard", type=int, metavar="N", help="default: all")
 
+    adopt = command("adopt", _adopt, "go on with the ledger as it is, where a shard is stopped")
+    adopt.formatter_class = argparse.RawDescriptionHelpFormatter
+    adopt.description = _ADOPT_DESCRIPTION
+    adopt.add_argument("--shard", type=int, metavar="N", help="default: every shard that is stopped")
+    adopt.add_argument("--yes", action="store_true", help="do not ask; needed where there is no terminal")
+
     held_back = command(
         "quarantine", lambda _: held_back.print_help(), "codes that may have been given away unrecorded"
     )
@@ -174,6 +180,27 @@ def _load_options(load: argparse.ArgumentParser) -> None:
         "--html", type=Path, metavar="FILE", help="write the report with charts; opens without the internet"
     )
 
+
+_ADOPT_DESCRIPTION = """\
+go on with the ledger as it is, where a shard is stopped
+
+A shard is stopped when Redis and Postgres contradict each other: Postgres was restored from a
+backup, somebody changed its rows, or somebody wrote to the stream of events. Requests for the
+shard get 503 `recovering` until you decide. First find out what happened: the writer's log and
+`coupon-svc verify` say what does not fit. If there is a newer state of Postgres, restore that
+instead, because this command makes the present one final.
+
+The command shows what either store knows of each stopped shard, and asks. Then the writers
+rebuild Redis from the ledger, in an epoch above all that either store knows. They need no
+restart. Where only the last hash of a shard's chain was changed, it is set right, and nothing
+is lost.
+
+What is lost otherwise: everything that Redis knew and the ledger does not. Codes that Redis
+shows as somebody's go into quarantine, so that nobody else is given them. Those whose event is
+still in the stream go back to their holders at once; others do so by their receipt, where there
+is one. `coupon-svc quarantine list` shows what is left. Redemptions that only the lost ledger
+had may be made again. Books and codes that it alone had are gone: the same codes, uploaded
+again, are new."""
 
 _LOAD_DESCRIPTION = """\
 load a service, time it, and audit every answer it gave
@@ -324,6 +351,29 @@ def _rebuild(args: argparse.Namespace) -> None:
         which = "no shard" if args.shard is None else f"no shard {args.shard}"
         raise UsageError(f"there is {which} to rebuild; one that is stopped is not rebuilt, see docs/operations.md.")
     print(f"{number} shards are being rebuilt by their writers; `coupon-svc verify` shows when it is done")
+
+
+def _adopt(args: argparse.Namespace) -> None:
+    from coupon_svc.ops.adopt import AdoptError, Stopped, adopt
+
+    if not args.yes and not sys.stdin.isatty():
+        raise UsageError("there is no terminal to ask on: say --yes, and read `coupon-svc adopt --help` before.")
+
+    def confirm(found: list[Stopped]) -> bool:
+        print("\n".join(map(str, found)))
+        what = "this shard" if len(found) == 1 else f"these {len(found)} shards"
+        return args.yes or input(f"Go on with the ledger as it is, for {what}? [y/N] ").strip().lower() in ("y", "yes")
+
+    try:
+        adopted = asyncio.run(adopt(load_settings(), args.shard, confirm))
+    except AdoptError as error:
+        raise UsageError(str(error)) from None
+    if not adopted:
+        raise UsageError("nothing was changed.")
+    for shard, codes in adopted:
+        print(
+            f"shard {shard:02d} is being recovered by its writer; {codes} codes that somebody has went into quarantine"
+        )
 
 
 def _quarantine_list(args: argparse.Namespace) -> None:

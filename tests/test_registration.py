@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
 
 from coupon_svc.api.registration import Registration
-from coupon_svc.ledger.processes import PROCESS_TTL_S
+from coupon_svc.domain.clock import boot_s
+from coupon_svc.ledger.processes import PROCESS_TTL_S, count_as_gone, gone_processes, process_beats
 from coupon_svc.store.client import Store
 from coupon_svc.store.positions import Positions
 from coupon_svc.store.scripts import Scripts
@@ -33,33 +33,34 @@ async def test_a_registration_that_has_lapsed_is_not_taken_up_again(ledger: asyn
     """The shards' owners may have reported for the old one already; what is answered now must be asked of a new one."""
     registration = Registration("", store)
     await registration._renew(ledger)
-    await ledger.execute("UPDATE api_processes SET expires_at = now() - interval '1 second'")
-    old = await ledger.fetchval("SELECT process_id FROM api_processes")
+    ((old, beat),) = (await process_beats(ledger)).items()
+    assert await count_as_gone(ledger, old, beat)
     await registration._renew(ledger)
-    rows = await ledger.fetch("SELECT process_id, expires_at > now() AS lives FROM api_processes")
-    assert {row["process_id"]: row["lives"] for row in rows}.pop(old) is False
-    assert [row["lives"] for row in rows if row["process_id"] != old] == [True]
+    assert await gone_processes(ledger) == [old]
+    assert [process_id != old for process_id in await process_beats(ledger)] == [True]
 
 
-async def test_a_registration_in_time_is_renewed(ledger: asyncpg.Connection, store: Store) -> None:
+async def test_a_registration_that_was_renewed_meanwhile_is_not_counted_as_gone(
+    ledger: asyncpg.Connection, store: Store
+) -> None:
     registration = Registration("", store)
     await registration._renew(ledger)
-    await ledger.execute("UPDATE api_processes SET expires_at = now() + interval '1 second'")
+    ((process_id, beat),) = (await process_beats(ledger)).items()
     await registration._renew(ledger)
-    rows = await ledger.fetch("SELECT expires_at - now() > interval '4 seconds' AS renewed FROM api_processes")
-    assert [row["renewed"] for row in rows] == [True]
+    assert not await count_as_gone(ledger, process_id, beat)
+    assert await gone_processes(ledger) == []
+    assert list(await process_beats(ledger)) == [process_id]
 
 
 async def test_early_answers_end_a_second_before_the_row_does(ledger: asyncpg.Connection, store: Store) -> None:
     """Measured from before the row was asked for, so that a slow Postgres shortens it."""
-    loop = asyncio.get_running_loop()
-    asked_at = loop.time()
+    asked_at = boot_s()
     assert not store.may_answer_early(store.views[0], 1), "it was never registered"
     await Registration("", store)._renew(ledger)
     assert store.may_answer_early(store.views[0], 1)
-    assert asked_at < store.answer_early_until - (PROCESS_TTL_S - 1) < loop.time()
+    assert asked_at < store.answer_early_until - (PROCESS_TTL_S - 1) < boot_s()
 
 
 async def test_nothing_is_answered_early_when_the_time_is_over(store: Store) -> None:
-    store.answer_early_until = asyncio.get_running_loop().time() - 0.001
+    store.answer_early_until = boot_s() - 0.001
     assert not store.may_answer_early(store.views[0], 1)

@@ -10,6 +10,7 @@ import logging
 import secrets
 from typing import Any
 
+from coupon_svc.domain.clock import boot_s
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
 from coupon_svc.ledger.migrations import DatabaseUnfit, check_installation
 from coupon_svc.ledger.processes import (
@@ -87,7 +88,7 @@ class Registration:
     async def _renew(self, connection: Any) -> None:
         if self.receipt_secret is None:
             self.receipt_secret = await receipt_secret(connection)
-        asked_at = asyncio.get_running_loop().time()
+        asked_at = boot_s()
         if not self._process_id or not await renew_process(connection, self._process_id):
             self._process_id = "api_" + secrets.token_hex(8)
             await begin_process(connection, self._process_id)

@@ -7,11 +7,18 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""Where there is no CLOCK_BOOTTIME (macOS), CLOCK_MONOTONIC counts a suspension."""
 
 
 def now_ms() -> int:
     """This machine's wall clock. The data plane takes Redis's clock instead, from the script's reply."""
     return time.time_ns() // 1_000_000
+
+
+def boot_s() -> float:
+    """Seconds of a clock that nobody can set and that goes on while the machine is suspended: for promises that end."""
+    return time.clock_gettime(_BOOT_CLOCK)
 
 
 @lru_cache(maxsize=64)

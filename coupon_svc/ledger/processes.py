@@ -1,4 +1,4 @@
-"""Which API processes live, and what they have answered from. Only a process whose row is fresh answers before the ledger
+"""Which API processes live, and what they have answered from. Only a process that renews its row answers before the ledger
 knows; so when records are lost it can be told whether anybody saw them."""
 
 from __future__ import annotations
@@ -6,16 +6,15 @@ from __future__ import annotations
 import asyncpg
 
 PROCESS_TTL_S = 5
+"""For so long an observer must have seen a row unchanged before it counts the process as gone; a process stops to answer
+early before that (coupon_svc/api/registration.py)."""
 
-_BEGIN = f"INSERT INTO api_processes VALUES ($1, now() + interval '{PROCESS_TTL_S} seconds')"
-# A row that has expired stays so: its shards' owners may have reported for it already.
-_RENEW = f"""
-    UPDATE api_processes SET expires_at = now() + interval '{PROCESS_TTL_S} seconds'
-    WHERE process_id = $1 AND expires_at > now()
-"""
+# A row that somebody has counted as gone stays so: its shards' owners may have reported for it already.
+_RENEW = "UPDATE api_processes SET beat = nextval('beats') WHERE process_id = $1 AND NOT gone"
+_COUNT_AS_GONE = "UPDATE api_processes SET gone = true WHERE process_id = $1 AND beat = $2 AND NOT gone"
 # A process that is gone and has a report in every epoch in which Redis may decide needs no row any more.
 _FORGET = """
-    DELETE FROM api_processes p WHERE expires_at < now() AND NOT EXISTS (
+    DELETE FROM api_processes p WHERE gone AND NOT EXISTS (
         SELECT FROM shards s WHERE certified_epoch > settled_epoch AND NOT EXISTS (
             SELECT FROM api_reports r
             WHERE r.shard = s.shard AND r.epoch = s.certified_epoch AND r.process_id = p.process_id))
@@ -24,7 +23,7 @@ _FORGET = """
 
 async def begin_process(connection: asyncpg.Connection, process_id: str) -> None:
     """Register a process, under an id that was never used before."""
-    await connection.execute(_BEGIN, process_id)
+    await connection.execute("INSERT INTO api_processes (process_id) VALUES ($1)", process_id)
 
 
 async def renew_process(connection: asyncpg.Connection, process_id: str) -> bool:
@@ -64,12 +63,24 @@ async def end_process(connection: asyncpg.Connection, process_id: str) -> None:
     await connection.execute("DELETE FROM api_processes WHERE process_id = $1", process_id)
 
 
-async def expired_processes(connection: asyncpg.Connection) -> list[str]:
-    """Processes whose row has not been renewed in time: they answer nothing before the ledger knows any more."""
-    rows = await connection.fetch("SELECT process_id FROM api_processes WHERE expires_at < now()")
+async def process_beats(connection: asyncpg.Connection) -> dict[str, int]:
+    """The beat of every process that is not known to be gone, to be watched."""
+    rows = await connection.fetch("SELECT process_id, beat FROM api_processes WHERE NOT gone")
+    return {row["process_id"]: row["beat"] for row in rows}
+
+
+async def count_as_gone(connection: asyncpg.Connection, process_id: str, beat: int) -> bool:
+    """Count a process as gone, unless it has been renewed since it was seen with this beat. It can register anew, but not
+    renew its row any more."""
+    return bool(await connection.execute(_COUNT_AS_GONE, process_id, beat) == "UPDATE 1")
+
+
+async def gone_processes(connection: asyncpg.Connection) -> list[str]:
+    """Processes that were counted as gone: they answer nothing before the ledger knows any more."""
+    rows = await connection.fetch("SELECT process_id FROM api_processes WHERE gone")
     return [row["process_id"] for row in rows]
 
 
 async def forget_processes(connection: asyncpg.Connection) -> None:
-    """Drop expired processes of which every shard knows enough."""
+    """Drop processes that are gone and of which every shard knows enough."""
     await connection.execute(_FORGET)

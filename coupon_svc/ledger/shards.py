@@ -1,4 +1,8 @@
-"""Who owns which shard. A writer lives while its row is renewed; a shard belongs to one writer at a time."""
+"""Who owns which shard. A writer lives while its row is renewed; a shard belongs to one writer at a time.
+
+No statement here waits for a lock: the row of a shard is held for as long as a recovery settles it, and a writer that waited
+for it would miss its own renewal. What is locked is taken or given up at the next turn.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +12,28 @@ import asyncpg
 
 WRITER_TTL_S = 5
 
-_RENEW = f"""
-    INSERT INTO writers (writer_id, expires_at) VALUES ($1, now() + interval '{WRITER_TTL_S} seconds')
-    ON CONFLICT (writer_id) DO UPDATE SET expires_at = excluded.expires_at
+_RENEW = """
+    INSERT INTO writers (writer_id) VALUES ($1) ON CONFLICT (writer_id) DO UPDATE SET beat = nextval('beats')
 """
-_COUNTS = """
-    SELECT (SELECT count(*) FROM writers WHERE expires_at > now()) AS writers, (SELECT count(*) FROM shards) AS shards
-"""
+_COUNTS = "SELECT (SELECT count(*) FROM writers) AS writers, (SELECT count(*) FROM shards) AS shards"
 _ORPHANS = """
-    SELECT shards.shard, shards.owner FROM shards LEFT JOIN writers ON writers.writer_id = shards.owner
-    WHERE writers.writer_id IS NULL OR writers.expires_at <= now()
-    ORDER BY random() LIMIT $1
+    SELECT shard, owner FROM shards WHERE NOT EXISTS (SELECT FROM writers WHERE writer_id = owner) ORDER BY random() LIMIT $1
 """
 # An owner that no longer renews its row may be paused half-way through a transaction that holds the row we want.
 _END_OWNER = """
-    SELECT pg_terminate_backend(pid) FROM pg_stat_activity, writers
-    WHERE writer_id = $1 AND expires_at <= now() AND application_name = $2
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+    WHERE application_name = $2 AND NOT EXISTS (SELECT FROM writers WHERE writer_id = $1)
 """
 _TAKE = """
     UPDATE shards SET owner = $2, generation = generation + 1
-    WHERE shard = $1 AND NOT EXISTS (SELECT FROM writers WHERE writer_id = shards.owner AND expires_at > now())
+    WHERE shard = (SELECT shard FROM shards WHERE shard = $1
+                   AND NOT EXISTS (SELECT FROM writers WHERE writer_id = owner) FOR UPDATE SKIP LOCKED)
     RETURNING shard, epoch, committed, generation, chain
+"""
+_RELEASE = """
+    UPDATE shards SET owner = NULL
+    WHERE shard IN (SELECT shard FROM shards WHERE owner = $1 AND ($2::int[] IS NULL OR shard = ANY ($2))
+                    FOR UPDATE SKIP LOCKED)
 """
 
 
@@ -48,22 +53,43 @@ def connection_name(writer_id: str) -> str:
     return f"coupon-writer {writer_id}"
 
 
-async def renew_writer(connection: asyncpg.Connection, writer_id: str) -> int:
-    """Say that this writer lives. Returns how many shards it should own: an equal part, rounded up."""
+async def renew_writer(connection: asyncpg.Connection, writer_id: str) -> None:
+    """Say that this writer lives. One that somebody has counted as gone begins anew, with the shards that are still its
+    own."""
     await connection.execute(_RENEW, writer_id)
+
+
+async def writer_beats(connection: asyncpg.Connection) -> dict[str, int]:
+    """Every writer's beat, to be watched."""
+    return {row["writer_id"]: row["beat"] for row in await connection.fetch("SELECT writer_id, beat FROM writers")}
+
+
+async def drop_writer(connection: asyncpg.Connection, writer_id: str, beat: int) -> bool:
+    """Count a writer as gone, unless it has been renewed since it was seen with this beat. Its shards may be taken then."""
+    done = await connection.execute("DELETE FROM writers WHERE writer_id = $1 AND beat = $2", writer_id, beat)
+    return bool(done == "DELETE 1")
+
+
+async def fair_share(connection: asyncpg.Connection) -> int:
+    """How many shards each writer should own: an equal part, rounded up."""
     counts = await connection.fetchrow(_COUNTS)
     return int(-(-counts["shards"] // max(1, counts["writers"])))
 
 
-async def take_shards(connection: asyncpg.Connection, writer_id: str, most: int) -> list[OwnedShard]:
-    """Take up to `most` shards whose owner is gone. Their generation grows, which shuts the old owner out."""
+async def take_shards(connection: asyncpg.Connection, writer_id: str, most: int) -> tuple[list[OwnedShard], bool]:
+    """Take up to `most` shards whose owner is gone. Their generation grows, which shuts the old owner out.
+
+    Returns them, and whether some could not be had yet: somebody holds their rows.
+    """
+    orphans = await connection.fetch(_ORPHANS, most)
+    for owner in {orphan["owner"] for orphan in orphans} - {None}:
+        await connection.execute(_END_OWNER, owner, connection_name(owner))
     taken = []
-    for orphan in await connection.fetch(_ORPHANS, most):
-        await connection.execute(_END_OWNER, orphan["owner"], connection_name(orphan["owner"] or ""))
+    for orphan in orphans:
         row = await connection.fetchrow(_TAKE, orphan["shard"], writer_id)
         if row is not None:
             taken.append(OwnedShard(*row))
-    return taken
+    return taken, len(taken) < len(orphans)
 
 
 async def owned_shards(connection: asyncpg.Connection, writer_id: str) -> list[OwnedShard]:
@@ -74,10 +100,14 @@ async def owned_shards(connection: asyncpg.Connection, writer_id: str) -> list[O
     return [OwnedShard(*row) for row in rows]
 
 
-async def release_shards(connection: asyncpg.Connection, writer_id: str, shards: list[int] | None = None) -> None:
-    """Give shards up (all of them, and the writer's own row, without a list) for others to take at once."""
-    await connection.execute(
-        "UPDATE shards SET owner = NULL WHERE owner = $1 AND ($2::int[] IS NULL OR shard = ANY ($2))", writer_id, shards
-    )
-    if shards is None:
-        await connection.execute("DELETE FROM writers WHERE writer_id = $1", writer_id)
+async def release_shards(connection: asyncpg.Connection, writer_id: str, shards: list[int]) -> bool:
+    """Give these shards up for others to take at once. False when some could not be yet: somebody holds their rows."""
+    done = await connection.execute(_RELEASE, writer_id, shards)
+    return bool(done == f"UPDATE {len(shards)}")
+
+
+async def leave(connection: asyncpg.Connection, writer_id: str) -> None:
+    """Give up all shards and the writer's own row. A shard whose row somebody holds has an owner that is gone then, and so
+    is free as well."""
+    await connection.execute("DELETE FROM writers WHERE writer_id = $1", writer_id)
+    await connection.execute(_RELEASE, writer_id, None)

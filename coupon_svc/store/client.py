@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Sequence
 
+from coupon_svc.domain.clock import boot_s
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.loops import keep_running
 from coupon_svc.store.connection import (
@@ -80,7 +81,7 @@ class Store:
         self.refuses_writes = False
         """Redis answers, and takes no writes until it can write its file again."""
         self.answer_early_until = 0.0
-        """Until then (by the loop's clock) this process is registered, and may answer before the ledger knows."""
+        """Until then (by `boot_s`) this process is registered, and may answer before the ledger knows."""
         self._tasks: list[asyncio.Task[None]] = []
 
     def join(self, installation: str) -> None:
@@ -113,7 +114,7 @@ class Store:
 
     def may_answer_early(self, view: ShardView, epoch: int) -> bool:
         """Whether an answer of an `ack = redis` book may leave before the ledger knows its event, made in `epoch`."""
-        return epoch >= view.epoch_min and asyncio.get_running_loop().time() < self.answer_early_until
+        return epoch >= view.epoch_min and boot_s() < self.answer_early_until
 
     def end_epochs(self, shard: int, epoch: int, live: int) -> list[tuple[int, int]]:
         """The ledger is in `epoch`: nothing of an older one is answered early from now on. `live` is the epoch in which

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from coupon_svc.store.connection import (
@@ -315,6 +315,21 @@ class OwnerStore:
         """The fields of the stream's entry at a position; None when there is none. Raises StoreLost."""
         entries = await self._ask("XRANGE", self._keys[shard].events, f"{epoch}-{seq}", f"{epoch}-{seq}")
         return list(entries[0][1]) if entries else None
+
+    async def newest_entry(self, shard: int, below_epoch: int) -> str | None:
+        """The id of the last entry of the shard's stream in an epoch below this one. Raises StoreLost."""
+        entries = await self._ask("XREVRANGE", self._keys[shard].events, f"({below_epoch}-0", "-", "COUNT", 1)
+        return str(entries[0][0]) if entries else None
+
+    async def holders(self, shard: int, book_id: str) -> AsyncIterator[list[tuple[str, str]]]:
+        """Every code of a book that somebody holds in Redis, with what is kept of it, some at a time; a code may come
+        twice. Raises StoreLost."""
+        cursor = "0"
+        while True:
+            cursor, flat = await self._ask("HSCAN", self._keys[shard].holders(book_id), cursor, "COUNT", 1000)
+            yield list(zip(flat[::2], flat[1::2], strict=True))
+            if cursor == "0":
+                return
 
     async def pool_counts(self, shard: int, book_id: str) -> tuple[int, int, int]:
         """(codes in the pool, codes held, codes ever brought) of a book as it stands in Redis. Raises StoreLost."""

@@ -12,10 +12,11 @@ from coupon_svc.domain.books import Book
 from coupon_svc.ledger import lending, outstanding
 from coupon_svc.ledger.books import books_of_shard
 from coupon_svc.ledger.catalogue import WRITER_CHANNEL
-from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.ledger.database import UNAVAILABLE, LedgerUnavailable, bounded, open_connection
 from coupon_svc.ledger.events import NotOwner
 from coupon_svc.ledger.idempotency import forget_old
 from coupon_svc.ledger.shards import OwnedShard, connection_name
+from coupon_svc.loops import place_of
 from coupon_svc.store.owner import OwnerStore, StoreFull, StoreLost, Suspect
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.rules import book_fields
@@ -85,22 +86,23 @@ class Lender:
                 if loop.time() - forgotten_at > FORGET_EVERY_S:
                     await bounded(connection, forget_old(connection), STATEMENTS_TIMEOUT_S)
                     forgotten_at = loop.time()
-            except (StoreLost, LedgerUnavailable, NotOwner) as error:
+            except (StoreLost, LedgerUnavailable) as error:
                 log.info("lending has to wait: %s", error or type(error).__name__)
                 await asyncio.sleep(0.1)
 
     async def turn(self, connection: Any) -> None:
-        """Everything there is to lend now. Raises StoreLost, LedgerUnavailable, NotOwner."""
-        open_shards = [n for n, shard in self._shards.items() if shard.opened_on is not None]
-        for book in await lending.books_to_load(connection, open_shards):
-            if shard := self._shard_of(book.book_id):
-                await self._guarded(shard, shard.owned, self._load_book(connection, shard, book))
+        """Everything there is to lend now. Raises StoreLost, LedgerUnavailable."""
+        # The shards themselves, not their numbers: meanwhile one may be given up, or be taken anew as another object.
+        open_shards = {n: shard for n, shard in self._shards.items() if shard.opened_on is not None}
+        for book in await lending.books_to_load(connection, list(open_shards)):
+            if loader := self._shard_of(book.book_id):
+                await self._guarded(loader, loader.owned, self._load_book(connection, loader, book))
         # What is lent in an epoch is brought in that epoch: a recovery that comes between may give the code to another.
-        owned = {number: self._shards[number].owned for number in open_shards}
-        for book_id, lease in (await lending.lone_leases(connection, open_shards)).items():
-            if shard := self._shard_of(book_id):
-                lent_in = owned[shard.owned.shard]
-                await self._guarded(shard, lent_in, self._bring_lone(connection, shard, lent_in, book_id, lease))
+        lent_in = {number: (shard, shard.owned) for number, shard in open_shards.items()}
+        for book_id, lease in (await lending.lone_leases(connection, list(open_shards))).items():
+            shard, owned = lent_in[int(book_id[3:5])]
+            if self._shard_of(book_id) is shard:
+                await self._guarded(shard, owned, self._bring_lone(connection, shard, owned, book_id, lease))
         for book_id, shard in list(self._low.items()):
             if self._shards.get(shard.owned.shard) is not shard:
                 del self._low[book_id]  # it is another writer's by now, or was taken anew
@@ -127,7 +129,8 @@ class Lender:
         """Bring what books in doubt were lent, each by itself: however long that takes, it holds up no turn."""
         for book_id, shard in list(self._in_doubt.items()):
             if self._shards.get(shard.owned.shard) is not shard:
-                self._in_doubt.pop(book_id)  # whoever opens the shard now looks at all its books
+                if self._in_doubt.get(book_id) is shard:
+                    del self._in_doubt[book_id]  # whoever opens the shard now looks at all its books
             elif shard.opened_on is not None:  # else it is being opened: look again then
                 await self._guarded(shard, shard.owned, self._bring_outstanding(connection, shard, book_id))
 
@@ -148,7 +151,9 @@ class Lender:
 
     async def _guarded(self, shard: Shard, owned: OwnedShard, work: Awaitable[None]) -> None:
         """Do one piece of work for a shard, as it was `owned` when that began. A shard that is suspect is shut and
-        recovered, and does not hold up the others; one that was recovered meanwhile has settled what the work was about."""
+        recovered, and does not hold up the others; one that was recovered meanwhile has settled what the work was about.
+
+        Raises StoreLost, LedgerUnavailable, which are the trouble of all shards."""
         try:
             await work
         except StoreFull as error:  # the rules of other books need no memory, and are to be in force all the same
@@ -157,6 +162,14 @@ class Lender:
             if shard.owned != owned:
                 return
             log.error("shard %02d is suspect: %s", shard.owned.shard, error)
+            shard.opened_on, shard.wants_recovery = None, True
+        except NotOwner:
+            if shard.owned == owned:
+                shard.opened_on = None  # the owner's loop looks afresh
+        except (StoreLost, LedgerUnavailable, *UNAVAILABLE):
+            raise
+        except Exception as error:
+            log.error("shard %02d is suspect: %s at %s", shard.owned.shard, type(error).__name__, place_of(error))
             shard.opened_on, shard.wants_recovery = None, True
 
     async def _load_book(self, connection: Any, shard: Shard, book: Book) -> None:

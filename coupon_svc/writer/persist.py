@@ -25,6 +25,7 @@ from coupon_svc.ledger.events import (
 )
 from coupon_svc.ledger.recovery import stop_shard
 from coupon_svc.ledger.shards import connection_name
+from coupon_svc.loops import place_of
 from coupon_svc.store.owner import ClocksApart, OwnerStore, StoreLost, Suspect, Term, entry_digest
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.crash import crash_point
@@ -85,14 +86,9 @@ class Persister:
                 log.warning("postgres cannot be used: %s", error)
                 await self._tell_away()
                 await asyncio.sleep(0.2)
-            except NotOwner:
-                log.warning("a batch was thrown away: its shard has another owner, epoch or position")
-                for shard in self._shards.values():
-                    shard.opened_on = None  # the owner's loop looks afresh
-                await asyncio.sleep(0.1)
 
     async def turn(self) -> None:
-        """One batch of all shards that have events. Raises StoreLost, LedgerUnavailable, NotOwner."""
+        """One batch of all shards that have events. Raises StoreLost, LedgerUnavailable."""
         open_shards = {n: s for n, s in self._shards.items() if s.opened_on is not None and not s.stopped}
         if not open_shards:
             await asyncio.sleep(0.05)
@@ -106,6 +102,9 @@ class Persister:
                 batches.append(_batch(open_shards[number], shard_entries))
             except Hole as error:
                 log.error("shard %02d is suspect: %s", number, error)
+                open_shards[number].opened_on = None
+            except Exception as error:
+                log.error("shard %02d is suspect: %s at %s", number, type(error).__name__, place_of(error))
                 open_shards[number].opened_on = None
         if not batches:
             return
@@ -131,27 +130,32 @@ class Persister:
         return False
 
     async def _commit(self, batches: list[Batch]) -> list[tuple[Batch, bytes]]:
-        """Commit the batches together, or one by one when one of them holds what the ledger cannot take. Returns those
-        that are in the ledger, each with the hash of its last row."""
-        done: list[tuple[Batch, bytes]] = []
+        """Commit the batches together, or each by itself when something is wrong with one of them. Returns those that are
+        in the ledger, each with the hash of its last row. Raises LedgerUnavailable, StoreLost."""
+        try:
+            return await self._transact(batches)
+        except (*DATA_ERRORS, NotOwner, LedgerEdited, Rewritten):
+            return [done for batch in batches for done in await self._commit_alone(batch)]
+
+    async def _commit_alone(self, batch: Batch) -> list[tuple[Batch, bytes]]:
+        """Commit what the ledger can take of one batch. What is wrong with it is its own shard's trouble, and no other's."""
         try:
             try:
-                return await self._transact(batches)
+                return await self._transact([batch])
             except DATA_ERRORS:
-                for batch in batches:
-                    healthy = await self._without_poison(batch)
-                    if healthy is not None:
-                        done += await self._transact([healthy])
-        except Rewritten as error:
-            for number in error.shards:
-                log.error("shard %02d is suspect: its stream has another event where the ledger ends", number)
-                if (shard := self._shards.get(number)) is not None:
-                    shard.opened_on = None
-        except LedgerEdited as error:
-            for batch in batches:
-                if batch.shard in error.shards:
-                    await self._stop(await self._connected(), batch, HEAD_CHANGED)
-        return done
+                healthy = await self._without_poison(batch)
+                return [] if healthy is None else await self._transact([healthy])
+        except NotOwner:
+            log.warning("a batch of shard %02d is thrown away: it has another owner, epoch or position", batch.shard)
+            if (shard := self._shards.get(batch.shard)) is not None:
+                shard.opened_on = None  # the owner's loop looks afresh
+        except Rewritten:
+            log.error("shard %02d is suspect: its stream has another event where the ledger ends", batch.shard)
+            if (shard := self._shards.get(batch.shard)) is not None:
+                shard.opened_on = None
+        except LedgerEdited:
+            await self._stop(await self._connected(), batch, HEAD_CHANGED)
+        return []
 
     async def _transact(self, batches: Sequence[Batch]) -> list[tuple[Batch, bytes]]:
         connection = await self._connected()
@@ -259,6 +263,11 @@ class Persister:
             log.error("shard %02d is suspect: %s", batch.shard, error)
             shard.clocks_were_apart = isinstance(error, ClocksApart)
             shard.opened_on = None
+        except StoreLost:
+            raise
+        except Exception as error:
+            log.error("shard %02d is suspect: %s at %s", batch.shard, type(error).__name__, place_of(error))
+            shard.opened_on = None
 
     async def _tell_away(self) -> None:
         """Let Redis refuse at once what would wait for the ledger."""
@@ -266,8 +275,13 @@ class Persister:
             if shard.opened_on is not None:
                 try:
                     await self._store.publish_position(shard.term, shard.committed, "away", entry=shard.entry)
-                except (StoreLost, Suspect):
+                except StoreLost:
                     return
+                except Exception as error:
+                    log.error(
+                        "shard %02d is suspect: %s at %s", shard.owned.shard, type(error).__name__, place_of(error)
+                    )
+                    shard.opened_on = None
 
     async def _connected(self) -> Any:
         if self._connection is None or self._connection.is_closed():

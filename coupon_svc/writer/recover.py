@@ -27,7 +27,7 @@ from coupon_svc.ledger.database import bounded
 from coupon_svc.ledger.events import Batch, DeadLetter, garbled_letter
 from coupon_svc.ledger.marks import Mark, mark_of_a_day_ago
 from coupon_svc.ledger.outstanding import BookBusy, account_piece, held_by_book
-from coupon_svc.ledger.processes import expired_processes
+from coupon_svc.ledger.processes import gone_processes
 from coupon_svc.ledger.recovery import HistoryForked, NewEpoch, Settled, Verdict
 from coupon_svc.ledger.shards import OwnedShard
 from coupon_svc.store.meta import ShardMeta
@@ -174,7 +174,7 @@ class Recoverer:
         loop = asyncio.get_running_loop()
         begun = loop.time()
         while silent := set(await _step(connection, recovery.silent_processes(connection, shard, live))):
-            gone = set(await _step(connection, expired_processes(connection)))
+            gone = set(await _step(connection, gone_processes(connection)))
             now = loop.time()
             patience = {process: self._patience(process, now) for process in silent - gone}
             if now - begun >= max(patience.values(), default=0.0):

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import secrets
 import signal
+import time
 from collections import Counter
 from typing import Any
 
@@ -16,17 +17,47 @@ from coupon_svc.config import Settings
 from coupon_svc.domain.events import is_event
 from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
 from coupon_svc.ledger.events import NotOwner
+from coupon_svc.ledger.liveness import Watch
 from coupon_svc.ledger.migrations import check_installation
-from coupon_svc.ledger.processes import expired_processes, forget_processes, report_seen
-from coupon_svc.ledger.recovery import HistoryForked, event_at, first_dead_letter, stopped_because, want_rebuild
-from coupon_svc.ledger.shards import connection_name, owned_shards, release_shards, renew_writer, take_shards
-from coupon_svc.loops import keep_running
+from coupon_svc.ledger.processes import (
+    PROCESS_TTL_S,
+    count_as_gone,
+    forget_processes,
+    gone_processes,
+    process_beats,
+    report_seen,
+)
+from coupon_svc.ledger.recovery import (
+    HistoryForked,
+    event_at,
+    first_dead_letter,
+    stop_shard,
+    stopped_because,
+    want_rebuild,
+)
+from coupon_svc.ledger.shards import (
+    WRITER_TTL_S,
+    OwnedShard,
+    connection_name,
+    drop_writer,
+    fair_share,
+    leave,
+    owned_shards,
+    release_shards,
+    renew_writer,
+    take_shards,
+    writer_beats,
+)
+from coupon_svc.loops import keep_running, place_of
+from coupon_svc.store.meta import ShardMeta
 from coupon_svc.store.owner import (
     CLOCKS_APART_MAX_MS,
     ClocksApart,
+    Fenced,
     OwnerStore,
     StoreLost,
     Suspect,
+    Term,
     clocks_apart,
     entry_digest,
 )
@@ -42,6 +73,10 @@ from coupon_svc.writer.upkeep import Upkeep
 log = logging.getLogger(__name__)
 
 RENEW_EVERY_S = 1.0
+TAKE_AGAIN_S = 0.1
+OUT_OF_TOUCH_S = 3.0
+"""Who has not reached Redis for so long gives its shards up. Less than WRITER_TTL_S: others need not wait for that."""
+REACH_AGAIN_S = 0.2
 LOOK_EVERY_S = 0.05
 STATEMENTS_TIMEOUT_S = 3.0
 OPENED_AT_ONCE = 4
@@ -72,11 +107,23 @@ class Writer:
         self._recoverer = Recoverer(self.writer_id, self._store, settings.backlog_events_max)
         self._upkeep = Upkeep(settings.database_url, self.writer_id, self._shards)
         self._connections: dict[str, Any] = {}
+        self._writers = Watch(WRITER_TTL_S)
+        self._processes = Watch(PROCESS_TTL_S)
+        self._gone: list[str] = []
+        """API processes that are gone."""
+        self._reached_at = -OUT_OF_TOUCH_S
+        """By the loop's clock, when Redis answered last."""
+        self._back_in_touch = asyncio.Event()
+        self._holds = False
+        """Whether Postgres may have shards, or a row, of this writer."""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then hand the shards over, so that another writer need not wait."""
         parts = (
+            self._keep_in_touch(),
             self._keep_owning(),
+            self._keep_watching(),
+            self._keep_shown(),
             self._keep_open(),
             self._persister.run(),
             self._lender.run(),
@@ -94,78 +141,169 @@ class Writer:
             await asyncio.gather(*tasks, stopped, return_exceptions=True)
             with contextlib.suppress(LedgerUnavailable):
                 connection = await self._connected("owning")
-                await bounded(connection, release_shards(connection, self.writer_id), STATEMENTS_TIMEOUT_S)
+                await bounded(connection, leave(connection, self.writer_id), STATEMENTS_TIMEOUT_S)
             self._store.close()
 
     # --- owning
 
-    async def _keep_owning(self) -> None:
-        """Once a second: say that this writer lives, take what nobody owns, and show that the ledger is there."""
+    async def _keep_in_touch(self) -> None:
+        """Once a second: ask Redis who it is. Who cannot reach it can do nothing for a shard."""
         while True:
+            if not self._store.installation:  # Postgres has not said yet whose keys are ours
+                await asyncio.sleep(REACH_AGAIN_S)
+                continue
+            try:
+                await self._store.refresh_identity()
+            except StoreLost as error:
+                log.warning("redis cannot be used: %s", error)
+                await asyncio.sleep(REACH_AGAIN_S)
+                continue
+            if not self._in_touch():
+                self._back_in_touch.set()
+            self._reached_at = asyncio.get_running_loop().time()
+            await asyncio.sleep(RENEW_EVERY_S)
+
+    def _in_touch(self) -> bool:
+        return asyncio.get_running_loop().time() - self._reached_at < OUT_OF_TOUCH_S
+
+    async def _keep_owning(self) -> None:
+        """Once a second: say that this writer lives, and take what nobody owns; give all of it up while Redis cannot be
+        reached. Nothing here waits for Redis or for the row of a shard: the renewal would come late."""
+        while True:
+            pause_s = RENEW_EVERY_S
+            self._back_in_touch.clear()
             try:
                 connection = await self._connected("owning")
-                await bounded(connection, self._renew(connection), STATEMENTS_TIMEOUT_S)
-                await self._show_alive(connection)
+                if not self._in_touch():
+                    await self._stand_back(connection)
+                elif not await bounded(connection, self._renew(connection), STATEMENTS_TIMEOUT_S):
+                    pause_s = TAKE_AGAIN_S
+            except LedgerUnavailable as error:
+                log.warning("postgres cannot be used: %s", error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._back_in_touch.wait()
+
+    async def _stand_back(self, connection: Any) -> None:
+        """Give everything up, once: another writer may reach Redis. Raises LedgerUnavailable."""
+        if self._shards:
+            log.error("redis cannot be reached: %d shards are given up", len(self._shards))
+            self._shards.clear()
+        if self._holds:
+            await bounded(connection, leave(connection, self.writer_id), STATEMENTS_TIMEOUT_S)
+            self._holds = False
+
+    async def _renew(self, connection: Any) -> bool:
+        """Say that this writer lives, and own its share. False when rows of shards could not be had: try again soon."""
+        self._holds = True
+        await renew_writer(connection, self.writer_id)
+        await self._count_writers(connection)
+        share = await fair_share(connection)
+        owned = await owned_shards(connection, self.writer_id)
+        kept, surplus = {one.shard: one for one in owned[:share]}, [one.shard for one in owned[share:]]
+        for number in set(self._shards) - set(kept):
+            if number not in surplus:
+                log.warning("shard %02d has another owner now", number)
+            del self._shards[number]
+        for number, one in kept.items():
+            shard = self._shards.get(number)
+            if shard is None or shard.owned.generation != one.generation:
+                self._shards[number] = Shard(one)  # the reply to its taking was lost, or an operator has adopted it
+            elif one.epoch > shard.owned.epoch:
+                shard.opened_on, shard.stopped = None, False  # somebody wants it recovered
+        if surplus:
+            return await release_shards(connection, self.writer_id, surplus)
+        if len(kept) == share:
+            return True
+        taken, more = await take_shards(connection, self.writer_id, share - len(kept))
+        for one in taken:
+            self._shards[one.shard] = Shard(one)
+        if taken:
+            log.info("took %d shards", len(taken))
+            crash_point("own.taken")
+        return not more
+
+    async def _count_writers(self, connection: Any) -> None:
+        """Count writers as gone that have not renewed their row for long enough."""
+        asked_at = time.monotonic()
+        beats = await writer_beats(connection)
+        for writer_id, beat in self._writers.look(beats, asked_at, time.monotonic()):
+            if writer_id != self.writer_id and await drop_writer(connection, writer_id, beat):
+                log.warning("writer %s is gone", writer_id)
+
+    # --- watching and showing
+
+    async def _keep_watching(self) -> None:
+        """Once a second: count API processes as gone that have not renewed their row for long enough. Apart from the rest,
+        so that a lock on their rows holds up nothing else."""
+        while True:
+            try:
+                connection = await self._connected("watching")
+                await bounded(connection, self._count_processes(connection), STATEMENTS_TIMEOUT_S)
+            except LedgerUnavailable as error:
+                log.warning("postgres cannot be used: %s", error)
+            await asyncio.sleep(RENEW_EVERY_S)
+
+    async def _count_processes(self, connection: Any) -> None:
+        asked_at = time.monotonic()
+        beats = await process_beats(connection)
+        for process_id, beat in self._processes.look(beats, asked_at, time.monotonic()):
+            if await count_as_gone(connection, process_id, beat):
+                log.warning("API process %s is gone", process_id)
+        if self._gone:
+            await forget_processes(connection)
+        self._gone = await gone_processes(connection)
+
+    async def _keep_shown(self) -> None:
+        """Once a second: show Redis that the ledger is there, and report for API processes that are gone."""
+        while True:
+            try:
+                await self._show_alive(await self._connected("showing"))
             except LedgerUnavailable as error:
                 log.warning("postgres cannot be used: %s", error)
             except StoreLost as error:
                 log.warning("redis cannot be used: %s", error)
             await asyncio.sleep(RENEW_EVERY_S)
 
-    async def _renew(self, connection: Any) -> None:
-        fair_share = await renew_writer(connection, self.writer_id)
-        mine = {owned.shard: owned for owned in await owned_shards(connection, self.writer_id)}
-        for lost in set(self._shards) - set(mine):
-            log.warning("shard %02d has another owner now", lost)
-            del self._shards[lost]
-        for number, owned in mine.items():
-            shard = self._shards.setdefault(number, Shard(owned))  # new when the reply to its taking was lost
-            if owned.epoch > shard.owned.epoch:
-                shard.opened_on = None  # somebody wants it recovered
-        surplus = sorted(mine)[fair_share:]
-        if surplus:
-            await release_shards(connection, self.writer_id, surplus)
-            for number in surplus:
-                self._shards.pop(number, None)
-        elif len(mine) < fair_share:
-            taken = await take_shards(connection, self.writer_id, fair_share - len(mine))
-            for owned in taken:
-                self._shards[owned.shard] = Shard(owned)
-            if taken:
-                log.info("took %d shards", len(taken))
-                crash_point("own.taken")
-
     async def _show_alive(self, connection: Any) -> None:
-        await self._store.refresh_identity()
         self._clock.asked(await bounded(connection, connection.fetchval(_CLOCK), STATEMENTS_TIMEOUT_S))
-        gone = await bounded(connection, expired_processes(connection), STATEMENTS_TIMEOUT_S)
+        await self._store.connect()
+        gone = self._gone  # as found before any seq is read: they can have seen nothing beyond it
         for shard in list(self._shards.values()):
             if shard.opened_on is None:
                 continue
-            if shard.opened_on != self._store.identity:
-                shard.opened_on = None
-                continue
-            trim_seq, committed = shard.trim_seq(asyncio.get_running_loop().time()), shard.committed
             try:
-                seq = await self._store.publish_position(
-                    shard.term, committed, "seen",
-                    entry=shard.entry, ledger_ms=self._clock.now_ms(), trim_seq=trim_seq,
-                )  # fmt: skip
-            except Suspect as error:
-                log.warning("shard %02d is suspect: %s", shard.owned.shard, error)
-                shard.clocks_were_apart = isinstance(error, ClocksApart)
+                await self._show_shard(connection, shard, gone)
+            except (LedgerUnavailable, StoreLost):
+                raise
+            except Exception as error:
+                log.error("shard %02d is suspect: %s at %s", shard.owned.shard, type(error).__name__, place_of(error))
                 shard.opened_on = None
-                continue
-            if seq > committed and not await self._follows(shard, committed):
-                log.error("shard %02d is suspect: event %d is not in the stream", shard.owned.shard, committed + 1)
-                shard.opened_on = None
-                continue
-            owned = shard.owned  # as it is now: a recovery may come between two reports
-            for process_id, seen in shard.answered_by_gone(gone, seq):
-                work = report_seen(connection, process_id, [(owned.shard, owned.epoch, seen)])
-                await bounded(connection, work, STATEMENTS_TIMEOUT_S)
-        if gone:
-            await bounded(connection, forget_processes(connection), STATEMENTS_TIMEOUT_S)
+
+    async def _show_shard(self, connection: Any, shard: Shard, gone: list[str]) -> None:
+        """Tell one shard that the ledger is there, and report for who is gone. Raises StoreLost, LedgerUnavailable."""
+        if shard.opened_on != self._store.identity:
+            shard.opened_on = None
+            return
+        trim_seq, committed = shard.trim_seq(asyncio.get_running_loop().time()), shard.committed
+        try:
+            seq = await self._store.publish_position(
+                shard.term, committed, "seen",
+                entry=shard.entry, ledger_ms=self._clock.now_ms(), trim_seq=trim_seq,
+            )  # fmt: skip
+        except Suspect as error:
+            log.warning("shard %02d is suspect: %s", shard.owned.shard, error)
+            shard.clocks_were_apart = isinstance(error, ClocksApart)
+            shard.opened_on = None
+            return
+        if seq > committed and not await self._follows(shard, committed):
+            log.error("shard %02d is suspect: event %d is not in the stream", shard.owned.shard, committed + 1)
+            shard.opened_on = None
+            return
+        owned = shard.owned  # as it is now: a recovery may come between two reports
+        for process_id, seen in shard.answered_by_gone(gone, seq):
+            work = report_seen(connection, process_id, [(owned.shard, owned.epoch, seen)])
+            await bounded(connection, work, STATEMENTS_TIMEOUT_S)
 
     # --- opening
 
@@ -196,37 +334,51 @@ class Writer:
                 await asyncio.sleep(LOOK_EVERY_S)
 
     async def _try_open(self, shard: Shard, name: str) -> None:
+        """Open one shard, or say why it has to wait. Whatever goes wrong with it holds up no other."""
+        number = shard.owned.shard
         try:
             await self._open(shard, await self._connected(name))
+            return
         except (LedgerUnavailable, StoreLost) as error:
-            log.warning("shard %02d has to wait: %s", shard.owned.shard, error)
-            await asyncio.sleep(0.2)
+            log.warning("shard %02d has to wait: %s", number, error)
+        except (Fenced, NotOwner):
+            log.warning("shard %02d has another owner", number)
         except ClocksApart:
-            await asyncio.sleep(0.2)
-        except (Suspect, NotOwner):
-            log.warning("shard %02d has another owner", shard.owned.shard)
-            await asyncio.sleep(0.2)
+            pass  # it was told already
+        except Suspect as error:
+            log.warning("shard %02d is suspect, and to be recovered: %s", number, error)
+            shard.wants_recovery = True
         except HistoryForked as error:
-            log.critical("shard %02d is stopped: %s", shard.owned.shard, error)
+            log.critical("shard %02d is stopped: %s", number, error)
             shard.stopped = True
+            return
+        except Exception as error:
+            log.error("shard %02d cannot be opened: %s at %s", number, type(error).__name__, place_of(error))
+            shard.wants_recovery = True
+        await asyncio.sleep(0.2)
 
     async def _open(self, shard: Shard, connection: Any) -> None:
-        for owned in await bounded(connection, owned_shards(connection, self.writer_id), STATEMENTS_TIMEOUT_S):
-            if owned.shard == shard.owned.shard:
-                # As the ledger has it, whatever we thought.
-                shard.owned, shard.committed, shard.chain, shard.entry = owned, owned.committed, owned.chain, ""
+        number = shard.owned.shard
         identity = await self._store.connect()
-        await self._compare_clocks(connection, shard)
-        if reason := await bounded(connection, stopped_because(connection, shard.owned.shard), STATEMENTS_TIMEOUT_S):
-            await self._store.shut_shard(shard.term)
+        # First what Redis knows, then the ledger: a generation that another writer drew meanwhile is in both.
+        meta = await self._store.read_meta(number)
+        mine = await bounded(connection, owned_shards(connection, self.writer_id), STATEMENTS_TIMEOUT_S)
+        owned = next((one for one in mine if one.shard == number), None)
+        if owned is None:
+            raise NotOwner
+        # As the ledger has it, whatever we thought.
+        shard.owned, shard.committed, shard.chain, shard.entry = owned, owned.committed, owned.chain, ""
+        reason = await bounded(connection, stopped_because(connection, number), STATEMENTS_TIMEOUT_S)
+        if reason is None and (reason := went_back(owned, meta)):
+            await bounded(connection, stop_shard(connection, number, reason), STATEMENTS_TIMEOUT_S)
+        if reason is not None:
+            epoch, generation = max(owned.epoch, meta.newest_epoch), max(owned.generation, meta.generation or 0)
+            await self._store.shut_shard(Term(number, epoch, generation))
             raise HistoryForked(reason)
+        await self._compare_clocks(connection, shard)
         if shard.wants_recovery or not await self._in_order(shard, connection):
             shard.begin_epoch(await self._recoverer.recover(connection, shard.owned))
-        try:
-            await self._lender.settle(connection, shard)
-        except Suspect:
-            shard.wants_recovery = True  # a book is gone, or has no count of its redemptions
-            raise
+        await self._lender.settle(connection, shard)
         shard.opened_on = identity
 
     async def _compare_clocks(self, connection: Any, shard: Shard) -> None:
@@ -281,6 +433,18 @@ class Writer:
             self._store.installation = await bounded(connection, work, STATEMENTS_TIMEOUT_S)
             self._connections[name] = connection
         return connection
+
+
+def went_back(owned: OwnedShard, meta: ShardMeta) -> str | None:
+    """In words, when Redis knows of a later owner or recovery than the ledger, read after it, has ever had."""
+    if (meta.generation or 0) > owned.generation:
+        return (
+            f"redis knows of generation {meta.generation} of the shard's owners, the ledger of {owned.generation}:"
+            " it went back"
+        )
+    if meta.newest_epoch > owned.epoch:
+        return f"redis knows of epoch {meta.newest_epoch}, the ledger was in {owned.epoch}: it went back"
+    return None
 
 
 def run_writer(settings: Settings) -> None:

@@ -50,6 +50,7 @@ METHODS = {
         "turn": "reads events",
         "_waited_for": "",  # when to read is free here
         "_commit": "commits",
+        "_commit_alone": "is thrown away",
         "_transact": "commits",
         "_without_poison": "",  # no event is poisoned
         "_stop": "",  # nothing contradicts the ledger while every safeguard is in

@@ -1,0 +1,420 @@
+"""Writers that join, leave, or cannot do their work: each shard is served by one that can, within seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+
+from coupon_svc.config import load_settings
+from coupon_svc.domain.events import COUPON_ASSIGNED, Event
+from coupon_svc.ledger import lending
+from coupon_svc.ledger.events import Batch
+from coupon_svc.ledger.liveness import LOOKS_APART_MAX_S, Watch
+from coupon_svc.ledger.shards import OwnedShard, drop_writer, renew_writer, writer_beats
+from coupon_svc.store.owner import OwnerStore, StoreLost, Term
+from coupon_svc.store.scripts import Scripts
+from coupon_svc.store.server import Identity
+from coupon_svc.writer.clock import LedgerClock
+from coupon_svc.writer.lend import Lender
+from coupon_svc.writer.persist import Persister
+from coupon_svc.writer.shard import Shard
+from coupon_svc.writer.writer import OUT_OF_TOUCH_S, Writer
+from tests.chaos.proxy import Proxy
+from tests.conftest import SHARDS
+from tests.harness import Stack, fresh_database, until
+
+MakeStack = Callable[[], Awaitable[Stack]]
+CHAIN = bytes(32)
+HERE = Identity("run", "repl")
+
+
+async def owners(stack: Stack) -> list[str | None]:
+    return [row["owner"] for row in await stack.ledger("SELECT owner FROM shards ORDER BY shard")]
+
+
+async def one_owner(stack: Stack) -> bool:
+    owned = await owners(stack)
+    return None not in owned and len(set(owned)) == 1
+
+
+async def books_in_every_shard(http: httpx.AsyncClient) -> list[str]:
+    books: dict[str, str] = {}
+    while len(books) < SHARDS:
+        rules = {"name": "b", "generate": {"pattern": "########", "total": 1000}}
+        book_id = (await http.post("/coupons", json=rules)).json()["book_id"]
+        books[book_id[3:5]] = book_id
+    return list(books.values())
+
+
+async def serves(http: httpx.AsyncClient, books: list[str]) -> bool:
+    answers = await asyncio.gather(
+        *(http.post("/coupons/assign", json={"book_id": book, "user_id": "u"}) for book in books)
+    )
+    return all(answer.status_code == 201 for answer in answers)
+
+
+# --- who cannot do the work does not hold it
+
+
+async def test_a_writer_that_never_reaches_redis_takes_no_shard(make_stack: MakeStack) -> None:
+    """It is counted by nobody, so that the one that can work owns all shards."""
+    stack = await make_stack()
+    stranger = stack.writer(COUPON_REDIS_URL="redis://127.0.0.1:1")
+    stack.writer()
+    stack.api()
+    await stack.ready()
+    async with await stack.client() as http:
+        books = await books_in_every_shard(http)
+        await until(lambda: serves(http, books), what="every shard should be served")
+        await asyncio.sleep(2.5)  # both have looked again by now
+        assert await one_owner(stack)
+        assert await stack.ledger("SELECT count(*) AS number FROM writers") == [(1,)]
+        assert await serves(http, books)
+    assert stranger.process.poll() is None, "it goes on to try"
+
+
+async def test_a_writer_that_is_cut_off_from_redis_gives_its_shards_to_one_that_is_not(make_stack: MakeStack) -> None:
+    stack = await make_stack()
+    with Proxy(stack.redis_url) as proxy:
+        stack.writer(COUPON_REDIS_URL=proxy.url(stack.redis_url))
+        stack.writer()
+        stack.api()
+        await stack.ready()
+
+        async def shared() -> bool:
+            owned = await owners(stack)
+            return None not in owned and len(set(owned)) == 2
+
+        async with await stack.client() as http:
+            books = await books_in_every_shard(http)
+            await until(shared, what="each should own two shards")
+            proxy.cut(refuse=True)
+            await until(lambda: one_owner(stack), OUT_OF_TOUCH_S + 4, "the other should have taken all shards over")
+            await until(lambda: serves(http, books), what="every shard should be served")
+            proxy.heal()
+            await until(shared, what="it should take part again when Redis answers")
+            await until(lambda: serves(http, books), what="every shard should be served by either")
+
+
+async def test_a_single_writer_goes_on_by_itself_when_redis_is_back(make_stack: MakeStack) -> None:
+    stack = await make_stack()
+    with Proxy(stack.redis_url) as proxy:
+        stack.writer(COUPON_REDIS_URL=proxy.url(stack.redis_url))
+        stack.api()
+        await stack.ready()
+        async with await stack.client() as http:
+            books = await books_in_every_shard(http)
+            epochs = await stack.ledger("SELECT epoch FROM shards ORDER BY shard")
+            proxy.cut(refuse=True)
+
+            async def given_up() -> bool:
+                return await owners(stack) == [None] * SHARDS and not await stack.ledger("SELECT FROM writers")
+
+            await until(given_up, what="it should have given its shards up")
+            proxy.heal()
+            await until(lambda: serves(http, books), what="every shard should be served")
+            assert await stack.ledger("SELECT epoch FROM shards ORDER BY shard") == epochs, (
+                "nothing was to be recovered"
+            )
+
+
+# --- who lives is no matter of Postgres's clock
+
+
+async def step_clock(stack: Stack, interval: str) -> None:
+    """From now on Postgres's clock is off by this, as its statements read it."""
+    ledger = await asyncpg.connect(stack.database_url)
+    database = await ledger.fetchval("SELECT current_database()")
+    await ledger.execute(f"""
+        CREATE SCHEMA IF NOT EXISTS stepped;
+        CREATE OR REPLACE FUNCTION stepped.now() RETURNS timestamptz LANGUAGE sql AS
+            $$ SELECT pg_catalog.now() + interval '{interval}' $$;
+        ALTER DATABASE {database} SET search_path = stepped, pg_catalog, public
+    """)
+    await ledger.close()
+
+
+async def test_a_step_of_the_ledgers_clock_forward_ends_no_living_process(make_stack: MakeStack) -> None:
+    """Else its shards' owners would report for it while it goes on to answer."""
+    stack = await make_stack()
+    await step_clock(stack, "0 s")
+    stack.writer()
+    stack.api()
+    await stack.ready()
+    await asyncio.sleep(1.2)
+    living = [await stack.ledger("SELECT process_id FROM api_processes"), await owners(stack)]
+    await step_clock(stack, "1 hour")
+    await asyncio.sleep(3)
+    assert [await stack.ledger("SELECT process_id FROM api_processes"), await owners(stack)] == living
+    log = (stack.folder / "writer.log").read_text()
+    assert "is gone" not in log
+
+
+async def test_a_step_of_the_ledgers_clock_back_keeps_no_dead_process(make_stack: MakeStack) -> None:
+    stack = await make_stack()
+    await step_clock(stack, "0 s")
+    first = stack.writer()
+    stack.api()
+    await stack.ready()
+    gone = set(await owners(stack))
+    first.signal(signal.SIGSTOP)
+    await step_clock(stack, "-1 hour")
+    first.kill()
+    stack.parts[1].kill()
+    stack.writer()
+
+    async def taken_over() -> bool:
+        return await one_owner(stack) and not set(await owners(stack)) & gone
+
+    await until(taken_over, what="the next writer should have taken all shards over")
+
+    async def forgotten() -> bool:
+        return not await stack.ledger("SELECT FROM api_processes")
+
+    await until(forgotten, what="the API process should count as gone")
+
+
+def test_a_row_is_gone_when_it_was_seen_unchanged_for_long_enough() -> None:
+    watch = Watch(5.0)
+    assert watch.look({"dead": 1, "living": 1}, 100.0, 100.1) == []
+    for second in range(1, 5):
+        assert watch.look({"dead": 1, "living": 1 + second}, 100.0 + second, 100.1 + second) == []
+    assert watch.look({"dead": 1, "living": 9}, 105.3, 105.4) == []
+    assert watch.look({"dead": 1, "living": 10}, 106.6, 106.7) == [("dead", 1)]
+    assert watch.look({"dead": 2}, 107.6, 107.7) == [], "it was renewed after all"
+
+
+def test_an_observer_that_stood_still_does_not_count_that_time() -> None:
+    """Its machine may have stood still with all who live on it; they must have had time to renew their rows since."""
+    watch = Watch(5.0)
+    watch.look({"other": 1}, 100.0, 100.1)
+    assert watch.look({"other": 1}, 1000.0, 1000.1) == []
+    assert watch.look({"other": 1}, 2000.0, 2000.1) == []
+    assert watch.look({"other": 1}, 3000.0, 3000.1) == [("other", 1)]
+    assert LOOKS_APART_MAX_S * 3 > 5.0 > LOOKS_APART_MAX_S * 2
+
+
+async def test_a_writer_that_was_renewed_since_it_was_seen_is_not_dropped(postgres_url: str) -> None:
+    ledger = await asyncpg.connect(await fresh_database(postgres_url, 1))
+    await renew_writer(ledger, "wr")
+    (seen,) = (await writer_beats(ledger)).values()
+    await renew_writer(ledger, "wr")
+    assert not await drop_writer(ledger, "wr", seen)
+    (seen,) = (await writer_beats(ledger)).values()
+    assert await drop_writer(ledger, "wr", seen)
+    assert await writer_beats(ledger) == {}
+    await ledger.close()
+
+
+async def test_no_renewal_waits_for_the_row_of_a_shard(make_stack: MakeStack) -> None:
+    """A recovery holds it for as long as it settles. What is locked is taken, and given up, when it can be had."""
+    stack = await make_stack()
+    writer = Writer(load_settings({**stack.environment, "COUPON_REDIS_URL": "redis://127.0.0.1:1"}))
+    connection = await writer._connected("owning")
+    holder = await asyncpg.connect(stack.database_url)
+    try:
+        for others in ([], ["wr_a", "wr_b"]):
+            for other in others:
+                await renew_writer(holder, other)
+            async with holder.transaction():
+                await holder.execute("SELECT FROM shards WHERE shard = 3 FOR UPDATE")
+                async with asyncio.timeout(1.0):
+                    assert await writer._renew(connection) is False
+                assert 3 not in writer._shards
+            assert await writer._renew(connection)
+            expected = [writer.writer_id] * 2 + [None] * 2 if others else [writer.writer_id] * SHARDS
+            assert await owners(stack) == expected
+    finally:
+        await holder.close()
+        for opened in writer._connections.values():
+            opened.terminate()
+
+
+# --- a shard that goes while something waits, or is odd, is no other shard's trouble
+
+
+def shard(number: int) -> Shard:
+    owned = Shard(OwnedShard(number, 1, 0, 1, CHAIN))
+    owned.opened_on = HERE
+    return owned
+
+
+@pytest.mark.parametrize("at", ["books_to_load", "lone_leases", "bring_again"])
+async def test_a_shard_that_is_given_up_within_the_lenders_turn_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    shards = {number: shard(number) for number in range(3)}
+    lender = Lender("", "wr", OwnerStore("redis://127.0.0.1:1", 3, Scripts()), shards, 20, 20)
+    lender._in_doubt = {f"bk_0{number}x": shards[number] for number in range(3)}
+    brought: list[int] = []
+
+    async def books_to_load(*_: Any) -> list[Any]:
+        if at == "books_to_load":
+            shards.pop(1, None)
+        return []
+
+    async def lone_leases(*_: Any) -> dict[str, lending.Lease]:
+        if at == "lone_leases":
+            shards[1] = shard(1)  # given up, and taken anew
+        return {"bk_01x": lending.Lease(["A-1"], 0)} if at == "lone_leases" else {}
+
+    async def bring_lone(*_: Any) -> None:
+        raise AssertionError("what was lent by one owner is not brought by the next")
+
+    async def bring_outstanding(_: Any, one: Shard, book_id: str) -> None:
+        brought.append(one.owned.shard)
+        if at == "bring_again":
+            shards.pop(1, None)
+            lender._in_doubt.pop("bk_01x", None)  # whoever opened it anew has settled it
+
+    monkeypatch.setattr(lender, "_bring_lone", bring_lone)
+    monkeypatch.setattr(lender, "_bring_outstanding", bring_outstanding)
+    monkeypatch.setattr(lending, "books_to_load", books_to_load)
+    monkeypatch.setattr(lending, "lone_leases", lone_leases)
+    await lender.turn(None)
+    await lender._bring_again(None)
+    assert brought == [0, 2]
+
+
+async def test_what_goes_wrong_with_one_shard_does_not_end_the_lenders_turn(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = {number: shard(number) for number in range(3)}
+    lender = Lender("", "wr", OwnerStore("redis://127.0.0.1:1", 3, Scripts()), shards, 20, 20)
+    lender._low = {f"bk_0{number}x": shards[number] for number in range(3)}
+    refilled: list[int] = []
+
+    async def refill(_: Any, one: Shard, book_id: str) -> None:
+        int({0: "7", 1: "a secret code", 2: "7"}[one.owned.shard])
+        refilled.append(one.owned.shard)
+
+    async def nothing(*_: Any) -> Any:
+        return {}
+
+    monkeypatch.setattr(lender, "_refill", refill)
+    monkeypatch.setattr(lending, "books_to_load", nothing)
+    monkeypatch.setattr(lending, "lone_leases", nothing)
+    await lender.turn(None)
+    assert refilled == [0, 2]
+    assert (shards[1].opened_on, shards[1].wants_recovery) == (None, True)
+    assert "shard 01 is suspect: ValueError at " in caplog.text
+    assert "secret" not in caplog.text
+
+
+class OddStore(OwnerStore):
+    """A Redis whose shard 1 answers what cannot be read."""
+
+    def __init__(self) -> None:
+        super().__init__("redis://127.0.0.1:1", 3, Scripts())
+        self.told: list[int] = []
+        self.identity = HERE
+
+    async def connect(self) -> Identity:
+        return HERE
+
+    async def publish_position(self, term: Term, committed: int, *_: Any, **__: Any) -> int:
+        if term.shard == 1:
+            return int("a torn field")
+        self.told.append(term.shard)
+        return committed
+
+
+class Answering:
+    """A connection to Postgres that tells the time."""
+
+    async def fetchval(self, _: str) -> int:
+        return 0
+
+
+async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_being_shown(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    writer = Writer(load_settings({"COUPON_REDIS_URL": "redis://x", "COUPON_DATABASE_URL": "postgresql://x"}))
+    writer._store = store = OddStore()
+    writer._shards.update({number: shard(number) for number in range(3)})
+    await writer._show_alive(Answering())
+    assert store.told == [0, 2]
+    assert [writer._shards[number].opened_on for number in range(3)] == [HERE, None, HERE]
+    assert "shard 01 is suspect: ValueError at " in caplog.text
+
+
+async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_being_told_that_postgres_is_away() -> None:
+    store = OddStore()
+    shards = {number: shard(number) for number in range(3)}
+    await Persister("", "wr", store, shards, lambda *_: None, LedgerClock())._tell_away()
+    assert store.told == [0, 2]
+    assert [shards[number].opened_on for number in range(3)] == [HERE, None, HERE]
+
+
+async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_being_opened(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR)
+    writer = Writer(load_settings({"COUPON_REDIS_URL": "redis://x", "COUPON_DATABASE_URL": "postgresql://x"}))
+    writer._shards.update({number: Shard(OwnedShard(number, 1, 0, 1, CHAIN)) for number in range(3)})
+
+    async def open_shard(one: Shard, _: Any) -> None:
+        if one.owned.shard == 1:
+            int("a torn field")
+        one.opened_on = HERE
+
+    async def connected(_: str) -> None: ...
+
+    monkeypatch.setattr(writer, "_open", open_shard)
+    monkeypatch.setattr(writer, "_connected", connected)
+    opening = asyncio.create_task(writer._keep_open())
+
+    async def others_opened() -> bool:
+        return writer._shards[2].opened_on is HERE
+
+    await until(others_opened)
+    opening.cancel()
+    assert writer._shards[1].wants_recovery, "what cannot be read is to be rebuilt"
+    assert "shard 01 cannot be opened: ValueError at " in caplog.text
+
+
+@pytest.fixture
+async def ledger(postgres_url: str) -> AsyncIterator[tuple[str, asyncpg.Connection]]:
+    url = await fresh_database(postgres_url, 3)
+    connection = await asyncpg.connect(url)
+    await connection.execute("UPDATE shards SET owner = 'wr', generation = 1, epoch = 1")
+    yield url, connection
+    await connection.close()
+
+
+async def test_a_shard_that_another_writer_took_throws_no_other_shards_batch_away(
+    ledger: tuple[str, asyncpg.Connection],
+) -> None:
+    url, connection = ledger
+    shards = {number: shard(number) for number in range(3)}
+    await connection.execute("UPDATE shards SET owner = 'another', generation = 2 WHERE shard = 1")
+    persister = Persister(url, "wr", OddStore(), shards, lambda *_: None, LedgerClock())
+    batches = [
+        Batch(number, 1, 1, 0, 1, [Event(1, COUPON_ASSIGNED, f"bk_0{number}x", f"A-{number}", "u", 1)])
+        for number in range(3)
+    ]
+    committed = await persister._commit(batches)
+    assert [batch.shard for batch, _ in committed] == [0, 2]
+    assert [shards[number].opened_on for number in range(3)] == [HERE, None, HERE]
+    rows = await connection.fetch("SELECT shard FROM events ORDER BY shard")
+    assert [row["shard"] for row in rows] == [0, 2]
+    persister._connection.terminate()
+
+
+async def test_a_store_that_cannot_be_reached_is_the_trouble_of_all_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = {number: shard(number) for number in range(2)}
+    lender = Lender("", "wr", OwnerStore("redis://127.0.0.1:1", 2, Scripts()), shards, 20, 20)
+
+    async def away() -> None:
+        raise StoreLost("away")
+
+    with pytest.raises(StoreLost):
+        await lender._guarded(shards[0], shards[0].owned, away())
+    assert shards[0].opened_on is HERE
