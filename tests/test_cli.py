@@ -306,7 +306,10 @@ def test_what_cannot_be_a_key_is_not_imported(migrated: Cli, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--tenant", "acme", "--scopes", "books:read,everything"], "--scopes takes one or more of books:write, books:read"),
+        (
+            ["--tenant", "acme", "--scopes", "books:read,everything"],
+            "--scopes takes one or more of books:write, books:read",
+        ),
         (["--tenant", "acme", "--scopes", ""], "--scopes takes one or more of"),
         (["--tenant", ""], "a tenant's name has 1..100 printable characters"),
         (["--tenant", "x" * 101], "a tenant's name has 1..100 printable characters"),

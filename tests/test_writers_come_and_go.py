@@ -348,7 +348,7 @@ async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_bein
 async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_being_told_that_postgres_is_away() -> None:
     store = OddStore()
     shards = {number: shard(number) for number in range(3)}
-    await Persister("", "wr", store, shards, lambda *_: None, LedgerClock())._tell_away()
+    await Persister("", "wr", store, shards, lambda *_: None, LedgerClock()).show_away()
     assert store.told == [0, 2]
     assert [shards[number].opened_on for number in range(3)] == [HERE, None, HERE]
 

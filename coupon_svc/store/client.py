@@ -258,7 +258,7 @@ class Store:
                 log.error("shard %02d has gone back behind what was seen: it is to be recovered", shard)
                 gone_back.append(shard)
             unheard_s = math.inf if meta.owner_at_ms is None else (now_ms - meta.owner_at_ms) / 1000
-            if unheard_s > OWNER_UNHEARD_MAX_S and asyncio.get_running_loop().time() > self.answer_early_until:
+            if unheard_s > OWNER_UNHEARD_MAX_S and boot_s() > self.answer_early_until:
                 # Cut off from Postgres, this process cannot learn that the shard lives on elsewhere.
                 continue
             if epoch >= max(view.epoch, view.epoch_min) and (epoch, seq) >= seen[shard]:

@@ -172,11 +172,15 @@ class Lender:
             log.error("shard %02d is suspect: %s at %s", shard.owned.shard, type(error).__name__, place_of(error))
             shard.opened_on, shard.wants_recovery = None, True
 
+    def _kept_back(self, book_id: str, unlent: int, lone: int) -> int:
+        """How many codes Redis is told to be still on their way: those that were lent alone are, and so may be a block whose
+        lease was committed and its reply lost. The book is not exhausted while there are any."""
+        return unlent + lone + (book_id in self._in_doubt)
+
     async def _load_book(self, connection: Any, shard: Shard, book: Book) -> None:
         owned = shard.owned
         book, loaded, lone = await lending.read_book(connection, book.book_id)
-        # Codes that were lent alone and are on their way count as unlent: the book is not exhausted while there are any.
-        rules = book_fields(book) | {"unlent": str(book.unlent + lone)}
+        rules = book_fields(book) | {"unlent": str(self._kept_back(book.book_id, book.unlent, lone))}
         await self._store.put_book(term_of(owned), book.book_id, book.version, rules, known=loaded)
         crash_point("lend.put")
         if not loaded and not await lending.mark_loaded(connection, self._writer_id, owned, book.book_id, 0):
@@ -195,7 +199,8 @@ class Lender:
         if pool is None:
             pool = shard.pools[book_id] = Pool(book.ack, self._lease_min)
         pool.unlent = book.unlent
-        pool.in_pool = await self._store.load_codes(term_of(owned), book_id, [], pool.unlent + lone)
+        kept_back = self._kept_back(book_id, pool.unlent, lone)
+        pool.in_pool = await self._store.load_codes(term_of(owned), book_id, [], kept_back)
         if not pool.wants_refill():
             self._low.pop(book_id, None)
             return
@@ -213,7 +218,7 @@ class Lender:
                 self._in_doubt.pop(book_id, None)
             return  # somebody writes to the book, and tells when it is done
         crash_point("lend.leased")
-        pool.in_pool = await self._bring(shard, owned, book_id, lease._replace(unlent=lease.unlent + lone))
+        pool.in_pool = await self._bring(shard, owned, book_id, lease._replace(unlent=lease.unlent + lone + doubtful))
         if not doubtful:
             self._in_doubt.pop(book_id, None)
         pool.unlent, pool.refilled_at = lease.unlent, now

@@ -84,7 +84,7 @@ class Persister:
                 await asyncio.sleep(0.2)
             except LedgerUnavailable as error:
                 log.warning("postgres cannot be used: %s", error)
-                await self._tell_away()
+                await self.show_away()
                 await asyncio.sleep(0.2)
 
     async def turn(self) -> None:
@@ -269,7 +269,7 @@ class Persister:
             log.error("shard %02d is suspect: %s at %s", batch.shard, type(error).__name__, place_of(error))
             shard.opened_on = None
 
-    async def _tell_away(self) -> None:
+    async def show_away(self) -> None:
         """Let Redis refuse at once what would wait for the ledger."""
         for shard in list(self._shards.values()):
             if shard.opened_on is not None:

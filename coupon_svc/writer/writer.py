@@ -261,6 +261,7 @@ class Writer:
                 await self._show_alive(await self._connected("showing"))
             except LedgerUnavailable as error:
                 log.warning("postgres cannot be used: %s", error)
+                await self._persister.show_away()  # and that there is an owner: reads go on
             except StoreLost as error:
                 log.warning("redis cannot be used: %s", error)
             await asyncio.sleep(RENEW_EVERY_S)

@@ -55,7 +55,7 @@ METHODS = {
         "_without_poison": "",  # no event is poisoned
         "_stop": "",  # nothing contradicts the ledger while every safeguard is in
         "_publish": "tells the position",
-        "_tell_away": "",  # refusals for want of Postgres decide nothing
+        "show_away": "",  # refusals for want of Postgres decide nothing
         "_connected": "",
     },
     "Lender": {
