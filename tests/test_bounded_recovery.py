@@ -516,15 +516,15 @@ async def test_a_process_that_does_not_report_is_waited_for_once_and_one_that_is
         assert await bench.recoverer._wait_for_reports(bench.ledger, 0, 1) == 1
         return time.monotonic() - began
 
-    add = "INSERT INTO api_processes VALUES ($1, now() + $2 * interval '1 second')"
-    await bench.ledger.execute(add, "gone", -1)
+    add = "INSERT INTO api_processes (process_id, gone) VALUES ($1, $2)"
+    await bench.ledger.execute(add, "gone", True)
     assert await waited() < 1.0
     await bench.ledger.execute("DELETE FROM api_processes")
-    await bench.ledger.execute(add, "silent", 60)
+    await bench.ledger.execute(add, "silent", False)
     assert await waited() >= recover_module.REPORTS_WAIT_S
     assert await waited() < 1.5
     await bench.ledger.execute("DELETE FROM api_processes")
-    await bench.ledger.execute(add, "another", 60)
+    await bench.ledger.execute(add, "another", False)
     assert await waited() >= recover_module.REPORTS_WAIT_S
 
 
