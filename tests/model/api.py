@@ -8,7 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tests.model.promises import ASSIGN, REDEEM, of_answer
-from tests.model.state import DOUBT, Ask, Bounds, Event, Holder, Node, Process, State, held, replaced
+from tests.model.state import (
+    DOUBT,
+    Ask,
+    Bounds,
+    Event,
+    Holder,
+    Node,
+    Process,
+    State,
+    held,
+    live_epoch,
+    quarantined,
+    replaced,
+)
 
 Step = tuple[str, State]
 
@@ -18,6 +31,9 @@ def steps(state: State, bounds: Bounds) -> Iterator[Step]:
     for place, process in enumerate(state.processes):
         if process.node >= 0:
             yield from _look(state, bounds, place, process)
+        elif not process.row:
+            new = Process(state.current, False, 0, 0, 0, True, True)
+            yield f"process {place} starts", end_epochs(state, place, new)
     for user, ask in enumerate(state.asks):
         if not ask.verb or (user and state.asks[user - 1] == Ask(ASSIGN)):
             continue  # users are alike: they begin in their order
@@ -38,7 +54,16 @@ def _look(state: State, bounds: Bounds, place: int, process: Process) -> Iterato
     if process.node != state.current:
         new = process._replace(node=state.current, open=False)
         yield f"process {place} connects to redis {state.nodes[state.current].run}", _with(state, place, new)
-    verified = verify(process, node, bounds)
+    if bounds.messages and process.heard < state.told[process.epoch]:
+        heard = process._replace(heard=state.told[process.epoch])
+        if "message_seen" not in bounds.off:
+            heard = heard._replace(seen=max(heard.seen, heard.heard))
+        yield f"process {place} hears of the position {process.epoch}-{heard.heard}", _with(state, place, heard)
+    seen = seen_seq(state, process, bounds)
+    same = process.open and node.epoch == process.epoch and node.certified == node.identity
+    if same and node.seq < seen and "seen" not in bounds.off:
+        yield f"process {place} finds that redis {node.run} went back, and the shard in doubt", _doubt(state, place)
+    verified = verify(process, node, bounds, seen)
     if verified != process:
         yield f"process {place} verifies redis {node.run}", _with(state, place, verified)
     if state.ledger.epoch > process.epoch_min:
@@ -47,7 +72,7 @@ def _look(state: State, bounds: Bounds, place: int, process: Process) -> Iterato
         lapsed = state._replace(lapses=state.lapses + 1)
         if process.early:
             yield f"process {place} loses its registration", _with(lapsed, place, process._replace(early=False))
-        dead = process._replace(node=-1, open=False, early=False, past=frozenset())
+        dead = process._replace(node=-1, open=False, early=False)
         asks = tuple(
             ask._replace(phase="unknown", event=None, until=None, made=False)
             if ask.process == place and ask.phase in ("sent", "waiting")
@@ -57,33 +82,38 @@ def _look(state: State, bounds: Bounds, place: int, process: Process) -> Iterato
         yield f"process {place} is killed", _with(lapsed._replace(asks=asks), place, dead)
 
 
-def verify(process: Process, node: Node, bounds: Bounds) -> Process:
+def seen_seq(state: State, process: Process, bounds: Bounds) -> int:
+    """The highest seq that a process has seen of its epoch: what it was answered, and what it has heard is committed."""
+    if bounds.messages or "message_seen" in bounds.off:
+        return process.seen
+    return max(process.seen, state.told[process.epoch])
+
+
+def verify(process: Process, node: Node, bounds: Bounds, seen: int) -> Process:
     """`Store._verify`: open the shard where the server is the certified one, and has all that was seen; else shut it."""
     same_run = node.certified[0] == node.run or "certification" in bounds.off
     same_replid = node.certified[1] == node.replid or bool({"certification", "replid"} & bounds.off)
-    newer = (node.epoch, node.seq) >= (process.epoch, 0 if "seen" in bounds.off else process.seen)
+    newer = (node.epoch, node.seq) >= (process.epoch, 0 if "seen" in bounds.off else seen)
     if not (same_run and same_replid and node.epoch > 0 and node.epoch >= process.epoch_min and newer):
         return process._replace(open=False)
     if process.open and node.epoch == process.epoch:
         return process  # it would raise what was seen: that only makes more suspect, and counts as seen at recovery
     if node.epoch > process.epoch:
-        past = process.past | {(process.epoch, process.seen)}
-        process = process._replace(epoch=node.epoch, seen=0, past=past)
-    return process._replace(open=True, seen=max(process.seen, node.seq))
+        process = process._replace(epoch=node.epoch, seen=0, heard=0)
+    heard = max(process.heard, node.committed) if bounds.messages else 0
+    return process._replace(open=True, seen=max(process.seen, node.seq), heard=heard)
 
 
 def end_epochs(state: State, place: int, process: Process) -> State:
-    """`Store.end_epochs` and the report: nothing of an older epoch is answered early from now on."""
-    epoch = state.ledger.epoch
-    over = dict.fromkeys(range(max(1, process.epoch_min), epoch), 0) | dict(process.past)
-    is_open = process.open
-    if 0 < process.epoch < epoch:
-        over[process.epoch] = process.seen
-        is_open = False
+    """`Store.end_epochs` and the report: nothing of an older epoch is answered early from now on.
+
+    Only the epoch that is live yet over is reported. Older ones are settled: a process enters an epoch after that.
+    """
+    epoch, live = state.ledger.epoch, live_epoch(state.ledger)
     reports = state.ledger.reports
-    if process.row:
-        reports |= {(place, number, seen) for number, seen in over.items() if 0 < number < epoch}
-    process = process._replace(open=is_open, epoch_min=epoch, past=frozenset())
+    if process.row and 0 < live < epoch:
+        reports |= {(place, live, process.seen if process.epoch == live else 0)}
+    process = process._replace(open=process.open and process.epoch >= epoch, epoch_min=epoch)
     return _with(state._replace(ledger=state.ledger._replace(reports=reports)), place, process)
 
 
@@ -95,7 +125,7 @@ def _send(state: State, bounds: Bounds, user: int, place: int) -> Iterator[Step]
     ask, process = state.asks[user], state.processes[place]
     node = state.nodes[process.node]
     who = f"user {user} asks process {place}"
-    if not fence(process, node, bounds):
+    if not fence(process, node, bounds, seen_seq(state, process, bounds)):
         yield f"{who}: suspect", _with(state, place, process._replace(open=False))
         return
     key = _key(state, bounds, user, ask.verb)
@@ -120,13 +150,17 @@ def _send(state: State, bounds: Bounds, user: int, place: int) -> Iterator[Step]
             yield f"{who}: code {code} is popped on redis {node.run}", _assigned(state, user, place, code, key)
 
 
-def fence(process: Process, node: Node, bounds: Bounds) -> bool:
+def fence(process: Process, node: Node, bounds: Bounds, seen: int) -> bool:
     """lua/include/fence.lua: this Redis is in the caller's epoch, not behind it, and has had no other master since."""
     if node.epoch != process.epoch and not ("epoch" in bounds.off and node.epoch):
         return False
-    if node.seq < process.seen and "seen" not in bounds.off:
+    if node.seq < seen and "seen" not in bounds.off:
         return False
     return node.certified[1] == node.replid or bool({"fence_replid", "replid", "certification"} & bounds.off)
+
+
+def _fence(state: State, process: Process, bounds: Bounds) -> bool:
+    return fence(process, state.nodes[process.node], bounds, seen_seq(state, process, bounds))
 
 
 def _assign_code(state: State, bounds: Bounds, user: int, place: int, key: int, who: str) -> Iterator[Step]:
@@ -147,7 +181,7 @@ def _assign_code(state: State, bounds: Bounds, user: int, place: int, key: int, 
         yield f"{who}: it is taken from the pool of redis {node.run}", _assigned(state, user, place, code, key)
     elif "counts" not in bounds.off and len(node.free) + len(node.holders) != node.lent:
         yield f"{who}: codes are missing, and the shard in doubt", _doubt(state, place)
-    elif code not in ledger.quarantine and code not in ledger.lone:
+    elif code not in quarantined(ledger) and code not in ledger.lone:
         ledger = ledger._replace(lent=ledger.lent | {code}, lone=ledger.lone | {code})
         yield f"{who}: it is lent alone", state._replace(ledger=ledger)
 
@@ -160,10 +194,10 @@ def _redeem(state: State, bounds: Bounds, user: int, place: int, key: int, who: 
     for holder in node.holders:
         if holder.code != code:
             continue
-        if holder.assigned.user != user or holder.last.verb == REDEEM:
+        if (holder.assigned.user != user and not bounds.anonymous) or holder.last.verb == REDEEM:
             yield f"{who}: code {code} is redeemed, or another's", _ended(state, user)
             return
-        event = Event(process.epoch, node.seq + 1, REDEEM, code, user, key)
+        event = Event(process.epoch, node.seq + 1, REDEEM, code, holder.assigned.user, key)
         holders = (node.holders - {holder}) | {holder._replace(last=event)}
         yield (
             f"{who}: code {code} is redeemed on redis {node.run}",
@@ -171,7 +205,7 @@ def _redeem(state: State, bounds: Bounds, user: int, place: int, key: int, who: 
         )
         return
     if code in node.quarantine and bounds.receipts:
-        yield _show_receipt(state, user, place, code, who)
+        yield _show_receipt(state, bounds, user, place, code, who)
     elif code in node.quarantine:
         yield f"{who}: code {code} is in quarantine", _ended(state, user)
     elif "counts" not in bounds.off and len(node.free) + len(node.holders) != node.lent:
@@ -183,14 +217,14 @@ def _redeem(state: State, bounds: Bounds, user: int, place: int, key: int, who: 
         yield f"{who}: not assigned", _ended(state, user)
 
 
-def _show_receipt(state: State, user: int, place: int, code: int, who: str) -> Step:
+def _show_receipt(state: State, bounds: Bounds, user: int, place: int, code: int, who: str) -> Step:
     """`redeem_receipt`: the ledger has the assignment at its own position, and the code leaves the quarantine there."""
     ledger, coupon = state.ledger, held(state.ledger).get(code)
-    if code in ledger.quarantine:
-        position = next(a[4] for a in state.answers if a[:3] == (ASSIGN, code, user))
+    position = next(a[4] for a in state.answers if a[:3] == (ASSIGN, code, user))
+    if code in quarantined(ledger) and ("release_epoch" in bounds.off or (code, position[0]) in ledger.quarantine):
         event = Event(*position, ASSIGN, code, user, 0)
         ledger = ledger._replace(
-            quarantine=ledger.quarantine - {code},
+            quarantine=frozenset(q for q in ledger.quarantine if q[0] != code),
             lent=ledger.lent | {code},
             events=ledger.events | {event},
             dead=ledger.dead - {(*position, code), (*position, -1)},
@@ -208,7 +242,7 @@ def _release(state: State, bounds: Bounds, user: int, ask: Ask) -> Step:
     process = state.processes[ask.process]
     asks = replaced(state.asks, user, ask._replace(phase="idle"))
     who = f"the record of user {user}'s receipt"
-    if process.node < 0 or not process.open or not fence(process, state.nodes[process.node], bounds):
+    if process.node < 0 or not process.open or not _fence(state, process, bounds):
         return f"{who} does not reach redis", state._replace(asks=asks)
     node = state.nodes[process.node]
     code = next(code for verb, code, other, *_ in state.answers if verb == ASSIGN and other == user)
@@ -228,7 +262,10 @@ def _reply(state: State, bounds: Bounds, user: int, ask: Ask) -> Iterator[Step]:
     process, until = state.processes[ask.process], ask.until
     assert until is not None
     if ask.phase == "waiting":
-        told = state.told[until.epoch] >= until.seq
+        if bounds.messages:
+            told = process.epoch == until.epoch and process.heard >= until.seq
+        else:
+            told = state.told[until.epoch] >= until.seq
         if "own_epoch" in bounds.off:
             told = any((epoch, seq) >= until.position for epoch, seq in enumerate(state.told) if seq)
         if told:

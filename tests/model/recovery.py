@@ -25,6 +25,8 @@ from tests.model.state import (
     held,
     in_ledger,
     last_seq,
+    live_epoch,
+    quarantined,
     replaced,
 )
 
@@ -34,7 +36,7 @@ Step = tuple[str, State]
 def begin(state: State, place: int, writer: Writer, who: str) -> Step:
     """Step 1: the next epoch. From now on no batch of an older one is committed."""
     ledger, node = state.ledger, state.nodes[writer.node]
-    live = ledger.certified if ledger.certified > ledger.settled else 0
+    live = live_epoch(ledger)
     ledger = ledger._replace(epoch=ledger.epoch + 1, committed=0)
     work = Recovery("begun", (ledger.epoch, ledger.generation), live, node.identity, (0, 0, 0, 0))
     writer = writer._replace(recovery=work, opened_on=None)
@@ -47,7 +49,7 @@ def steps(state: State, bounds: Bounds, place: int, writer: Writer, who: str) ->
     assert work is not None
     mine = (ledger.owner, ledger.epoch, ledger.generation) == (place, *work.term) and not ledger.stopped
     given_up = _with(state, place, writer._replace(recovery=None))
-    if work.done in ("shut", "drained", "restore_idem") and not mine:
+    if work.done in ("shut", "drained", "settling", "restore_idem") and not mine:
         yield f"{who}'s recovery has been overtaken", given_up
         return
     if work.done == "begun":
@@ -69,11 +71,11 @@ def steps(state: State, bounds: Bounds, place: int, writer: Writer, who: str) ->
         drained = state._replace(ledger=ledger, told=told)
         yield f"{who} drains the stream of redis {node.run}", _next(drained, place, writer, done)
     elif work.done == "drained":
-        ledger, word = settle(state, bounds, work)
-        yield (
-            f"{who} settles: {word}",
-            _next(state._replace(ledger=ledger), place, writer, work._replace(done="settled")),
-        )
+        ledger, word = decide(state, bounds, work)
+        done = work._replace(done="settling")
+        yield f"{who} settles epoch {work.live}: {word}", _next(state._replace(ledger=ledger), place, writer, done)
+    elif work.done == "settling":
+        yield _settle(state, bounds, place, writer, work, who)
     elif work.done == "settled":
         keep = work.stands and _agrees(ledger, node)
         if "rebuild" in bounds.off:
@@ -179,7 +181,7 @@ def script(state: State, bounds: Bounds, step: str, node: Node, term: Term, iden
     if step == "restore_book":
         coupons = held(ledger)
         free = node.free.difference(coupons) if "empty_pool" in bounds.off else frozenset()
-        return node._replace(book=True, free=free, lent=len(coupons) + len(free), quarantine=ledger.quarantine)
+        return node._replace(book=True, free=free, lent=len(coupons) + len(free), quarantine=quarantined(ledger))
     if step == "restore_coupons":
         return node._replace(holders=node.holders | in_ledger(ledger))
     if step == "restore_idem":
@@ -206,12 +208,7 @@ def drain(state: State, bounds: Bounds, node: Node, work: Recovery) -> tuple[Led
         ledger = ledger._replace(events=ledger.events | {event for event in late if event.position not in known})
         late = []
     for event in late:
-        if event.seq > last_seq(ledger, event.epoch) and event.verb == ASSIGN and event.code in ledger.quarantine:
-            ledger = ledger._replace(
-                quarantine=ledger.quarantine - {event.code},
-                lent=ledger.lent | {event.code},
-                events=ledger.events | {event},
-            )
+        ledger = take_late(ledger, bounds, event)
     events = [event for event in node.stream if event.epoch == live]
     if any(known.get(event.position, event)[:5] != event[:5] for event in events):  # a receipt knows no key
         return stopped, 0, state.told
@@ -227,10 +224,35 @@ def drain(state: State, bounds: Bounds, node: Node, work: Recovery) -> tuple[Led
     if len({(event.verb, event.code) for event in both}) < len(both):
         return stopped, 0, state.told
     ledger = ledger._replace(events=both, dead=dead)
+    if "redemption_user" not in bounds.off and foreign_redemption(ledger):
+        return stopped, 0, state.told
     told = min([upto, *(seq - 1 for epoch, seq, _ in dead if epoch == live)])
     if live:
         return ledger, upto, replaced(state.told, live, max(state.told[live], told))
     return ledger, upto, state.told
+
+
+def take_late(ledger: Ledger, bounds: Bounds, event: Event) -> Ledger:
+    """An event of an epoch that is over gives its code to its user only out of the quarantine of that same epoch."""
+    if event.verb != ASSIGN or event.position in {other.position for other in ledger.events}:
+        return ledger
+    if any((epoch, seq) == event.position for epoch, seq, _ in ledger.dead):
+        return ledger
+    out = {q for q in ledger.quarantine if q[0] == event.code and ("late_epoch" in bounds.off or q[1] == event.epoch)}
+    if not out:
+        return ledger
+    return ledger._replace(
+        quarantine=ledger.quarantine - out, lent=ledger.lent | {event.code}, events=ledger.events | {event}
+    )
+
+
+def foreign_redemption(ledger: Ledger) -> bool:
+    """Whether a redemption is of a coupon that is another user's."""
+    coupons = held(ledger)
+    return any(
+        event.verb == REDEEM and (event.code not in coupons or coupons[event.code].user != event.user)
+        for event in ledger.events
+    )
 
 
 def without_orphans(ledger: Ledger, events: list[Event]) -> tuple[list[Event], list[Event]]:
@@ -245,22 +267,40 @@ def without_orphans(ledger: Ledger, events: list[Event]) -> tuple[list[Event], l
     return good, orphans
 
 
-def settle(state: State, bounds: Bounds, work: Recovery) -> tuple[Ledger, str]:
-    """Step 3: codes that were lent and have no record go back, or into quarantine when somebody may have been answered."""
+def decide(state: State, bounds: Bounds, work: Recovery) -> tuple[Ledger, str]:
+    """Step 3 begins: the live epoch is over for the ledger, and the verdict is kept with it, before any book is settled.
+
+    Otherwise a successor that is connected to another Redis would drain the epoch anew, into books that are settled.
+    """
     ledger = state.ledger
-    lost = ledger.lent.difference(held(ledger))
-    dead = {code for _, _, code in ledger.dead} & lost
-    if bounds.mode == "redis" and not nothing_lost(state, work) and "quarantine" not in bounds.off:
-        dead = set(lost)
-    reports = frozenset(report for report in ledger.reports if report[1] >= work.live)
-    ledger = ledger._replace(
-        lent=ledger.lent - lost,
-        quarantine=ledger.quarantine | dead,
-        lone=frozenset(),
-        settled=ledger.certified,
-        reports=reports,
-    )
-    return ledger, f"{len(lost - dead)} codes go back, {len(dead)} are quarantined"
+    if "verdict" in bounds.off or work.live:
+        ledger = ledger._replace(settling=work.live, nothing_lost=nothing_lost(state, work))
+    if "verdict" not in bounds.off:
+        ledger = ledger._replace(settled=ledger.certified)
+    return ledger, "nothing was lost" if ledger.nothing_lost else "somebody may have been answered"
+
+
+def _settle(state: State, bounds: Bounds, place: int, writer: Writer, work: Recovery, who: str) -> Step:
+    """One book after the other (each code is as a book here): codes that were lent and have no record go back, or into
+    quarantine when somebody may have been answered."""
+    ledger = state.ledger
+    lost = sorted(ledger.lent.difference(held(ledger)))
+    if not lost:
+        reports = frozenset(report for report in ledger.reports if report[1] >= ledger.settling)
+        ledger = ledger._replace(
+            lone=frozenset(), settled=ledger.certified, settling=0, nothing_lost=False, reports=reports
+        )
+        done = work._replace(done="settled")
+        return f"{who} has settled all books", _next(state._replace(ledger=ledger), place, writer, done)
+    code, epoch = lost[0], ledger.settling
+    keep = any(code == other and ("dead_epoch" in bounds.off or of == epoch) for of, _, other in ledger.dead)
+    if bounds.mode == "redis" and epoch and not ledger.nothing_lost and "quarantine" not in bounds.off:
+        keep = True
+    ledger = ledger._replace(lent=ledger.lent - {code})
+    if keep:
+        ledger = ledger._replace(quarantine=ledger.quarantine | {(code, epoch)})
+    word = "is quarantined" if keep else "goes back"
+    return f"{who} settles: code {code} {word}", _next(state._replace(ledger=ledger), place, writer, work)
 
 
 def nothing_lost(state: State, work: Recovery) -> bool:

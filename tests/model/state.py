@@ -77,13 +77,18 @@ class Ledger(NamedTuple):
     settled: int
     stopped: bool
     lent: frozenset[int]
-    quarantine: frozenset[int]
+    quarantine: frozenset[tuple[int, int]]
+    """(code, epoch in which it was lent)."""
     lone: frozenset[int]
     events: frozenset[Event]
     dead: frozenset[tuple[int, int, int]]
     """(epoch, seq, code); code -1 where it is not known."""
     reports: frozenset[tuple[int, int, int]]
     """(process, epoch, highest seq seen)."""
+    settling: int
+    """The epoch whose books are being settled one after the other, 0 for none."""
+    nothing_lost: bool
+    """The verdict under which they are settled."""
 
 
 class Process(NamedTuple):
@@ -97,8 +102,9 @@ class Process(NamedTuple):
     early: bool
     """Registered, and so soon after that it may answer before the ledger knows."""
     row: bool
-    """It has a row in api_processes, be it a fresh one or one that has ended."""
-    past: frozenset[Position]
+    """It has a row in api_processes, be it a fresh one or one that has ended. Without one it has not started yet."""
+    heard: int = 0
+    """The position of its epoch that it has heard of, where messages take a while."""
 
 
 class Batch(NamedTuple):
@@ -189,6 +195,8 @@ class State(NamedTuple):
     """By epoch, the highest position that was ever told to those who wait."""
     answers: frozenset[tuple[str, int, int, int, Position]]
     """(verb, code, user, key, position) as told to callers."""
+    overruled: frozenset[tuple[int, int]]
+    """(code, epoch): an operator dealt the code again; assignments of that epoch and of older ones count no more."""
     wire: Wire | None
     faults: int
     lapses: int
@@ -219,10 +227,18 @@ class Bounds(NamedTuple):
     """One code a user; requests carry no Idempotency-Key then."""
     lapses: int = 0
     """How many API processes die, or lose their registration."""
+    joins: bool = False
+    """The last API process starts at any moment, and knows nothing yet."""
+    messages: bool = False
+    """A message about a position reaches each process at a moment of its own."""
+    anonymous: bool = False
+    """A redeem names the code and no user."""
     delays: bool = False
     """One script of an owner is executed late, when its sender has given it up."""
     kinds: frozenset[str] = frozenset()
     """Which faults there are."""
+    order: tuple[str, ...] = ()
+    """Or which faults there are, one after the other: for histories of several disasters."""
     off: frozenset[str] = frozenset()
     """Safeguards that are taken out."""
 
@@ -260,6 +276,16 @@ def last_seq(ledger: Ledger, epoch: int) -> int:
     return max([*seqs, *(seq for of, seq, _ in ledger.dead if of == epoch), 0])
 
 
+def quarantined(ledger: Ledger) -> frozenset[int]:
+    """The codes that are in quarantine, whatever the epoch."""
+    return frozenset(code for code, _ in ledger.quarantine)
+
+
+def live_epoch(ledger: Ledger) -> int:
+    """The epoch in which Redis decided last, and which is not over for the ledger; 0 for none."""
+    return ledger.certified if ledger.certified > ledger.settled else 0
+
+
 def in_ledger(ledger: Ledger) -> frozenset[Holder]:
     """The holders as the ledger knows them."""
     spent = {event.code: event for event in ledger.events if event.verb == "redeem"}
@@ -276,11 +302,16 @@ def first_state(bounds: Bounds) -> State:
     """A book that was brought, a certified Redis in epoch 1 with one code in the pool, writer 0 its owner."""
     nothing: frozenset[int] = frozenset()
     node = EMPTY._replace(epoch=1, generation=1, attempt=1, certified=(0, 0), book=True, lent=1, free=frozenset({0}))
-    ledger = Ledger(1, 0, 1, 0, 1, 0, False, frozenset({0}), nothing, nothing, frozenset(), frozenset(), frozenset())
-    process = Process(0, True, 1, 0, 1, True, True, frozenset())
+    nobody: frozenset[tuple[int, int]] = frozenset()
+    ledger = Ledger(
+        1, 0, 1, 0, 1, 0, False, frozenset({0}), nobody, nothing, frozenset(), frozenset(), frozenset(), 0, False
+    )
+    processes = [Process(0, True, 1, 0, 1, True, True)] * bounds.processes
+    if bounds.joins:
+        processes[-1] = Process(-1, False, 0, 0, 0, False, False)
     writers = [Writer(0, (1, 1), 0, (0, 0))] + [Writer(0, (0, 0), 0, None)] * (bounds.writers - 1)
     ask = Ask("assign")
     return State(
-        ledger, (node,), 0, None, (process,) * bounds.processes, tuple(writers), (ask,) * bounds.users,
-        (0,) * (bounds.epochs + 1), frozenset(), None, 0, 0, "",
+        ledger, (node,), 0, None, tuple(processes), tuple(writers), (ask,) * bounds.users,
+        (0,) * (bounds.epochs + 1), frozenset(), frozenset(), None, 0, 0, "",
     )  # fmt: skip

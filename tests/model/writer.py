@@ -8,8 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.model import recovery
-from tests.model.state import Batch, Bounds, Event, Ledger, Load, Node, State, Term, Wire, Writer, held, replaced
+from tests.model import faults, recovery
+from tests.model.state import (
+    Batch,
+    Bounds,
+    Event,
+    Ledger,
+    Load,
+    Node,
+    Position,
+    State,
+    Term,
+    Wire,
+    Writer,
+    held,
+    quarantined,
+    replaced,
+)
 
 Step = tuple[str, State]
 
@@ -59,7 +74,11 @@ def _open(state: State, bounds: Bounds, place: int, writer: Writer, who: str) ->
     if not writer.wants_recovery and _in_order(ledger, node, bounds):
         opened = node._replace(generation=ledger.generation, committed=ledger.committed)
         writer = writer._replace(opened_on=node.identity)
-        yield f"{who} opens the shard on redis {node.run}", with_node(state, place, writer, opened)
+        told = replaced(state.told, ledger.epoch, max(state.told[ledger.epoch], ledger.committed))
+        yield (
+            f"{who} opens the shard on redis {node.run}",
+            with_node(state._replace(told=told), place, writer, opened),
+        )
     elif ledger.epoch < bounds.epochs:
         yield recovery.begin(state, place, writer, who)
 
@@ -69,6 +88,8 @@ def _in_order(ledger: Ledger, node: Node, bounds: Bounds) -> bool:
     if node.generation > ledger.generation or node.epoch != ledger.epoch or not _same(node, node.certified, bounds):
         return False
     if any(epoch == ledger.epoch for epoch, _, _ in ledger.dead):
+        return False
+    if "entry" not in bounds.off and not agrees_at(ledger, node, (ledger.epoch, ledger.committed)):
         return False
     return node.seq >= ledger.committed >= node.committed and follows(node, ledger.epoch, ledger.committed)
 
@@ -84,6 +105,12 @@ def follows(node: Node, epoch: int, committed: int) -> bool:
     return node.seq <= committed or any(event.position == (epoch, committed + 1) for event in node.stream)
 
 
+def agrees_at(ledger: Ledger, node: Node, position: Position) -> bool:
+    """Whether the stream has the very event that the ledger has at a position: two histories may count alike."""
+    known = [event for event in ledger.events if event.position == position]
+    return not known or any(event[:5] == known[0][:5] for event in node.stream)
+
+
 def _look(state: State, bounds: Bounds, place: int, writer: Writer, who: str) -> Iterator[Step]:
     """Once a second: whether Redis and the ledger are what they were; and reports for processes that are gone."""
     ledger, node = state.ledger, state.nodes[writer.node]
@@ -96,9 +123,14 @@ def _look(state: State, bounds: Bounds, place: int, writer: Writer, who: str) ->
     if node.seq == writer.committed == ledger.committed:
         for process, row in enumerate(state.processes):
             report = (process, ledger.epoch, node.seq)
-            if row.row and not row.early and not any(r[:2] == report[:2] for r in ledger.reports):
-                reported = ledger._replace(reports=ledger.reports | {report})
-                yield f"{who} reports for process {process}, which is gone", state._replace(ledger=reported)
+            if not row.row or any(r[:2] == report[:2] for r in ledger.reports):
+                continue
+            reported = state._replace(ledger=ledger._replace(reports=ledger.reports | {report}))
+            if not row.early:
+                yield f"{who} reports for process {process}, which is gone", reported
+            elif faults.CLOCK in faults.kinds(state, bounds) and "observed" in bounds.off:
+                hit = reported._replace(faults=state.faults + 1)
+                yield f"{who} reports for process {process}, whose row has ended by a clock that stepped", hit
 
 
 def owner_fence(node: Node, term: Term, bounds: Bounds) -> bool:
@@ -120,6 +152,9 @@ def _persist(state: State, bounds: Bounds, place: int, writer: Writer, who: str)
         events = tuple(event for event in node.stream if event.position > at)
         if not events:
             return
+        if "entry_read" not in bounds.off and not agrees_at(ledger, node, at):
+            yield f"{who} finds another event where the ledger is", with_writer(state, place, writer._replace(opened_on=None))
+            return
         upto = writer.committed + len(events)
         wanted = [(writer.term[0], seq) for seq in range(writer.committed + 1, upto + 1)]
         if [event.position for event in events] != wanted:
@@ -133,7 +168,7 @@ def _persist(state: State, bounds: Bounds, place: int, writer: Writer, who: str)
         if not may_commit(ledger, place, batch, bounds):
             yield f"{who}'s batch is thrown away", with_writer(state, place, dropped)
             return
-        written = write(ledger, batch.events)
+        written = write(ledger, batch.events, bounds)
         if written.stopped:
             yield f"{who}'s batch contradicts the ledger", with_writer(state._replace(ledger=written), place, dropped)
             return
@@ -160,13 +195,16 @@ def may_commit(ledger: Ledger, place: int, batch: Batch, bounds: Bounds) -> bool
     )
 
 
-def write(ledger: Ledger, events: tuple[Event, ...]) -> Ledger:
+def write(ledger: Ledger, events: tuple[Event, ...], bounds: Bounds) -> Ledger:
     """The rows of a batch. Stopped when a key of the ledger is violated: position, code assigned, or use spent."""
     both = ledger.events | set(events)
     unique: list[set[object]] = [{event.position for event in both}, {(event.verb, event.code) for event in both}]
     if any(len(keys) < len(both) for keys in unique) or ledger.events & set(events):
         return ledger._replace(stopped=True)
-    return ledger._replace(events=both)
+    written = ledger._replace(events=both)
+    if "redemption_user" not in bounds.off and recovery.foreign_redemption(written):
+        return ledger._replace(stopped=True)
+    return written
 
 
 def _publish(state: State, bounds: Bounds, place: int, writer: Writer, batch: Batch, who: str) -> Step:
@@ -176,7 +214,8 @@ def _publish(state: State, bounds: Bounds, place: int, writer: Writer, batch: Ba
     if writer.term == term:
         writer = writer._replace(committed=batch.upto)
     writer = writer._replace(batch=None)
-    if not owner_fence(node, term, bounds) or not node.committed <= batch.upto <= node.seq:
+    forked = "entry" not in bounds.off and not agrees_at(state.ledger, node, (term[0], batch.upto))
+    if not owner_fence(node, term, bounds) or not node.committed <= batch.upto <= node.seq or forked:
         amiss = writer._replace(opened_on=None) if writer.term == term else writer
         return f"{who} cannot tell the position", with_writer(state, place, amiss)
     told = replaced(state.told, term[0], max(state.told[term[0]], batch.upto))
@@ -203,7 +242,7 @@ def _lend(state: State, bounds: Bounds, place: int, writer: Writer, who: str) ->
         return
     if writer.opened_on is None or (ledger.owner, ledger.epoch, ledger.generation) != (place, *writer.term):
         return
-    unlent = set(range(bounds.codes)) - ledger.lent - ledger.quarantine
+    unlent = set(range(bounds.codes)) - ledger.lent - quarantined(ledger)
     if ledger.lone:
         lone = writer._replace(load=Load(writer.term, ledger.lone, "lone"))
         yield f"{who} has codes that were lent alone to bring", with_writer(state, place, lone)
