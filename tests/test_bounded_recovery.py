@@ -7,13 +7,14 @@ import asyncio
 import json
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import asyncpg
 import pytest
 
+from coupon_svc.config import load_settings
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.receipts import Receipt
@@ -32,11 +33,13 @@ from coupon_svc.store.keys import ShardKeys
 from coupon_svc.store.owner import OwnerStore
 from coupon_svc.store.scripts import Scripts
 from coupon_svc.writer import recover as recover_module
+from coupon_svc.writer import upkeep as upkeep_module
 from coupon_svc.writer.lend import Lender
 from coupon_svc.writer.recover import Recoverer
 from coupon_svc.writer.shard import Shard
 from coupon_svc.writer.upkeep import Upkeep
-from tests.harness import fresh_database, running_stack, until
+from coupon_svc.writer.writer import Writer
+from tests.harness import Stack, fresh_database, running_stack, until
 
 SHARDS = 4
 HOUR_MS = 3_600_000
@@ -526,6 +529,68 @@ async def test_a_process_that_does_not_report_is_waited_for_once_and_one_that_is
     await bench.ledger.execute("DELETE FROM api_processes")
     await bench.ledger.execute(add, "another", False)
     assert await waited() >= recover_module.REPORTS_WAIT_S
+
+
+async def test_a_book_whose_row_is_held_keeps_no_other_shard_shut(
+    make_stack: Callable[[], Awaitable[Stack]],
+) -> None:
+    stack = await make_stack()
+    stack.writer()
+    stack.api()
+    await stack.ready()
+    async with await stack.client() as http:
+        answer = await http.post("/coupons", json={"name": "b", "generate": {"pattern": "########", "total": 5}})
+        book_id = answer.json()["book_id"]
+    shard = int(book_id[3:5])
+
+    async def recovered() -> set[int]:
+        rows = await stack.ledger("SELECT shard FROM shards WHERE certified_epoch >= 2")
+        return {row["shard"] for row in rows}
+
+    async def lent() -> bool:
+        return bool(await stack.ledger("SELECT FROM books WHERE lent = total AND lent > 0"))
+
+    await until(lent)
+    upload = await asyncpg.connect(stack.database_url)
+    transaction = upload.transaction()
+    await transaction.start()
+    await upload.execute("SELECT FROM books WHERE book_id = $1 FOR UPDATE", book_id)
+    async with stack.redis() as redis:
+        await redis.flushall()
+
+    async def others() -> bool:
+        return await recovered() >= set(range(stack.shards)) - {shard}
+
+    await until(others, what="the other shards should be recovered")
+    assert shard not in await recovered()
+    await transaction.rollback()
+    await upload.close()
+
+    async def all_of_them() -> bool:
+        return len(await recovered()) == stack.shards
+
+    await until(all_of_them, what="the shard should be recovered once the row is free")
+
+
+async def test_a_writer_keeps_up_its_shards_while_it_runs(
+    make_stack: Callable[[], Awaitable[Stack]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep_module, "LOOK_EVERY_S", 0.1)
+    stack, stop = await make_stack(), asyncio.Event()
+    writer = Writer(load_settings(stack.environment))
+    running = asyncio.create_task(writer.run(stop))
+
+    async def marked() -> bool:
+        assert not running.done()
+        return len(await stack.ledger("SELECT FROM ledger_marks")) == stack.shards
+
+    await until(marked)
+    stop.set()
+    await running
+    kept = [writer._lender._connection, writer._upkeep._connection, *writer._connections.values()]
+    for connection in kept:  # else the end of its process ends them
+        if connection is not None:
+            connection.terminate()
 
 
 async def test_shards_do_not_wait_one_after_the_other_for_a_process_that_was_killed(
