@@ -18,6 +18,7 @@ from coupon_svc.ledger import lending
 from coupon_svc.ledger.events import Batch
 from coupon_svc.ledger.liveness import LOOKS_APART_MAX_S, Watch
 from coupon_svc.ledger.shards import OwnedShard, drop_writer, renew_writer, writer_beats
+from coupon_svc.store.keys import ShardKeys
 from coupon_svc.store.owner import OwnerStore, StoreLost, Term
 from coupon_svc.store.scripts import Scripts
 from coupon_svc.store.server import Identity
@@ -418,3 +419,25 @@ async def test_a_store_that_cannot_be_reached_is_the_trouble_of_all_shards(monke
     with pytest.raises(StoreLost):
         await lender._guarded(shards[0], shards[0].owned, away())
     assert shards[0].opened_on is HERE
+
+
+async def test_a_stream_of_another_type_is_its_own_shards_trouble(make_stack: MakeStack) -> None:
+    """One command reads the streams of all shards, and fails for one of them."""
+    stack = await make_stack()
+    stack.writer()
+    stack.api()
+    await stack.ready()
+    async with await stack.client() as http:
+        books = await books_in_every_shard(http)
+        await until(lambda: serves(http, books), what="every shard should be served")
+        redis = stack.redis()
+        await stack.drained()
+        await redis.set(ShardKeys(int(books[0][3:5]), SHARDS).events, "by hand")
+        await asyncio.sleep(3)
+        for _ in range(20):
+            answers = await asyncio.gather(
+                *(http.post("/coupons/assign", json={"book_id": book, "user_id": "u"}) for book in books[1:])
+            )
+            assert [answer.status_code for answer in answers] == [201] * (SHARDS - 1)
+            await asyncio.sleep(0.1)
+        await redis.aclose()

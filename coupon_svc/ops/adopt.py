@@ -14,7 +14,7 @@ from coupon_svc.ledger.database import PATIENT_S, open_connection
 from coupon_svc.ledger.migrations import check_installation
 from coupon_svc.ledger.recovery import EPOCH_CHANNEL, last_seq
 from coupon_svc.store.meta import ShardMeta
-from coupon_svc.store.owner import OwnerStore, StoreLost, Term
+from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect, Term
 from coupon_svc.store.scripts import Scripts
 
 EPOCH_PLAUSIBLE_MAX = 1_000_000_000
@@ -136,7 +136,7 @@ async def adopt(
         if not confirm(found):
             return []
         return [(one.shard, await _go_on(connection, one)) for one in found]
-    except StoreLost as error:
+    except (StoreLost, Suspect) as error:
         raise AdoptError(f"Redis cannot be used ({error}); check COUPON_REDIS_URL.") from None
     finally:
         store.close()

@@ -67,6 +67,12 @@ class Term(NamedTuple):
         return f"{self.generation}-{self.epoch}"
 
 
+def _require_types(error: Exception) -> None:
+    """Raises Suspect when a key of a shard is of a type that is none of ours: that is no trouble with Redis."""
+    if isinstance(error, ReplyError) and str(error).startswith("WRONGTYPE"):
+        raise Suspect("a key has another type")
+
+
 class OwnerStore:
     """Two connections, both given up on the first trouble: one for scripts, one that waits for events."""
 
@@ -230,6 +236,7 @@ class OwnerStore:
                     raise ForeignRedis(_foreign(reply[1], self.installation))
                 return reply
             word = str(reply).partition(" ")[0]
+            _require_types(reply)
             if word != "NOSCRIPT":
                 raise (StoreFull if word == "OOM" else StoreLost)(f"{name}: {word}")
             self.close()  # connecting anew verifies the server and loads the scripts
@@ -346,7 +353,8 @@ class OwnerStore:
         try:
             async with asyncio.timeout(REPLY_TIMEOUT_S):
                 return await self._connection.ask(*command)
-        except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ReplyError):
+        except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ReplyError) as error:
+            _require_types(error)
             self.close()
             raise StoreLost(str(command[0])) from None
 
@@ -376,6 +384,7 @@ class OwnerStore:
                     *(f"{epoch}-{seq}" for epoch, seq in after.values()),
                 )  # fmt: skip
         except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ReplyError) as error:
+            _require_types(error)
             if self._reader is not None:
                 self._reader.abort()
             self._reader = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coupon_svc.domain.books import Ack
@@ -93,9 +93,13 @@ class Persister:
         if not open_shards:
             await asyncio.sleep(0.05)
             return
-        entries = await self._store.read_events(
-            {n: (s.owned.epoch, s.committed) for n, s in open_shards.items()}, BLOCK_MS
-        )
+        try:
+            entries = await self._store.read_events(
+                {n: (s.owned.epoch, s.committed) for n, s in open_shards.items()}, BLOCK_MS
+            )
+        except Suspect:
+            await self._shut_unreadable(open_shards)
+            return
         batches = []
         for number, shard_entries in entries.items():
             try:
@@ -119,6 +123,15 @@ class Persister:
         if sum(len(batch.events) for batch in batches) < ENOUGH_EVENTS and not self._waited_for(batches):
             await asyncio.sleep(read_at + PACE_S - asyncio.get_running_loop().time())
 
+    async def _shut_unreadable(self, open_shards: Mapping[int, Shard]) -> None:
+        """Shut shards whose stream cannot be read: one is enough to fail the command that reads all. Raises StoreLost."""
+        for number, shard in open_shards.items():
+            try:
+                await self._store.stream_after(number, shard.owned.epoch, shard.committed, count=1)
+            except Suspect as error:
+                log.error("shard %02d is suspect: its stream cannot be read: %s", number, error)
+                shard.opened_on = None
+
     def _waited_for(self, batches: Sequence[Batch]) -> bool:
         """Whether a caller waits for one of these events; if so, others are likely to follow."""
         for batch in batches:
@@ -134,7 +147,7 @@ class Persister:
         in the ledger, each with the hash of its last row. Raises LedgerUnavailable, StoreLost."""
         try:
             return await self._transact(batches)
-        except (*DATA_ERRORS, NotOwner, LedgerEdited, Rewritten):
+        except (*DATA_ERRORS, NotOwner, LedgerEdited, Rewritten, Suspect):
             return [done for batch in batches for done in await self._commit_alone(batch)]
 
     async def _commit_alone(self, batch: Batch) -> list[tuple[Batch, bytes]]:
@@ -149,6 +162,10 @@ class Persister:
             log.warning("a batch of shard %02d is thrown away: it has another owner, epoch or position", batch.shard)
             if (shard := self._shards.get(batch.shard)) is not None:
                 shard.opened_on = None  # the owner's loop looks afresh
+        except Suspect as error:
+            log.error("shard %02d is suspect: %s", batch.shard, error)
+            if (shard := self._shards.get(batch.shard)) is not None:
+                shard.opened_on = None
         except Rewritten:
             log.error("shard %02d is suspect: its stream has another event where the ledger ends", batch.shard)
             if (shard := self._shards.get(batch.shard)) is not None:

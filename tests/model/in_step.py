@@ -51,6 +51,7 @@ METHODS = {
         "_waited_for": "",  # when to read is free here
         "_commit": "commits",
         "_commit_alone": "is thrown away",
+        "_shut_unreadable": "",  # no key is of another type
         "_transact": "commits",
         "_without_poison": "",  # no event is poisoned
         "_stop": "",  # nothing contradicts the ledger while every safeguard is in
