@@ -20,17 +20,18 @@ schemathesis.openapi.format(
 
 
 @schemathesis.hook
-def before_call(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
+def before_call(context: schemathesis.HookContext, case: schemathesis.Case[Any], kwargs: dict[str, Any]) -> None:
     """Let patterns that are valid have room for the codes that are asked for."""
-    generate = case.body.get("generate") if isinstance(case.body, dict) else None
+    body: Any = case.body
+    generate = body.get("generate") if isinstance(body, dict) else None
     if _is_valid(case) and isinstance(generate, dict):
         pattern, total = "F########" + generate["pattern"][:50], 1 + int(generate["total"]) % GENERATED_MAX
-        case.body = {**case.body, "generate": {**generate, "pattern": pattern, "total": total}}
+        case.body = {**body, "generate": {**generate, "pattern": pattern, "total": total}}
 
 
 @schemathesis.check
 def valid_requests_are_invalid_only_where_no_schema_can_tell(
-    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
+    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
 ) -> None:
     """The built-in check knows statuses only, and 422 is also an answer to what is valid by itself."""
     if _is_valid(case) and response.status_code == 422:
@@ -41,5 +42,5 @@ def valid_requests_are_invalid_only_where_no_schema_can_tell(
             assert problem["code"] in ("idempotency_key_reused", "pattern_capacity"), problem
 
 
-def _is_valid(case: schemathesis.Case) -> bool:
+def _is_valid(case: schemathesis.Case[Any]) -> bool:
     return case.meta is not None and case.meta.generation.mode.is_positive
