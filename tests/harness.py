@@ -92,7 +92,11 @@ class Part:
         pass_fds: tuple[int, ...] = (),
         module: tuple[str, ...] = ("coupon_svc",),
     ) -> None:
+        self.log = log
+        self.base_url = ""
+        """Where an API process listens."""
         with log.open("ab") as output:
+            self._log_start = output.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *module, *args],
                 env={**os.environ, **environment},
@@ -114,6 +118,12 @@ class Part:
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
+
+    def said(self, text: str) -> bool:
+        """Whether the process has logged this text since it started."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            return text.encode() in log.read()
 
     async def died(self, timeout: float = DEADLINE_S) -> int:
         """Wait for the process to end by itself. Returns its exit status, negative for a signal."""
@@ -152,31 +162,35 @@ class Stack:
             "COUPON_SHARDS": str(self.shards),
         }
 
-    def writer(self, **environment: str) -> Part:
-        """Start a writer; `crash_at` as COUPON_TEST_CRASH_AT="persist.committed" and the like."""
-        part = Part(["writer"], {**self.environment, **environment}, self.folder / "writer.log", module=self.module)
+    def writer(self, number: int = 0, /, **environment: str) -> Part:
+        """Start a writer; `crash_at` as COUPON_TEST_CRASH_AT="persist.committed" and the like. Writers of different
+        `number` write different logs."""
+        log = self.folder / f"writer{number or ''}.log"
+        part = Part(["writer"], {**self.environment, **environment}, log, module=self.module)
         self.parts.append(part)
         return part
 
-    def api(self, **environment: str) -> Part:
-        """Start an API process on a port of its own; `base_url` is the newest one's."""
+    def api(self, number: int = 0, /, **environment: str) -> Part:
+        """Start an API process on a port of its own; `base_url` is the newest one's. Processes of different `number` write
+        different logs."""
         listener = socket.create_server(("127.0.0.1", 0))
         self.base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         descriptor = listener.fileno()
         part = Part(
             ["api", "--fd", str(descriptor)],
             {**self.environment, **environment},
-            self.folder / "api.log",
+            self.folder / f"api{number or ''}.log",
             pass_fds=(descriptor,),
             module=self.module,
         )
+        part.base_url = self.base_url
         listener.close()
         self.parts.append(part)
         return part
 
-    async def ready(self) -> None:
-        """Wait until the API says that it is ready."""
-        async with httpx.AsyncClient(base_url=self.base_url) as client:
+    async def ready(self, base_url: str = "") -> None:
+        """Wait until an API process (the newest unless its address is given) says that it is ready."""
+        async with httpx.AsyncClient(base_url=base_url or self.base_url) as client:
 
             async def is_ready() -> bool:
                 try:

@@ -119,6 +119,7 @@ class Writer:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then hand the shards over, so that another writer need not wait."""
+        log.info("writer %s begins", self.writer_id)
         parts = (
             self._keep_in_touch(),
             self._keep_owning(),

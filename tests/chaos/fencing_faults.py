@@ -22,7 +22,7 @@ from coupon_svc.ledger.quarantine import want_recovery
 from coupon_svc.store.keys import ShardKeys
 from tests.chaos.fault import SHARDS, Fault
 from tests.chaos.probe import Probe, probing, under_load
-from tests.chaos.process_faults import writer_standing_still
+from tests.chaos.process_faults import one_owner, writers_standing_still
 from tests.chaos.run import HEAL_S, Run
 from tests.harness import Part, until
 
@@ -102,15 +102,18 @@ async def _first_assign(monitor: Any) -> list[str]:
 
 
 async def keys_put_back(run: Run) -> None:
-    """Somebody restores keys of a moment ago into the running server: run_id, replid and epoch are the certified ones."""
+    """Somebody restores keys of a moment ago into the running server: run_id, replid and epoch are the certified ones. One
+    API process has seen what came after, the other has not."""
     run.loses_records = True
     raw: Any = Redis.from_url(run.stack.redis_admin_url)
+    seeing, blind = run.random.sample(run.apis, 2)
+    apis = (blind, seeing)
     async with raw, probing(run) as probe:
         await probe.goes_on()
-        async with writer_standing_still(run):
+        async with writers_standing_still(run):
             await asyncio.sleep(0.3)
             kept = [(key, await raw.dump(key), await raw.pttl(key)) async for key in raw.scan_iter("cb:*")]
-            given = [await probe.assign("redis") for _ in range(5)]
+            given = [await probe.assign("redis", at=seeing.base_url) for _ in range(5)]
             assert all(attempt.outcome == "ok" for attempt in given), given
             async with raw.pipeline(transaction=True) as pipe:
                 pipe.flushall()
@@ -118,7 +121,12 @@ async def keys_put_back(run: Run) -> None:
                     if dump is not None:
                         pipe.restore(key, max(0, ttl_ms), dump)
                 await pipe.execute()
-            later = [await probe.assign("redis") for _ in range(5)]
+            later = [
+                await probe.assign(ack, at=api.base_url)
+                for api in apis
+                for ack in ("redis", "ledger")
+                for _ in range(5)
+            ]
         again = {a.answer["code"] for a in given} & {a.answer.get("code") for a in later if a.outcome == "ok"}
         assert not again, "P1: a code was answered to two users"
         assert all(attempt.outcome != "ok" for attempt in later), "Redis went back, and was believed"
@@ -126,9 +134,11 @@ async def keys_put_back(run: Run) -> None:
 
 
 async def backlog_reaches_its_bound(run: Run) -> None:
-    """The writer stands still and callers do not: events pile up to the bound, and no further."""
-    run.stack.parts[0].stop()
-    run.stack.parts[0] = run.stack.writer(COUPON_LEASE_CODES_MIN="200", COUPON_BACKLOG_EVENTS_MAX=str(BACKLOG_MAX))
+    """Both writers stand still and callers do not: events pile up to the bound, and no further."""
+    for number, writer in enumerate(run.writers):
+        writer.stop()
+        run.start_writer(number, COUPON_LEASE_CODES_MIN="200", COUPON_BACKLOG_EVENTS_MAX=str(BACKLOG_MAX))
+    await run.share_shards()
     async with probing(run) as probe, run.stack.redis() as redis:
         meta = keys_of(probe.books["redis"]).meta
 
@@ -137,7 +147,7 @@ async def backlog_reaches_its_bound(run: Run) -> None:
 
         await until(bounded, HEAL_S, "the new bound should be in force")
         await probe.goes_on()
-        async with writer_standing_still(run):
+        async with writers_standing_still(run):
             refusals: set[str] = set()
             for _ in range(BACKLOG_MAX + 12):
                 attempt = await probe.assign("redis")
@@ -152,7 +162,7 @@ async def backlog_reaches_its_bound(run: Run) -> None:
 
 
 async def backend_stopped_in_a_commit(run: Run) -> None:
-    """The writer gives the commit up, and it happens all the same: what it sends again must not be taken for new."""
+    """A writer gives the commit up, and it happens all the same: what it sends again must not be taken for new."""
     async with watching(run) as ledger, under_load(run):
         name = await ledger.fetchval("SELECT current_database()")
         # A commit that takes a tenth of a second can be met.
@@ -188,8 +198,12 @@ async def batch_from_before_a_recovery(run: Run) -> None:
     async with watching(run) as ledger, probing(run) as probe, run.stack.redis() as redis:
         held = await probe.goes_on()
         assert held.outcome == "ok"
-        newest = _WRITERS_BACKENDS + " AND query LIKE 'COMMIT%' ORDER BY state_change DESC LIMIT 1"
-        pid = await until(lambda: ledger.fetchval(newest), HEAL_S, "the connection that commits was to be found")
+        shard = int(probe.books["ledger"][3:5])
+        newest = (
+            f"{_WRITERS_BACKENDS} AND application_name = (SELECT 'coupon-writer ' || owner FROM shards WHERE shard = $1)"
+            " AND query LIKE 'COMMIT%' ORDER BY state_change DESC LIMIT 1"
+        )
+        pid = await until(lambda: ledger.fetchval(newest, shard), HEAL_S, "the connection that commits was to be found")
         os.kill(pid, signal.SIGSTOP)
         try:
             waiting = asyncio.gather(*(probe.assign("ledger") for _ in range(4)))
@@ -213,7 +227,7 @@ async def _recovered(run: Run, probe: Probe) -> bool:
 
 
 async def registration_lapses(run: Run) -> None:
-    """The API cannot renew its row for so long that it counts as gone, and then Redis is emptied: what it answered since
+    """No API process can renew its row for so long that it counts as gone, and then Redis is emptied: what it answered since
     then, it answered when the ledger had it."""
     async with watching(run) as ledger, probing(run) as probe:
         await ledger.execute(_NO_RENEWALS)
@@ -223,7 +237,7 @@ async def registration_lapses(run: Run) -> None:
                 return not await ledger.fetch("SELECT FROM api_processes WHERE NOT gone")
 
             await until(counts_as_gone, HEAL_S, "the API should count as gone")
-            async with run.stack.redis() as redis, writer_standing_still(run):
+            async with run.stack.redis() as redis, writers_standing_still(run):
                 asked = asyncio.gather(*(probe.assign("redis") for _ in range(6)))
                 await asyncio.sleep(0.5)
                 await redis.flushall()
@@ -248,12 +262,14 @@ async def shard_stopped_by_hand(run: Run) -> None:
         await probe.goes_on()
         shard = int(probe.books["redis"][3:5])
         await ledger.execute("UPDATE shards SET stopped = 'a person looks' WHERE shard = $1", shard)
-        run.stack.parts[0].kill()
-        run.stack.parts[0] = run.stack.writer(COUPON_LEASE_CODES_MIN="20")
+        before = await _owner_and_generation(run, shard)
+        owner = await run.owner_of(shard)
+        run.writers[owner].kill()
+        run.start_writer(owner)
 
         async def taken() -> bool:
-            log = (run.stack.folder / "writer.log").read_text()
-            return f"shard {shard:02d} is stopped" in log or await _opened_by_the_next(run, shard)
+            said = any(writer.said(f"shard {shard:02d} is stopped") for writer in run.writers)
+            return said or await _opened_by_the_next(run, shard, before)
 
         await until(taken, HEAL_S, "the next writer should take the shard")
         await asyncio.sleep(1.2)  # the API looks once a second
@@ -262,33 +278,34 @@ async def shard_stopped_by_hand(run: Run) -> None:
         assert attempt.answer["code"] == "recovering", attempt
         # As docs/operations.md has it.
         await ledger.execute("UPDATE shards SET stopped = NULL, epoch = 1 + epoch WHERE shard = $1", shard)
-        run.stack.parts[0].kill()
-        run.stack.parts[0] = run.stack.writer(COUPON_LEASE_CODES_MIN="20")
+        owner = await run.owner_of(shard)
+        run.writers[owner].kill()
+        run.start_writer(owner)
         await probe.goes_on()
 
 
-async def _opened_by_the_next(run: Run, shard: int) -> bool:
-    rows = await run.stack.ledger("SELECT generation FROM shards WHERE shard = $1", shard)
+async def _owner_and_generation(run: Run, shard: int) -> tuple[str, int]:
+    (row,) = await run.stack.ledger("SELECT owner, generation FROM shards WHERE shard = $1", shard)
+    return row["owner"], row["generation"]
+
+
+async def _opened_by_the_next(run: Run, shard: int, before: tuple[str, int]) -> bool:
+    owner, now = await _owner_and_generation(run, shard)
     async with run.stack.redis() as redis:
         generation = await redis.hget(ShardKeys(shard, SHARDS).meta, "generation")
-    return bool(rows[0]["generation"] > 1 and generation == str(rows[0]["generation"]))
+    return now > before[1] and owner != before[0] and generation == str(now)
 
 
 async def lender_paused_across_a_recovery(run: Run) -> None:
     """A writer has noted that a block is lent, and stands still before it brings it; when it wakes up, those codes are
-    somebody else's to bring, or in quarantine."""
+    the other writer's to bring, or in quarantine."""
     run.loses_records = True
-    run.stack.parts[0].stop()
-    paused = run.stack.writer(COUPON_LEASE_CODES_MIN="20", COUPON_TEST_PAUSE_AT="lend.leased")
+    run.writers[0].stop()
+    run.start_writer(0, COUPON_TEST_PAUSE_AT="lend.leased")
+    paused = run.writers[0]
     async with under_load(run), run.stack.redis() as redis:
         await until(lambda: _stands_still(paused), HEAL_S, "the writer should have come to lend a block")
-        run.stack.parts[0] = run.stack.writer(COUPON_LEASE_CODES_MIN="20")
-
-        async def taken_over() -> bool:
-            rows = await run.stack.ledger("SELECT count(DISTINCT owner) AS owners, min(generation) AS g FROM shards")
-            return bool(rows[0]["owners"] == 1 and rows[0]["g"] > 2)
-
-        await until(taken_over, HEAL_S, "the other writer should have all shards")
+        await until(lambda: one_owner(run), HEAL_S, "the other writer should have all shards")
         await redis.flushall()
         await run.recovered()
         paused.signal(signal.SIGCONT)

@@ -29,7 +29,7 @@ from tests.chaos.machine import (
     small_redis_disk_stage,
 )
 from tests.chaos.probe import Probe, probing, under_load
-from tests.chaos.process_faults import seqs_in_redis, writer_standing_still
+from tests.chaos.process_faults import seqs_in_redis, writers_standing_still
 from tests.chaos.run import HEAL_S, Run
 from tests.harness import until
 
@@ -45,7 +45,7 @@ async def redis_killed_on_a_slow_disk(run: Run) -> None:
     stack = SlowDiskStack.of(run)
     assert stack.redis_server is not None
     run.loses_records = True
-    async with stack.redis() as redis, under_load(run), writer_standing_still(run):
+    async with stack.redis() as redis, under_load(run), writers_standing_still(run):
         metas = list(await seqs_in_redis(run))
         stack.disk.set_s(FSYNC_S)
         seqs: dict[str, int] = {}
@@ -136,7 +136,7 @@ async def aof_tail_cut_off(run: Run) -> None:
     run.loses_records = True
     async with probing(run) as probe:
         await probe.goes_on()
-        async with writer_standing_still(run):
+        async with writers_standing_still(run):
             given = [await probe.assign("redis") for _ in range(3)]  # so that it is a script that is cut off
             assert given[-1].outcome == "ok", given
             before = await seqs_in_redis(run)

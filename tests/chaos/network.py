@@ -14,8 +14,10 @@ from tests.chaos.proxy import Proxy
 from tests.chaos.run import Run
 from tests.harness import Part, Stack, fresh_database, until
 
-PARTS = ("writer", "api", "second", "operator")
-"""Who has a way of its own to Redis and Postgres; `second` is another API process, `operator` whoever looks on."""
+WRITERS = ("writer", "writer2")
+APIS = ("api", "api2")
+PARTS = (*WRITERS, *APIS, "operator")
+"""Who has a way of its own to Redis and Postgres; `operator` is whoever looks on."""
 
 
 class Twin(EmbeddedRedis):
@@ -44,19 +46,11 @@ class Network(Stack):
     def proxies(self) -> list[Proxy]:
         return [*self.redis_of.values(), *self.postgres_of.values(), self.link]
 
-    def writer(self, **environment: str) -> Part:
-        return super().writer(**self._ways("writer"), **environment)
+    def writer(self, number: int = 0, /, **environment: str) -> Part:
+        return super().writer(number, **self._ways(WRITERS[number]), **environment)
 
-    def api(self, **environment: str) -> Part:
-        return super().api(**self._ways("api"), **environment)
-
-    async def second_api(self) -> str:
-        """Start another API process, and return its address once it is ready. `base_url` stays the first one's."""
-        first = self.base_url
-        super().api(**self._ways("second"))
-        await self.ready()
-        second, self.base_url = self.base_url, first
-        return second
+    def api(self, number: int = 0, /, **environment: str) -> Part:
+        return super().api(number, **self._ways(APIS[number]), **environment)
 
     def lead_to(self, server: EmbeddedRedis, *parts: str) -> None:
         """Repoint the Redis of these parts (of all without any)."""

@@ -16,6 +16,7 @@ import msgspec
 
 from tests.chaos.fault import Fault
 from tests.chaos.network import (
+    WRITERS,
     Network,
     events_made,
     follow,
@@ -51,8 +52,8 @@ def _ended_as(run: Run, outcome: str, start: int = 0) -> list[Attempt]:
 
 
 def _some(run: Run, of: dict[str, Proxy]) -> list[Proxy]:
-    """The API's way, and by chance the writer's, too."""
-    return [of["api"], of["writer"]] if run.random.random() < 0.5 else [of["api"]]
+    """The way of the first API process, and by chance that of the second, of a writer, of both."""
+    return [of["api"]] + [of[part] for part in ("api2", *WRITERS) if run.random.random() < 0.4]
 
 
 # --- between the service and Redis
@@ -136,7 +137,8 @@ async def _cut(run: Run, proxy: Proxy, seconds: float) -> None:
 
 
 async def api_cut_from_postgres(run: Run) -> None:
-    """The API process cannot renew its registration: what it answered early before, it answers when it is durable."""
+    """An API process cannot renew its registration: what it answered early before, it answers when it is durable. The other
+    goes on."""
     (book_id,) = (book_id for book_id, ack in run.books.items() if ack == "redis" and book_id not in run.limited)
     async with clients_at_work(run), run.client() as http:
         cut = asyncio.create_task(_cut(run, network(run).postgres_of["api"], CUT_FROM_POSTGRES_S))
@@ -152,10 +154,10 @@ async def api_cut_from_postgres(run: Run) -> None:
 
 
 async def writer_cut_from_postgres(run: Run) -> None:
-    """Nothing becomes durable: what waits for the ledger is refused or unknown, the rest goes on."""
+    """Both writers are. Nothing becomes durable: what waits for the ledger is refused or unknown, the rest goes on."""
     start = len(run.history)
     async with clients_at_work(run):
-        await _cut(run, network(run).postgres_of["writer"], CUT_FROM_POSTGRES_S)
+        await asyncio.gather(*(_cut(run, network(run).postgres_of[part], CUT_FROM_POSTGRES_S) for part in WRITERS))
     codes = {attempt.answer.get("code") for attempt in run.history[start:]}
     assert codes & {"ledger_behind", "outcome_unknown"}, "the ledger should have been missed"
     assert any(a.answer.get("durable") is False for a in _ended_as(run, "ok", start) if a.verb == "assign"), (
@@ -220,8 +222,7 @@ async def old_master_demoted_and_promoted_again(run: Run) -> None:
     """A stale replica is made master, and its old master follows it for a moment; then the old one is master again, with
     the other's data, on connections that have stood all the while. Its run_id is the certified one."""
     run.loses_records = True
-    second = await network(run).second_api()
-    async with clients_at_work(run), clients_at_work(run, second):
+    async with clients_at_work(run):
         stage = await _left_behind(run)
         assert stage.replica is not None
         certified, made = await identity(stage.master), await events_made(stage.master)
@@ -240,8 +241,8 @@ async def old_master_back_while_a_process_sleeps(run: Run) -> None:
     """The same, while an API process is stopped: it wakes up with its connection as it was, and with requests to send,
     before it can have looked at whom it speaks to."""
     run.loses_records = True
-    second, sleeper = await network(run).second_api(), run.stack.parts[-1]
-    async with clients_at_work(run), run.client(second) as http:
+    sleeper = run.apis[1]
+    async with clients_at_work(run, run.apis[0].base_url), run.client(sleeper.base_url) as http:
         await asyncio.gather(*(run.send(http, run.new_assign(f"early{n}")) for n in range(24)))
         sleeper.signal(signal.SIGSTOP)
         try:
@@ -264,27 +265,27 @@ async def old_master_back_while_a_process_sleeps(run: Run) -> None:
 
 
 async def split_brain(run: Run) -> None:
-    """A stale replica is made master for the writer and one API process; another one goes on with the old master, and by
+    """A stale replica is made master for the writers and one API process; the other goes on with the old master, and by
     chance without Postgres, so that nobody tells it."""
     run.loses_records = run.two_masters = True
     stage = network(run)
-    second = await stage.second_api()
     informed = run.random.random() < 0.5
-    async with clients_at_work(run), clients_at_work(run, second):
+    first, second = (api.base_url for api in run.apis)
+    async with clients_at_work(run, first), clients_at_work(run, second):
         await _left_behind(run)
         assert stage.replica is not None
         if not informed:
-            stage.postgres_of["second"].treat(requests="hold", replies="hold")
+            stage.postgres_of["api2"].treat(requests="hold", replies="hold")
         await promote(stage.replica)
         start = len(run.history)
         made = await events_made(stage.master)
-        stage.lead_to(stage.replica, "writer", "api", "operator")
+        stage.lead_to(stage.replica, *WRITERS, "api", "operator")
         await run.recovered()
         await asyncio.sleep(run.random.uniform(1.0, 3.0))
         assert await events_made(stage.master) > made, "somebody should have decided on the old master"
         answered = _ended_as(run, "ok", start)
-        stage.lead_to(stage.replica, "second")
-        stage.postgres_of["second"].heal()
+        stage.lead_to(stage.replica, "api2")
+        stage.postgres_of["api2"].heal()
     assert answered, "the new master should have been of use"
 
 
@@ -297,7 +298,7 @@ TIMES_EACH = 8
 
 async def requests_cancelled(run: Run) -> None:
     """More than a thousand requests whose callers hang up, several with each key; then each is asked for again."""
-    api = run.stack.parts[1].process.pid
+    api = run.apis[0].process.pid
     before = len(os.listdir(f"/proc/{api}/fd"))
     attempts = [run.new_assign(f"c{number}") for number in range(CANCELLED_KEYS)]
     sends = [attempt for attempt in attempts for _ in range(TIMES_EACH)]
@@ -329,7 +330,8 @@ async def requests_cancelled(run: Run) -> None:
 async def _hang_up(run: Run, attempt: Attempt, patience: float) -> None:
     """Send a request, and close the connection after `patience` seconds, with what came by then unread."""
     attempt.invoked_s = attempt.invoked_s or time.monotonic()
-    address = urlsplit(run.stack.base_url)
+    address = urlsplit(run.apis[0].base_url)
+    attempt.asked_at = run.apis[0].base_url
     body = msgspec.json.encode(attempt.body)
     head = (
         f"POST {attempt.path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any
@@ -49,9 +50,11 @@ class Probe:
         self._run = run
         self.books = books
 
-    async def assign(self, ack: str) -> Attempt:
+    async def assign(self, ack: str, *, at: str = "") -> Attempt:
+        """`at` is the API process that is asked, the first unless given."""
         user = f"probe-{secrets.token_hex(4)}"
-        return await self._ask("assign", "/coupons/assign", ack, user, {"book_id": self.books[ack], "user_id": user})
+        body: dict[str, str | int] = {"book_id": self.books[ack], "user_id": user}
+        return await self._ask("assign", "/coupons/assign", ack, user, body, at)
 
     async def redeem(self, held: Attempt, lock_token: str = "") -> Attempt:
         shown: dict[str, str | int] = {"lock_token": lock_token} if lock_token else {}
@@ -65,14 +68,19 @@ class Probe:
         return (await self._ask("lock", path, held.ack, held.user, body)).answer
 
     async def goes_on(self, timeout: float = HEAL_S) -> Attempt:
-        """Wait until books of both kinds deal. Returns the assign of the one that waits for the ledger."""
+        """Wait until books of both kinds deal at every API process. Returns an assign of the one that waits for the
+        ledger."""
 
-        async def deals(ack: str) -> Attempt | None:
-            attempt = await self.assign(ack)
-            return attempt if attempt.outcome == "ok" else None
+        dealt = None
+        for api in self._run.apis:
 
-        await until(lambda: deals("redis"), timeout, "a book that does not wait for the ledger should deal")
-        dealt = await until(lambda: deals("ledger"), timeout, "a book that waits for the ledger should deal")
+            async def deals(ack: str, at: str = api.base_url) -> Attempt | None:
+                attempt = await self.assign(ack, at=at)
+                return attempt if attempt.outcome == "ok" else None
+
+            what = "a book that does not wait for the ledger should deal"
+            await until(functools.partial(deals, "redis"), timeout, what)
+            dealt = await until(functools.partial(deals, "ledger"), timeout, "a book that waits for it should deal")
         assert dealt is not None
         return dealt
 
@@ -88,7 +96,9 @@ class Probe:
                 counts.append(await count(keys[0]) if keys else 0)
             return counts[0], counts[1]
 
-    async def _ask(self, verb: str, path: str, ack: str, user: str, body: dict[str, str | int]) -> Attempt:
+    async def _ask(
+        self, verb: str, path: str, ack: str, user: str, body: dict[str, str | int], at: str = ""
+    ) -> Attempt:
         attempt = Attempt(verb, path, body, secrets.token_hex(8), self.books[ack], ack, user)
-        await self._run.send(self.http, attempt)
+        await self._run.send(self.http, attempt, at=at)
         return attempt

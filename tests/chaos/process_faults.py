@@ -19,20 +19,26 @@ from tests.harness import until
 
 
 async def writer_killed(run: Run) -> None:
-    run.stack.parts[0].kill()
-    run.stack.parts[0] = run.stack.writer(COUPON_LEASE_CODES_MIN="20")
+    """One of the two, whose shards the other takes over, or both."""
+    killed = run.some(run.writers)
+    owners = {row["owner"] for row in await run.stack.ledger("SELECT owner FROM shards")}
+    for number in killed:
+        run.writers[number].kill()
+    for number in killed:
+        run.start_writer(number)
+
+    async def taken_over() -> bool:
+        now = {row["owner"] for row in await run.stack.ledger("SELECT owner FROM shards")}
+        return len(owners - now) == len(killed)
+
+    await until(taken_over, HEAL_S, "the shards of a writer that was killed should have another owner")
 
 
 async def writer_paused_across_a_recovery(run: Run) -> None:
-    old = run.stack.parts[0]
+    """One of the two: the other takes its shards over, and recovers them, too."""
+    old = run.random.choice(run.writers)
     old.signal(signal.SIGSTOP)
-    run.stack.writer(COUPON_LEASE_CODES_MIN="20")
-
-    async def taken_over() -> bool:
-        rows = await run.stack.ledger("SELECT count(DISTINCT owner) AS owners, min(generation) AS g FROM shards")
-        return bool(rows[0]["g"] > 1)
-
-    await until(taken_over, HEAL_S)
+    await until(lambda: one_owner(run), HEAL_S, "the other writer should have all shards")
     run.loses_records = True
     async with run.stack.redis() as redis:
         await redis.flushall()
@@ -40,27 +46,39 @@ async def writer_paused_across_a_recovery(run: Run) -> None:
     old.signal(signal.SIGCONT)
 
 
+async def one_owner(run: Run) -> bool:
+    """Whether a single writer owns every shard."""
+    (row,) = await run.stack.ledger(
+        "SELECT count(DISTINCT owner) AS owners, count(*) FILTER (WHERE owner IS NULL) AS idle FROM shards"
+    )
+    return bool(row["owners"] == 1 and row["idle"] == 0)
+
+
 async def api_killed(run: Run) -> None:
-    api = run.stack.parts[1]
-    api.kill()
-    run.stack.parts[1] = run.stack.api()
-    await run.stack.ready()
+    """One of the two, whose clients turn to the other, or both."""
+    killed = run.some(run.apis)
+    for number in killed:
+        run.apis[number].kill()
+    for number in killed:
+        await run.start_api(number)
 
 
 @contextlib.asynccontextmanager
-async def writer_standing_still(run: Run) -> AsyncIterator[None]:
-    writer = run.stack.parts[0]
-    writer.signal(signal.SIGSTOP)
+async def writers_standing_still(run: Run) -> AsyncIterator[None]:
+    """Nothing of any shard goes into the ledger, and nobody takes a shard over."""
+    for writer in run.writers:
+        writer.signal(signal.SIGSTOP)
     try:
         yield
     finally:
-        writer.signal(signal.SIGCONT)
+        for writer in run.writers:
+            writer.signal(signal.SIGCONT)
 
 
 @contextlib.asynccontextmanager
 async def written_to_redis_alone(run: Run) -> AsyncIterator[None]:
-    """What is done just before the block is in Redis and not in the ledger: the writer is paused meanwhile. Under load."""
-    async with writer_standing_still(run):
+    """What is done just before the block is in Redis and not in the ledger: the writers are paused meanwhile. Under load."""
+    async with writers_standing_still(run):
         await asyncio.sleep(run.random.uniform(0.2, 0.6))  # a commit that was on its way has arrived
         await until(lambda: _more_than_the_ledger(run), HEAL_S, "Redis should have what the ledger has not")
         yield
@@ -123,16 +141,18 @@ async def everything_flushed(run: Run) -> None:
 
 
 async def redis_and_api_killed(run: Run) -> None:
-    """Nobody is left who could say what was answered: what has no record must be quarantined."""
+    """One API process or both cannot say any more what they answered: what has no record must be quarantined."""
     run.loses_records = True
     assert run.stack.redis_server is not None
+    killed = run.some(run.apis)
     async with under_load(run), written_to_redis_alone(run):
-        run.stack.parts[1].kill()
+        for number in killed:
+            run.apis[number].kill()
         run.stack.redis_server.kill()
     run.stack.redis_server.start()
-    run.stack.parts[1] = run.stack.api()
     await run.recovered()
-    await run.stack.ready()
+    for number in killed:
+        await run.start_api(number)
 
 
 async def scripts_flushed(run: Run) -> None:
@@ -150,7 +170,7 @@ async def redis_stopped(run: Run) -> None:
 
 
 async def backend_stopped(run: Run) -> None:
-    """A Postgres backend of the writer stops: no time-out of the server reaches it."""
+    """The Postgres backends of both writers stop: no time-out of the server reaches them."""
     rows = await run.stack.ledger(
         "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'coupon-writer%' AND datname = current_database()"
     )

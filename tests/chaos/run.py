@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import random
 import secrets
@@ -17,10 +18,14 @@ from redis.asyncio import Redis
 from coupon_svc.config import load_settings
 from coupon_svc.ledger.database import PATIENT_S, open_connection
 from coupon_svc.ops.verify import Verifier
-from tests.harness import Stack, until
+from tests.harness import START_S, Part, Stack, until
 from tests.linearizable import CodeModel, LimitModel, Operation, require_linearizable
 
+WRITERS = APIS = 2
+LEASE_CODES_MIN = "20"
 CLIENTS = 8
+ROAMING = 0.1
+"""How likely a client asks another API process than before. After an error it is one half."""
 CODES = 1600
 """Of each book."""
 CONTENDED = 60
@@ -50,6 +55,8 @@ class Attempt(msgspec.Struct):
     """When it was first sent, by this process's monotonic clock."""
     returned_s: float = math.inf
     """When its last answer came."""
+    asked_at: str = ""
+    """The address of the API process that was asked last."""
 
     @property
     def code(self) -> str:
@@ -63,6 +70,8 @@ class Run:
     def __init__(self, stack: Stack, seed: int) -> None:
         self.stack = stack
         self.random = random.Random(seed)
+        self.writers: list[Part] = []
+        self.apis: list[Part] = []
         self.history: list[Attempt] = []
         self.books: dict[str, str] = {}
         self.limited: set[str] = set()
@@ -77,6 +86,48 @@ class Run:
         self._contended: list[tuple[str, str]] = []
         self._held: list[tuple[str, str, str]] = []
         self._locked: list[tuple[str, str, str, str]] = []
+
+    async def start(self) -> None:
+        """Start the parts: API processes, and writers that share the shards."""
+        self.writers = [self.stack.writer(n, COUPON_LEASE_CODES_MIN=LEASE_CODES_MIN) for n in range(WRITERS)]
+        self.apis = [self.stack.api(n) for n in range(APIS)]
+        await self.share_shards()
+        for api in self.apis:
+            await self.stack.ready(api.base_url)
+
+    def start_writer(self, number: int, /, **environment: str) -> None:
+        """Start a writer in the place of one that is gone."""
+        self.writers[number] = self.stack.writer(number, **{"COUPON_LEASE_CODES_MIN": LEASE_CODES_MIN, **environment})
+
+    async def start_api(self, number: int) -> None:
+        """Start an API process in the place of one that is gone, and wait until it is ready."""
+        self.apis[number] = self.stack.api(number)
+        await self.stack.ready(self.apis[number].base_url)
+
+    async def share_shards(self) -> None:
+        """Wait until each writer owns an equal part of the shards."""
+
+        async def shared() -> bool:
+            rows = await self.stack.ledger("SELECT owner, count(*) FROM shards GROUP BY owner")
+            return {row["count"] for row in rows} == {self.stack.shards // WRITERS} and all(
+                row["owner"] for row in rows
+            )
+
+        await until(shared, START_S, "the writers should share the shards")
+
+    async def owner_of(self, shard: int) -> int:
+        """The number of the writer that owns a shard."""
+
+        async def owner() -> list[int]:
+            (row,) = await self.stack.ledger("SELECT owner FROM shards WHERE shard = $1", shard)
+            return [n for n, writer in enumerate(self.writers) if row["owner"] and writer.said(row["owner"])]
+
+        return (await until(owner, HEAL_S, "the shard should have an owner"))[0]
+
+    def some(self, parts: list[Part]) -> list[int]:
+        """One of the parts, or all of them: their numbers."""
+        numbers = list(range(len(parts)))
+        return numbers if self.random.random() < 0.5 else [self.random.choice(numbers)]
 
     async def prepare(self) -> None:
         """Two books of each kind: one for many codes, one with a limit of one code a user."""
@@ -98,20 +149,22 @@ class Run:
     async def load(
         self, seconds: float, base_url: str = "", pause_s: float = 0.0, stop: asyncio.Event | None = None
     ) -> None:
-        """Work of all clients for a while, or until `stop` is set, on one API process or another."""
+        """Work of all clients for a while, or until `stop` is set: at one API process, or all over them."""
         deadline = time.monotonic() + seconds
         stop = stop or asyncio.Event()
         async with self.client(base_url) as http:
-            await asyncio.gather(*(self._work(http, number, deadline, pause_s, stop) for number in range(CLIENTS)))
+            await asyncio.gather(
+                *(self._work(http, number, base_url, deadline, pause_s, stop) for number in range(CLIENTS))
+            )
 
     async def heal(self) -> None:
         """Wait until all books deal again, then ask what is unknown again."""
         async with self.client() as http:
-            for book_id in self.books:
+            for book_id, api in itertools.product(self.books, self.apis):
 
-                async def deals(book_id: str = book_id) -> bool:
+                async def deals(book_id: str = book_id, at: str = api.base_url) -> bool:
                     attempt = self.new_assign(f"healer-{secrets.token_hex(4)}", book_id)
-                    await self.send(http, attempt)
+                    await self.send(http, attempt, at=at)
                     stopped = await self.stack.ledger("SELECT stopped FROM shards WHERE stopped IS NOT NULL")
                     assert not stopped, f"a shard was stopped: {stopped[0]['stopped']}"
                     return attempt.outcome == "ok" or attempt.answer.get("code") == "book_exhausted"
@@ -122,7 +175,7 @@ class Run:
                     attempt.in_doubt = True
 
                     async def known(attempt: Attempt = attempt) -> bool:
-                        await self.send(http, attempt, record=False)
+                        await self.send(http, attempt, at=self.elsewhere(attempt.asked_at), record=False)
                         return attempt.outcome != "unknown"
 
                     await until(known, HEAL_S, "an unknown outcome should become known")
@@ -140,9 +193,17 @@ class Run:
     # --- load
 
     def client(self, base_url: str = "") -> httpx.AsyncClient:
+        """An HTTP client of one API process, the first unless its address is given."""
         return httpx.AsyncClient(
-            base_url=base_url or self.stack.base_url, headers={"Authorization": self.authorization}, timeout=15
+            base_url=base_url or self.apis[0].base_url,
+            headers={"Authorization": self.authorization},
+            timeout=15,
+            verify=False,  # it is plain HTTP; loading the system's certificates takes 40 ms a client
         )
+
+    def elsewhere(self, address: str) -> str:
+        """The address of an API process, another one than this."""
+        return self.random.choice([api.base_url for api in self.apis if api.base_url != address])
 
     def new_assign(self, user: str, book_id: str = "") -> Attempt:
         """A request for any code of a book."""
@@ -179,24 +240,32 @@ class Run:
         return self.random.choice(held[-20:] if self.random.random() < 0.7 else held)
 
     async def _work(
-        self, http: httpx.AsyncClient, number: int, deadline: float, pause_s: float, stop: asyncio.Event
+        self, http: httpx.AsyncClient, number: int, base_url: str, deadline: float, pause_s: float, stop: asyncio.Event
     ) -> None:
+        at = base_url or self.apis[number % APIS].base_url
         while time.monotonic() < deadline and not stop.is_set():
             attempt = self._next(number)
-            await self.send(http, attempt)
+            await self.send(http, attempt, at=at)
+            in_trouble = attempt.outcome == "unknown" or attempt.status >= 500
+            if not base_url and self.random.random() < (0.5 if in_trouble else ROAMING):
+                at = self.elsewhere(at)
             if attempt.outcome == "ok" and attempt.verb in ("assign", "assign_code"):
                 self._held.append((attempt.answer["code"], attempt.book_id, attempt.user))
             if attempt.outcome == "ok" and attempt.verb == "lock":
                 self._locked.append((attempt.code, attempt.book_id, attempt.user, attempt.answer["lock_token"]))
             await asyncio.sleep(0.02 if attempt.outcome == "unknown" else pause_s)
 
-    async def send(self, http: httpx.AsyncClient, attempt: Attempt, *, record: bool = True) -> None:
-        """Ask, for the first time or again, and note what became of it."""
+    async def send(self, http: httpx.AsyncClient, attempt: Attempt, *, at: str = "", record: bool = True) -> None:
+        """Ask, for the first time or again, and note what became of it. `at` is the API process, the client's own unless
+        given."""
         if record:
             self.history.append(attempt)
+        attempt.asked_at = at or str(http.base_url).rstrip("/")
         attempt.invoked_s = attempt.invoked_s or time.monotonic()
         try:
-            answer = await http.post(attempt.path, json=attempt.body, headers={"Idempotency-Key": attempt.key})
+            answer = await http.post(
+                attempt.asked_at + attempt.path, json=attempt.body, headers={"Idempotency-Key": attempt.key}
+            )
         except httpx.HTTPError:
             attempt.outcome = "unknown"
             return
@@ -264,7 +333,7 @@ class Run:
                 require_linearizable(operations, LimitModel(1, loses_records=self.loses_records), f"{book_id} {user}")
 
     async def _check_replays(self) -> None:
-        """The same Idempotency-Key gives the first answer again, after all that has happened."""
+        """The same Idempotency-Key gives the first answer again, after all that has happened, from another process."""
         answered = [*self._assigned(), *self._ok("redeem")]
         if self.loses_records:  # what only Redis had is gone, and its key with it
             answered = [attempt for attempt in answered if attempt.ack == "ledger"]
@@ -272,8 +341,8 @@ class Run:
             for attempt in self.random.sample(answered, min(40, len(answered))):
                 again = msgspec.structs.replace(attempt, answer={})
 
-                async def judged(again: Attempt = again) -> bool:
-                    await self.send(http, again, record=False)
+                async def judged(again: Attempt = again, attempt: Attempt = attempt) -> bool:
+                    await self.send(http, again, at=self.elsewhere(attempt.asked_at), record=False)
                     return again.status != 503  # which says nothing of the first
 
                 await until(judged, HEAL_S, "a replay should be answered")
@@ -318,7 +387,9 @@ class Run:
             for user, codes in expected.items():
 
                 async def listed(user: str = user) -> httpx.Response | None:
-                    answer = await http.get(f"/users/{user}/coupons", params={"limit": 1000})
+                    answer = await http.get(
+                        f"{self.random.choice(self.apis).base_url}/users/{user}/coupons", params={"limit": 1000}
+                    )
                     assert answer.status_code in (200, 503), answer.text
                     return answer if answer.status_code == 200 else None
 

@@ -39,9 +39,7 @@ async def run_once(postgres_url: str, folder: Path, fault: str, seed: int, witho
             stack.module = ("tests.unsafe", without)
         run = Run(stack, seed)
         try:
-            stack.writer(COUPON_LEASE_CODES_MIN="20")
-            stack.api()
-            await stack.ready()
+            await run.start()
             await run.prepare()
             load = asyncio.create_task(run.load(LOAD_S))
             await asyncio.sleep(run.random.uniform(0.3, 1.2))  # the moment of the fault is drawn
