@@ -25,7 +25,7 @@ _STILL_OWNER = """
 # everybody: who held it while waiting would hold up every commit of the shard.
 _LOCK_BOOK = "SELECT true FROM books WHERE book_id = $1 FOR UPDATE"
 _QUEUE_FOR = "SELECT set_config('lock_timeout', $1, true)"
-QUEUE_MS = 250
+QUEUE_MS = 1000
 
 
 class Lease(NamedTuple):
