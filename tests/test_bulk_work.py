@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
@@ -371,14 +370,13 @@ async def patient(answer: Callable[[], Awaitable[httpx.Response]], codes: tuple[
 
 @pytest.mark.parametrize("count", [3, 3_000], ids=["few", "many"])
 async def test_a_replayed_upload_waits_for_what_the_first_answer_waited_for(stack: Stack, count: int) -> None:
-    writer = stack.parts[0]
     async with await stack.client("t") as client:
         book = await make_book(client, codes=[])
-        writer.signal(signal.SIGSTOP)
+        stack.parts[0].stop()
         body, key = {"book_id": book, "codes": CODES[:count]}, {"Idempotency-Key": "k"}
         for _ in range(2):
             refused(await client.post("/coupons/codes", json=body, headers=key), 503, "outcome_unknown")
-        writer.signal(signal.SIGCONT)
+        stack.writer()
         answer = await patient(lambda: client.post("/coupons/codes", json=body, headers=key), ("outcome_unknown",))
         assert answer.json()["inserted"] == count
         assert "idempotent-replayed" in answer.headers
@@ -388,13 +386,12 @@ async def test_a_replayed_upload_waits_for_what_the_first_answer_waited_for(stac
 
 @pytest.mark.parametrize("count", [3, 3_000], ids=["few", "many"])
 async def test_a_replayed_creation_waits_for_its_codes(stack: Stack, count: int) -> None:
-    writer = stack.parts[0]
     async with await stack.client("t") as client:
-        writer.signal(signal.SIGSTOP)
+        stack.parts[0].stop()
         body, key = {"name": "b", "generate": {"pattern": "R-########", "total": count}}, {"Idempotency-Key": "k"}
         for _ in range(2):
             refused(await client.post("/coupons", json=body, headers=key), 503, "outcome_unknown")
-        writer.signal(signal.SIGCONT)
+        stack.writer()
         answer = await patient(lambda: client.post("/coupons", json=body, headers=key), ("outcome_unknown",))
         assert answer.status_code == 201, answer.text
         call = {"book_id": answer.json()["book_id"], "user_id": "u"}
