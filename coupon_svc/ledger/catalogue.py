@@ -55,6 +55,10 @@ _COUNT_IN = f"""
                      leased_upto = $3, places_upto = $4
     WHERE book_id = $1 RETURNING {BOOK_COLUMNS}
 """
+# By the range, not by the codes: to look a list of codes up, Postgres may choose to read all that the tenant has.
+_PLACE_CODES = """
+    UPDATE codes SET place = ($4::bigint[])[place - $2 + 1] WHERE book_id = $1 AND place >= $2 AND place < $2 + $3::bigint
+"""
 # All codes of the tenant, whatever they look like: those that uploads may still add count as if they were there.
 _ALL_CODES = """
     SELECT coalesce((SELECT sum(total) FROM books WHERE tenant_id = $1), 0)
@@ -224,18 +228,11 @@ async def insert_rows(
     return {row["code"] for row in rows}
 
 
-async def place_codes(
-    connection: asyncpg.Connection, tenant_id: int, book_id: str, codes: Sequence[str], *, tell: bool
-) -> Book:
-    """Give codes that have no place yet theirs, and count them: from now on they can be lent. `tell` the owner so."""
+async def place_codes(connection: asyncpg.Connection, book_id: str, begin: int, *, tell: bool) -> Book:
+    """Give the codes of the next PIECE_CODES places from `begin` on, which are none yet, places among which they can be
+    lent, and count them. `tell` the owner so."""
     span = await _open_span(connection, book_id)
-    done = await connection.execute(
-        "UPDATE codes SET place = placed.place FROM unnest($2::text[], $3::bigint[]) AS placed (code, place)"
-        " WHERE tenant_id = $1 AND codes.code = placed.code AND codes.place < -1",
-        tenant_id,
-        codes,
-        span.places(len(codes)),
-    )
+    done = await connection.execute(_PLACE_CODES, book_id, begin, PIECE_CODES, span.places(PIECE_CODES))
     return await _count_in(connection, span, int(done.removeprefix("UPDATE ")), tell=tell)
 
 

@@ -249,45 +249,44 @@ class Turn:
 
     async def _place(self, upload_id: int, book_id: str) -> Book:
         """Give every code of a decided upload its place. Returns the book as it is then."""
-        after = UNPLACED_FROM - 1
+        begin = await self._next_unplaced(book_id, UNPLACED_FROM) or UNPLACED_FROM
         while True:
-            rows = await self._step(self._unplaced(book_id, after))
-            last = len(rows) < PIECE_CODES
-            book = await self._step(self._place_piece(upload_id, book_id, [row["code"] for row in rows], last))
-            if last:
+            following = await self._next_unplaced(book_id, begin + PIECE_CODES)
+            book = await self._step(self._place_piece(upload_id, book_id, begin, last=following is None))
+            if following is None:
                 return book
-            after = rows[-1]["place"]
+            begin = following
 
-    async def _place_piece(self, upload_id: int, book_id: str, codes: list[str], last: bool) -> Book:
+    async def _place_piece(self, upload_id: int, book_id: str, begin: int, *, last: bool) -> Book:
         async with self._connection.transaction():
-            book = await catalogue.place_codes(self._connection, self._tenant_id, book_id, codes, tell=last)
+            book = await catalogue.place_codes(self._connection, book_id, begin, tell=last)
             if last:
                 await self._close(upload_id)
             return book
 
     async def _take_back(self, upload_id: int, book_id: str) -> None:
         """Remove every code of an upload that was not decided."""
-        after = UNPLACED_FROM - 1
-        while rows := await self._step(self._unplaced(book_id, after)):
+        begin: int | None = UNPLACED_FROM
+        while begin is not None:
             removed = self._connection.execute(
-                "DELETE FROM codes WHERE tenant_id = $1 AND code = ANY ($2) AND place < -1",
-                self._tenant_id,
-                [row["code"] for row in rows],
+                "DELETE FROM codes WHERE book_id = $1 AND place >= $2 AND place < $3",
+                book_id,
+                begin,
+                begin + PIECE_CODES,
             )
             await self._step(removed)
-            after = rows[-1]["place"]
+            begin = await self._next_unplaced(book_id, begin + PIECE_CODES)
         await self._step(self._close(upload_id))
 
-    async def _unplaced(self, book_id: str, after: int) -> list[asyncpg.Record]:
-        """The next piece. From where the last one ended: what it left in the index may still have to be skipped over."""
-        return list(
-            await self._connection.fetch(
-                "SELECT code, place FROM codes WHERE book_id = $1 AND place > $2 AND place < -1 ORDER BY place LIMIT $3",
-                book_id,
-                after,
-                PIECE_CODES,
+    async def _next_unplaced(self, book_id: str, begin: int) -> int | None:
+        """The first of the places from `begin` on that is none yet. From where the last piece ended: what that left in the
+        index may still have to be skipped over."""
+        place: int | None = await self._step(
+            self._connection.fetchval(
+                "SELECT min(place) FROM codes WHERE book_id = $1 AND place >= $2 AND place < -1", book_id, begin
             )
         )
+        return place
 
     async def _close(self, upload_id: int) -> None:
         await self._connection.execute("DELETE FROM uploads WHERE upload_id = $1", upload_id)
