@@ -424,7 +424,7 @@ async def test_a_change_that_was_made_is_never_answered_as_nothing_was_done(
 ) -> None:
     database = pool()
     books = Books(GoneAfter(2), database, Uploads(database), 1)  # type: ignore[arg-type]
-    call = Call(KeyRow("key", 1, "t", frozenset(), "", None, False), "PATCH", {"book_id": BOOK}, b"")
+    call = Call(KeyRow("key", 1, "t", frozenset(), "", None, False), "PATCH", {"book_id": BOOK})
     call.body = UpdateBook(status=BookStatus.PAUSED)
     with pytest.raises(Refused) as refusal:
         await books.update_book(call)
