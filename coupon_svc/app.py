@@ -19,6 +19,7 @@ from coupon_svc.api.runner import BookRunner
 from coupon_svc.config import Settings, load_settings
 from coupon_svc.ledger.database import Database
 from coupon_svc.ledger.resolve import Resolver
+from coupon_svc.ledger.uploads import Uploads
 from coupon_svc.store.client import Store
 from coupon_svc.store.positions import Positions
 from coupon_svc.store.scripts import Scripts
@@ -31,6 +32,8 @@ def make_api(settings: Settings | None = None) -> Api:
     store = Store(settings.redis_url, settings.shards, positions, Scripts())
     database = Database(settings.database_url, "coupon-api")
     lookups = Database(settings.database_url, "coupon-api-lookups", size=4)  # they must not stand behind uploads
+    bulk = Database(settings.database_url, "coupon-api-uploads", size=4)  # what is slow has connections of its own
+    uploads = Uploads(bulk)
     resolver = Resolver(lookups)
     runner = BookRunner(store, resolver, database, settings.shards)
     metrics = Metrics()
@@ -41,17 +44,20 @@ def make_api(settings: Settings | None = None) -> Api:
     async def lifespan(_: Any) -> AsyncIterator[None]:
         await store.start()
         await registration.start()
+        await uploads.start()
         try:
             with drain_at_sigterm(asyncio.get_running_loop(), settings.drain_ms, drain):
                 yield
         finally:
+            await uploads.stop()
             await registration.stop()
             await store.stop()
             await database.close()
             await lookups.close()
+            await bulk.close()
 
     api = make_app(
-        Books(runner, database, settings.shards),
+        Books(runner, database, uploads, settings.shards),
         Coupons(store, runner, resolver, database, registration),
         public,
         KeyRing(resolver, settings.key_cache_ms),

@@ -165,7 +165,7 @@ def test_every_column_is_described() -> None:
         for table, body in re.findall(kind, statements, re.DOTALL):
             column = r"ADD COLUMN (\w+)" if kind.startswith("ALTER") else r"^    ([a-z]\w*) "
             columns = re.findall(column, body, re.MULTILINE)
-            assert columns, table
+            assert columns or "DROP CONSTRAINT" in body, table
             missing += [f"{table}.{column}" for column in columns if f"`{column}`" not in told[table]]
     assert sorted(set(missing) - dropped) == []
 

@@ -288,8 +288,8 @@ class Lender:
     async def upload(self, book_id: str, codes: Sequence[str]) -> None:
         """Codes are unique within their tenant: each gets the book's own letters behind it."""
         texts = [f"{code}-{book_id[5:].upper()}" for code in codes]
-        _, inserted = await insert_codes(self.connection, self._tenant_id, book_id, texts)
-        assert len(inserted) == len(codes)
+        _, taken = await insert_codes(self.connection, self._tenant_id, book_id, texts)
+        assert not taken
 
     async def lend(self, book_id: str, count: int) -> list[str]:
         lease = await lease_block(self.connection, "test", self._owned, book_id, count)

@@ -102,6 +102,10 @@ async def a_code_deleted(stack: Stack, redis: Redis) -> None:
     await stack.ledger("DELETE FROM codes WHERE code IN (SELECT code FROM coupons LIMIT 1)")
 
 
+async def a_code_never_placed(stack: Stack, redis: Redis) -> None:
+    await stack.ledger("INSERT INTO codes SELECT tenant_id, 'LEFT-BEHIND', book_id, -2 FROM books")
+
+
 async def a_position_moved(stack: Stack, redis: Redis) -> None:
     await stack.ledger("UPDATE shards SET committed = committed + 1 WHERE committed > 0")
 
@@ -109,6 +113,7 @@ async def a_position_moved(stack: Stack, redis: Redis) -> None:
 DAMAGES = (
     another_holder, a_held_code_free, a_users_list_gone, a_foreign_code_free, a_free_code_gone, a_redemption_miscounted,
     an_event_gone,     a_coupon_moved, a_use_forgotten, a_use_too_many, a_count_wrong, a_code_deleted, a_position_moved,
+    a_code_never_placed,
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET
@@ -19,25 +19,36 @@ from coupon_svc.api.schemas import (
     BooksPage,
     CodeCounters,
     CreateBook,
+    Generate,
     Page,
     RejectedCode,
     UpdateBook,
     UploadAnswer,
     UploadCodes,
 )
-from coupon_svc.domain.books import Book
+from coupon_svc.domain.books import Book, BookStatus
 from coupon_svc.domain.clock import now_ms, rfc3339, to_ms
-from coupon_svc.domain.codes import CODE_LENGTH_MAX, check_capacity, normalise_code, parse_pattern
+from coupon_svc.domain.codes import (
+    CODE_LENGTH_MAX,
+    check_capacity,
+    normalise_code,
+    parse_pattern,
+    why_invalid,
+)
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.shards import book_shard, new_book_id
 from coupon_svc.ledger import catalogue
+from coupon_svc.ledger.catalogue import PIECE_CODES, NewBook, TakeTurns
 from coupon_svc.ledger.database import Database, LedgerUnavailable
-from coupon_svc.ledger.idempotency import recall, remember
+from coupon_svc.ledger.idempotency import IdempotentCall, Remembered, recall, remember
+from coupon_svc.ledger.uploads import Generated, TenantSlots, Uploads
 
 IN_FORCE_WAIT_S = 5.0
 MOMENT_MIN_MS, MOMENT_END_MS = 0, 253_402_300_800_000
-BULK_S = 120.0
-"""How long the largest upload may take in Postgres: a million generated codes need a fraction of it."""
+SLOTS_PER_TENANT, SLOT_WAIT_S = 4, 10.0
+"""How many connections the creations and small uploads of one tenant may take of those that all share."""
+HEADER_WORDS = frozenset({"code", "codes", "coupon_code"})
+"""What the head of a column says: a list that begins with one was taken from a file with its heading."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -45,19 +56,21 @@ _encode = msgspec.json.Encoder().encode
 class Books:
     """The control plane. Every method answers one operation; refusals are raised as Refused."""
 
-    def __init__(self, runner: BookRunner, database: Database, shards: int) -> None:
+    def __init__(self, runner: BookRunner, database: Database, uploads: Uploads, shards: int) -> None:
         self._runner = runner
         self._database = database
+        self._uploads = uploads
+        self._slots = TenantSlots(SLOTS_PER_TENANT)
         self._shards = shards
 
     async def create_book(self, call: Call) -> Answer:
         body: CreateBook = call.body
         tenant_id = call.key.tenant_id
-        pattern = parse_pattern(body.generate.pattern, body.generate.alphabet) if body.generate else None
+        generated = _generated(body.generate)
         book_id = new_book_id(self._shards)
         shard = book_shard(book_id, self._shards)
         assert shard is not None
-        new = catalogue.NewBook(
+        new = NewBook(
             book_id=book_id,
             shard=shard,
             tenant_id=tenant_id,
@@ -73,45 +86,121 @@ class Books:
         )
         catalogue.check_period(new.starts_at_ms, new.expires_at_ms)
         idempotent = call.idempotent(f"tenant:{tenant_id}", "/coupons")
-        async with self._database.connection(BULK_S) as connection, connection.transaction():
+        try:
+            done = await self._create_at_once(new, generated, idempotent)
+        except TakeTurns:
+            done = await self._create_in_pieces(new, generated, idempotent)
+        in_force = await self._in_force(done.book)
+        if generated and not in_force:  # a book without codes has nothing that could be found missing
+            raise Refused(Outcome.OUTCOME_UNKNOWN)
+        return done.answered(f"/coupons/{done.book.book_id}")
+
+    async def _create_at_once(
+        self, new: NewBook, generated: Generated | None, idempotent: IdempotentCall | None
+    ) -> _Done:
+        """Raises TakeTurns."""
+        async with (
+            self._slots.slot(new.tenant_id, SLOT_WAIT_S),
+            self._database.connection() as connection,
+            connection.transaction(),
+        ):
             if idempotent and (before := await recall(connection, idempotent)):
-                made = msgspec.json.decode(before.answer)["book_id"]
-                return Answer.again(before, f"/coupons/{made}")
+                if before.unfinished:
+                    raise TakeTurns
+                return _Done(await catalogue.read_book(connection, new.tenant_id, _made(before)), before)
+            if generated and generated.total > PIECE_CODES:
+                raise TakeTurns
             book = await catalogue.insert_book(connection, new)
-            if pattern and body.generate:
-                book = await catalogue.generate_codes(connection, tenant_id, book_id, pattern, body.generate.total)
-            answer = _encode(book_answer(book, _untouched(book), 0))
+            if generated:
+                book = await catalogue.generate_codes(connection, new.tenant_id, new.book_id, *generated)
+            answer = _encode(book_answer(book, _untouched(book.total), 0))
             if idempotent:
                 await remember(connection, idempotent, 201, answer)
-        await self._in_force(book)
-        return Answer(201, msgspec.Raw(answer), location=f"/coupons/{book_id}")
+            return _Done(book, Remembered(201, answer), replayed=False)
+
+    async def _create_in_pieces(
+        self, new: NewBook, generated: Generated | None, idempotent: IdempotentCall | None
+    ) -> _Done:
+        """The book is made when its codes are there: what breaks off before leaves none."""
+        assert generated is not None
+
+        async def decide(connection: Any, upload_id: int, _: dict[str, str]) -> bytes:
+            book = await catalogue.insert_book(connection, new)
+            answer = _encode(book_answer(book, _untouched(generated.total), 0))
+            if idempotent:
+                await remember(connection, idempotent, 201, answer, upload_id)
+            return answer
+
+        async with self._uploads.turn(new.tenant_id) as turn:
+            if idempotent and (before := await turn.recall(idempotent)):
+                return _Done(await turn.read_book(_made(before)), before)
+            book, answer = await turn.add(new.book_id, generated, decide)
+            return _Done(book, Remembered(201, answer), replayed=False)
 
     async def upload_codes(self, call: Call) -> Answer:
         body: UploadCodes = call.body
         if (body.codes is None) == (body.generate is None):
             raise invalid("", "give either codes or generate")
-        pattern = parse_pattern(body.generate.pattern, body.generate.alphabet) if body.generate else None
-        if pattern and body.generate:
-            check_capacity(pattern, body.generate.total, 0)  # what can never fit is no question of which book
+        wanted = _generated(body.generate) or _listed(body.codes or [])
         self._runner.place(body.book_id)
         idempotent = call.idempotent(body.book_id, "/coupons/codes")
-        async with self._database.connection(BULK_S) as connection, connection.transaction():
-            await catalogue.read_book(connection, call.key.tenant_id, body.book_id)
-            if idempotent and (before := await recall(connection, idempotent)):
-                return Answer.again(before)
-            if body.codes is not None:
-                book, answer = await _insert(connection, call.key.tenant_id, body.book_id, body.codes)
-            else:
-                assert pattern is not None
-                assert body.generate is not None
-                total = body.generate.total
-                book = await catalogue.generate_codes(connection, call.key.tenant_id, body.book_id, pattern, total)
-                answer = _upload_answer(body.book_id, total, total, [], 0)
-            if idempotent:
-                await remember(connection, idempotent, 200, _encode(answer))
-        if not await self._in_force(book):
+        try:
+            done = await self._upload_at_once(call.key.tenant_id, body.book_id, wanted, idempotent)
+        except TakeTurns:
+            done = await self._upload_in_pieces(call.key.tenant_id, body.book_id, wanted, idempotent)
+        if not await self._in_force(done.book):
             raise Refused(Outcome.OUTCOME_UNKNOWN)
-        return Answer(200, answer)
+        return done.answered()
+
+    async def _upload_at_once(
+        self, tenant_id: int, book_id: str, wanted: Generated | _Listed, idempotent: IdempotentCall | None
+    ) -> _Done:
+        """Raises TakeTurns."""
+        async with (
+            self._slots.slot(tenant_id, SLOT_WAIT_S),
+            self._database.connection() as connection,
+            connection.transaction(),
+        ):
+            book = await catalogue.read_book(connection, tenant_id, book_id)
+            if idempotent and (before := await recall(connection, idempotent)):
+                if before.unfinished:
+                    raise TakeTurns
+                return _Done(await catalogue.read_book(connection, tenant_id, book_id), before)
+            if book.status is BookStatus.CLOSED:
+                raise Refused(Outcome.BOOK_CLOSED)
+            if isinstance(wanted, Generated):
+                if wanted.total > PIECE_CODES:
+                    raise TakeTurns
+                book = await catalogue.generate_codes(connection, tenant_id, book_id, *wanted)
+                answer = _encode(_generated_answer(book_id, wanted.total))
+            else:
+                if len(wanted.codes) > PIECE_CODES:
+                    raise TakeTurns
+                book, taken = await catalogue.insert_codes(connection, tenant_id, book_id, wanted.codes)
+                answer = _encode(_upload_answer(book_id, wanted, taken))
+            if idempotent:
+                await remember(connection, idempotent, 200, answer)
+            return _Done(book, Remembered(200, answer), replayed=False)
+
+    async def _upload_in_pieces(
+        self, tenant_id: int, book_id: str, wanted: Generated | _Listed, idempotent: IdempotentCall | None
+    ) -> _Done:
+        async def decide(connection: Any, upload_id: int, taken: dict[str, str]) -> bytes:
+            await catalogue.require_not_closed(connection, book_id)
+            if isinstance(wanted, Generated):
+                answer = _encode(_generated_answer(book_id, wanted.total))
+            else:
+                answer = _encode(_upload_answer(book_id, wanted, taken))
+            if idempotent:
+                await remember(connection, idempotent, 200, answer, upload_id)
+            return answer
+
+        async with self._uploads.turn(tenant_id) as turn:
+            if idempotent and (before := await turn.recall(idempotent)):
+                return _Done(await turn.read_book(book_id), before)
+            codes = wanted if isinstance(wanted, Generated) else sorted(wanted.codes)
+            book, answer = await turn.add(book_id, codes, decide)
+            return _Done(book, Remembered(200, answer), replayed=False)
 
     async def read_book(self, call: Call) -> Answer:
         return Answer(200, await self._live(call.key.tenant_id, call.path["book_id"]))
@@ -136,7 +225,10 @@ class Books:
             book = await catalogue.update_book(connection, call.key.tenant_id, book_id, changes)
         if not await self._in_force(book):
             raise Refused(Outcome.OUTCOME_UNKNOWN)
-        return Answer(200, await self._live(call.key.tenant_id, book_id))
+        try:
+            return Answer(200, await self._live(call.key.tenant_id, book_id))
+        except (Refused, LedgerUnavailable):  # which say that nothing was done
+            raise Refused(Outcome.OUTCOME_UNKNOWN) from None
 
     # --- what all of them need
 
@@ -196,42 +288,94 @@ def book_answer(book: Book, codes: CodeCounters, redemptions: int) -> BookAnswer
     )
 
 
-def _untouched(book: Book) -> CodeCounters:
-    """The counters of a book that Redis has not seen yet: nobody can hold a code of it."""
-    return CodeCounters(total=book.total, available=book.total, assigned=0, redeemed=0, quarantined=0)
+def _untouched(total: int) -> CodeCounters:
+    """The counters of a book that nobody has seen yet: nobody can hold a code of it."""
+    return CodeCounters(total=total, available=total, assigned=0, redeemed=0, quarantined=0)
 
 
-async def _insert(connection: Any, tenant_id: int, book_id: str, codes: list[str]) -> tuple[Book, UploadAnswer]:
-    """Add a list of codes, and say of each one that was not added why, by its row from 1."""
+class _Done(NamedTuple):
+    """What a request has done, or was done the first time it came. `book` is as the ledger has it now: what is answered
+    holds in Redis once that version is there."""
+
+    book: Book
+    answer: Remembered
+    replayed: bool = True
+
+    def answered(self, location: str | None = None) -> Answer:
+        return Answer(self.answer.status, msgspec.Raw(self.answer.answer), self.replayed, location)
+
+
+def _made(before: Remembered) -> str:
+    """The book that an earlier answer tells of."""
+    book_id: str = msgspec.json.decode(before.answer)["book_id"]
+    return book_id
+
+
+class _Listed(NamedTuple):
+    """A list of codes as it came: those to be added, each with its row from 1, and those that cannot be."""
+
+    codes: dict[str, int]
+    rejected: list[RejectedCode]
+
+
+def _listed(codes: list[str]) -> _Listed:
+    """Raises Refused(invalid_request) for a list that begins with the heading of its column."""
+    if codes and codes[0].strip().lower() in HEADER_WORDS:
+        raise invalid("/codes/0", "this is the heading of a column; send the codes below it")
     first_rows: dict[str, int] = {}
     rejected: list[RejectedCode] = []
-    invalid_count = 0
     for row, text in enumerate(codes, 1):
         code = normalise_code(text)
         if code is None:
-            invalid_count += 1
-            rejected.append(RejectedCode(row, text[:CODE_LENGTH_MAX], "invalid"))
+            rejected.append(RejectedCode(row, text[:CODE_LENGTH_MAX], "invalid", why_invalid(text)))
         elif code in first_rows:
-            rejected.append(RejectedCode(row, code, "duplicate"))
+            rejected.append(RejectedCode(row, code, "duplicate_in_upload", f"as in row {first_rows[code]}"))
         else:
             first_rows[code] = row
-    book, inserted = await catalogue.insert_codes(connection, tenant_id, book_id, list(first_rows))
-    rejected += [RejectedCode(row, code, "duplicate") for code, row in first_rows.items() if code not in inserted]
+    return _Listed(first_rows, rejected)
+
+
+def _generated(generate: Generate | None) -> Generated | None:
+    """What is to be generated. Raises Refused: invalid_request; pattern_capacity for what can never fit."""
+    if generate is None:
+        return None
+    pattern = parse_pattern(generate.pattern, generate.alphabet)
+    check_capacity(pattern, generate.total, 0)
+    return Generated(pattern, generate.total)
+
+
+def _upload_answer(book_id: str, listed: _Listed, taken: dict[str, str]) -> UploadAnswer:
+    """`taken`: the codes that the tenant had already, with the books that have them."""
+    rejected = [*listed.rejected, *(_taken(book_id, listed.codes[code], code, has) for code, has in taken.items())]
     rejected.sort(key=lambda code: code.row)
-    return book, _upload_answer(book_id, len(codes), len(inserted), rejected, invalid_count)
-
-
-def _upload_answer(
-    book_id: str, received: int, inserted: int, rejected: list[RejectedCode], invalid_count: int
-) -> UploadAnswer:
+    invalid_count = sum(1 for code in rejected if code.reason == "invalid")
+    inserted = len(listed.codes) - len(taken)
     return UploadAnswer(
         book_id=book_id,
-        received=received,
+        received=inserted + len(rejected),
         inserted=inserted,
         duplicates=len(rejected) - invalid_count,
         invalid=invalid_count,
         rejected=rejected[:REJECTED_SHOWN_MAX],
         rejected_truncated=len(rejected) > REJECTED_SHOWN_MAX,
+    )
+
+
+def _taken(book_id: str, row: int, code: str, has_it: str) -> RejectedCode:
+    if has_it == book_id:
+        return RejectedCode(row, code, "duplicate_in_book", "the book has it already")
+    return RejectedCode(row, code, "duplicate_in_other_book", has_it)
+
+
+def _generated_answer(book_id: str, total: int) -> UploadAnswer:
+    return UploadAnswer(
+        book_id=book_id,
+        received=total,
+        inserted=total,
+        duplicates=0,
+        invalid=0,
+        rejected=[],
+        rejected_truncated=False,
     )
 
 

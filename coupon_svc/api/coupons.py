@@ -418,7 +418,10 @@ class Coupons:
             keys.holders(place.book_id),
             keys.coupons(tenant_id, receipt.user_id),
         ]
-        await self._store.run("release_coupon", place.shard, touched, [tenant_id, place.book_id, code, holder])
+        try:
+            await self._store.run("release_coupon", place.shard, touched, [tenant_id, place.book_id, code, holder])
+        except Refused:  # which says that nothing was done; the ledger has the record by now
+            raise Refused(Outcome.OUTCOME_UNKNOWN) from None
         return True
 
     def _receipt(

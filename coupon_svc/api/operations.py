@@ -187,6 +187,7 @@ OPERATIONS = (
             *_BODY,
             *_IDEMPOTENT,
             Outcome.BOOK_NOT_FOUND,
+            Outcome.BOOK_CLOSED,
             Outcome.PATTERN_CAPACITY,
             Outcome.OUTCOME_UNKNOWN,
         ),

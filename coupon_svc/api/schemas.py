@@ -238,7 +238,14 @@ class BooksPage(msgspec.Struct, frozen=True):
 class RejectedCode(msgspec.Struct, frozen=True):
     row: Annotated[int, Meta(ge=1, description="its place in the list, from 1")]
     code: Annotated[str, Meta(description="the code; of an invalid one the first 64 characters, as sent")]
-    reason: Literal["duplicate", "invalid"]
+    reason: Literal["invalid", "duplicate_in_upload", "duplicate_in_book", "duplicate_in_other_book"]
+    detail: Annotated[
+        str,
+        Meta(
+            description="which character of an invalid code and where, or its length; the row that is alike; or the id of"
+            " the book that has it"
+        ),
+    ]
 
 
 class UploadAnswer(msgspec.Struct, frozen=True, kw_only=True):

@@ -174,7 +174,7 @@ def _make_book(caller: Caller) -> str:
     ).body
     rejected = [(refused["row"], refused["reason"]) for refused in uploaded["rejected"]]
     print("     " + ", ".join(f"row {row}: {reason}" for row, reason in rejected))
-    caller.check("the list of rejected rows", rejected, [(3, "duplicate"), (4, "invalid")])
+    caller.check("the list of rejected rows", rejected, [(3, "duplicate_in_upload"), (4, "invalid")])
     return book_id
 
 

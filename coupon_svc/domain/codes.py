@@ -34,11 +34,36 @@ def normalise_code(text: str) -> str | None:
     return code if _CODE.fullmatch(code) else None
 
 
+def why_invalid(text: str) -> str:
+    """What keeps a text from being a code: which character and where, counted from 1 after trimming, or its length."""
+    code = text.strip()
+    if not CODE_LENGTH_MIN <= len(code) <= CODE_LENGTH_MAX:
+        return f"it has {len(code)} characters; a code has {CODE_LENGTH_MIN} to {CODE_LENGTH_MAX}"
+    for number, char in enumerate(code, 1):
+        if not (char.isascii() and _SYMBOL.fullmatch(char.upper())):
+            shown = f"'{char}' (U+{ord(char):04X})" if char.isprintable() else f"U+{ord(char):04X}"
+            return f"character {number} is {shown}; a code has only A-Z 0-9 . _ ~ + @ -"
+    return f"character 1 is '{code[0]}'; a code begins with a letter or a digit"
+
+
 class Pattern(msgspec.Struct, frozen=True):
     """What codes to generate look like: each `#` of `text` is one random symbol of `symbols`."""
 
     text: str
     symbols: str
+    """Each of them once, sorted: the same alphabet, however it was written, is the same pattern."""
+
+    @property
+    def regex(self) -> str:
+        """What its codes match, as a regular expression of Postgres or Python."""
+        symbol = "[" + "".join(map(_escaped, self.symbols)) + "]"
+        return "^" + "".join(symbol if char == "#" else _escaped(char) for char in self.text) + "$"
+
+    @property
+    def bounds(self) -> tuple[str, str]:
+        """Its codes are from the first on and before the second, byte by byte."""
+        begin = self.text.partition("#")[0]
+        return begin, begin + "\x7f"
 
     @property
     def capacity(self) -> int:
@@ -82,22 +107,30 @@ def parse_pattern(text: str, alphabet: str) -> Pattern:
     first = symbols if text[0] == "#" else text[0]
     if not first.isalnum():
         raise _invalid("/generate/pattern", "a code must begin with a letter or a digit")
-    return Pattern(text, symbols)
+    return Pattern(text, "".join(sorted(symbols)))
 
 
-def check_capacity(pattern: Pattern, requested: int, already_used: int) -> None:
-    """Raises Refused(pattern_capacity) when the codes would fill more than half of what the pattern can name.
+def fits(pattern: Pattern, requested: int, used: int) -> bool:
+    """Whether the codes leave at least half of what the pattern can name: in a fuller one, codes are easy to guess and slow
+    to draw."""
+    return 2 * (used + requested) <= pattern.capacity
 
-    A fuller pattern would make codes easy to guess and slow to draw.
-    """
-    if 2 * (already_used + requested) > pattern.capacity:
+
+def check_capacity(pattern: Pattern, requested: int, used: int) -> None:
+    """Raises Refused(pattern_capacity) unless the codes fit."""
+    if not fits(pattern, requested, used):
         raise Refused(
             Outcome.PATTERN_CAPACITY,
-            "The codes would fill more than half of what the pattern can name. Add a # or take a larger alphabet.",
+            "At most half of the codes that a pattern can name (`capacity`) may exist. `already_used` counts your codes that"
+            " lie in it, uploaded ones too. Add a # or take a larger alphabet.",
             capacity=pattern.capacity,
             requested=requested,
-            already_used=already_used,
+            already_used=used,
         )
+
+
+def _escaped(char: str) -> str:
+    return char if char.isalnum() else "\\" + char
 
 
 def _invalid(pointer: str, detail: str) -> Refused:

@@ -6,27 +6,32 @@ with its effect.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import struct
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import asyncpg
 import msgspec
 
 from coupon_svc.domain.books import Ack, Book, BookStatus
-from coupon_svc.domain.codes import Pattern, check_capacity
+from coupon_svc.domain.codes import Pattern, check_capacity, fits
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.ledger.books import BOOK_COLUMNS, book_from_row
 
 WRITER_CHANNEL = "coupon_writer"
 """NOTIFY channel on which the owners of shards hear that a book has changed."""
 
-INSERT_CHUNK = 10_000
+PIECE_CODES = 2_000
+"""How many codes one transaction adds at most: it holds the row of their book, and whoever changes or lends waits for it."""
 ROUND = 1 << 32
-_CODES_LOCK = 0x636F6465  # "code"; the advisory lock on a tenant's codes: shared by uploads, one generation at a time
+PLACES_PER_CODE_MIN = 64
+UNPLACED_FROM = -(1 << 40)
+"""Places from here up to -2 are of codes whose upload has not come to its end: nobody sees, lends or counts them yet."""
+_BARREN_MAX = 200
+_GENERATE_LOCK = (
+    0x67656E65  # "gene"; the advisory lock under which a tenant's generations are measured against a pattern
+)
 
 _INSERT_BOOK = f"""
     INSERT INTO books (book_id, shard, tenant_id, name, max_codes_per_user, max_redemptions_per_code, lock_ttl_seconds,
@@ -39,6 +44,28 @@ _INSERT_CODES = """
     SELECT $1, code, $2, place FROM unnest($3::text[], $4::bigint[]) AS new (code, place)
     ORDER BY code
     ON CONFLICT DO NOTHING
+    RETURNING code
+"""
+_LOCK_BOOK = """
+    SELECT shard, status, total - lent - quarantined AS unlent, leased_upto, places_upto FROM books WHERE book_id = $1
+    FOR UPDATE
+"""
+_COUNT_IN = f"""
+    UPDATE books SET total = total + $2, version = version + (CASE WHEN $2 > 0 THEN 1 ELSE 0 END),
+                     leased_upto = $3, places_upto = $4
+    WHERE book_id = $1 RETURNING {BOOK_COLUMNS}
+"""
+# By the range, not by the codes: to look a list of codes up, Postgres may choose to read all that the tenant has.
+_PLACE_CODES = """
+    UPDATE codes SET place = ($4::bigint[])[place - $2 + 1] WHERE book_id = $1 AND place >= $2 AND place < $2 + $3::bigint
+"""
+# All codes of the tenant, whatever they look like: those that uploads may still add count as if they were there.
+_ALL_CODES = """
+    SELECT coalesce((SELECT sum(total) FROM books WHERE tenant_id = $1), 0)
+         + coalesce((SELECT sum(codes) FROM uploads WHERE tenant_id = $1), 0)
+"""
+_CODES_IN_PATTERN = """
+    SELECT count(*) FROM codes WHERE tenant_id = $1 AND code >= $2 AND code < $3 AND code ~ $4
 """
 
 
@@ -62,7 +89,7 @@ class NewBook(NamedTuple):
 async def insert_book(connection: asyncpg.Connection, book: NewBook) -> Book:
     """Make the book, without codes."""
     row = await connection.fetchrow(_INSERT_BOOK, *book)
-    await _tell_owner(connection, book.shard)
+    await tell_owner(connection, book.shard)
     return book_from_row(row)
 
 
@@ -115,7 +142,7 @@ async def update_book(connection: asyncpg.Connection, tenant_id: int, book_id: s
             book_id,
             *(bytes(value).decode() if isinstance(value, msgspec.Raw) else value for value in changes.values()),
         )
-        await _tell_owner(connection, row["shard"])
+        await tell_owner(connection, row["shard"])
     return book_from_row(row)
 
 
@@ -127,62 +154,86 @@ def check_period(starts_at_ms: int | None, expires_at_ms: int | None) -> None:
         )
 
 
-async def insert_codes(
-    connection: asyncpg.Connection, tenant_id: int, book_id: str, codes: Sequence[str]
-) -> tuple[Book, set[str]]:
-    """Add codes to a book; those that the tenant has already, in any book, are left out.
+class TakeTurns(Exception):
+    """It cannot be done in one transaction beside others of the tenant: its turn is to be waited for (`uploads.Uploads`)."""
 
-    Returns the book as it is then and the codes that were added. Raises Refused(book_not_found).
+
+async def insert_codes(
+    connection: asyncpg.Connection, tenant_id: int, book_id: str, codes: Collection[str]
+) -> tuple[Book, dict[str, str]]:
+    """Add up to PIECE_CODES codes to a book; those that the tenant has already, in any book, are left out.
+
+    Returns the book as it is then, and the codes that were left out with the books that have them. Raises
+    Refused(book_closed); TakeTurns when one of them belongs to an upload that may still come to nothing.
     """
-    await read_book(connection, tenant_id, book_id)
-    await connection.execute("SELECT pg_advisory_xact_lock_shared($1, $2)", _CODES_LOCK, tenant_id)
-    span = await _place_span(connection, book_id)
-    inserted: set[str] = set()
-    for chunk in _chunks(sorted(codes)):  # in one order, so that two uploads of the same codes cannot deadlock
-        rows = await connection.fetch(
-            _INSERT_CODES + " RETURNING code", tenant_id, book_id, chunk, random_places(len(chunk), *span)
-        )
-        inserted |= {row["code"] for row in rows}
-    return await _count_in(connection, book_id, len(inserted)), inserted
+    span = await _open_span(connection, book_id)
+    if span.status is BookStatus.CLOSED:
+        raise Refused(Outcome.BOOK_CLOSED)
+    inserted = await insert_rows(connection, tenant_id, book_id, codes, span.places(len(codes)))
+    left_out = [code for code in codes if code not in inserted]
+    taken = await books_of(connection, tenant_id, left_out)
+    if len(taken) < len(left_out):
+        raise TakeTurns
+    return await _count_in(connection, span, len(inserted)), taken
 
 
 async def generate_codes(
     connection: asyncpg.Connection, tenant_id: int, book_id: str, pattern: Pattern, total: int
 ) -> Book:
-    """Add `total` new codes that follow the pattern. Raises Refused: book_not_found, pattern_capacity.
+    """Add up to PIECE_CODES new codes that follow the pattern. Raises Refused(book_closed); TakeTurns when the pattern may
+    be too full for them, or somebody else is measuring one.
 
     This is the place that computed codes will fill: the caller knows a pattern and a number, and no code.
     """
-    await read_book(connection, tenant_id, book_id)
-    # Codes come in no order here: two that generate from patterns with codes in common would wait for each other for ever.
-    await connection.execute("SELECT pg_advisory_xact_lock($1, $2)", _CODES_LOCK, tenant_id)
-    used = await connection.fetchval(
-        "INSERT INTO patterns (tenant_id, pattern, symbols) VALUES ($1, $2, $3)"
-        " ON CONFLICT (tenant_id, pattern, symbols) DO UPDATE SET used = patterns.used RETURNING used",
-        tenant_id,
-        pattern.text,
-        pattern.symbols,
-    )
-    check_capacity(pattern, total, used)
-    span = await _place_span(connection, book_id)
-    missing, barren = total, 0
-    while missing:
-        chunk = list(pattern.draw(min(missing, INSERT_CHUNK)))
-        done = await connection.execute(_INSERT_CODES, tenant_id, book_id, chunk, random_places(len(chunk), *span))
-        inserted = int(done.removeprefix("INSERT 0 "))
-        missing -= inserted
-        barren = 0 if inserted else barren + 1
-        if barren == 200:  # at least half of the pattern is free of generated codes: uploaded ones have filled the rest
-            raise Refused(Outcome.PATTERN_CAPACITY, capacity=pattern.capacity, requested=total, already_used=used)
-        await asyncio.sleep(0)
-    await connection.execute(
-        "UPDATE patterns SET used = used + $4 WHERE tenant_id = $1 AND pattern = $2 AND symbols = $3",
-        tenant_id,
-        pattern.text,
-        pattern.symbols,
-        total,
-    )
-    return await _count_in(connection, book_id, total)
+    if not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1, $2)", _GENERATE_LOCK, tenant_id):
+        raise TakeTurns
+    if not fits(pattern, total, await connection.fetchval(_ALL_CODES, tenant_id)):
+        raise TakeTurns
+    codes = await _draw_free(connection, tenant_id, pattern, total)
+    span = await _open_span(connection, book_id)
+    if span.status is BookStatus.CLOSED:
+        raise Refused(Outcome.BOOK_CLOSED)
+    # In one statement, and so in one order: a second one could wait for somebody who waits for the first.
+    inserted = await insert_rows(connection, tenant_id, book_id, codes, span.places(len(codes)))
+    if len(inserted) < total:
+        raise TakeTurns
+    return await _count_in(connection, span, total)
+
+
+async def require_not_closed(connection: asyncpg.Connection, book_id: str) -> None:
+    """Raises Refused(book_closed); otherwise the book is not closed until the transaction ends."""
+    status = await connection.fetchval("SELECT status FROM books WHERE book_id = $1 FOR SHARE", book_id)
+    if status == BookStatus.CLOSED:
+        raise Refused(Outcome.BOOK_CLOSED)
+
+
+async def require_capacity(connection: asyncpg.Connection, tenant_id: int, pattern: Pattern, total: int) -> None:
+    """Raises Refused(pattern_capacity) when the tenant's codes that lie in the pattern, with `total` more, would fill more
+    than half of it. Nobody else adds generated codes of the tenant until the transaction ends.
+
+    Codes are counted, which may take seconds of a large tenant, only when all that the tenant has might be too many.
+    """
+    await connection.execute("SELECT pg_advisory_xact_lock($1, $2)", _GENERATE_LOCK, tenant_id)
+    if not fits(pattern, total, await connection.fetchval(_ALL_CODES, tenant_id)):
+        used = await connection.fetchval(_CODES_IN_PATTERN, tenant_id, *pattern.bounds, pattern.regex)
+        check_capacity(pattern, total, used)
+
+
+async def insert_rows(
+    connection: asyncpg.Connection, tenant_id: int, book_id: str, codes: Collection[str], places: Sequence[int]
+) -> set[str]:
+    """Codes with their places, in the codes' order, so that two statements never wait for each other. Returns those that
+    the tenant did not have."""
+    rows = await connection.fetch(_INSERT_CODES, tenant_id, book_id, list(codes), places)
+    return {row["code"] for row in rows}
+
+
+async def place_codes(connection: asyncpg.Connection, book_id: str, begin: int, *, tell: bool) -> Book:
+    """Give the codes of the next PIECE_CODES places from `begin` on, which are none yet, places among which they can be
+    lent, and count them. `tell` the owner so."""
+    span = await _open_span(connection, book_id)
+    done = await connection.execute(_PLACE_CODES, book_id, begin, PIECE_CODES, span.places(PIECE_CODES))
+    return await _count_in(connection, span, int(done.removeprefix("UPDATE ")), tell=tell)
 
 
 async def lease_code(connection: asyncpg.Connection, tenant_id: int, book_id: str, code: str) -> None:
@@ -198,6 +249,8 @@ async def lease_code(connection: asyncpg.Connection, tenant_id: int, book_id: st
         book["leased_upto"],
     )
     place = await connection.fetchval("SELECT place FROM codes WHERE tenant_id = $1 AND code = $2", tenant_id, code)
+    if place is None or place < -1:
+        raise Refused(Outcome.CODE_NOT_FOUND)
     if place < 0:
         raise Refused(Outcome.CODE_QUARANTINED)
     if moved == "UPDATE 1":
@@ -208,7 +261,7 @@ async def lease_code(connection: asyncpg.Connection, tenant_id: int, book_id: st
         code,
         book["shard"],
     )
-    await _tell_owner(connection, book["shard"])
+    await tell_owner(connection, book["shard"])
 
 
 def random_places(count: int, above: int, upto: int) -> list[int]:
@@ -217,41 +270,68 @@ def random_places(count: int, above: int, upto: int) -> list[int]:
     return [above + 1 + (number * (upto - above) >> 64) for number in numbers]
 
 
-async def _place_span(connection: asyncpg.Connection, book_id: str) -> tuple[int, int]:
-    """Where new codes of a book get their places: among those not lent yet, so that late uploads are mixed in.
+def places_end(leased_upto: int, places_upto: int, codes: int) -> int:
+    """Where the places of new codes end, given that `codes` have places between these two already: further up when those
+    would crowd, as they do in a book that is topped up again and again before it runs dry."""
+    crowded = places_upto - leased_upto < PLACES_PER_CODE_MIN * codes
+    return places_upto + ROUND if crowded else places_upto
 
-    When all are lent, a new round of places begins, so that the span does not shrink away over many uploads. The row
-    stays locked: nothing is lent meanwhile.
-    """
-    row = await connection.fetchrow(
-        "SELECT total - lent - quarantined AS unlent, leased_upto, places_upto FROM books WHERE book_id = $1 FOR UPDATE",
-        book_id,
-    )
+
+class _Span(NamedTuple):
+    """Where new codes of a book get their places: in (above, upto]. The book's row is locked: nothing is lent meanwhile."""
+
+    book_id: str
+    shard: int
+    status: BookStatus
+    above: int
+    upto: int
+
+    def places(self, count: int) -> list[int]:
+        return random_places(count, self.above, self.upto)
+
+
+async def _open_span(connection: asyncpg.Connection, book_id: str) -> _Span:
+    """The places among those of codes not lent yet, so that late uploads are mixed in; when all are lent, a new round."""
+    row = await connection.fetchrow(_LOCK_BOOK, book_id)
+    above, upto = row["leased_upto"], row["places_upto"]
     if row["unlent"] > 0:
-        return row["leased_upto"], row["places_upto"]
-    upto = row["places_upto"] + ROUND
-    await connection.execute(
-        "UPDATE books SET leased_upto = places_upto, places_upto = $2 WHERE book_id = $1", book_id, upto
-    )
-    return row["places_upto"], upto
+        upto = places_end(above, upto, row["unlent"])
+    else:
+        above, upto = upto, upto + ROUND
+    return _Span(book_id, row["shard"], BookStatus(row["status"]), above, upto)
 
 
-async def _count_in(connection: asyncpg.Connection, book_id: str, added: int) -> Book:
-    row = await connection.fetchrow(
-        "UPDATE books SET total = total + $2, version = version + (CASE WHEN $2 > 0 THEN 1 ELSE 0 END)"
-        f" WHERE book_id = $1 RETURNING {BOOK_COLUMNS}, shard",
-        book_id,
-        added,
-    )
-    await _tell_owner(connection, row["shard"])
+async def _count_in(connection: asyncpg.Connection, span: _Span, added: int, *, tell: bool = True) -> Book:
+    row = await connection.fetchrow(_COUNT_IN, span.book_id, added, span.above, span.upto)
+    if tell:
+        await tell_owner(connection, span.shard)
     return book_from_row(row)
 
 
-async def _tell_owner(connection: asyncpg.Connection, shard: int) -> None:
+async def books_of(connection: asyncpg.Connection, tenant_id: int, codes: Sequence[str]) -> dict[str, str]:
+    """The books of codes that the tenant has, without those whose upload has not come to its end."""
+    if not codes:
+        return {}
+    rows = await connection.fetch(
+        "SELECT code, book_id FROM codes WHERE tenant_id = $1 AND code = ANY ($2) AND place >= -1", tenant_id, codes
+    )
+    return {row["code"]: row["book_id"] for row in rows}
+
+
+async def _draw_free(connection: asyncpg.Connection, tenant_id: int, pattern: Pattern, count: int) -> set[str]:
+    """Different codes of the pattern that the tenant does not have. Raises TakeTurns when they are hard to find."""
+    codes: set[str] = set()
+    for _ in range(_BARREN_MAX):
+        drawn = set(pattern.draw(count - len(codes))) - codes
+        rows = await connection.fetch(
+            "SELECT code FROM codes WHERE tenant_id = $1 AND code = ANY ($2)", tenant_id, list(drawn)
+        )
+        codes |= drawn - {row["code"] for row in rows}
+        if len(codes) == count:
+            return codes
+    raise TakeTurns
+
+
+async def tell_owner(connection: asyncpg.Connection, shard: int) -> None:
+    """Wake the writer that owns the shard, once the transaction has committed."""
     await connection.execute("SELECT pg_notify($1, $2)", WRITER_CHANNEL, str(shard))
-
-
-def _chunks(codes: Iterable[str]) -> Iterable[list[str]]:
-    rest = iter(codes)
-    while chunk := list(islice(rest, INSERT_CHUNK)):
-        yield chunk

@@ -93,14 +93,17 @@ class Database:
         self._slots = asyncio.Semaphore(size)
 
     @asynccontextmanager
-    async def connection(self, seconds: float = 5.0, *, only_reads: bool = False) -> AsyncIterator[asyncpg.Connection]:
-        """A connection for a few statements that take at most `seconds` together.
+    async def connection(
+        self, seconds: float | None = 5.0, *, only_reads: bool = False, wait_s: float = CONNECT_TIMEOUT_S
+    ) -> AsyncIterator[asyncpg.Connection]:
+        """A connection for a few statements that take at most `seconds` together; with None, the caller bounds each. One
+        is free within `wait_s`.
 
         Raises LedgerUnavailable for whatever goes wrong with the server. A connection on which that happened, or that
         was left within a transaction, is not used again.
         """
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(wait_s):
                 await self._slots.acquire()
         except TimeoutError:
             raise LedgerUnavailable("all connections are busy") from None
@@ -112,11 +115,14 @@ class Database:
                     connection = None
             if connection is None:
                 connection = await open_connection(self._url, self._name)
-            watchdog = asyncio.get_running_loop().call_later(seconds, connection.terminate)
+            watchdog = None
+            if seconds is not None:
+                watchdog = asyncio.get_running_loop().call_later(seconds, connection.terminate)
             try:
                 yield connection
             finally:
-                watchdog.cancel()
+                if watchdog is not None:
+                    watchdog.cancel()
         except UNAVAILABLE as error:
             unavailable = LedgerUnavailable(type(error).__name__)
             if connection is not None:

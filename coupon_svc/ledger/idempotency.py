@@ -22,21 +22,25 @@ class Remembered(NamedTuple):
 
     status: int
     answer: bytes
+    unfinished: bool = False
+    """Its upload has died on the way: some codes that the answer counts are not in their book yet."""
 
 
-async def recall(connection: asyncpg.Connection, call: IdempotentCall) -> Remembered | None:
-    """What this key was answered in the last 24 hours, or None; then the key is this transaction's until it ends.
+async def recall(
+    connection: asyncpg.Connection, call: IdempotentCall, *, for_session: bool = False
+) -> Remembered | None:
+    """What this key was answered in the last 24 hours, or None; then the key is this transaction's until it ends, or the
+    session's.
 
-    Raises Refused: idempotency_in_progress while another transaction has it, idempotency_key_reused for another request.
+    Raises Refused: idempotency_in_progress while another session has it, idempotency_key_reused for another request.
     """
-    mine = await connection.fetchval(
-        "SELECT pg_try_advisory_xact_lock(hashtextextended($1, 0))", f"{call.scope} {call.key}"
-    )
+    take = "pg_try_advisory_lock" if for_session else "pg_try_advisory_xact_lock"
+    mine = await connection.fetchval(f"SELECT {take}(hashtextextended($1, 0))", f"{call.scope} {call.key}")
     if not mine:
         raise Refused(Outcome.IDEMPOTENCY_IN_PROGRESS)
     row = await connection.fetchrow(
-        "SELECT fingerprint, status, answer FROM idempotency_keys"
-        " WHERE scope = $1 AND key = $2 AND created_at > now() - interval '24 hours'",
+        "SELECT fingerprint, status, answer, EXISTS (SELECT FROM uploads u WHERE u.upload_id = k.upload_id) AS unfinished"
+        " FROM idempotency_keys k WHERE scope = $1 AND key = $2 AND created_at > now() - interval '24 hours'",
         call.scope,
         call.key,
     )
@@ -44,17 +48,21 @@ async def recall(connection: asyncpg.Connection, call: IdempotentCall) -> Rememb
         return None
     if row["fingerprint"] != call.fingerprint:
         raise Refused(Outcome.IDEMPOTENCY_KEY_REUSED)
-    return Remembered(row["status"], row["answer"])
+    return Remembered(row["status"], row["answer"], row["unfinished"])
 
 
-async def remember(connection: asyncpg.Connection, call: IdempotentCall, status: int, answer: bytes) -> None:
-    """Keep the answer for 24 hours, if the transaction commits."""
+async def remember(
+    connection: asyncpg.Connection, call: IdempotentCall, status: int, answer: bytes, upload_id: int | None = None
+) -> None:
+    """Keep the answer for 24 hours, if the transaction commits. `upload_id`: the upload that is still to make it true."""
     await connection.execute(
-        "INSERT INTO idempotency_keys (scope, key, fingerprint, status, answer) VALUES ($1, $2, $3, $4, $5)"
-        " ON CONFLICT (scope, key) DO UPDATE SET fingerprint = $3, status = $4, answer = $5, created_at = now()",
+        "INSERT INTO idempotency_keys (scope, key, fingerprint, status, answer, upload_id) VALUES ($1, $2, $3, $4, $5, $6)"
+        " ON CONFLICT (scope, key) DO UPDATE"
+        " SET fingerprint = $3, status = $4, answer = $5, upload_id = $6, created_at = now()",
         *call,
         status,
         answer,
+        upload_id,
     )
 
 

@@ -20,9 +20,12 @@ _STILL_OWNER = """
 """
 
 
-# An upload may hold the book's row for as long as it takes. Who waited for it while holding the shard's row would hold up
-# every commit of the shard: so the book comes first, without waiting, and the shard last.
-_LOCK_BOOK = "SELECT true FROM books WHERE book_id = $1 FOR UPDATE SKIP LOCKED"
+# A book's row that is locked is queued for, behind uploads and changes that hold it for some milliseconds each: who only
+# skipped it would starve beside them. Not for long, since other books wait for this one. The shard's row is locked last, by
+# everybody: who held it while waiting would hold up every commit of the shard.
+_LOCK_BOOK = "SELECT true FROM books WHERE book_id = $1 FOR UPDATE"
+_QUEUE_FOR = "SELECT set_config('lock_timeout', $1, true)"
+QUEUE_MS = 1000
 
 
 class Lease(NamedTuple):
@@ -65,10 +68,10 @@ async def mark_loaded(
 ) -> bool:
     """Note that Redis has this version of the book. From the first time on, a book that Redis lacks is lost, not new.
 
-    False when somebody is writing to the book just now: ask again. Raises NotOwner.
+    False when the book's row cannot be had in time: ask again. Raises NotOwner.
     """
     async with connection.transaction():
-        if not await connection.fetchval(_LOCK_BOOK, book_id):
+        if not await _lock_book(connection, book_id):
             return False
         await connection.execute(
             "UPDATE books SET loaded = true, loaded_version = greatest(loaded_version, $2) WHERE book_id = $1",
@@ -84,10 +87,10 @@ async def lease_block(
 ) -> Lease | None:
     """Lend the next `count` codes of the book's random order (a few more when places are alike, fewer at the end).
 
-    None when somebody is writing to the book just now: ask again. Raises NotOwner.
+    None when the book's row cannot be had in time: ask again. Raises NotOwner.
     """
     async with connection.transaction():
-        if not await connection.fetchval(_LOCK_BOOK, book_id):
+        if not await _lock_book(connection, book_id):
             return None
         book = await connection.fetchrow(
             "SELECT leased_upto, total - lent - quarantined AS unlent FROM books WHERE book_id = $1", book_id
@@ -126,6 +129,20 @@ async def lone_leases(connection: asyncpg.Connection, shards: Sequence[int], mos
 async def settle_lone_leases(connection: asyncpg.Connection, book_id: str, codes: list[str]) -> None:
     """Redis has these codes now."""
     await connection.execute("DELETE FROM lone_leases WHERE book_id = $1 AND code = ANY ($2)", book_id, codes)
+
+
+async def _lock_book(connection: asyncpg.Connection, book_id: str) -> bool:
+    """Whether the book's row is this transaction's now."""
+    if await connection.fetchval(f"{_LOCK_BOOK} SKIP LOCKED", book_id):
+        return True
+    try:
+        async with connection.transaction():  # one of its own, so that the outer one outlives the refusal
+            await connection.execute(_QUEUE_FOR, f"{QUEUE_MS}ms")
+            await connection.execute(_LOCK_BOOK, book_id)
+            await connection.execute(_QUEUE_FOR, "0")
+    except asyncpg.LockNotAvailableError:
+        return False
+    return True
 
 
 async def _require_owner(connection: asyncpg.Connection, writer_id: str, owned: OwnedShard) -> None:

@@ -17,6 +17,7 @@ QUESTIONS_MAX = 5_000
 _FIND_CODES = """
     SELECT tenant_id, code, book_id FROM codes
     JOIN unnest($1::int[], $2::text[]) AS asked (tenant_id, code) USING (tenant_id, code)
+    WHERE place >= -1 -- others are of an upload that may still come to nothing
 """
 
 

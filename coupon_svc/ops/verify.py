@@ -75,11 +75,15 @@ _LEDGER_CHECKS = {
         WHERE shard = $1 AND uses > max_redemptions_per_code""",
     "a book's counts are not those of its codes": """
         SELECT count(*) FROM books LEFT JOIN (
-            SELECT book_id, count(*) AS total, count(*) FILTER (WHERE place = -1) AS quarantined,
+            SELECT book_id, count(*) FILTER (WHERE place >= -1) AS total, count(*) FILTER (WHERE place = -1) AS quarantined,
                    count(*) FILTER (WHERE place BETWEEN 0 AND leased_upto) AS lent
             FROM codes JOIN books USING (book_id) WHERE shard = $1 GROUP BY book_id) c USING (book_id)
         WHERE shard = $1 AND (books.total, books.lent, books.quarantined)
               <> (coalesce(c.total, 0), coalesce(c.lent, 0), coalesce(c.quarantined, 0))""",
+    "codes have no place in their book, and no upload is at work on it": """
+        SELECT coalesce(sum(c.number), 0)::bigint FROM books, LATERAL (
+            SELECT count(*) AS number FROM codes WHERE codes.book_id = books.book_id AND place < -1) c
+        WHERE shard = $1 AND NOT EXISTS (SELECT FROM uploads WHERE uploads.book_id = books.book_id)""",
     "a code in somebody's hands was not lent": """
         SELECT count(*) FROM coupons JOIN books USING (book_id)
         LEFT JOIN codes ON codes.tenant_id = books.tenant_id AND codes.code = coupons.code

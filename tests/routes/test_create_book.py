@@ -212,10 +212,46 @@ async def test_a_pattern_without_a_random_symbol_has_no_capacity(client: httpx.A
 
 async def test_generated_codes_step_aside_for_uploaded_ones(client: httpx.AsyncClient) -> None:
     await make_book(client, codes=["M-3"])
-    book = (await create(client, generate={"pattern": "M-#", "total": 5, "alphabet": "digits"})).json()
-    found = {await assign(client, book["book_id"]) for _ in range(5)}
-    assert len(found) == 5
+    book = (await create(client, generate={"pattern": "M-#", "total": 4, "alphabet": "digits"})).json()
+    found = {await assign(client, book["book_id"]) for _ in range(4)}
+    assert len(found) == 4
     assert "M-3" not in found
+
+
+async def test_uploaded_codes_that_lie_in_a_pattern_fill_it_too(client: httpx.AsyncClient) -> None:
+    await make_book(client, codes=["U.1+1", "u.2+2", "U.3+A", "UX1+1", "U.11+1", "AU.1+1", "U.1+12"])
+    generate = {"pattern": "U.#+#", "alphabet": "digits"}
+    body = refused(await create(client, generate={**generate, "total": 49}), 422, "pattern_capacity")
+    assert (body["capacity"], body["requested"], body["already_used"]) == (100, 49, 2)
+    assert "uploaded" in body["detail"]
+    assert (await create(client, generate={**generate, "total": 48})).status_code == 201
+
+
+@pytest.mark.parametrize("other", ["digits", "9876543210", "5432109876"])
+async def test_the_same_alphabet_in_another_order_is_the_same_alphabet(client: httpx.AsyncClient, other: str) -> None:
+    generate = {"pattern": "O-##", "total": 30}
+    assert (await create(client, generate={**generate, "alphabet": "0123456789"})).status_code == 201
+    body = refused(await create(client, generate={**generate, "alphabet": other}), 422, "pattern_capacity")
+    assert (body["capacity"], body["requested"], body["already_used"]) == (100, 30, 30)
+
+
+async def test_patterns_that_overlap_share_their_codes(client: httpx.AsyncClient) -> None:
+    assert (await create(client, generate={"pattern": "P1##", "total": 50, "alphabet": "digits"})).status_code == 201
+    wider = {"pattern": "P###", "total": 451, "alphabet": "digits"}
+    assert refused(await create(client, generate=wider), 422, "pattern_capacity")["already_used"] == 50
+    assert (await create(client, generate={**wider, "total": 450})).status_code == 201
+
+
+async def test_a_large_book_is_there_whole_or_not_at_all(client: httpx.AsyncClient) -> None:
+    made = await create(client, generate={"pattern": "L-######", "total": 5_001, "alphabet": "letters"})
+    assert made.status_code == 201
+    assert (await client.get(made.headers["location"])).json() == made.json()
+    assert made.json()["codes"]["available"] == 5_001
+    too_many = {"pattern": "L-###", "total": 6_000, "alphabet": "ABCDEFGHIJKLMNOPQRSTUVW"}  # of 12,167
+    refused(await create(client, generate={**too_many, "total": 6_084}), 422, "pattern_capacity")
+    assert (await create(client, generate=too_many)).status_code == 201
+    refused(await create(client, generate={**too_many, "total": 2_001}), 422, "pattern_capacity")
+    assert len((await client.get("/coupons")).json()["books"]) == 2
 
 
 async def test_codes_can_be_added_to_a_generated_book(client: httpx.AsyncClient) -> None:

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.harness import Stack
-from tests.routes.helpers import NO_SUCH_BOOK, alike, assign, counters, make_book, refused, upload
+from tests.routes.helpers import NO_SUCH_BOOK, again, alike, assign, counters, make_book, patch, refused, upload
 
 
 async def test_what_was_not_added_is_told_by_row_and_reason(client: httpx.AsyncClient) -> None:
@@ -29,20 +29,20 @@ async def test_what_was_not_added_is_told_by_row_and_reason(client: httpx.AsyncC
         "invalid": 7,
         "rejected_truncated": False,
     }
-    assert [(entry["row"], entry["reason"]) for entry in rejected] == [
-        (2, "duplicate"),
-        (3, "duplicate"),
-        (4, "duplicate"),
-        (5, "invalid"),
-        (6, "invalid"),
-        (7, "invalid"),
-        (8, "invalid"),
-        (9, "invalid"),
-        (10, "invalid"),
-        (11, "invalid"),
+    only = "a code has only A-Z 0-9 . _ ~ + @ -"
+    assert [(entry["row"], entry["code"], entry["reason"], entry["detail"]) for entry in rejected] == [
+        (2, "A-1", "duplicate_in_upload", "as in row 1"),
+        (3, "TAKEN-1", "duplicate_in_other_book", elsewhere),
+        (4, "HERE-1", "duplicate_in_book", "the book has it already"),
+        (5, "no", "invalid", "it has 2 characters; a code has 3 to 64"),
+        (6, "A B C", "invalid", f"character 2 is ' ' (U+0020); {only}"),
+        (7, "-ABC", "invalid", "character 1 is '-'; a code begins with a letter or a digit"),
+        (8, "x" * 64, "invalid", "it has 65 characters; a code has 3 to 64"),
+        (9, "ÀBC", "invalid", f"character 1 is 'À' (U+00C0); {only}"),
+        (10, "ABC\0", "invalid", f"character 4 is U+0000; {only}"),
+        (11, "", "invalid", "it has 0 characters; a code has 3 to 64"),
     ]
-    assert [entry["code"] for entry in rejected[:3]] == ["A-1", "TAKEN-1", "HERE-1"]
-    assert rejected[3] == {"row": 5, "code": "no", "reason": "invalid"}
+    assert set(rejected[0]) == {"row", "code", "reason", "detail"}
     assert (await counters(client, book))["total"] == 4
     assert (await counters(client, elsewhere))["total"] == 1
     assert (await client.get("/coupons/codes/taken-1")).json()["book_id"] == elsewhere
@@ -58,6 +58,67 @@ async def test_the_same_list_again_inserts_nothing_and_is_no_error(client: httpx
     assert answer["rejected_truncated"] is True
     assert [entry["row"] for entry in answer["rejected"]] == list(range(1, 101))
     assert (await counters(client, book))["total"] == 150
+
+
+async def test_a_large_list_is_answered_as_a_small_one(client: httpx.AsyncClient) -> None:
+    """It is added in pieces; so no code of it must be its own duplicate."""
+    elsewhere = await make_book(client, codes=["LARGE-00007"])
+    book = await make_book(client, codes=["LARGE-04000"])
+    codes = [f"LARGE-{number:05}" for number in range(5_000)]
+    answer = await upload(client, book, ["no", *codes, "large-00001"])
+    assert answer == {
+        "book_id": book,
+        "received": 5_002,
+        "inserted": 4_998,
+        "duplicates": 3,
+        "invalid": 1,
+        "rejected": [
+            {"row": 1, "code": "no", "reason": "invalid", "detail": "it has 2 characters; a code has 3 to 64"},
+            {"row": 9, "code": "LARGE-00007", "reason": "duplicate_in_other_book", "detail": elsewhere},
+            {"row": 4_002, "code": "LARGE-04000", "reason": "duplicate_in_book", "detail": "the book has it already"},
+            {"row": 5_002, "code": "LARGE-00001", "reason": "duplicate_in_upload", "detail": "as in row 3"},
+        ],
+        "rejected_truncated": False,
+    }
+    assert (await counters(client, book))["total"] == 4_999
+    again = await upload(client, book, codes)
+    assert (again["inserted"], again["duplicates"], again["rejected_truncated"]) == (0, 5_000, True)
+    assert (await counters(client, book))["total"] == 4_999
+
+
+@pytest.mark.parametrize("heading", ["code", "CODES", " Coupon_Code "])
+async def test_a_heading_is_not_taken_for_a_code(client: httpx.AsyncClient, heading: str) -> None:
+    book = await make_book(client, codes=[])
+    body = {"book_id": book, "codes": [heading, "HEAD-1"]}
+    (error,) = refused(await client.post("/coupons/codes", json=body), 422, "invalid_request")["errors"]
+    assert error["pointer"] == "/codes/0"
+    assert (await counters(client, book))["total"] == 0
+    assert (await upload(client, book, ["HEAD-1", heading]))["inserted"] == 2
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        {"codes": []},
+        {"codes": ["SHUT-1"]},
+        {"codes": [f"SHUT-{number}" for number in range(2_500)]},
+        {"generate": {"pattern": "SHUT-####", "total": 10}},
+        {"generate": {"pattern": "SHUT-####", "total": 2_500}},
+    ],
+    ids=["none", "few", "many", "a-few-drawn", "many-drawn"],
+)
+async def test_a_closed_book_takes_no_codes(client: httpx.AsyncClient, added: dict[str, Any]) -> None:
+    book = await make_book(client, codes=["OPEN-1"])
+    key = {"Idempotency-Key": "before"}
+    first = await client.post("/coupons/codes", json={"book_id": book, "codes": ["OPEN-2"]}, headers=key)
+    for status in ("paused", "closed"):
+        await patch(client, book, status=status)
+        if status == "paused":
+            assert (await upload(client, book, ["OPEN-3"]))["inserted"] == 1
+    refused(await client.post("/coupons/codes", json={"book_id": book, **added}), 409, "book_closed")
+    assert (await counters(client, book))["total"] == 3
+    replayed = await client.post("/coupons/codes", json={"book_id": book, "codes": ["OPEN-2"]}, headers=key)
+    assert again(first, replayed)
 
 
 async def test_a_code_is_unique_within_its_tenant_and_free_for_others(

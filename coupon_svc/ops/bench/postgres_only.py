@@ -38,6 +38,7 @@ from coupon_svc.domain.clock import now_ms, rfc3339
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.ledger.database import Database, open_connection
 from coupon_svc.ledger.resolve import Resolver
+from coupon_svc.ledger.uploads import Uploads
 from coupon_svc.store.client import Store
 from coupon_svc.store.positions import Positions
 from coupon_svc.store.scripts import Scripts
@@ -186,7 +187,7 @@ def postgres_only_app(url: str) -> Api:
 
     runner = BookRunner(store, resolver, database, 16)
     return make_app(
-        Books(runner, database, 16),
+        Books(runner, database, Uploads(database), 16),
         PostgresOnly(pool),
         Public(store, metrics),
         KeyRing(resolver, 5_000),
