@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import asyncpg
 
-WRITER_TTL_S = 5
+WRITER_TTL_S = 4
 
 _RENEW = """
     INSERT INTO writers (writer_id) VALUES ($1) ON CONFLICT (writer_id) DO UPDATE SET beat = nextval('beats')

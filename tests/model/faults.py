@@ -52,7 +52,11 @@ def steps(state: State, bounds: Bounds) -> Iterator[Step]:
         for kind in wanted.intersection(PUT_BACK):
             if state.copy.identity == node.identity and state.copy != node and _may_go_back(state, node, kind):
                 yield "somebody puts the copy's keys back into the running redis", _changed(gone, state.copy)
-    calm = not bounds.order or decides(state, node.epoch, node.certified == node.identity) or CUT in bounds.order[:state.faults]
+    calm = (
+        not bounds.order
+        or decides(state, node.epoch, node.certified == node.identity)
+        or CUT in bounds.order[: state.faults]
+    )
     if "failback" in wanted and len(state.nodes) == 2 and calm:
         yield "clients are sent to the other master again", hit._replace(current=1 - state.current)
     if WISH in wanted and state.ledger.epoch < bounds.epochs - 1:

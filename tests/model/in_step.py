@@ -17,6 +17,7 @@ CRASH_POINTS = {
     "recover.begun": "begins epoch",
     "recover.shut": "shut on redis",
     "recover.drained": "drains the stream",
+    "recover.judged": "",  # a step of its own with two books only: begun again before the first, it judges the same
     "recover.book_settled": "settles",  # there is one book
     "recover.settled": "settles",
     "recover.wiped": "wipe on redis",
@@ -31,6 +32,7 @@ METHODS = {
         "recover": "begins epoch",
         "_drain": "drains the stream",
         "_require_told": "",  # only a ledger that went back can break it, and here it does not
+        "_judge": "settles",
         "_nothing_lost": "settles",
         "_agrees": "judges",
         "_wait_for_reports": "settles",
@@ -53,6 +55,7 @@ METHODS = {
         "_commit_alone": "is thrown away",
         "_shut_unreadable": "",  # no key is of another type
         "_transact": "commits",
+        "_rewritten": "commits",
         "_without_poison": "",  # no event is poisoned
         "_stop": "",  # nothing contradicts the ledger while every safeguard is in
         "_publish": "tells the position",
@@ -68,6 +71,7 @@ METHODS = {
         "_bring_again": "brings again what is outstanding",
         "_bring_outstanding": "brings again what is outstanding",
         "_guarded": "load is refused",
+        "_kept_back": "",  # what Redis is told of codes on their way decides nothing but a refusal
         "_load_book": "",  # the book is there from the first state on
         "_refill": "lends code",
         "_bring_lone": "has codes that were lent alone to bring",
