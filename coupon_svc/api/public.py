@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from coupon_svc.api.openapi import openapi_document
 from coupon_svc.api.operations import OPERATIONS
 from coupon_svc.api.problems import PROBLEMS, Headers, problem_response
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.loops import place_of
 from coupon_svc.store.client import LEDGER_UNSEEN_MAX_S, Store
+
+log = logging.getLogger(__name__)
 
 _JSON, _HTML, _TEXT = b"application/json", b"text/html; charset=utf-8", b"text/plain; version=0.0.4; charset=utf-8"
 _DOCS_HEADERS = [
@@ -92,6 +96,10 @@ class PublicEndpoint:
             content_type, body = self._answer(scope)
         except Refused as refused:
             await send_problem(send, refused)
+            return
+        except Exception as error:
+            log.error("%s at %s", type(error).__name__, place_of(error))
+            await send_problem(send, Refused(Outcome.INTERNAL_ERROR))
             return
         headers: Headers = [(b"content-type", content_type), (b"cache-control", b"no-store")]
         await send_response(send, 200, headers + (_DOCS_HEADERS if content_type == _HTML else []), body)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
+from typing import Any
 
 import httpx
 import pytest
 
 from coupon_svc.api.problems import PROBLEMS
+from coupon_svc.api.public import PublicEndpoint
 from tests.conftest import SHARDS
 from tests.harness import Stack
 from tests.routes.helpers import assign, lock, make_book, refused
@@ -87,3 +89,21 @@ async def test_metrics_are_well_formed_and_tell_nothing_of_one_tenant(
             assert name in names or re.sub("_(bucket|sum|count)$", "", name) in names
     assert re.search(r'coupon_requests_total\{[^}]*operation="read_code",outcome="code_not_found"\} [1-9]', text)
     assert re.search(r'coupon_requests_total\{[^}]*operation="lock_coupon",outcome="ok"\} [1-9]', text)
+
+
+async def test_an_unexpected_error_is_a_problem_here_too() -> None:
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    async def receive() -> MutableMapping[str, Any]:
+        raise AssertionError
+
+    def fails(_: Any) -> tuple[bytes, bytes]:
+        raise KeyError("a telling value")
+
+    await PublicEndpoint(fails)({"type": "http", "method": "GET", "path": "/metrics"}, receive, send)
+    assert sent[0]["status"] == 500
+    assert b"internal_error" in sent[1]["body"]
+    assert b"telling" not in sent[1]["body"]
