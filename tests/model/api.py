@@ -32,7 +32,8 @@ def steps(state: State, bounds: Bounds) -> Iterator[Step]:
         if process.node >= 0:
             yield from _look(state, bounds, place, process)
         elif not process.row:
-            new = Process(state.current, False, 0, 0, 0, True, True)
+            told = state.told[state.ledger.epoch]
+            new = Process(state.current, False, 0, 0, 0, True, True, deaf=told)
             yield f"process {place} starts", end_epochs(state, place, new)
     for user, ask in enumerate(state.asks):
         if not ask.verb or (user and state.asks[user - 1] == Ask(ASSIGN)):
@@ -54,7 +55,7 @@ def _look(state: State, bounds: Bounds, place: int, process: Process) -> Iterato
     if process.node != state.current:
         new = process._replace(node=state.current, open=False)
         yield f"process {place} connects to redis {state.nodes[state.current].run}", _with(state, place, new)
-    if bounds.messages and process.heard < state.told[process.epoch]:
+    if bounds.messages and max(process.heard, process.deaf) < state.told[process.epoch]:
         heard = process._replace(heard=state.told[process.epoch])
         if "message_seen" not in bounds.off:
             heard = heard._replace(seen=max(heard.seen, heard.heard))
@@ -99,7 +100,7 @@ def verify(process: Process, node: Node, bounds: Bounds, seen: int) -> Process:
     if process.open and node.epoch == process.epoch:
         return process  # it would raise what was seen: that only makes more suspect, and counts as seen at recovery
     if node.epoch > process.epoch:
-        process = process._replace(epoch=node.epoch, seen=0, heard=0)
+        process = process._replace(epoch=node.epoch, seen=0, heard=0, deaf=process.deaf if not process.epoch else 0)
     heard = max(process.heard, node.committed) if bounds.messages else 0
     return process._replace(open=True, seen=max(process.seen, node.seq), heard=heard)
 
@@ -210,7 +211,7 @@ def _redeem(state: State, bounds: Bounds, user: int, place: int, key: int, who: 
         yield f"{who}: code {code} is in quarantine", _ended(state, user)
     elif "counts" not in bounds.off and len(node.free) + len(node.holders) != node.lent:
         yield f"{who}: codes are missing, and the shard in doubt", _doubt(state, place)
-    elif code in held(state.ledger):
+    elif code in held(state.ledger) and not bounds.anonymous:
         broken = f"P6: code {code} is user {user}'s, as the ledger knows, and is answered as not assigned"
         yield f"{who}: not assigned", state._replace(broken=broken)
     else:

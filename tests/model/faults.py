@@ -14,9 +14,9 @@ FAILOVERS = ("promote", "failback", "swap")
 TAMPERING = ("flush", "del_meta", "del_book", "del_free", "del_holders", "del_stream", "trim")
 WISH = "wish"
 """An operator wants the shard recovered (`want_recovery`). No harm done, but everybody is connected when it is shut."""
-PUT_BACK = ("put_back", "put_back_committed", "put_back_any")
-"""Redis's memory of a moment ago, under the same run_id and replid, on live connections: when all that is lost by it was
-told; when it was committed; at any moment."""
+PUT_BACK = ("put_back", "put_back_told", "put_back_committed", "put_back_any")
+"""Redis's memory of a moment ago, under the same run_id and replid, on live connections: when every API process has heard
+that what is lost by it was committed; when they have been told; when it was committed; at any moment."""
 CUT = "cut"
 """A recovery loses its connection to Postgres or Redis between two steps, and is begun anew."""
 DEAL_AGAIN = "deal_again"
@@ -44,26 +44,21 @@ def steps(state: State, bounds: Bounds) -> Iterator[Step]:
         gone = hit._replace(copy=None)
         if "old" in wanted:
             yield "redis comes back with the old copy", _restarted(gone, old)
-        if "promote" in wanted and len(state.nodes) == 1 and (state.copy != node or not bounds.order):
+        if "promote" in wanted and len(state.nodes) == 1 and (state.copy.seq < node.seq or not bounds.order):
             both = (*state.nodes, old)
             yield "a stale replica is promoted, and the old master lives on", gone._replace(nodes=both, current=1)
         if "swap" in wanted:
             yield "redis was a replica for a moment, and has an old copy", _changed(gone, old._replace(run=node.run))
         for kind in wanted.intersection(PUT_BACK):
-            if state.copy.identity == node.identity and state.copy != node and _may_go_back(state, node, kind):
+            if state.copy.identity == node.identity and state.copy != node and _may_go_back(state, bounds, node, kind):
                 yield "somebody puts the copy's keys back into the running redis", _changed(gone, state.copy)
-    calm = (
-        not bounds.order
-        or decides(state, node.epoch, node.certified == node.identity)
-        or CUT in bounds.order[: state.faults]
-    )
-    if "failback" in wanted and len(state.nodes) == 2 and calm:
+    if "failback" in wanted and len(state.nodes) == 2:
         yield "clients are sent to the other master again", hit._replace(current=1 - state.current)
     if WISH in wanted and state.ledger.epoch < bounds.epochs - 1:
         ledger = state.ledger._replace(epoch=state.ledger.epoch + 1, committed=0)
         yield "an operator wants the shard recovered", hit._replace(ledger=ledger)
     if CUT in wanted:
-        for place, writer in enumerate(state.writers):
+        for place, writer in enumerate(state.writers):  # between other steps a script that is fenced does the same
             if writer.recovery is not None and writer.recovery.done in ("settling", "settled"):
                 alone = replaced(state.writers, place, writer._replace(recovery=None))
                 yield f"writer {place}'s recovery is cut off", hit._replace(writers=alone)
@@ -79,17 +74,24 @@ def steps(state: State, bounds: Bounds) -> Iterator[Step]:
 
 
 def kinds(state: State, bounds: Bounds) -> frozenset[str]:
-    """The kinds of which one may be the next."""
+    """The kinds of which one may be the next. In a given order, a disaster waits until Redis decides again, unless the
+    recovery of the last one was cut off."""
     if bounds.order:
-        return frozenset(bounds.order[state.faults : state.faults + 1])
+        node, wanted = state.nodes[state.current], bounds.order[state.faults : state.faults + 1]
+        if CUT in bounds.order[: state.faults + 1] or decides(state, node.epoch, node.certified == node.identity):
+            return frozenset(wanted)
+        return frozenset()
     return bounds.kinds if state.faults < bounds.faults else frozenset()
 
 
-def _may_go_back(state: State, node: Node, kind: str) -> bool:
+def _may_go_back(state: State, bounds: Bounds, node: Node, kind: str) -> bool:
     """Whether what goes back with the keys is known widely enough for this kind of fault."""
     if kind == "put_back_any" or node.epoch <= 0:
         return kind == "put_back_any"
-    upto = state.told[node.epoch] if kind == "put_back" else state.ledger.committed
+    upto = state.ledger.committed if kind == "put_back_committed" else state.told[node.epoch]
+    there = [process for process in state.processes if process.node >= 0]
+    if kind == "put_back" and bounds.messages and any(process.heard < node.seq for process in there):
+        return False
     return upto >= node.seq and node.epoch == state.ledger.epoch
 
 

@@ -296,10 +296,13 @@ def _settle(state: State, bounds: Bounds, place: int, writer: Writer, work: Reco
     keep = any(code == other and ("dead_epoch" in bounds.off or of == epoch) for of, _, other in ledger.dead)
     if bounds.mode == "redis" and epoch and not ledger.nothing_lost and "quarantine" not in bounds.off:
         keep = True
+    word = "is quarantined" if keep else "goes back"
+    mine = any(code == other and of == epoch for of, _, other in ledger.dead)
+    if keep and not mine and (bounds.mode == "ledger" or ledger.nothing_lost):
+        state = state._replace(broken=f"P4: code {code} is quarantined, and nobody can have been answered it")
     ledger = ledger._replace(lent=ledger.lent - {code})
     if keep:
         ledger = ledger._replace(quarantine=ledger.quarantine | {(code, epoch)})
-    word = "is quarantined" if keep else "goes back"
     return f"{who} settles: code {code} {word}", _next(state._replace(ledger=ledger), place, writer, work)
 
 

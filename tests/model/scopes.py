@@ -3,7 +3,7 @@ puts side by side. The small bounds are for every test run, `WIDE` is for the co
 
 from __future__ import annotations
 
-from tests.model.faults import FAILOVERS, RESTARTS, TAMPERING, WISH
+from tests.model.faults import CUT, FAILOVERS, RESTARTS, TAMPERING, WISH
 from tests.model.state import Bounds
 
 _RESTARTS, _FAILOVERS, _TAMPERING = frozenset(RESTARTS), frozenset(FAILOVERS), frozenset(TAMPERING)
@@ -21,6 +21,10 @@ SCOPES = {
     "lapses": Bounds(kinds=frozenset({"empty"}), lapses=1, tries=1),
     "wishes": Bounds(kinds=frozenset({WISH}), epochs=3, redeems=1, users=1),
     "receipts": Bounds(kinds=frozenset({"empty"}), redeems=1, receipts=True, tries=1, users=1),
+    "interrupted": Bounds(order=("promote", CUT, "failback"), users=1, tries=1, faults=3, epochs=4),
+    "put_back": Bounds(kinds=frozenset({"put_back"}), processes=2, tries=1, messages=True),
+    "put_back_committed": Bounds(kinds=frozenset({"put_back_committed"}), processes=2, tries=1),
+    "starts": Bounds(kinds=frozenset({"put_back"}), processes=2, tries=1, messages=True, joins=True),
 }
 """Small enough for every run of the tests: seconds each."""
 
@@ -37,5 +41,9 @@ WIDE = {
     "lapses": Bounds(kinds=_RESTARTS, lapses=1),
     "wishes": Bounds(kinds=frozenset({WISH}), epochs=3, redeems=1, users=2),
     "receipts": Bounds(kinds=frozenset({"empty", "old"}), redeems=1, receipts=True, tries=1),
+    "interrupted": Bounds(order=("promote", "failback", CUT), tries=1, faults=3, epochs=4),
+    "put_back": Bounds(kinds=frozenset({"put_back"}), processes=2, users=3, codes=2, tries=1, messages=True),
+    "put_back_committed": Bounds(kinds=frozenset({"put_back_committed"}), processes=2, users=3, codes=2, tries=1),
+    "starts": Bounds(kinds=frozenset({"put_back"}), processes=2, users=3, codes=2, tries=1, messages=True, joins=True),
 }
 """Minutes each, by hand."""

@@ -105,6 +105,8 @@ class Process(NamedTuple):
     """It has a row in api_processes, be it a fresh one or one that has ended. Without one it has not started yet."""
     heard: int = 0
     """The position of its epoch that it has heard of, where messages take a while."""
+    deaf: int = 0
+    """What was told before it listened."""
 
 
 class Batch(NamedTuple):
@@ -232,7 +234,7 @@ class Bounds(NamedTuple):
     messages: bool = False
     """A message about a position reaches each process at a moment of its own."""
     anonymous: bool = False
-    """A redeem names the code and no user."""
+    """A redeem names the code and no user; then it is the ledger that is watched, and P6 is not."""
     delays: bool = False
     """One script of an owner is executed late, when its sender has given it up."""
     kinds: frozenset[str] = frozenset()

@@ -153,10 +153,8 @@ def _persist(state: State, bounds: Bounds, place: int, writer: Writer, who: str)
         if not events:
             return
         if "entry_read" not in bounds.off and not agrees_at(ledger, node, at):
-            yield (
-                f"{who} finds another event where the ledger is",
-                with_writer(state, place, writer._replace(opened_on=None)),
-            )
+            amiss = with_writer(state, place, writer._replace(opened_on=None))
+            yield f"{who} finds another event where the ledger ends", amiss
             return
         upto = writer.committed + len(events)
         wanted = [(writer.term[0], seq) for seq in range(writer.committed + 1, upto + 1)]
