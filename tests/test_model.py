@@ -19,7 +19,7 @@ from tests.model import in_step
 from tests.model.explore import labels, stuck, walk
 from tests.model.faults import RESTARTS, TAMPERING, WISH
 from tests.model.safeguards import BY_HAND, LIMITS, SAFEGUARDS
-from tests.model.scopes import SCOPES, WIDE
+from tests.model.scopes import LEDGER_ONLY, SCOPES, WIDE
 from tests.model.state import Bounds
 
 MODES = ("ledger", "redis")
@@ -28,10 +28,8 @@ ONE_MODE = {
     "two_recoverers": "ledger",
     "delays": "ledger",
     "interrupted": "redis",
-    "put_back_committed": "ledger",
-    "starts": "ledger",
-}
-"""Scopes that tests walk in one mode: they take longest, or hold in that mode alone (`LIMITS`)."""
+} | dict.fromkeys(LEDGER_ONLY, "ledger")
+"""Scopes that tests walk in one mode: they take longest, or hold in that mode alone."""
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.model.explore import Walked, stuck, walk
 from tests.model.safeguards import SAFEGUARDS
-from tests.model.scopes import SCOPES, WIDE
+from tests.model.scopes import LEDGER_ONLY, SCOPES, WIDE
 from tests.model.state import Bounds
 
 MODES = ("ledger", "redis")
@@ -49,7 +49,7 @@ def main() -> int:
     broken = False
     for name, bounds in wanted.items():
         alone = bool(given.without) and not given.scope and not given.mode
-        for mode in (given.mode,) if given.mode else (bounds.mode,) if alone else MODES:
+        for mode in (given.mode,) if given.mode else (bounds.mode,) if alone or name in LEDGER_ONLY else MODES:
             bounds = bounds._replace(mode=mode, off=off, **_changes(given))
             broken |= _walk(name, bounds, only_stuck=given.stuck)
             if alone and (also := _covers(off)):

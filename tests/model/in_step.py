@@ -17,9 +17,9 @@ CRASH_POINTS = {
     "recover.begun": "begins epoch",
     "recover.shut": "shut on redis",
     "recover.drained": "drains the stream",
-    "recover.judged": "",  # a step of its own with two books only: begun again before the first, it judges the same
-    "recover.book_settled": "settles",  # there is one book
-    "recover.settled": "settles",
+    "recover.judged": "settles epoch",
+    "recover.book_settled": "settles: code",  # each code stands for a book
+    "recover.settled": "has settled all books",
     "recover.wiped": "wipe on redis",
     "recover.coupons_restored": "restore_coupons on redis",
     "recover.restored": "restore_idem on redis",
@@ -32,14 +32,14 @@ METHODS = {
         "recover": "begins epoch",
         "_drain": "drains the stream",
         "_require_told": "",  # only a ledger that went back can break it, and here it does not
-        "_judge": "settles",
         "_nothing_lost": "settles",
         "_agrees": "judges",
+        "_judge": "settles epoch",
         "_wait_for_reports": "settles",
         "_patience": "",  # how long to wait is free here
         "_walk_coupons": "restore_coupons on redis",
         "_settle": "settles",
-        "_settle_book": "settles",
+        "_settle_book": "settles: code",
         "_restore_rules": "restore_book on redis",
         "_rebuild": "restore_book on redis",
         "_quarantine": "restore_book on redis",
@@ -52,6 +52,7 @@ METHODS = {
         "turn": "reads events",
         "_waited_for": "",  # when to read is free here
         "_commit": "commits",
+        "_rewritten": "reads events",
         "_commit_alone": "is thrown away",
         "_shut_unreadable": "",  # no key is of another type
         "_transact": "commits",

@@ -47,3 +47,6 @@ WIDE = {
     "starts": Bounds(kinds=frozenset({"put_back"}), processes=2, users=3, codes=2, tries=1, messages=True, joins=True),
 }
 """Minutes each, by hand."""
+
+LEDGER_ONLY = frozenset({"put_back_committed", "starts"})
+"""Scopes that hold with ack = ledger alone: an early answer is lost with the keys that went back (see `LIMITS`)."""
