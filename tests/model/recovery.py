@@ -72,7 +72,9 @@ def steps(state: State, bounds: Bounds, place: int, writer: Writer, who: str) ->
         yield f"{who} drains the stream of redis {node.run}", _next(drained, place, writer, done)
     elif work.done == "drained":
         ledger, word = decide(state, bounds, work)
-        done = work._replace(done="settling")
+        over = not ledger.lent.difference(held(ledger))
+        done = work._replace(done="settled" if over else "settling")
+        ledger = _finish(ledger) if over else ledger
         yield f"{who} settles epoch {work.live}: {word}", _next(state._replace(ledger=ledger), place, writer, done)
     elif work.done == "settling":
         yield _settle(state, bounds, place, writer, work, who)
@@ -280,18 +282,20 @@ def decide(state: State, bounds: Bounds, work: Recovery) -> tuple[Ledger, str]:
     return ledger, "nothing was lost" if ledger.nothing_lost else "somebody may have been answered"
 
 
+def _finish(ledger: Ledger) -> Ledger:
+    """All books are settled."""
+    reports = frozenset(report for report in ledger.reports if report[1] >= ledger.settling)
+    return ledger._replace(lone=frozenset(), settled=ledger.certified, settling=0, nothing_lost=False, reports=reports)
+
+
 def _settle(state: State, bounds: Bounds, place: int, writer: Writer, work: Recovery, who: str) -> Step:
     """One book after the other (each code is as a book here): codes that were lent and have no record go back, or into
     quarantine when somebody may have been answered."""
     ledger = state.ledger
     lost = sorted(ledger.lent.difference(held(ledger)))
     if not lost:
-        reports = frozenset(report for report in ledger.reports if report[1] >= ledger.settling)
-        ledger = ledger._replace(
-            lone=frozenset(), settled=ledger.certified, settling=0, nothing_lost=False, reports=reports
-        )
         done = work._replace(done="settled")
-        return f"{who} has settled all books", _next(state._replace(ledger=ledger), place, writer, done)
+        return f"{who} has settled all books", _next(state._replace(ledger=_finish(ledger)), place, writer, done)
     code, epoch = lost[0], ledger.settling
     keep = any(code == other and ("dead_epoch" in bounds.off or of == epoch) for of, _, other in ledger.dead)
     if bounds.mode == "redis" and epoch and not ledger.nothing_lost and "quarantine" not in bounds.off:

@@ -226,5 +226,5 @@ same position again has not heard of the first. A position alone does not tell t
 entry would. A limit that
 breaks nothing any more moves to the scopes."""
 
-BY_HAND = frozenset({"release_epoch"})
+BY_HAND = frozenset({"entry_read", "release_epoch"})
 """Safeguards whose histories are so long that tests do not look for them: `python -m tests.model --without` does."""
