@@ -9,7 +9,7 @@ from tests.chaos.fault import Fault
 from tests.chaos.probe import Probe, probing, under_load
 from tests.chaos.process_faults import one_owner, writers_standing_still
 from tests.chaos.run import HEAL_S, Run
-from tests.harness import until
+from tests.harness import Part, until
 
 GRACE_S = 8.0
 IN_FLIGHT = 6
@@ -63,6 +63,26 @@ async def _owners(run: Run) -> set[str | None]:
     return {row["owner"] for row in await run.stack.ledger("SELECT owner FROM shards")}
 
 
+async def writers_come_and_go(run: Run) -> None:
+    """A third writer joins and leaves again and again, told to or killed. The two others live on."""
+    async with under_load(run):
+        for _ in range(4):
+            third = run.stack.writer(2, COUPON_LEASE_CODES_MIN="20")
+            await until(lambda third=third: _owns(run, third), HEAL_S, "it should be given a shard")  # type: ignore[misc]
+            await asyncio.sleep(run.random.uniform(0.0, 0.8))
+            if run.random.random() < 0.7:
+                third.stop()
+            else:
+                third.kill()
+        died = [writer.process.poll() for writer in run.writers]
+        assert died == [None] * len(died), f"a writer has died of it: {died}"
+        await run.share_shards()
+
+
+async def _owns(run: Run, writer: Part) -> bool:
+    return any(owner and writer.said(owner) for owner in await _owners(run))
+
+
 async def api_told_to_end(run: Run) -> None:
     """One of the two is. What it has accepted is answered, though that takes a while; then it ends by itself, in time."""
     async with probing(run) as probe:
@@ -88,5 +108,6 @@ async def _decided(probe: Probe) -> bool:
 HANDOVER_FAULTS = [
     Fault(shards_go_back_and_forth),
     Fault(writer_told_to_end),
+    Fault(writers_come_and_go),
     Fault(api_told_to_end),
 ]
