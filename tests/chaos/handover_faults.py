@@ -64,19 +64,32 @@ async def _owners(run: Run) -> set[str | None]:
 
 
 async def writers_come_and_go(run: Run) -> None:
-    """A third writer joins and leaves again and again, told to or killed. The two others live on."""
+    """A third writer joins, one of the first two leaves and comes back, and the third leaves: told to or killed. Nobody dies
+    of it."""
     async with under_load(run):
-        for _ in range(4):
+        for leaving in (0, 1):
             third = run.stack.writer(2, COUPON_LEASE_CODES_MIN="20")
-            await until(lambda third=third: _owns(run, third), HEAL_S, "it should be given a shard")  # type: ignore[misc]
-            await asyncio.sleep(run.random.uniform(0.0, 0.8))
-            if run.random.random() < 0.7:
-                third.stop()
-            else:
-                third.kill()
-        died = [writer.process.poll() for writer in run.writers]
-        assert died == [None] * len(died), f"a writer has died of it: {died}"
-        await run.share_shards()
+            await until(lambda third=third: _registered(run, third), HEAL_S, "it should take part")  # type: ignore[misc]
+            _leave(run, run.writers[leaving])
+            await until(lambda third=third: _owns(run, third), HEAL_S, "it should be given shards")  # type: ignore[misc]
+            run.start_writer(leaving)
+            await asyncio.sleep(run.random.uniform(1.0, 3.0))  # the new one takes part already, or comes too late
+            assert third.process.poll() is None, "the third writer has died"
+            _leave(run, third)
+            await run.share_shards()
+            died = [writer.process.poll() for writer in run.writers]
+            assert died == [None] * len(died), f"a writer has died of it: {died}"
+
+
+def _leave(run: Run, writer: Part) -> None:
+    if run.random.random() < 0.7:
+        writer.stop()
+    else:
+        writer.kill()
+
+
+async def _registered(run: Run, writer: Part) -> bool:
+    return any(writer.said(name) for name in await _writers(run))
 
 
 async def _owns(run: Run, writer: Part) -> bool:

@@ -230,13 +230,12 @@ async def _assigned_at_ms(run: Run, code: str) -> int:
 
 
 async def redis_clock_jumps_days(run: Run) -> None:
-    """By more than an Idempotency-Key is kept, and back, while requests are asked again with the same key."""
+    """By an hour, or more than an Idempotency-Key is kept, and back, while requests are asked again with the same key."""
     stack = ClockStack.of(run)
     run.loses_locks = True
-    ahead = run.random.choice((1, -1)) * run.random.choice((25, 49)) * 3600.0
+    ahead = run.random.choice((1, -1)) * run.random.choice((1, 25, 49)) * 3600.0
     async with probing(run) as probe, under_load(run), stack.redis() as redis, run.client() as http:
         first = await probe.goes_on()
-        await stack.drained()
         stack.redis_clock.set_s(ahead)
 
         async def jumped() -> bool:
@@ -302,15 +301,15 @@ async def redis_clock_jumps_under_a_lock(run: Run) -> None:
         held = await probe.goes_on()
         first = await probe.lock(held, 30)
         assert first.get("lock_token"), first
-        stack.redis_clock.set_s(-3600)
+        stack.redis_clock.set_s(-50)
         assert (await probe.lock(held, 30))["code"] == "locked"
         assert (await probe.redeem(held)).answer["code"] == "locked"
-        stack.redis_clock.set_s(3600)
+        stack.redis_clock.set_s(50)
         second = await until(lambda: _locked(probe, held), HEAL_S, "the lock should have ended")
         assert (await probe.redeem(held, first["lock_token"])).answer["code"] == "lock_not_held"
 
         async def redeemed() -> bool:
-            # Until its owner shows itself again, a ledger that was seen an hour ago by this clock is taken for gone.
+            # Until its owner shows itself again, a ledger that was seen long ago by this clock is taken for gone.
             return (await probe.redeem(held, second["lock_token"])).outcome == "ok"
 
         await until(redeemed, HEAL_S, "who holds the lock should redeem")
@@ -419,7 +418,7 @@ MACHINE_FAULTS = [
     Fault(aof_tail_cut_off),
     Fault(aof_corrupted),
     Fault(_redis_clock_jumps(2.0, "redis_clock_jumps_seconds"), clock_stage, lacks_a_compiler),
-    Fault(_redis_clock_jumps(3600.0, "redis_clock_jumps_an_hour"), clock_stage, lacks_a_compiler),
+    Fault(_redis_clock_jumps(50.0, "redis_clock_jumps_most_of_a_minute"), clock_stage, lacks_a_compiler),
     Fault(redis_clock_jumps_days, clock_stage, lacks_a_compiler),
     Fault(postgres_clock_jumps, postgres_clock_stage, lacks_a_compiler),
     Fault(redis_clock_jumps_under_a_lock, clock_stage, lacks_a_compiler),

@@ -1,4 +1,4 @@
-"""Faults in the middle of a recovery: it is killed or paused at one of its steps, it waits for a row, the ledger went back."""
+"""Faults in the middle of a recovery, which is killed or paused or has to wait; and a ledger that went back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.chaos.network import APIS, identity, network, promote, replica_stage
 from tests.chaos.network_faults import clients_at_work, left_behind
 from tests.chaos.probe import under_load
 from tests.chaos.process_faults import writers_standing_still, written_to_redis_alone
-from tests.chaos.run import HEAL_S, Attempt, Run, new_book
+from tests.chaos.run import HEAL_S, Attempt, Run, all_certified, new_book
 from tests.harness import until
 
 STEPS = ("begun", "shut", "drained", "settled", "wiped", "restored", "certified")
@@ -73,8 +73,8 @@ async def _stale_failover(run: Run) -> None:
 
 
 async def failed_back_and_recoverers_killed(run: Run) -> None:
-    """A master decides, and nobody hears of it; its stale replica deals the same codes to others. Then the old master is back,
-    and the writers are killed when they have quarantined those codes and have not wiped the events yet."""
+    """A master decides, and nobody hears of it; its stale replica deals the same codes to others. Then the old master comes
+    back, and the writers are killed when they have quarantined those codes and have not wiped the events yet."""
     run.loses_records = True
     stage = network(run)
     few = await _few_codes_in_every_shard(run)
@@ -95,6 +95,7 @@ async def failed_back_and_recoverers_killed(run: Run) -> None:
                 stage.redis_of[part].heal()
             await unheard
         await run.recovered()
+        await until(lambda: all_certified(run), HEAL_S, "every shard should be certified")
         run.epochs = await run.epochs_now()
         for number, writer in enumerate(run.writers):
             writer.stop()
@@ -169,16 +170,16 @@ async def ledger_restored(run: Run) -> None:
     async with under_load(run):
         await backup.take()
         run.restored_from_s = time.monotonic()
-        for number, writer in enumerate(run.writers):
-            writer.stop()
-            run.start_writer(number)
-        await run.share_shards()
+        for _ in range(2):  # each start is a new generation
+            for number, writer in enumerate(run.writers):
+                writer.stop()
+                run.start_writer(number)
+            await run.share_shards()
         await asyncio.sleep(1.0)
         for writer in run.writers:
             writer.stop()
         await backup.put_back()
-        for number in range(len(run.writers)):
-            run.start_writer(number)
+        run.start_writer(0)
 
         async def stopped() -> bool:
             rows = await run.stack.ledger("SELECT stopped FROM shards")
@@ -194,6 +195,7 @@ async def ledger_restored(run: Run) -> None:
             text=True,
         )
         assert adopted.returncode == 0, adopted.stderr
+    run.start_writer(1)
     await run.recovered()
 
 

@@ -79,6 +79,8 @@ class Run:
         self.loses_records = False
         self.loses_locks = False
         """Locks may be gone before their time. A recovery that rebuilds Redis loses them in any case."""
+        self.scripts_fail = False
+        """Somebody made it impossible for scripts to end: the answer may be 500, which says that it may have happened."""
         self.two_masters = False
         """Each may have granted a lock of the same code: locks say nothing then (docs/guarantees.md, Exceptions)."""
         self.restored_from_s = self.restored_upto_s = math.inf
@@ -284,8 +286,9 @@ class Run:
         if answer.status_code in (200, 201, 204):
             attempt.outcome = "ok"
         elif answer.status_code >= 500:
-            attempt.outcome = "unknown" if attempt.answer["code"] == "outcome_unknown" else "refused"
-            assert answer.status_code != 500, attempt.answer
+            in_doubt = attempt.answer["code"] in ("outcome_unknown", "internal_error")
+            attempt.outcome = "unknown" if in_doubt else "refused"
+            assert answer.status_code != 500 or self.scripts_fail, attempt.answer
         else:
             attempt.outcome = "refused"
 
@@ -446,6 +449,11 @@ class Run:
             return (all if all_shards else any)(now[shard] > epoch for shard, epoch in self.epochs.items())
 
         await until(newer, HEAL_S, "the fault should have been followed by a recovery")
+
+
+async def all_certified(run: Run) -> bool:
+    """Whether every shard is certified in its epoch."""
+    return not await run.stack.ledger("SELECT FROM shards WHERE certified_epoch < epoch")
 
 
 async def new_book(http: httpx.AsyncClient, rules: dict[str, Any]) -> str:

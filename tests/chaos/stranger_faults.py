@@ -73,7 +73,9 @@ async def _said(part: Any, text: str) -> bool:
 
 
 async def entries_added_by_hand(run: Run) -> None:
-    """XADD with an id that Redis makes up of its clock, or of an epoch to come: passed over, and gone with the recovery."""
+    """XADD with an id that Redis makes up of its clock, or of an epoch to come: passed over, and gone with the recovery. No
+    script can add to the stream until then."""
+    run.scripts_fail = True
     async with probing(run) as probe, run.stack.redis() as client:
         redis: Any = client
         shard = int(probe.books["ledger"][3:5])
