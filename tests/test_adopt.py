@@ -8,15 +8,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
 
-import asyncpg
 import httpx
 import pytest
 
 from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.store.keys import ShardKeys
 from coupon_svc.writer.persist import HEAD_CHANGED
+from tests.backup import Backup
 from tests.harness import Part, Stack, until
 
 MakeStack = Callable[[], Awaitable[Stack]]
@@ -35,33 +34,6 @@ def command(stack: Stack, *args: str) -> subprocess.CompletedProcess[str]:
 
 async def adopt(stack: Stack, *args: str) -> subprocess.CompletedProcess[str]:
     return await asyncio.to_thread(command, stack, "adopt", *args)
-
-
-class Backup:
-    """A copy of the whole database, put back over what came after it."""
-
-    def __init__(self, stack: Stack) -> None:
-        self._stack = stack
-        self._tables: dict[str, list[Any]] = {}
-
-    async def take(self) -> None:
-        ledger = await asyncpg.connect(self._stack.database_url)
-        names = await ledger.fetch(
-            "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
-        )
-        for (name,) in names:
-            self._tables[name] = await ledger.fetch(f"SELECT * FROM {name}")
-        await ledger.close()
-
-    async def put_back(self) -> None:
-        ledger = await asyncpg.connect(self._stack.database_url)
-        async with ledger.transaction():
-            await ledger.execute("SET LOCAL session_replication_role = replica")
-            await ledger.execute(f"TRUNCATE {', '.join(self._tables)}")
-            for name, rows in self._tables.items():
-                if rows:
-                    await ledger.copy_records_to_table(name, records=rows, columns=list(rows[0].keys()))
-        await ledger.close()
 
 
 class Shop:

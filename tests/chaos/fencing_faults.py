@@ -23,7 +23,7 @@ from coupon_svc.store.keys import ShardKeys
 from tests.chaos.fault import SHARDS, Fault
 from tests.chaos.probe import Probe, probing, under_load
 from tests.chaos.process_faults import one_owner, writers_standing_still
-from tests.chaos.run import HEAL_S, Run
+from tests.chaos.run import HEAL_S, Attempt, Run
 from tests.harness import Part, until
 
 BACKLOG_MAX = 40
@@ -102,35 +102,67 @@ async def _first_assign(monitor: Any) -> list[str]:
 
 
 async def keys_put_back(run: Run) -> None:
-    """Somebody restores keys of a moment ago into the running server: run_id, replid and epoch are the certified ones. One
-    API process has seen what came after, the other has not."""
+    """Somebody restores keys of a moment ago into the running server: run_id, replid and epoch are the certified ones. The
+    ledger has not seen what came after, and one of the API processes has."""
     run.loses_records = True
-    raw: Any = Redis.from_url(run.stack.redis_admin_url)
     seeing, blind = run.random.sample(run.apis, 2)
-    apis = (blind, seeing)
-    async with raw, probing(run) as probe:
+    async with probing(run) as probe:
         await probe.goes_on()
         async with writers_standing_still(run):
             await asyncio.sleep(0.3)
-            kept = [(key, await raw.dump(key), await raw.pttl(key)) async for key in raw.scan_iter("cb:*")]
+            kept = await _keep_keys(run)
             given = [await probe.assign("redis", at=seeing.base_url) for _ in range(5)]
             assert all(attempt.outcome == "ok" for attempt in given), given
-            async with raw.pipeline(transaction=True) as pipe:
-                pipe.flushall()
-                for key, dump, ttl_ms in kept:
-                    if dump is not None:
-                        pipe.restore(key, max(0, ttl_ms), dump)
-                await pipe.execute()
-            later = [
-                await probe.assign(ack, at=api.base_url)
-                for api in apis
-                for ack in ("redis", "ledger")
-                for _ in range(5)
-            ]
-        again = {a.answer["code"] for a in given} & {a.answer.get("code") for a in later if a.outcome == "ok"}
-        assert not again, "P1: a code was answered to two users"
-        assert all(attempt.outcome != "ok" for attempt in later), "Redis went back, and was believed"
+            await _put_back(run, kept)
+            later = [await probe.assign("redis", at=api.base_url) for api in (seeing, blind) for _ in range(5)]
+        _require_refused(given, later)
     await run.recovered(all_shards=False)
+
+
+async def keys_put_back_unseen(run: Run) -> None:
+    """The same of what the ledger has, and the first to ask is an API process that made nothing of it. An event of its own
+    at a position that was committed before is another event."""
+    run.loses_records = True
+    seeing, blind = run.random.sample(run.apis, 2)
+    async with probing(run) as probe:
+        await probe.goes_on()
+        await run.idle()
+        await run.stack.drained()
+        kept = await _keep_keys(run)
+        given = [await probe.assign(ack, at=seeing.base_url) for ack in probe.books for _ in range(5)]
+        assert all(attempt.outcome == "ok" for attempt in given), given
+        await run.stack.drained()
+        await asyncio.sleep(0.1)  # the messages that say so are on their way
+        await _put_back(run, kept)
+        asked = [probe.assign(ack, at=blind.base_url) for ack in probe.books for _ in range(5)]
+        _require_refused(given, list(await asyncio.gather(*asked)))
+    await run.recovered(all_shards=False)
+
+
+async def _keep_keys(run: Run) -> list[tuple[bytes, int, bytes]]:
+    async with Redis.from_url(run.stack.redis_admin_url) as raw:
+        keys = [key async for key in raw.scan_iter("cb:*")]
+        async with raw.pipeline(transaction=True) as pipe:
+            for key in keys:
+                pipe.pttl(key)
+                pipe.dump(key)
+            found = await pipe.execute()
+    kept = zip(keys, found[::2], found[1::2], strict=True)
+    return [(key, max(0, ttl_ms), dump) for key, ttl_ms, dump in kept if dump is not None]
+
+
+async def _put_back(run: Run, kept: list[tuple[bytes, int, bytes]]) -> None:
+    async with Redis.from_url(run.stack.redis_admin_url) as raw, raw.pipeline(transaction=True) as pipe:
+        pipe.flushall()
+        for key, ttl_ms, dump in kept:
+            pipe.restore(key, ttl_ms, dump)
+        await pipe.execute()
+
+
+def _require_refused(given: list[Attempt], later: list[Attempt]) -> None:
+    again = {a.answer["code"] for a in given} & {a.answer.get("code") for a in later if a.outcome == "ok"}
+    assert not again, "P1: a code was answered to two users"
+    assert all(attempt.outcome != "ok" for attempt in later), "P6: Redis went back, and was believed"
 
 
 async def backlog_reaches_its_bound(run: Run) -> None:
@@ -328,6 +360,7 @@ def lacks_proc() -> str:
 FENCING_FAULTS = [
     Fault(request_comes_after_a_recovery),
     Fault(keys_put_back),
+    Fault(keys_put_back_unseen),
     Fault(backlog_reaches_its_bound),
     Fault(backend_stopped_in_a_commit),
     Fault(batch_from_before_a_recovery),

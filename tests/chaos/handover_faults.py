@@ -9,7 +9,7 @@ from tests.chaos.fault import Fault
 from tests.chaos.probe import Probe, probing, under_load
 from tests.chaos.process_faults import one_owner, writers_standing_still
 from tests.chaos.run import HEAL_S, Run
-from tests.harness import until
+from tests.harness import Part, until
 
 GRACE_S = 8.0
 IN_FLIGHT = 6
@@ -63,6 +63,39 @@ async def _owners(run: Run) -> set[str | None]:
     return {row["owner"] for row in await run.stack.ledger("SELECT owner FROM shards")}
 
 
+async def writers_come_and_go(run: Run) -> None:
+    """A third writer joins, one of the first two leaves and comes back, and the third leaves: told to or killed. Nobody dies
+    of it."""
+    async with under_load(run):
+        for leaving in (0, 1):
+            third = run.stack.writer(2, COUPON_LEASE_CODES_MIN="20")
+            await until(lambda third=third: _registered(run, third), HEAL_S, "it should take part")  # type: ignore[misc]
+            _leave(run, run.writers[leaving])
+            await until(lambda third=third: _owns(run, third), HEAL_S, "it should be given shards")  # type: ignore[misc]
+            run.start_writer(leaving)
+            await asyncio.sleep(run.random.uniform(1.0, 3.0))  # the new one takes part already, or comes too late
+            assert third.process.poll() is None, "the third writer has died"
+            _leave(run, third)
+            await run.share_shards()
+            died = [writer.process.poll() for writer in run.writers]
+            assert died == [None] * len(died), f"a writer has died of it: {died}"
+
+
+def _leave(run: Run, writer: Part) -> None:
+    if run.random.random() < 0.7:
+        writer.stop()
+    else:
+        writer.kill()
+
+
+async def _registered(run: Run, writer: Part) -> bool:
+    return any(writer.said(name) for name in await _writers(run))
+
+
+async def _owns(run: Run, writer: Part) -> bool:
+    return any(owner and writer.said(owner) for owner in await _owners(run))
+
+
 async def api_told_to_end(run: Run) -> None:
     """One of the two is. What it has accepted is answered, though that takes a while; then it ends by itself, in time."""
     async with probing(run) as probe:
@@ -88,5 +121,6 @@ async def _decided(probe: Probe) -> bool:
 HANDOVER_FAULTS = [
     Fault(shards_go_back_and_forth),
     Fault(writer_told_to_end),
+    Fault(writers_come_and_go),
     Fault(api_told_to_end),
 ]

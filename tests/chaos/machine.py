@@ -19,7 +19,7 @@ from tests.chaos.run import Run
 from tests.harness import Stack, fresh_database
 
 SOURCES = Path(__file__).parent
-FEW_PLACES = ("max_connections=25",)
+FEW_PLACES = ("max_connections=50",)
 """One of the faults takes them all. The last three are for superusers, as the service is one."""
 
 
@@ -137,6 +137,22 @@ class ClockStack(OwnStack):
         return {**super().environment, **self.service_clock.environment}
 
 
+class ShimmedPostgres(EmbeddedPostgres):
+    """An EmbeddedPostgres that is started with more environment."""
+
+    shim: Dial
+
+    def _command(self) -> list[str]:
+        shim = (f"{name}={value}" for name, value in self.shim.environment.items())
+        return ["/usr/bin/env", *shim, *super()._command()]
+
+
+class PostgresClockStack(OwnStack):
+    """Its Postgres is off by `postgres_clock`."""
+
+    postgres_clock: Dial
+
+
 class PostgresStack(OwnStack):
     """Its Postgres is nobody else's."""
 
@@ -164,6 +180,16 @@ async def clock_stage(postgres_url: str, folder: Path) -> AsyncIterator[Stack]:
         stack = ClockStack(server, server.url, await fresh_database(postgres_url, SHARDS), folder, SHARDS)
         stack.redis_clock = server.shim
         stack.service_clock = Dial(folder / "service_shim", "shifted_clock", "CHAOS_CLOCK")
+        yield stack
+
+
+@contextlib.asynccontextmanager
+async def postgres_clock_stage(_: str, folder: Path) -> AsyncIterator[Stack]:
+    postgres = ShimmedPostgres(folder / "postgres")
+    postgres.shim = Dial(folder / "shim", "shifted_clock", "CHAOS_CLOCK")
+    with postgres, EmbeddedRedis(folder / "redis") as server:
+        stack = PostgresClockStack(server, server.url, await fresh_database(postgres.admin_url, SHARDS), folder, SHARDS)
+        stack.postgres_clock = postgres.shim
         yield stack
 
 

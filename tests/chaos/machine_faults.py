@@ -13,24 +13,28 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from redis.exceptions import ResponseError
 
 from coupon_svc.dev.servers import ServerError
 from tests.chaos.fault import Fault, Strike
+from tests.chaos.fencing_faults import watching
 from tests.chaos.machine import (
     ClockStack,
+    PostgresClockStack,
     SlowDiskStack,
     clock_stage,
     fill_disk,
     lacks_a_compiler,
     lacks_mount,
+    postgres_clock_stage,
     slow_disk_stage,
     small_redis_disk_stage,
 )
 from tests.chaos.probe import Probe, probing, under_load
-from tests.chaos.process_faults import seqs_in_redis, writers_standing_still
-from tests.chaos.run import HEAL_S, Run
+from tests.chaos.process_faults import one_owner, seqs_in_redis, writers_standing_still, written_to_redis_alone
+from tests.chaos.run import HEAL_S, Attempt, Run
 from tests.harness import until
 
 DIRTY_BYTES_LEFT = 16_384
@@ -225,6 +229,70 @@ async def _assigned_at_ms(run: Run, code: str) -> int:
     return int(rows[0]["assigned_at_ms"])
 
 
+async def redis_clock_jumps_days(run: Run) -> None:
+    """By an hour, or more than an Idempotency-Key is kept, and back, while requests are asked again with the same key."""
+    stack = ClockStack.of(run)
+    run.loses_locks = True
+    ahead = run.random.choice((1, -1)) * run.random.choice((1, 25, 49)) * 3600.0
+    async with probing(run) as probe, under_load(run), stack.redis() as redis, run.client() as http:
+        first = await probe.goes_on()
+        stack.redis_clock.set_s(ahead)
+
+        async def jumped() -> bool:
+            return bool(abs((await redis.time())[0] - time.time() - ahead) < 5)
+
+        await until(jumped, HEAL_S, "the clock of Redis was to jump")
+
+        async def asked_again() -> Attempt:
+            again = msgspec.structs.replace(first, answer={}, status=0)
+            await run.send(http, again, at=run.elsewhere(first.asked_at), record=False)
+            if again.outcome == "ok":
+                assert again.answer["code"] == first.answer["code"], "P5: the same key gave a second code"
+            return again
+
+        async def shut() -> bool:
+            return (await asked_again()).answer.get("code") == "recovering"
+
+        await until(shut, HEAL_S, "by such a clock nothing should be decided")
+        assert any(writer.said("set them right") for writer in run.writers), "somebody should say why"
+        stack.redis_clock.set_s(0.0)
+
+        async def answered() -> bool:
+            return (await asked_again()).outcome == "ok"
+
+        await until(answered, HEAL_S, "the key should be known again")
+        await probe.goes_on()
+
+
+async def postgres_clock_jumps(run: Run) -> None:
+    """Who lives is no matter of Postgres's clock: set by half a minute while Redis is emptied, it ends nobody, and nobody
+    lives on by it who was killed."""
+    stack = PostgresClockStack.of(run)
+    run.loses_records = True
+    ahead = run.random.choice((1, -1)) * 30.0
+    async with watching(run) as ledger, probing(run) as probe, under_load(run):
+        stack.postgres_clock.set_s(ahead)
+
+        async def jumped() -> bool:
+            now = await ledger.fetchval("SELECT extract(epoch FROM clock_timestamp())")
+            return abs(float(now) - time.time() - ahead) < 5
+
+        await until(jumped, HEAL_S, "the clock of Postgres was to jump")
+        owners = await stack.ledger("SELECT owner FROM shards ORDER BY shard")
+        await asyncio.sleep(1.5)
+        assert await stack.ledger("SELECT owner FROM shards ORDER BY shard") == owners, "a living writer was robbed"
+        assert not await stack.ledger("SELECT FROM api_processes WHERE gone"), "a living process counts as gone"
+        run.writers[0].kill()
+        await until(lambda: one_owner(run), HEAL_S, "the other writer should take the shards")
+        stack.postgres_clock.set_s(-ahead)
+        async with stack.redis() as redis, written_to_redis_alone(run):
+            await redis.flushall()
+        await run.recovered()
+        stack.postgres_clock.set_s(0.0)
+        run.start_writer(0)
+        await probe.goes_on()
+
+
 async def redis_clock_jumps_under_a_lock(run: Run) -> None:
     """A lock ends when Redis's clock says so: set back it lasts, set forward it is over. Never have two the code."""
     stack = ClockStack.of(run)
@@ -233,15 +301,15 @@ async def redis_clock_jumps_under_a_lock(run: Run) -> None:
         held = await probe.goes_on()
         first = await probe.lock(held, 30)
         assert first.get("lock_token"), first
-        stack.redis_clock.set_s(-3600)
+        stack.redis_clock.set_s(-50)
         assert (await probe.lock(held, 30))["code"] == "locked"
         assert (await probe.redeem(held)).answer["code"] == "locked"
-        stack.redis_clock.set_s(3600)
+        stack.redis_clock.set_s(50)
         second = await until(lambda: _locked(probe, held), HEAL_S, "the lock should have ended")
         assert (await probe.redeem(held, first["lock_token"])).answer["code"] == "lock_not_held"
 
         async def redeemed() -> bool:
-            # Until its owner shows itself again, a ledger that was seen an hour ago by this clock is taken for gone.
+            # Until its owner shows itself again, a ledger that was seen long ago by this clock is taken for gone.
             return (await probe.redeem(held, second["lock_token"])).outcome == "ok"
 
         await until(redeemed, HEAL_S, "who holds the lock should redeem")
@@ -350,7 +418,9 @@ MACHINE_FAULTS = [
     Fault(aof_tail_cut_off),
     Fault(aof_corrupted),
     Fault(_redis_clock_jumps(2.0, "redis_clock_jumps_seconds"), clock_stage, lacks_a_compiler),
-    Fault(_redis_clock_jumps(3600.0, "redis_clock_jumps_an_hour"), clock_stage, lacks_a_compiler),
+    Fault(_redis_clock_jumps(50.0, "redis_clock_jumps_most_of_a_minute"), clock_stage, lacks_a_compiler),
+    Fault(redis_clock_jumps_days, clock_stage, lacks_a_compiler),
+    Fault(postgres_clock_jumps, postgres_clock_stage, lacks_a_compiler),
     Fault(redis_clock_jumps_under_a_lock, clock_stage, lacks_a_compiler),
     Fault(service_clock_jumps, clock_stage, lacks_a_compiler),
     Fault(memory_out),

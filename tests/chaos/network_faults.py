@@ -26,13 +26,15 @@ from tests.chaos.network import (
     promote,
     replica_stage,
 )
-from tests.chaos.process_faults import written_to_redis_alone
+from tests.chaos.process_faults import one_owner, written_to_redis_alone
 from tests.chaos.proxy import Proxy
 from tests.chaos.run import HEAL_S, Attempt, Run
 from tests.harness import until
 
 LOAD_S_MAX = 60.0
 PAUSE_S = 0.02
+GIVEN_UP_S = 12.0
+"""Three seconds out of touch, and what a busy machine adds."""
 
 
 @contextlib.asynccontextmanager
@@ -165,10 +167,26 @@ async def writer_cut_from_postgres(run: Run) -> None:
     )
 
 
+async def writer_cut_from_redis(run: Run) -> None:
+    """One of the two is, refused or silent: it gives its shards up, and the other one serves them until it is back."""
+    part = run.random.choice(WRITERS)
+    proxy = network(run).redis_of[part]
+    async with clients_at_work(run):
+        if run.random.random() < 0.5:
+            proxy.cut(refuse=True)
+        else:
+            proxy.treat(requests="hold", replies="hold")
+        await until(lambda: one_owner(run), GIVEN_UP_S, "the other writer should serve every shard")
+        await asyncio.sleep(1.0)
+        assert await one_owner(run), "who cannot reach Redis has taken a shard"
+        proxy.heal()
+        await run.share_shards()
+
+
 # --- more than one Redis
 
 
-async def _left_behind(run: Run) -> Network:
+async def left_behind(run: Run) -> Network:
     """Cut the replica off, and let its master go on until it has decided more. The writer may know of it, or not."""
     stage = network(run)
     assert stage.replica is not None
@@ -186,7 +204,7 @@ async def stale_replica_promoted(run: Run) -> None:
     """The master dies; its replica had fallen behind, and is made master all the same."""
     run.loses_records = True
     async with clients_at_work(run):
-        stage = await _left_behind(run)
+        stage = await left_behind(run)
         assert stage.replica is not None
         async with written_to_redis_alone(run):
             certified, made = await identity(stage.master), await events_made(stage.master)
@@ -204,7 +222,7 @@ async def failed_back_to_the_old_master(run: Run) -> None:
     replid, its certificate, and all it ever decided."""
     run.loses_records = True
     async with clients_at_work(run):
-        stage = await _left_behind(run)
+        stage = await left_behind(run)
         assert stage.replica is not None
         certified = await identity(stage.master)
         async with written_to_redis_alone(run):
@@ -223,7 +241,7 @@ async def old_master_demoted_and_promoted_again(run: Run) -> None:
     the other's data, on connections that have stood all the while. Its run_id is the certified one."""
     run.loses_records = True
     async with clients_at_work(run):
-        stage = await _left_behind(run)
+        stage = await left_behind(run)
         assert stage.replica is not None
         certified, made = await identity(stage.master), await events_made(stage.master)
         async with written_to_redis_alone(run):
@@ -246,7 +264,7 @@ async def old_master_back_while_a_process_sleeps(run: Run) -> None:
         await asyncio.gather(*(run.send(http, run.new_assign(f"early{n}")) for n in range(24)))
         sleeper.signal(signal.SIGSTOP)
         try:
-            stage = await _left_behind(run)
+            stage = await left_behind(run)
             assert stage.replica is not None
             certified, made = await identity(stage.master), await events_made(stage.master)
             async with written_to_redis_alone(run):
@@ -272,7 +290,7 @@ async def split_brain(run: Run) -> None:
     informed = run.random.random() < 0.5
     first, second = (api.base_url for api in run.apis)
     async with clients_at_work(run, first), clients_at_work(run, second):
-        await _left_behind(run)
+        await left_behind(run)
         assert stage.replica is not None
         if not informed:
             stage.postgres_of["api2"].treat(requests="hold", replies="hold")
@@ -353,6 +371,7 @@ NETWORK_FAULTS = [
             redis_cut_repeatedly,
             api_cut_from_postgres,
             writer_cut_from_postgres,
+            writer_cut_from_redis,
         )
     ),
     *(

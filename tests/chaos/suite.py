@@ -13,7 +13,9 @@ from tests.chaos.machine_faults import MACHINE_FAULTS
 from tests.chaos.network_faults import NETWORK_FAULTS
 from tests.chaos.postgres_faults import POSTGRES_FAULTS
 from tests.chaos.process_faults import PROCESS_FAULTS
+from tests.chaos.recovery_faults import RECOVERY_FAULTS
 from tests.chaos.run import Run
+from tests.chaos.stranger_faults import STRANGER_FAULTS
 
 LOAD_S = 2.0
 
@@ -24,6 +26,8 @@ LISTS = [
     POSTGRES_FAULTS,
     HANDOVER_FAULTS,
     FENCING_FAULTS,
+    RECOVERY_FAULTS,
+    STRANGER_FAULTS,
 ]
 FAULTS: dict[str, Fault] = {fault.name: fault for faults in LISTS for fault in faults}
 

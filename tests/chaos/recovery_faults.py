@@ -1,0 +1,207 @@
+"""Faults in the middle of a recovery, which is killed or paused or has to wait; and a ledger that went back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from tests.backup import Backup
+from tests.chaos.fault import SHARDS, Fault
+from tests.chaos.fencing_faults import lacks_proc, state_of, watching
+from tests.chaos.network import APIS, identity, network, promote, replica_stage
+from tests.chaos.network_faults import clients_at_work, left_behind
+from tests.chaos.probe import under_load
+from tests.chaos.process_faults import writers_standing_still, written_to_redis_alone
+from tests.chaos.run import HEAL_S, Attempt, Run, all_certified, new_book
+from tests.harness import until
+
+STEPS = ("begun", "shut", "drained", "settled", "wiped", "restored", "certified")
+FEW_CODES = 8
+
+
+async def recoverer_dies_on_its_way(run: Run) -> None:
+    """A stale failover, FLUSHALL or an old copy; and one writer is killed or paused at a step of its recovery. The other one
+    begins at the first step again."""
+    run.loses_records = True
+    step, how = run.random.choice(STEPS), run.random.choice(("COUPON_TEST_CRASH_AT", "COUPON_TEST_PAUSE_AT"))
+    disaster = run.random.choice((_flushed, _old_copy, _stale_failover))
+    run.writers[0].stop()
+    run.start_writer(0, **{how: f"recover.{step}"})
+    await run.share_shards()
+    dying = run.writers[0]
+    async with clients_at_work(run):
+        await disaster(run)
+
+        async def struck() -> bool:
+            return dying.process.poll() is not None or state_of(dying) == "T"
+
+        await until(struck, HEAL_S, f"a recovery should have come to {step}")
+        await run.recovered()
+    dying.signal(signal.SIGCONT)
+    dying.kill()
+    run.start_writer(0)
+
+
+async def _flushed(run: Run) -> None:
+    async with run.stack.redis() as redis, written_to_redis_alone(run):
+        await redis.flushall()
+
+
+async def _old_copy(run: Run) -> None:
+    server = run.stack.redis_server
+    assert server is not None
+    (folder,) = server.directory.rglob("appendonlydir")
+    shutil.copytree(folder, run.stack.folder / "copy")
+    async with written_to_redis_alone(run):
+        server.kill()
+    shutil.rmtree(folder)
+    shutil.copytree(run.stack.folder / "copy", folder)
+    server.start()
+
+
+async def _stale_failover(run: Run) -> None:
+    stage = await left_behind(run)
+    assert stage.replica is not None
+    async with written_to_redis_alone(run):
+        await promote(stage.replica)
+        stage.lead_to(stage.replica)
+
+
+async def failed_back_and_recoverers_killed(run: Run) -> None:
+    """A master decides, and nobody hears of it; its stale replica deals the same codes to others. Then the old master comes
+    back, and the writers are killed when they have quarantined those codes and have not wiped the events yet."""
+    run.loses_records = True
+    stage = network(run)
+    few = await _few_codes_in_every_shard(run)
+    async with clients_at_work(run), run.client() as http:
+        await left_behind(run)
+        assert stage.replica is not None
+        certified = await identity(stage.master)
+        async with writers_standing_still(run):
+            for part in APIS:
+                stage.redis_of[part].treat(replies="lose")
+            unheard = asyncio.gather(
+                *(run.send(http, run.new_assign(f"first{n}", b)) for b in few for n in range(FEW_CODES))
+            )
+            await asyncio.sleep(0.5)
+            await promote(stage.replica)
+            stage.lead_to(stage.replica)
+            for part in APIS:
+                stage.redis_of[part].heal()
+            await unheard
+        await run.recovered()
+        await until(lambda: all_certified(run), HEAL_S, "every shard should be certified")
+        run.epochs = await run.epochs_now()
+        for number, writer in enumerate(run.writers):
+            writer.stop()
+            run.start_writer(number, COUPON_TEST_CRASH_AT="recover.settled")
+        await run.share_shards()
+        given: list[Attempt] = []
+        for book_id in few:
+            await until(lambda book_id=book_id: _dealt(run, given, book_id), HEAL_S, "the new master should deal")  # type: ignore[misc]
+        async with writers_standing_still(run):
+            second = [run.new_assign(f"second{n}", book_id) for book_id in few for n in range(FEW_CODES)]
+            await asyncio.gather(*(run.send(http, attempt) for attempt in second))
+            stage.lead_to(stage.master)
+        assert await identity(stage.master) == certified, "it should be the old master in its old life"
+        early = [attempt for attempt in second if attempt.outcome == "ok" and attempt.answer["durable"] is False]
+        assert early, "the new master should have dealt what the ledger does not have"
+        for number, writer in enumerate(run.writers):
+            assert await writer.died(HEAL_S) == -signal.SIGKILL
+            run.start_writer(number)
+        await run.recovered()
+
+
+async def _dealt(run: Run, given: list[Attempt], book_id: str) -> bool:
+    """Whether a book deals. What it gave is noted."""
+    attempt = run.new_assign(f"between{len(given)}", book_id)
+    async with run.client() as http:
+        await run.send(http, attempt)
+    given.append(attempt)
+    return attempt.outcome == "ok"
+
+
+async def _few_codes_in_every_shard(run: Run) -> list[str]:
+    """Books that do not wait for the ledger, so small that a code which went back is soon dealt again."""
+    books: dict[str, str] = {}
+    async with run.client() as http:
+        while len(books) < SHARDS:
+            generate = {"pattern": "few-########", "total": 2 * FEW_CODES}
+            rules = {"name": "few", "ack": "redis", "max_redemptions_per_code": 2, "generate": generate}
+            book_id = await new_book(http, rules)
+            books.setdefault(book_id[3:5], book_id)
+    run.books.update(dict.fromkeys(books.values(), "redis"))
+    return list(books.values())
+
+
+async def book_held_while_redis_is_flushed(run: Run) -> None:
+    """A long transaction has a book's row, as of an upload, when Redis is emptied: no other book waits for it."""
+    run.loses_records = True
+    held = next(iter(run.books))
+    async with watching(run) as ledger, under_load(run):
+        transaction = ledger.transaction()
+        await transaction.start()
+        await ledger.execute("SELECT FROM books WHERE book_id = $1 FOR UPDATE", held)
+        async with run.stack.redis() as redis, written_to_redis_alone(run):
+            await redis.flushall()
+
+        async def certified() -> bool:
+            rows = await run.stack.ledger("SELECT shard, certified_epoch FROM shards")
+            return all(
+                row["certified_epoch"] > run.epochs[row["shard"]] for row in rows if row["shard"] != int(held[3:5])
+            )
+
+        await until(certified, HEAL_S, "the other shards should be recovered meanwhile")
+        await transaction.rollback()
+    await run.recovered()
+
+
+async def ledger_restored(run: Run) -> None:
+    """Postgres is restored from before the writers' last start: every shard stops and says why, until an operator adopts the
+    ledger as it is. What was answered since the backup is lost by choice; but no code of it goes to somebody else."""
+    run.loses_records = True
+    backup = Backup(run.stack)
+    await run.stack.drained()
+    async with under_load(run):
+        await backup.take()
+        run.restored_from_s = time.monotonic()
+        for _ in range(2):  # each start is a new generation
+            for number, writer in enumerate(run.writers):
+                writer.stop()
+                run.start_writer(number)
+            await run.share_shards()
+        await asyncio.sleep(1.0)
+        for writer in run.writers:
+            writer.stop()
+        await backup.put_back()
+        run.start_writer(0)
+
+        async def stopped() -> bool:
+            rows = await run.stack.ledger("SELECT stopped FROM shards")
+            return all("generation" in (row["stopped"] or "") for row in rows)
+
+        await until(stopped, HEAL_S, "every shard should stop, and say that the ledger went back")
+        run.restored_upto_s = time.monotonic()
+        adopted = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "coupon_svc", "adopt", "--yes"],
+            env={**os.environ, **run.stack.environment},
+            capture_output=True,
+            text=True,
+        )
+        assert adopted.returncode == 0, adopted.stderr
+    run.start_writer(1)
+    await run.recovered()
+
+
+RECOVERY_FAULTS = [
+    Fault(recoverer_dies_on_its_way, replica_stage, lacks_proc),
+    Fault(failed_back_and_recoverers_killed, replica_stage),
+    Fault(book_held_while_redis_is_flushed),
+    Fault(ledger_restored),
+]
