@@ -52,7 +52,6 @@ METHODS = {
         "turn": "reads events",
         "_waited_for": "",  # when to read is free here
         "_commit": "commits",
-        "_rewritten": "reads events",
         "_commit_alone": "is thrown away",
         "_shut_unreadable": "",  # no key is of another type
         "_transact": "commits",
