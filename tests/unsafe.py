@@ -12,22 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from coupon_svc.cli import main
-from coupon_svc.ledger import events, lending
+from coupon_svc.ledger import events, lending, recovery
 from coupon_svc.resources import resource_folder
+from coupon_svc.store import owner
 from coupon_svc.store import scripts as store_scripts
 from coupon_svc.store.client import ShardView, Store
+from coupon_svc.store.owner import OwnerStore
 from coupon_svc.store.positions import Positions
 from coupon_svc.store.scripts import Script
 from coupon_svc.writer import recover, writer
+from coupon_svc.writer.writer import Writer
 
 _read_script = store_scripts.read_script
 
 
 def _without_lines(name: str, lines: str) -> None:
     """Load scripts as if `lines` did not stand in the file of this name, or in what it includes."""
+    read_before = store_scripts.read_script
 
     def read_script(path: Path) -> Script:
-        script = _read_script(path)
+        script = read_before(path)
         if path.stem != name:
             return script
         assert lines in script.source, f"{name}.lua has changed: the safeguard is not where it was"
@@ -50,6 +54,61 @@ def _without_text(include: str, text: str, instead: str = "") -> None:
 def _cut(script: Script, text: str, instead: str = "") -> Script:
     source = script.source.replace(text, instead)
     return Script(script.name, source, hashlib.sha1(source.encode()).hexdigest())
+
+
+def record_epoch() -> None:
+    """A record takes a code out of the quarantine, in whatever epoch the code was lent that was lost."""
+
+    async def release(connection: Any, book_id: str, code: str, epoch: int, decision: str) -> bool:
+        lost_in = "SELECT epoch FROM quarantine WHERE book_id = $1 AND code = $2"
+        epoch = await connection.fetchval(lost_in, book_id, code) or epoch
+        return await honest(connection, book_id, code, epoch, decision)
+
+    honest = recovery.release
+    recovery.release = release
+
+
+def told_position() -> None:
+    """Nobody learns from the position messages which positions are taken."""
+
+    def on_message(self: Store, message: Any) -> None:
+        seen = [view.seen_seq for view in self.views]
+        honest(self, message)
+        for view, seq in zip(self.views, seen, strict=True):
+            view.seen_seq = seq
+
+    honest = Store._on_message
+    Store._on_message = on_message  # type: ignore[method-assign]
+
+
+def installation() -> None:
+    """Nobody asks whose keys are in Redis."""
+
+    async def require_ours(*_: Any) -> None:
+        return None
+
+    OwnerStore._require_ours = require_ours  # type: ignore[method-assign, assignment]
+    _without_lines("open_shard", 'if meta[7] and meta[7] ~= ARGV[7] then\n  return {"foreign", meta[7]}\nend\n')
+    _without_lines("shut_shard", 'if meta[4] and meta[4] ~= ARGV[3] then\n  return {"foreign", meta[4]}\nend\n')
+
+
+def clocks() -> None:
+    """Redis's clock is believed, however far it is from Postgres's."""
+    compared = (
+        'if ARGV[9] ~= "" and math.abs(now_ms - tonumber(ARGV[9])) > 60000 then\n  return {"clock", at_ms}\nend\n'
+    )
+    _without_lines("publish_position", compared)
+    writer.CLOCKS_APART_MAX_MS = 10**15  # type: ignore[attr-defined]
+    owner.CLOCKS_APART_MAX_MS = 10**15
+
+
+def in_touch() -> None:
+    """A writer keeps its shards, whether it can reach Redis or not."""
+
+    def in_touch(_: Writer) -> bool:
+        return True
+
+    Writer._in_touch = in_touch  # type: ignore[method-assign, assignment]
 
 
 def quarantine() -> None:
@@ -186,7 +245,7 @@ def stop_flag() -> None:
 def room() -> None:
     """The backlog has no bound."""
     text = (resource_folder("lua") / "include" / "room.lua").read_text()
-    _without_text("room", text[text.index("if tonumber(meta[2])") : text.index("if waits_for_ledger")])
+    _without_text("room", text[text.index("if tonumber(meta[2])") : text.index("local unseen_ms")])
 
 
 def _without_condition(text: str) -> None:
@@ -197,6 +256,11 @@ def _without_condition(text: str) -> None:
 SAFEGUARDS: dict[str, Callable[[], None]] = {
     safeguard.__name__: safeguard
     for safeguard in (
+        record_epoch,
+        told_position,
+        installation,
+        clocks,
+        in_touch,
         quarantine,
         rebuild,
         replay,
