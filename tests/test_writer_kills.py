@@ -643,7 +643,11 @@ async def test_a_refill_that_failed_while_the_pool_ran_dry_is_tried_again(behind
             return (await history.post("/coupons/assign", {"book_id": book_id, "user_id": user_id})).code == "refilling"
 
         await until(dry, what="the pool should run dry")
-        assert proxy.struck, "the refill was to fail"
+
+        async def failed() -> bool:
+            return proxy.struck > 0
+
+        await until(failed, what="the refill was to fail")
         await stack.drained()
         proxy.judge = lambda _: proxy.PASS
 

@@ -305,7 +305,7 @@ class EmbeddedPostgres(EmbeddedServer):
         "listen_addresses=127.0.0.1",
         "unix_socket_directories=",  # the path of a socket may have 107 characters at most
         "shared_buffers=128MB",
-        "max_connections=100",
+        "max_connections=200",
         "max_wal_size=2GB",
         "jit=off",
     )

@@ -42,7 +42,7 @@ async def migrate(connection: asyncpg.Connection, shards: int, folder: Path | No
         await connection.execute(
             "INSERT INTO shards (shard) SELECT generate_series(0, shards - 1) FROM settings ON CONFLICT DO NOTHING"
         )
-        await _read_settings(connection, shards)
+        await _check_shards(connection, shards)
     return applied
 
 
@@ -60,17 +60,17 @@ async def check_installation(connection: asyncpg.Connection, shards: int) -> str
     missing = [path.stem for path in _migrations(None) if path.stem not in done]
     if missing:
         raise DatabaseUnfit(f"This database lacks {', '.join(missing)}: run `coupon-svc migrate` first.")
-    return await _read_settings(connection, shards)
+    await _check_shards(connection, shards)
+    installation: str = await connection.fetchval("SELECT installation FROM settings")
+    return installation
 
 
-async def _read_settings(connection: asyncpg.Connection, shards: int) -> str:
-    stored = await connection.fetchrow("SELECT shards, installation FROM settings")
-    if stored["shards"] != shards:
+async def _check_shards(connection: asyncpg.Connection, shards: int) -> None:
+    stored = await connection.fetchval("SELECT shards FROM settings")
+    if stored != shards:
         raise DatabaseUnfit(
-            f"COUPON_SHARDS is {shards}, but this database was made for {stored['shards']}:"
-            f" set COUPON_SHARDS={stored['shards']}."
+            f"COUPON_SHARDS is {shards}, but this database was made for {stored}: set COUPON_SHARDS={stored}."
         )
-    return str(stored["installation"])
 
 
 async def _check_encoding(connection: asyncpg.Connection) -> None:
