@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from coupon_svc.domain.books import Book
@@ -94,9 +94,7 @@ class Lender:
         """Everything there is to lend now. Raises StoreLost, LedgerUnavailable."""
         # The shards themselves, not their numbers: meanwhile one may be given up, or be taken anew as another object.
         open_shards = {n: shard for n, shard in self._shards.items() if shard.opened_on is not None}
-        for book in await lending.books_to_load(connection, list(open_shards)):
-            if loader := self._shard_of(book.book_id):
-                await self._guarded(loader, loader.owned, self._load_book(connection, loader, book))
+        await self._load_changed(connection, open_shards)
         # What is lent in an epoch is brought in that epoch: a recovery that comes between may give the code to another.
         lent_in = {number: (shard, shard.owned) for number, shard in open_shards.items()}
         for book_id, lease in (await lending.lone_leases(connection, list(open_shards))).items():
@@ -108,6 +106,14 @@ class Lender:
                 del self._low[book_id]  # it is another writer's by now, or was taken anew
             elif shard.opened_on is not None:  # else it is being opened: look again then
                 await self._guarded(shard, shard.owned, self._refill(connection, shard, book_id))
+                # A book that was paused must not wait for the refills of all others.
+                await self._load_changed(connection, open_shards)
+
+    async def _load_changed(self, connection: Any, open_shards: Mapping[int, Shard]) -> None:
+        """Bring books whose rules or codes have changed. Raises StoreLost, LedgerUnavailable."""
+        for book in await lending.books_to_load(connection, list(open_shards)):
+            if shard := self._shard_of(book.book_id):
+                await self._guarded(shard, shard.owned, self._load_book(connection, shard, book))
 
     async def settle(self, connection: Any, shard: Shard) -> None:
         """Bring again what was lent and may not have arrived, and look at every pool: after a take-over.

@@ -72,6 +72,7 @@ METHODS = {
         "_bring_outstanding": "brings again what is outstanding",
         "_guarded": "load is refused",
         "_kept_back": "",  # what Redis is told of codes on their way decides nothing but a refusal
+        "_load_changed": "",
         "_load_book": "",  # the book is there from the first state on
         "_refill": "lends code",
         "_bring_lone": "has codes that were lent alone to bring",
