@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -86,11 +87,9 @@ async def failed_back_and_recoverers_killed(run: Run) -> None:
         certified = await identity(stage.master)
         for part in APIS:
             stage.redis_of[part].treat(replies="lose")
-        await asyncio.sleep(0.5)  # the ledger has all that anybody has heard of by then: nothing counts as lost
+        await run.stack.drained()  # the ledger has all that anybody has heard of: nothing counts as lost
         async with writers_standing_still(run):
-            unheard = asyncio.gather(
-                *(run.send(http, run.new_assign(f"first{n}", b)) for b in few for n in range(FEW_CODES))
-            )
+            unheard = asyncio.gather(*(run.send(http, _assign(b, f"first{n}")) for b in few for n in range(FEW_CODES)))
             await asyncio.sleep(0.5)
             await promote(stage.replica)
             stage.lead_to(stage.replica)
@@ -104,11 +103,16 @@ async def failed_back_and_recoverers_killed(run: Run) -> None:
             writer.stop()
             run.start_writer(number, COUPON_TEST_CRASH_AT="recover.settled")
         await run.share_shards()
-        given: list[Attempt] = []
         for book_id in few:
-            await until(lambda book_id=book_id: _dealt(run, given, book_id), HEAL_S, "the new master should deal")  # type: ignore[misc]
+
+            async def deals(book_id: str = book_id) -> bool:
+                attempt = _assign(book_id, f"between-{secrets.token_hex(4)}")
+                await run.send(http, attempt)
+                return attempt.outcome == "ok"
+
+            await until(deals, HEAL_S, "the new master should deal")
         async with writers_standing_still(run):
-            second = [run.new_assign(f"second{n}", book_id) for book_id in few for n in range(FEW_CODES)]
+            second = [_assign(book_id, f"second{n}") for book_id in few for n in range(FEW_CODES)]
             await asyncio.gather(*(run.send(http, attempt) for attempt in second))
             stage.lead_to(stage.master)
         assert await identity(stage.master) == certified, "it should be the old master in its old life"
@@ -120,17 +124,8 @@ async def failed_back_and_recoverers_killed(run: Run) -> None:
         await run.recovered()
 
 
-async def _dealt(run: Run, given: list[Attempt], book_id: str) -> bool:
-    """Whether a book deals. What it gave is noted."""
-    attempt = run.new_assign(f"between{len(given)}", book_id)
-    async with run.client() as http:
-        await run.send(http, attempt)
-    given.append(attempt)
-    return attempt.outcome == "ok"
-
-
 async def _few_codes_in_every_shard(run: Run) -> list[str]:
-    """Books that do not wait for the ledger, so small that a code which went back is soon dealt again."""
+    """Books of the fault's own that do not wait for the ledger, so small that a code which went back is soon dealt again."""
     books: dict[str, str] = {}
     async with run.client() as http:
         while len(books) < SHARDS:
@@ -138,8 +133,12 @@ async def _few_codes_in_every_shard(run: Run) -> list[str]:
             rules = {"name": "few", "ack": "redis", "max_redemptions_per_code": 2, "generate": generate}
             book_id = await new_book(http, rules)
             books.setdefault(book_id[3:5], book_id)
-    run.books.update(dict.fromkeys(books.values(), "redis"))
     return list(books.values())
+
+
+def _assign(book_id: str, user: str) -> Attempt:
+    body: dict[str, str | int] = {"book_id": book_id, "user_id": user}
+    return Attempt("assign", "/coupons/assign", body, secrets.token_hex(8), book_id, "redis", user)
 
 
 async def book_held_while_redis_is_flushed(run: Run) -> None:

@@ -373,8 +373,9 @@ class Run:
                     return again.status != 503  # which says nothing of the first
 
                 await until(judged, HEAL_S, "a replay should be answered")
+                # It may be durable by now.
                 first, second = ({**answer, "durable": None} for answer in (attempt.answer, again.answer))
-                assert first == second, "P5: the same key was not given the same answer"  # but may be durable by now
+                assert first == second, f"P5: the same key was not given the same answer: {first}, {second}"
 
     async def _check_ledger(self) -> None:
         rows = await self.stack.ledger("SELECT book_id, code, user_id, uses FROM coupons")
