@@ -69,7 +69,7 @@ async def test_a_book_is_paused_lent_and_added_to_while_codes_are_generated_into
             answer = await client.patch(f"/coupons/{book}", json={"status": status})
             assert answer.status_code == 200, answer.text
         answer = await client.post(f"/coupons/assign/NAMED-{done}", json={"user_id": "u"})
-        assert answer.status_code == 201, answer.text
+        assert answer.status_code in (200, 201), answer.text  # 200: it was drawn at random below
         for _ in range(20):  # two blocks: the pool must be filled again
             answer = await client.post("/coupons/assign", json={"book_id": book, "user_id": "u"})
             assert answer.status_code == 201 or answer.json()["code"] == "already_assigned", answer.text

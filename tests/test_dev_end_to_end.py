@@ -268,7 +268,7 @@ def test_wrong_input_is_an_error_of_one_line(tmp_path: Path) -> None:
     """Here through the real command; tests of the command line go through the rest of what can be wrong."""
     status, said = refused(tmp_path, "--api-key", "")
     assert status == 1
-    assert said.startswith("coupon-svc: a key has 1..200")
+    assert said.startswith("coupon-svc: --api-key gives no usable key")
     assert len(said.splitlines()) == 1
 
 

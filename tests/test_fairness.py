@@ -229,7 +229,7 @@ class Dealer:
 @pytest.fixture(scope="module")
 async def dealer(plain_redis: EmbeddedRedis) -> AsyncIterator[Dealer]:
     scripts = Scripts()
-    owner = OwnerStore(plain_redis.url, SHARDS, scripts)
+    owner = OwnerStore(plain_redis.url, SHARDS, scripts, "inst-1")
     await owner.shut_shard(TERM)
     await owner.certify_shard(TERM, await owner.connect(), 1_000_000_000)
     connection = await connect(plain_redis.url, "test-fairness")
