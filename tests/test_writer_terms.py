@@ -22,7 +22,7 @@ from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
 from coupon_svc.store.scripts import Scripts
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.lend import Lender
-from coupon_svc.writer.persist import Persister
+from coupon_svc.writer.persist import Hole, Persister, following_batch
 from coupon_svc.writer.shard import Shard, term_of
 from tests.harness import fresh_database
 from tests.scripts.runner import new_rules
@@ -73,6 +73,32 @@ async def test_a_position_of_the_epoch_before_is_not_told_in_the_next(recovered:
     await persister._publish(shard, old, b"x" * 32, "")
     assert (shard.committed, shard.chain, assigned) == (0, CHAIN, [])
     assert (await store.read_meta(before.shard)).committed == 0
+
+
+def test_what_comes_before_a_hole_is_committed() -> None:
+    """Else the shard is found in order by its next entry, opened, and shut again by the persister, for ever."""
+    shard = Shard(OwnedShard(0, 3, 7, 1, CHAIN))
+    fields = [
+        "event",
+        COUPON_ASSIGNED,
+        "book",
+        "b",
+        "code",
+        "A-1",
+        "user",
+        "u",
+        "at_ms",
+        "1",
+        "idem",
+        "",
+        "fingerprint",
+        "",
+    ]
+    entries = [["3-8", fields], ["3-9", ["by", "hand"]], ["4-7", ["by", "hand"]]]
+    batch = following_batch(shard, entries)
+    assert (batch.committed, batch.upto, len(batch.events), [letter.seq for letter in batch.dead]) == (7, 9, 1, [9])
+    with pytest.raises(Hole, match="event 3-8 is missing, 4-7 came instead"):
+        following_batch(shard, entries[2:])
 
 
 async def test_codes_that_were_lent_in_the_epoch_before_are_not_brought_in_the_next(recovered: Recovered) -> None:

@@ -162,6 +162,10 @@ class Store:
                 if reply[0] == "suspect":
                     if reply[1:] == ["counts"]:
                         await self.doubt(shard)
+                    else:
+                        # If Redis went back behind what was seen here, a process that saw nothing must not be believed
+                        # for another moment. In any other epoch, history or state this does nothing.
+                        await self._doubt(shard, 0)
                     self._suspect(view, shard)
                     raise Refused(Outcome.RECOVERING)
                 if epoch != view.epoch:  # it was over before we came to read the reply, which says nothing any more

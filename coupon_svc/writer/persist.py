@@ -103,7 +103,7 @@ class Persister:
         batches = []
         for number, shard_entries in entries.items():
             try:
-                batches.append(_batch(open_shards[number], shard_entries))
+                batches.append(following_batch(open_shards[number], shard_entries))
             except Hole as error:
                 log.error("shard %02d is suspect: %s", number, error)
                 open_shards[number].opened_on = None
@@ -115,9 +115,12 @@ class Persister:
         crash_point("persist.read")
         read_at = asyncio.get_running_loop().time()
         committed = await self._commit(batches)
-        digests = {number: entry_digest(shard_entries[-1][1]) for number, shard_entries in entries.items()}
+        ends = {batch.shard: entries[batch.shard][batch.upto - batch.committed - 1][1] for batch in batches}
         await asyncio.gather(
-            *(self._publish(open_shards[batch.shard], batch, head, digests[batch.shard]) for batch, head in committed)
+            *(
+                self._publish(open_shards[batch.shard], batch, head, entry_digest(ends[batch.shard]))
+                for batch, head in committed
+            )
         )
         crash_point("persist.published")
         if sum(len(batch.events) for batch in batches) < ENOUGH_EVENTS and not self._waited_for(batches):
@@ -306,19 +309,22 @@ class Persister:
         return self._connection
 
 
-def _batch(shard: Shard, entries: Sequence[Sequence[Any]]) -> Batch:
-    """The entries of a stream as a batch that follows the shard's position. Raises Hole."""
+def following_batch(shard: Shard, entries: Sequence[Sequence[Any]]) -> Batch:
+    """The entries of a stream that follow the shard's position, up to the first hole among them. Raises Hole when there is
+    none: whoever opens the shard looks at the next entry alone, and would find nothing amiss behind a good one."""
     events: list[Event] = []
     dead: list[DeadLetter] = []
-    expected = shard.committed
+    upto = shard.committed
     for entry_id, fields in entries:
         epoch, seq = parse_entry_id(entry_id)
-        expected += 1
-        if (epoch, seq) != (shard.owned.epoch, expected):
-            raise Hole(f"event {shard.owned.epoch}-{expected} is missing, {epoch}-{seq} came instead")
+        if (epoch, seq) != (shard.owned.epoch, upto + 1):
+            if upto > shard.committed:
+                break
+            raise Hole(f"event {shard.owned.epoch}-{upto + 1} is missing, {epoch}-{seq} came instead")
+        upto = seq
         try:
             events.append(parse_event(seq, fields))
         except MalformedEvent as error:
             dead.append(garbled_letter(seq, fields, str(error)))
     owned = shard.owned
-    return Batch(owned.shard, owned.epoch, owned.generation, shard.committed, expected, events, dead, shard.chain)
+    return Batch(owned.shard, owned.epoch, owned.generation, shard.committed, upto, events, dead, shard.chain)
