@@ -170,8 +170,8 @@ async def ledger_restored(run: Run) -> None:
     backup = Backup(run.stack)
     await run.stack.drained()
     async with under_load(run):
+        run.restored_from_s = time.monotonic()  # the copy is of a moment within the next line
         await backup.take()
-        run.restored_from_s = time.monotonic()
         for _ in range(2):  # each start is a new generation
             for number, writer in enumerate(run.writers):
                 writer.stop()
