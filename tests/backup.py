@@ -18,11 +18,12 @@ class Backup:
 
     async def take(self) -> None:
         ledger = await asyncpg.connect(self._stack.database_url)
-        names = await ledger.fetch(
-            "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
-        )
-        for (name,) in names:
-            self._tables[name] = await ledger.fetch(f"SELECT * FROM {name}")
+        async with ledger.transaction(isolation="repeatable_read", readonly=True):  # of one moment
+            names = await ledger.fetch(
+                "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
+            )
+            for (name,) in names:
+                self._tables[name] = await ledger.fetch(f"SELECT * FROM {name}")
         await ledger.close()
 
     async def put_back(self) -> None:
