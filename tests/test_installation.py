@@ -14,6 +14,7 @@ import pytest
 
 from coupon_svc.ledger.migrations import DatabaseUnfit, check_installation, migrate
 from coupon_svc.store.client import Store
+from coupon_svc.store.connection import ReplyError
 from coupon_svc.store.keys import ShardKeys
 from coupon_svc.store.meta import META_FIELDS, meta_of
 from coupon_svc.store.positions import Positions
@@ -124,20 +125,24 @@ def test_a_meta_that_is_torn_is_no_error() -> None:
 class Server:
     """A connection to a Redis whose shards have these metas."""
 
-    def __init__(self, metas: list[dict[str, str]], now_s: int = 1000) -> None:
-        self.metas, self.now_s = metas, now_s
+    def __init__(self, metas: list[dict[str, str]]) -> None:
+        self.metas = metas
 
-    async def ask(self, *command: str) -> str:
+    async def ask(self, *command: str) -> Any:
+        if command[0] == "TIME":
+            return ["1000", "0"]
         return "redis_version:7.2.0\r\nrole:master\r\naof_enabled:1\r\nrun_id:r\r\nmaster_replid:p\r\nloading:0\r\n"
 
-    def send(self, *command: str) -> asyncio.Future[list[str | None]]:
-        future: asyncio.Future[list[str | None]] = asyncio.get_running_loop().create_future()
-        if command[0] == "TIME":
-            future.set_result([str(self.now_s), "0"])
-        else:
-            meta = self.metas[int(command[1].split("{")[1][:2])]
-            future.set_result([meta.get(field) for field in command[2:]])
+    def send(self, *command: str) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        meta = self.metas[int(command[1].split("{")[1][:2])]
+        error = ReplyError("WRONGTYPE Operation against a key holding the wrong kind of value")
+        future.set_result(error if meta is ANOTHER_TYPE else [meta.get(field) for field in command[2:]])
         return future
+
+
+ANOTHER_TYPE: dict[str, str] = {}
+"""In the place of a meta that is another kind of key."""
 
 
 def certified(**changes: str) -> dict[str, str]:
@@ -159,8 +164,9 @@ async def open_shards(*metas: dict[str, str], joined: bool = True, registered: b
 
 async def test_what_does_not_parse_shuts_its_own_shard_alone() -> None:
     torn = [certified(**{field: "x"}) for field in ("seq", "committed", "backlog_max", "epoch")]
-    _, opened = await open_shards(certified(), *torn, certified(installation="inst-2"), {}, certified())
-    assert opened == [True, False, False, False, False, False, False, True]
+    others = (certified(installation="inst-2"), {"seq": "9"}, ANOTHER_TYPE)
+    _, opened = await open_shards(certified(), *torn, *others, certified())
+    assert opened == [True, *[False] * 7, True]
 
 
 async def test_nothing_is_opened_before_postgres_has_said_whose_it_is() -> None:

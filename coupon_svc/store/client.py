@@ -238,19 +238,20 @@ class Store:
         """Ask the server who it is, and open the shards that are certified for it; shut the others."""
         info = await read_info(connection)
         identity, self.refuses_writes = judge(info), refuses_writes(info)
+        seconds, microseconds = await connection.ask("TIME")
+        now_ms = int(seconds) * 1000 + int(microseconds) // 1000
         # As of now: a message may outrun the reply, and tell of what was made after it.
         seen = [(view.epoch, view.seen_seq) for view in self.views]
         metas = [connection.send("HMGET", view.keys.meta, *META_FIELDS) for view in self.views]
-        clock = connection.send("TIME")
         gone_back = []
         replies = [await meta for meta in metas]
-        seconds, microseconds = await clock
-        now_ms = int(seconds) * 1000 + int(microseconds) // 1000
         for shard, (view, reply) in enumerate(zip(self.views, replies, strict=True)):
+            view.certified = False
             if isinstance(reply, ReplyError):
+                if str(reply).startswith("WRONGTYPE"):
+                    continue  # somebody put another key there, and that is this shard's trouble alone
                 raise reply
             meta = parse_meta(reply)
-            view.certified = False
             view.ledger_unseen_s = math.inf if not meta.ledger_at_ms else max(0, now_ms - meta.ledger_at_ms) / 1000
             if (meta.run_id, meta.replid) != (identity.run_id, identity.replid) or not self._ours(shard, meta):
                 continue
