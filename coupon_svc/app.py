@@ -7,22 +7,22 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from coupon_svc.api.auth import KeyRing
-from coupon_svc.api.books import Books
-from coupon_svc.api.coupons import Coupons
-from coupon_svc.api.limits import Limits, drain_at_sigterm
-from coupon_svc.api.metrics import Metrics
-from coupon_svc.api.public import Public
-from coupon_svc.api.registration import Registration
-from coupon_svc.api.routes import Api, make_app
-from coupon_svc.api.runner import BookRunner
 from coupon_svc.config import Settings, load_settings
-from coupon_svc.ledger.database import Database
-from coupon_svc.ledger.resolve import Resolver
-from coupon_svc.ledger.uploads import Uploads
-from coupon_svc.store.client import Store
-from coupon_svc.store.positions import Positions
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.http.auth import KeyRing
+from coupon_svc.http.books import Books
+from coupon_svc.http.coupons import Coupons
+from coupon_svc.http.limits import Limits, drain_at_sigterm
+from coupon_svc.http.metrics import Metrics
+from coupon_svc.http.public import Public
+from coupon_svc.http.registration import Registration
+from coupon_svc.http.routes import Api, make_app
+from coupon_svc.http.runner import BookRunner
+from coupon_svc.postgres.database import Database
+from coupon_svc.postgres.resolve import Resolver
+from coupon_svc.postgres.uploads import Uploads
+from coupon_svc.redis.data_plane import Store
+from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.scripts import Scripts
 
 
 def make_api(settings: Settings | None = None) -> Api:

@@ -18,9 +18,9 @@ import msgspec
 from asyncpg import InvalidCatalogNameError, UndefinedColumnError, UndefinedTableError
 
 from coupon_svc.config import Settings, SettingsError, load_settings
-from coupon_svc.ledger import keys, quarantine
-from coupon_svc.ledger.database import PATIENT_S, LedgerUnavailable, open_connection
-from coupon_svc.ledger.migrations import DatabaseUnfit, migrate
+from coupon_svc.postgres import keys, quarantine
+from coupon_svc.postgres.database import PATIENT_S, LedgerUnavailable, open_connection
+from coupon_svc.postgres.migrations import DatabaseUnfit, migrate
 
 
 class UsageError(Exception):
@@ -297,8 +297,8 @@ def _api(args: argparse.Namespace) -> None:
     # The parts are imported where they are run: what a writer never uses would double the time it takes to start.
     import uvicorn
 
-    from coupon_svc.api.server import SERVER_SETTINGS, CouponProtocol
     from coupon_svc.app import make_api
+    from coupon_svc.http.server import SERVER_SETTINGS, CouponProtocol
 
     settings = load_settings(host=args.host, port=args.port, workers=args.workers)
     common: dict[str, Any] = {**SERVER_SETTINGS, "http": CouponProtocol}

@@ -22,8 +22,8 @@ import httpx
 from redis.asyncio import Redis
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.ledger.keys import SCOPES, create_key, new_key
-from coupon_svc.ledger.migrations import migrate
+from coupon_svc.postgres.keys import SCOPES, create_key, new_key
+from coupon_svc.postgres.migrations import migrate
 
 # httpx looks for this optional package on every request, and the search costs more than the request.
 sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from coupon_svc.domain.outcomes import Outcome
-from coupon_svc.store.scripts import Script
+from coupon_svc.redis.scripts import Script
 
 INTERNAL_WORDS = {
     "suspect": "the shard is shut, and the caller answered `recovering`",

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from coupon_svc.domain.chain import CHAIN_START
-from coupon_svc.store.keys import ShardKeys
+from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.writer.persist import HEAD_CHANGED
 from tests.backup import Backup
 from tests.harness import Part, Stack, until

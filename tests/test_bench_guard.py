@@ -24,15 +24,15 @@ import pytest
 import uvicorn
 
 import coupon_svc
-from coupon_svc.api.server import SERVER_SETTINGS, CouponProtocol
 from coupon_svc.app import make_api
 from coupon_svc.config import load_settings
+from coupon_svc.http.server import SERVER_SETTINGS, CouponProtocol
 from coupon_svc.load.client import Connections
 from coupon_svc.ops.bench.memory import measure_memory
 from coupon_svc.ops.bench.requests import Requests
 from coupon_svc.ops.bench.stand import Process
 from coupon_svc.ops.bench.turns import take_turn
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.redis.scripts import Scripts
 from tests.harness import Stack, until
 
 KEYED = {"Idempotency-Key": "guard-0001"}

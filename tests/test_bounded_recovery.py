@@ -18,20 +18,20 @@ from coupon_svc.config import load_settings
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.receipts import Receipt
-from coupon_svc.ledger import outstanding, recovery
-from coupon_svc.ledger.catalogue import lease_code
-from coupon_svc.ledger.database import LedgerUnavailable, open_connection
-from coupon_svc.ledger.events import NotOwner
-from coupon_svc.ledger.lending import settle_lone_leases
-from coupon_svc.ledger.marks import Mark, mark_of_a_day_ago, note_marks
-from coupon_svc.ledger.migrations import migrate
-from coupon_svc.ledger.quarantine import deal_again, redeem_receipt
-from coupon_svc.ledger.recovery import NewEpoch, Verdict
-from coupon_svc.ledger.shards import OwnedShard, owned_shards
+from coupon_svc.postgres import outstanding, recovery
+from coupon_svc.postgres.catalogue import lease_code
+from coupon_svc.postgres.database import LedgerUnavailable, open_connection
+from coupon_svc.postgres.events import NotOwner
+from coupon_svc.postgres.lending import settle_lone_leases
+from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago, note_marks
+from coupon_svc.postgres.migrations import migrate
+from coupon_svc.postgres.quarantine import deal_again, redeem_receipt
+from coupon_svc.postgres.recovery import NewEpoch, Verdict
+from coupon_svc.postgres.shards import OwnedShard, owned_shards
+from coupon_svc.redis.control import OwnerStore
+from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.scripts import Scripts
 from coupon_svc.resources import resource_folder
-from coupon_svc.store.keys import ShardKeys
-from coupon_svc.store.owner import OwnerStore
-from coupon_svc.store.scripts import Scripts
 from coupon_svc.writer import recover as recover_module
 from coupon_svc.writer import upkeep as upkeep_module
 from coupon_svc.writer.lend import Lender

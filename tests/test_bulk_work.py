@@ -11,20 +11,20 @@ import asyncpg
 import httpx
 import pytest
 
-from coupon_svc.api.books import Books
-from coupon_svc.api.http import Call
-from coupon_svc.api.schemas import UpdateBook
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.books import Ack, BookStatus
 from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.codes import Pattern
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.ledger.catalogue import NewBook, insert_book, insert_codes, places_end
-from coupon_svc.ledger.database import Database
-from coupon_svc.ledger.keys import KeyRow
-from coupon_svc.ledger.lending import lease_block
-from coupon_svc.ledger.shards import OwnedShard
-from coupon_svc.ledger.uploads import Generated, Uploads
+from coupon_svc.http.books import Books
+from coupon_svc.http.http import Call
+from coupon_svc.http.schemas import UpdateBook
+from coupon_svc.postgres.catalogue import NewBook, insert_book, insert_codes, places_end
+from coupon_svc.postgres.database import Database
+from coupon_svc.postgres.keys import KeyRow
+from coupon_svc.postgres.lending import lease_block
+from coupon_svc.postgres.shards import OwnedShard
+from coupon_svc.postgres.uploads import Generated, Uploads
 from tests.harness import Stack, fresh_database, until
 from tests.routes.helpers import counters, make_book, refused, upload
 from tests.test_verify import report_of

@@ -17,8 +17,8 @@ import asyncpg
 import pytest
 
 from coupon_svc.cli import main
-from coupon_svc.ledger.keys import SCOPES, hash_key
-from coupon_svc.ledger.migrations import migrate
+from coupon_svc.postgres.keys import SCOPES, hash_key
+from coupon_svc.postgres.migrations import migrate
 from coupon_svc.resources import resource_folder
 
 SHARDS = 4

@@ -24,7 +24,7 @@ from coupon_svc.cli import _parser
 from coupon_svc.config import Settings, load_settings, variable
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.load.command import KEY_VARIABLE
-from coupon_svc.store.server import judge
+from coupon_svc.redis.server import judge
 from tests.harness import Stack
 
 ROOT = Path(__file__).parent.parent

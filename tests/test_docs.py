@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from coupon_svc.api.http import Operation
-from coupon_svc.api.operations import OPERATIONS
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.domain.shards import shard_tag
-from coupon_svc.store.keys import POSITIONS_CHANNEL, ShardKeys
+from coupon_svc.http.http import Operation
+from coupon_svc.http.operations import OPERATIONS
+from coupon_svc.redis.keys import POSITIONS_CHANNEL, ShardKeys
 from tests.chaos.suite import FAULTS
 
 ROOT = Path(__file__).parent.parent

@@ -22,13 +22,13 @@ from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.shards import new_book_id
-from coupon_svc.ledger.catalogue import NewBook, insert_book, insert_codes, random_places
-from coupon_svc.ledger.lending import lease_block
-from coupon_svc.ledger.shards import OwnedShard
-from coupon_svc.store.connection import Connection, ReplyError, connect
-from coupon_svc.store.keys import ShardKeys
-from coupon_svc.store.owner import OwnerStore, Term
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.postgres.catalogue import NewBook, insert_book, insert_codes, random_places
+from coupon_svc.postgres.lending import lease_block
+from coupon_svc.postgres.shards import OwnedShard
+from coupon_svc.redis.connection import Connection, ReplyError, connect
+from coupon_svc.redis.control import OwnerStore, Term
+from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.scripts import Scripts
 from tests.harness import fresh_database
 
 FALSE_ALARM = 1e-9

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from coupon_svc.api import registration
 from coupon_svc.config import load_settings
-from coupon_svc.ledger.database import LedgerUnavailable, open_connection
-from coupon_svc.store.client import Store
-from coupon_svc.store.positions import Positions
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.http import registration
+from coupon_svc.postgres.database import LedgerUnavailable, open_connection
+from coupon_svc.redis.data_plane import Store
+from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.scripts import Scripts
 from coupon_svc.writer import lend, writer
 from tests.conftest import SHARDS
 from tests.harness import fresh_database

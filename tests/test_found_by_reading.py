@@ -12,28 +12,28 @@ import asyncpg
 import httpx
 import pytest
 
-from coupon_svc.api import registration as registration_module
-from coupon_svc.api.auth import KeyRing
-from coupon_svc.api.coupons import Coupons
-from coupon_svc.api.registration import Registration
-from coupon_svc.api.runner import BookRunner
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.receipts import Receipt
-from coupon_svc.ledger import recovery
-from coupon_svc.ledger.catalogue import lease_code
-from coupon_svc.ledger.database import LedgerUnavailable
-from coupon_svc.ledger.keys import KeyRow
-from coupon_svc.ledger.marks import Mark
-from coupon_svc.ledger.quarantine import redeem_receipt
-from coupon_svc.ledger.recovery import NewEpoch
-from coupon_svc.ledger.shards import OwnedShard
-from coupon_svc.store.client import Store
-from coupon_svc.store.keys import ShardKeys
-from coupon_svc.store.owner import OwnerStore, Term
-from coupon_svc.store.positions import Positions
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.http import registration as registration_module
+from coupon_svc.http.auth import KeyRing
+from coupon_svc.http.coupons import Coupons
+from coupon_svc.http.registration import Registration
+from coupon_svc.http.runner import BookRunner
+from coupon_svc.postgres import recovery
+from coupon_svc.postgres.catalogue import lease_code
+from coupon_svc.postgres.database import LedgerUnavailable
+from coupon_svc.postgres.keys import KeyRow
+from coupon_svc.postgres.marks import Mark
+from coupon_svc.postgres.quarantine import redeem_receipt
+from coupon_svc.postgres.recovery import NewEpoch
+from coupon_svc.postgres.shards import OwnedShard
+from coupon_svc.redis.control import OwnerStore, Term
+from coupon_svc.redis.data_plane import Store
+from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.scripts import Scripts
 from tests.harness import Stack, fresh_database, until
 from tests.routes.helpers import make_book, refused
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from coupon_svc.ledger.database import open_connection
-from coupon_svc.ledger.quarantine import want_recovery
-from coupon_svc.store.client import Store
-from coupon_svc.store.owner import OwnerStore, StoreLost
-from coupon_svc.store.positions import Positions
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.postgres.database import open_connection
+from coupon_svc.postgres.quarantine import want_recovery
+from coupon_svc.redis.control import OwnerStore, StoreLost
+from coupon_svc.redis.data_plane import Store
+from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.scripts import Scripts
 from tests.chaos.network import Network, direct, network_stage, promote
 from tests.harness import until
 

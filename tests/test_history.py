@@ -14,13 +14,13 @@ import pytest
 
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.domain.receipts import Receipt
-from coupon_svc.ledger.events import Batch, DeadLetter, LedgerEdited, NotOwner, write_batches
-from coupon_svc.ledger.migrations import migrate
-from coupon_svc.ledger.quarantine import redeem_receipt
-from coupon_svc.ledger.recovery import begin_epoch, drain, mark_certified, note_late
-from coupon_svc.ledger.shards import owned_shards
 from coupon_svc.ops.history import Head, walk_history
 from coupon_svc.ops.verify import _LEDGER_CHECKS
+from coupon_svc.postgres.events import Batch, DeadLetter, LedgerEdited, NotOwner, write_batches
+from coupon_svc.postgres.migrations import migrate
+from coupon_svc.postgres.quarantine import redeem_receipt
+from coupon_svc.postgres.recovery import begin_epoch, drain, mark_certified, note_late
+from coupon_svc.postgres.shards import owned_shards
 from coupon_svc.resources import resource_folder
 from tests.harness import Stack, fresh_database, until
 

@@ -12,13 +12,13 @@ import asyncpg
 import httpx
 import pytest
 
-from coupon_svc.ledger.migrations import DatabaseUnfit, check_installation, migrate
-from coupon_svc.store.client import Store
-from coupon_svc.store.connection import ReplyError
-from coupon_svc.store.keys import ShardKeys
-from coupon_svc.store.meta import META_FIELDS, meta_of
-from coupon_svc.store.positions import Positions
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.postgres.migrations import DatabaseUnfit, check_installation, migrate
+from coupon_svc.redis.connection import ReplyError
+from coupon_svc.redis.data_plane import Store
+from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.meta import META_FIELDS, meta_of
+from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.scripts import Scripts
 from tests.harness import Stack, fresh_database, until
 from tests.routes.helpers import make_book
 

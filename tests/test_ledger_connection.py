@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
-from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.postgres.database import LedgerUnavailable, bounded, open_connection
 from tests.harness import fresh_database
 
 

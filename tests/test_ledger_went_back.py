@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import asyncpg
 
-from coupon_svc.store.keys import ShardKeys
+from coupon_svc.redis.keys import ShardKeys
 from tests.harness import Stack
 
 

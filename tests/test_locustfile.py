@@ -6,8 +6,8 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from coupon_svc.api.openapi import openapi_document
-from coupon_svc.api.operations import OPERATIONS
+from coupon_svc.http.openapi import openapi_document
+from coupon_svc.http.operations import OPERATIONS
 
 FILE = Path(__file__).parent.parent / "examples" / "locustfile.py"
 

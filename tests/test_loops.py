@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.ledger.database import Database, LedgerUnavailable, open_connection
-from coupon_svc.ledger.resolve import Resolver
-from coupon_svc.store import client, server
-from coupon_svc.store.client import Store
-from coupon_svc.store.positions import Positions
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.postgres.database import Database, LedgerUnavailable, open_connection
+from coupon_svc.postgres.resolve import Resolver
+from coupon_svc.redis import data_plane, server
+from coupon_svc.redis.data_plane import Store
+from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.scripts import Scripts
 from tests.conftest import SHARDS
 from tests.harness import until
 
@@ -29,7 +29,7 @@ async def test_a_loop_that_fails_unforeseen_begins_again(
             raise KeyError("a secret")
         return server.judge(info)
 
-    monkeypatch.setattr(client, "judge", fails_once)
+    monkeypatch.setattr(data_plane, "judge", fails_once)
     store = Store(plain_redis.url, SHARDS, Positions(SHARDS, 1000), Scripts())
     await store.start()
 

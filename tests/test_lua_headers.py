@@ -9,8 +9,8 @@ import pytest
 
 import coupon_svc
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED
+from coupon_svc.redis.scripts import Script, Scripts, read_script
 from coupon_svc.resources import resource_folder
-from coupon_svc.store.scripts import Script, Scripts, read_script
 from tests.lua_headers import INTERNAL_WORDS, OWNER_WORDS, Head, complaints, read_head, returned_words, sender
 
 LUA = resource_folder("lua")

@@ -14,11 +14,11 @@ from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 from starlette.routing import Route
 
-from coupon_svc.api.openapi import openapi_document
-from coupon_svc.api.operations import OPERATIONS
-from coupon_svc.api.public import Public, PublicEndpoint
-from coupon_svc.api.routes import make_app
 from coupon_svc.domain.outcomes import Outcome
+from coupon_svc.http.openapi import openapi_document
+from coupon_svc.http.operations import OPERATIONS
+from coupon_svc.http.public import Public, PublicEndpoint
+from coupon_svc.http.routes import make_app
 from tests.harness import Stack
 
 METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from coupon_svc.store.keys import ShardKeys
+from coupon_svc.redis.keys import ShardKeys
 from tests.harness import Stack, until
 
 MakeStack = Callable[[], Awaitable[Stack]]

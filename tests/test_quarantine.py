@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from coupon_svc.ledger.quarantine import deal_again, quarantined_books
+from coupon_svc.postgres.quarantine import deal_again, quarantined_books
 from tests.harness import Stack, until
 
 MakeStack = Callable[[], Awaitable[Stack]]

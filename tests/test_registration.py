@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 
-from coupon_svc.api.registration import Registration
 from coupon_svc.domain.clock import boot_s
-from coupon_svc.ledger.processes import PROCESS_TTL_S, count_as_gone, gone_processes, process_beats
-from coupon_svc.store.client import Store
-from coupon_svc.store.positions import Positions
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.http.registration import Registration
+from coupon_svc.postgres.processes import PROCESS_TTL_S, count_as_gone, gone_processes, process_beats
+from coupon_svc.redis.data_plane import Store
+from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.scripts import Scripts
 from tests.harness import fresh_database
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from coupon_svc.config import load_settings
-from coupon_svc.ledger.recovery import HistoryForked
-from coupon_svc.store.keys import ShardKeys
+from coupon_svc.postgres.recovery import HistoryForked
+from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.writer.writer import Writer
 from tests.harness import Stack, until
 

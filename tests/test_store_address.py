@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from redis.connection import parse_url
 
-from coupon_svc.store.connection import parse_address
+from coupon_svc.redis.connection import parse_address
 
 
 @pytest.mark.parametrize(

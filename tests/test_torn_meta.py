@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from coupon_svc.store.keys import ShardKeys
+from coupon_svc.redis.keys import ShardKeys
 from tests.conftest import SHARDS
 from tests.harness import Stack, running_stack, until
 

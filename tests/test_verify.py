@@ -8,9 +8,9 @@ import pytest
 from redis.asyncio import Redis
 
 from coupon_svc.config import load_settings
-from coupon_svc.ledger.database import open_connection
 from coupon_svc.ops import verify as verify_module
 from coupon_svc.ops.verify import Report, Verifier
+from coupon_svc.postgres.database import open_connection
 from tests.harness import Stack
 
 Damage = Callable[[Stack, Redis], Awaitable[None]]

@@ -19,8 +19,8 @@ from hypothesis.stateful import (
 from redis import Redis
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.store.keys import ShardKeys
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.scripts import Scripts
 
 EPOCH, GENERATION, TENANT = 1, 1, 7
 RUN_ID, INSTALLATION = "run", "walk"

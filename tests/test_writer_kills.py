@@ -20,7 +20,7 @@ from redis.exceptions import BusyLoadingError, RedisError
 
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.shards import shard_tag
-from coupon_svc.ledger.shards import WRITER_TTL_S
+from coupon_svc.postgres.shards import WRITER_TTL_S
 from coupon_svc.writer.crash import CRASH_POINTS
 from tests.audit import Answer, History, audit, settled
 from tests.conftest import SHARDS

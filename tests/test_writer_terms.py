@@ -13,13 +13,13 @@ import pytest
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.books import Ack, Book, BookStatus
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
-from coupon_svc.ledger import lending
-from coupon_svc.ledger.events import Batch
-from coupon_svc.ledger.lending import BookNow, Lease
-from coupon_svc.ledger.shards import OwnedShard
-from coupon_svc.store.keys import ShardKeys
-from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.postgres import lending
+from coupon_svc.postgres.events import Batch
+from coupon_svc.postgres.lending import BookNow, Lease
+from coupon_svc.postgres.shards import OwnedShard
+from coupon_svc.redis.control import OwnerStore, StoreLost, Suspect
+from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.scripts import Scripts
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.lend import Lender
 from coupon_svc.writer.persist import Hole, Persister, following_batch

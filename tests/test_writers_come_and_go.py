@@ -14,14 +14,14 @@ import pytest
 
 from coupon_svc.config import load_settings
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
-from coupon_svc.ledger import lending
-from coupon_svc.ledger.events import Batch
-from coupon_svc.ledger.liveness import LOOKS_APART_MAX_S, Watch
-from coupon_svc.ledger.shards import OwnedShard, drop_writer, renew_writer, writer_beats
-from coupon_svc.store.keys import ShardKeys
-from coupon_svc.store.owner import OwnerStore, StoreLost, Term
-from coupon_svc.store.scripts import Scripts
-from coupon_svc.store.server import Identity
+from coupon_svc.postgres import lending
+from coupon_svc.postgres.events import Batch
+from coupon_svc.postgres.liveness import LOOKS_APART_MAX_S, Watch
+from coupon_svc.postgres.shards import OwnedShard, drop_writer, renew_writer, writer_beats
+from coupon_svc.redis.control import OwnerStore, StoreLost, Term
+from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.scripts import Scripts
+from coupon_svc.redis.server import Identity
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.lend import Lender
 from coupon_svc.writer.persist import Persister

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from coupon_svc.cli import main
-from coupon_svc.ledger import events, lending, recovery
+from coupon_svc.postgres import events, lending, recovery
+from coupon_svc.redis import control
+from coupon_svc.redis import scripts as store_scripts
+from coupon_svc.redis.control import OwnerStore
+from coupon_svc.redis.data_plane import ShardView, Store
+from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.scripts import Script
 from coupon_svc.resources import resource_folder
-from coupon_svc.store import owner
-from coupon_svc.store import scripts as store_scripts
-from coupon_svc.store.client import ShardView, Store
-from coupon_svc.store.owner import OwnerStore
-from coupon_svc.store.positions import Positions
-from coupon_svc.store.scripts import Script
 from coupon_svc.writer import recover, writer
 from coupon_svc.writer.writer import Writer
 
@@ -99,7 +99,7 @@ def clocks() -> None:
     )
     _without_lines("publish_position", compared)
     writer.CLOCKS_APART_MAX_MS = 10**15  # type: ignore[attr-defined]
-    owner.CLOCKS_APART_MAX_MS = 10**15
+    control.CLOCKS_APART_MAX_MS = 10**15
 
 
 def in_touch() -> None:

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from coupon_svc.dev.servers import ServerError
 from coupon_svc.dev.throwaway import ThrowawayError, signals_raise, throwaway_service
-from coupon_svc.ledger.database import LedgerUnavailable, open_connection
+from coupon_svc.postgres.database import LedgerUnavailable, open_connection
 
 _VALUE_SHOWN_MAX = 28
 

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from coupon_svc.config import Settings
-from coupon_svc.ledger.database import PATIENT_S, open_connection
-from coupon_svc.ledger.migrations import check_installation
-from coupon_svc.ledger.recovery import EPOCH_CHANNEL, last_seq
-from coupon_svc.store.meta import ShardMeta
-from coupon_svc.store.owner import OwnerStore, StoreLost, Suspect, Term
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.postgres.database import PATIENT_S, open_connection
+from coupon_svc.postgres.migrations import check_installation
+from coupon_svc.postgres.recovery import EPOCH_CHANNEL, last_seq
+from coupon_svc.redis.control import OwnerStore, StoreLost, Suspect, Term
+from coupon_svc.redis.meta import ShardMeta
+from coupon_svc.redis.scripts import Scripts
 
 EPOCH_PLAUSIBLE_MAX = 1_000_000_000
 """An epoch begins with each recovery. An entry of a higher one, e.g. by `XADD *`, was put into the stream by hand."""

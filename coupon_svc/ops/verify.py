@@ -28,11 +28,11 @@ from redis.exceptions import RedisError
 
 from coupon_svc.config import Settings
 from coupon_svc.domain.books import Book
-from coupon_svc.ledger.books import books_of_shard
-from coupon_svc.ledger.database import PATIENT_S, LedgerUnavailable, open_connection
-from coupon_svc.ledger.recovery import coupons_of_book
 from coupon_svc.ops.history import Head, walk_history
-from coupon_svc.store.keys import ShardKeys
+from coupon_svc.postgres.books import books_of_shard
+from coupon_svc.postgres.database import PATIENT_S, LedgerUnavailable, open_connection
+from coupon_svc.postgres.recovery import coupons_of_book
+from coupon_svc.redis.keys import ShardKeys
 
 ARRIVAL_WAIT_S = 10.0
 CHUNK = 500

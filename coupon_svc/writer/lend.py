@@ -9,15 +9,15 @@ from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from coupon_svc.domain.books import Book
-from coupon_svc.ledger import lending, outstanding
-from coupon_svc.ledger.books import books_of_shard
-from coupon_svc.ledger.catalogue import WRITER_CHANNEL
-from coupon_svc.ledger.database import UNAVAILABLE, LedgerUnavailable, bounded, open_connection
-from coupon_svc.ledger.events import NotOwner
-from coupon_svc.ledger.idempotency import forget_old
-from coupon_svc.ledger.shards import OwnedShard, connection_name
 from coupon_svc.loops import place_of
-from coupon_svc.store.owner import OwnerStore, StoreFull, StoreLost, Suspect
+from coupon_svc.postgres import lending, outstanding
+from coupon_svc.postgres.books import books_of_shard
+from coupon_svc.postgres.catalogue import WRITER_CHANNEL
+from coupon_svc.postgres.database import UNAVAILABLE, LedgerUnavailable, bounded, open_connection
+from coupon_svc.postgres.events import NotOwner
+from coupon_svc.postgres.idempotency import forget_old
+from coupon_svc.postgres.shards import OwnedShard, connection_name
+from coupon_svc.redis.control import OwnerStore, StoreFull, StoreLost, Suspect
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.rules import book_fields
 from coupon_svc.writer.shard import Pool, Shard, term_of

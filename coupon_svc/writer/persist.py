@@ -10,8 +10,9 @@ from typing import Any
 
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_entry_id, parse_event
-from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
-from coupon_svc.ledger.events import (
+from coupon_svc.loops import place_of
+from coupon_svc.postgres.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.postgres.events import (
     DATA_ERRORS,
     Batch,
     DeadLetter,
@@ -23,10 +24,9 @@ from coupon_svc.ledger.events import (
     garbled_letter,
     write_batches,
 )
-from coupon_svc.ledger.recovery import stop_shard
-from coupon_svc.ledger.shards import connection_name
-from coupon_svc.loops import place_of
-from coupon_svc.store.owner import ClocksApart, OwnerStore, StoreLost, Suspect, Term, entry_digest
+from coupon_svc.postgres.recovery import stop_shard
+from coupon_svc.postgres.shards import connection_name
+from coupon_svc.redis.control import ClocksApart, OwnerStore, StoreLost, Suspect, Term, entry_digest
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.shard import Shard

@@ -21,17 +21,17 @@ import msgspec
 from coupon_svc.domain.books import Book
 from coupon_svc.domain.clock import now_ms
 from coupon_svc.domain.events import COUPON_ASSIGNED, MalformedEvent, parse_entry_id, parse_event
-from coupon_svc.ledger import recovery
-from coupon_svc.ledger.books import books_of_shard
-from coupon_svc.ledger.database import bounded
-from coupon_svc.ledger.events import Batch, DeadLetter, garbled_letter
-from coupon_svc.ledger.marks import Mark, mark_of_a_day_ago
-from coupon_svc.ledger.outstanding import BookBusy, account_piece, held_by_book
-from coupon_svc.ledger.processes import gone_processes
-from coupon_svc.ledger.recovery import HistoryForked, NewEpoch, Settled, Verdict
-from coupon_svc.ledger.shards import OwnedShard
-from coupon_svc.store.meta import ShardMeta
-from coupon_svc.store.owner import KEYS_PER_CALL_MAX, OwnerStore, Term
+from coupon_svc.postgres import recovery
+from coupon_svc.postgres.books import books_of_shard
+from coupon_svc.postgres.database import bounded
+from coupon_svc.postgres.events import Batch, DeadLetter, garbled_letter
+from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago
+from coupon_svc.postgres.outstanding import BookBusy, account_piece, held_by_book
+from coupon_svc.postgres.processes import gone_processes
+from coupon_svc.postgres.recovery import HistoryForked, NewEpoch, Settled, Verdict
+from coupon_svc.postgres.shards import OwnedShard
+from coupon_svc.redis.control import KEYS_PER_CALL_MAX, OwnerStore, Term
+from coupon_svc.redis.meta import ShardMeta
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.rules import book_fields
 from coupon_svc.writer.shard import term_of

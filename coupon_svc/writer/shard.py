@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 
 from coupon_svc.domain.books import Ack
-from coupon_svc.ledger.shards import OwnedShard
-from coupon_svc.store.owner import Term
-from coupon_svc.store.server import Identity
+from coupon_svc.postgres.shards import OwnedShard
+from coupon_svc.redis.control import Term
+from coupon_svc.redis.server import Identity
 
 TRIM_KEPT_S = 60.0
 

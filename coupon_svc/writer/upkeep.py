@@ -7,10 +7,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from coupon_svc.ledger import outstanding
-from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
-from coupon_svc.ledger.marks import note_marks
-from coupon_svc.ledger.shards import connection_name
+from coupon_svc.postgres import outstanding
+from coupon_svc.postgres.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.postgres.marks import note_marks
+from coupon_svc.postgres.shards import connection_name
 from coupon_svc.writer.shard import Shard
 
 log = logging.getLogger(__name__)

@@ -15,11 +15,12 @@ import uvloop
 
 from coupon_svc.config import Settings
 from coupon_svc.domain.events import is_event
-from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
-from coupon_svc.ledger.events import NotOwner
-from coupon_svc.ledger.liveness import Watch
-from coupon_svc.ledger.migrations import check_installation
-from coupon_svc.ledger.processes import (
+from coupon_svc.loops import keep_running, place_of
+from coupon_svc.postgres.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.postgres.events import NotOwner
+from coupon_svc.postgres.liveness import Watch
+from coupon_svc.postgres.migrations import check_installation
+from coupon_svc.postgres.processes import (
     PROCESS_TTL_S,
     count_as_gone,
     forget_processes,
@@ -27,7 +28,7 @@ from coupon_svc.ledger.processes import (
     process_beats,
     report_seen,
 )
-from coupon_svc.ledger.recovery import (
+from coupon_svc.postgres.recovery import (
     HistoryForked,
     event_at,
     first_dead_letter,
@@ -35,7 +36,7 @@ from coupon_svc.ledger.recovery import (
     stopped_because,
     want_rebuild,
 )
-from coupon_svc.ledger.shards import (
+from coupon_svc.postgres.shards import (
     WRITER_TTL_S,
     OwnedShard,
     connection_name,
@@ -48,9 +49,7 @@ from coupon_svc.ledger.shards import (
     take_shards,
     writer_beats,
 )
-from coupon_svc.loops import keep_running, place_of
-from coupon_svc.store.meta import ShardMeta
-from coupon_svc.store.owner import (
+from coupon_svc.redis.control import (
     CLOCKS_APART_MAX_MS,
     ClocksApart,
     Fenced,
@@ -61,7 +60,8 @@ from coupon_svc.store.owner import (
     clocks_apart,
     entry_digest,
 )
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.redis.meta import ShardMeta
+from coupon_svc.redis.scripts import Scripts
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.lend import Lender

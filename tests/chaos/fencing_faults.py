@@ -18,8 +18,8 @@ import asyncpg
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from coupon_svc.ledger.quarantine import want_recovery
-from coupon_svc.store.keys import ShardKeys
+from coupon_svc.postgres.quarantine import want_recovery
+from coupon_svc.redis.keys import ShardKeys
 from tests.chaos.fault import SHARDS, Fault
 from tests.chaos.probe import Probe, probing, under_load
 from tests.chaos.process_faults import one_owner, writers_standing_still

@@ -16,8 +16,8 @@ import msgspec
 from redis.asyncio import Redis
 
 from coupon_svc.config import load_settings
-from coupon_svc.ledger.database import PATIENT_S, open_connection
 from coupon_svc.ops.verify import Verifier
+from coupon_svc.postgres.database import PATIENT_S, open_connection
 from tests.harness import START_S, Part, Stack, until
 from tests.linearizable import CodeModel, LimitModel, Operation, require_linearizable
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 
-from coupon_svc.store.keys import ShardKeys
+from coupon_svc.redis.keys import ShardKeys
 from tests.chaos.fault import SHARDS, Fault
 from tests.chaos.fencing_faults import keys_of, watching
 from tests.chaos.probe import probing, under_load

@@ -1,6 +1,6 @@
 """The data plane: what API processes do, each with its own view of the shard, and the scripts that decide.
 
-In step with coupon_svc/store/client.py, coupon_svc/api/{runner,coupons,registration}.py and lua/.
+In step with coupon_svc/redis/data_plane.py, coupon_svc/http/{runner,coupons,registration}.py and lua/.
 """
 
 from __future__ import annotations

@@ -57,12 +57,12 @@ SAFEGUARDS = {
     ),
     "replid": Safeguard(
         "certified is a replid and not a run_id alone, wherever it is looked at",
-        "coupon_svc/store/client.py, coupon_svc/store/owner.py",
+        "coupon_svc/redis/data_plane.py, coupon_svc/redis/control.py",
         _EARLY._replace(kinds=frozenset({"swap"}), processes=2),
     ),
     "certification": Safeguard(
         "no script runs on a Redis that was not certified",
-        "coupon_svc/store/client.py, lua/open_shard.lua",
+        "coupon_svc/redis/data_plane.py, lua/open_shard.lua",
         _EARLY._replace(kinds=frozenset({"old"})),
     ),
     "load_epoch": Safeguard(
@@ -82,17 +82,17 @@ SAFEGUARDS = {
     ),
     "commit_position": Safeguard(
         "a commit compares the position at which its batch begins",
-        "coupon_svc/ledger/events.py",
+        "coupon_svc/postgres/events.py",
         _SMALL._replace(faults=0),
     ),
     "commit_epoch": Safeguard(
         "a commit compares the epoch",
-        "coupon_svc/ledger/events.py",
+        "coupon_svc/postgres/events.py",
         _SMALL._replace(kinds=frozenset({"empty"})),
     ),
     "commit_owner": Safeguard(
         "a commit compares owner and generation",
-        "coupon_svc/ledger/events.py",
+        "coupon_svc/postgres/events.py",
         _SMALL._replace(faults=0, writers=2, takeovers=1),
         also="commit_position",
     ),
@@ -103,7 +103,7 @@ SAFEGUARDS = {
     ),
     "own_epoch": Safeguard(
         "a request waits for a position of its own epoch",
-        "coupon_svc/store/positions.py",
+        "coupon_svc/redis/positions.py",
         _SMALL._replace(users=2, kinds=frozenset({"empty"})),
     ),
     "replay": Safeguard(
@@ -118,12 +118,12 @@ SAFEGUARDS = {
     ),
     "quarantine": Safeguard(
         "codes that somebody may have been answered are dealt to nobody",
-        "coupon_svc/ledger/recovery.py",
+        "coupon_svc/postgres/recovery.py",
         _EARLY._replace(kinds=frozenset({"empty"})),
     ),
     "registered": Safeguard(
         "only a registered process answers early, and only of an epoch that is not over",
-        "coupon_svc/api/coupons.py, coupon_svc/store/client.py",
+        "coupon_svc/http/coupons.py, coupon_svc/redis/data_plane.py",
         _EARLY._replace(kinds=frozenset({"empty"})),
     ),
     "shut": Safeguard(
@@ -133,32 +133,32 @@ SAFEGUARDS = {
     ),
     "late": Safeguard(
         "an event of a settled epoch gives its code to nobody, but out of the quarantine",
-        "coupon_svc/ledger/recovery.py",
+        "coupon_svc/postgres/recovery.py",
         _SMALL._replace(kinds=frozenset({"promote", "failback"}), faults=2, epochs=3),
     ),
     "late_epoch": Safeguard(
         "a late event releases its code only from the quarantine of its own epoch",
-        "coupon_svc/ledger/recovery.py",
+        "coupon_svc/postgres/recovery.py",
         _EARLY._replace(order=("promote", "failback", CUT), faults=3, epochs=4),
     ),
     "release_epoch": Safeguard(
         "a receipt releases its code only from the quarantine of its own epoch",
-        "coupon_svc/ledger/quarantine.py",
+        "coupon_svc/postgres/quarantine.py",
         _OPERATOR._replace(receipts=True, order=("empty", DEAL_AGAIN, "empty")),
     ),
     "dead_epoch": Safeguard(
         "a dead letter quarantines its code only when its own epoch is settled",
-        "coupon_svc/ledger/recovery.py",
+        "coupon_svc/postgres/recovery.py",
         _OPERATOR._replace(users=1, order=("trim", DEAL_AGAIN, "empty")),
     ),
     "verdict": Safeguard(
         "the epoch ends, and its verdict is kept, before the first book is settled",
-        "coupon_svc/ledger/recovery.py",
+        "coupon_svc/postgres/recovery.py",
         _EARLY._replace(users=1, order=("promote", CUT, "failback"), faults=3, epochs=4),
     ),
     "message_seen": Safeguard(
         "a message that the ledger holds a position raises what an API process has seen",
-        "coupon_svc/store/client.py",
+        "coupon_svc/redis/data_plane.py",
         _PUT_BACK._replace(kinds=frozenset({"put_back"})),
     ),
     "entry": Safeguard(
@@ -173,13 +173,13 @@ SAFEGUARDS = {
     ),
     "redemption_user": Safeguard(
         "the ledger refuses a redemption by another user than the coupon's",
-        "coupon_svc/ledger/events.py",
+        "coupon_svc/postgres/events.py",
         _STARTS._replace(redeems=1, anonymous=True),
         also="entry_read",
     ),
     "observed": Safeguard(
         "a process is counted as gone by the observer's own clock, when it has stopped to answer early",
-        "coupon_svc/ledger/liveness.py",
+        "coupon_svc/postgres/liveness.py",
         _EARLY._replace(users=1, order=(CLOCK, "empty"), faults=2),
     ),
     "rebuild": Safeguard(

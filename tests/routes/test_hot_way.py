@@ -14,11 +14,11 @@ import uvicorn
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from coupon_svc.api.http import Endpoint, Response
-from coupon_svc.api.limits import Limits
-from coupon_svc.api.metrics import Metrics
-from coupon_svc.api.routes import HOT_PATHS, Api
-from coupon_svc.api.server import HOT_BODY_BYTES_MAX, SERVER_SETTINGS, CouponProtocol
+from coupon_svc.http.http import Endpoint, Response
+from coupon_svc.http.limits import Limits
+from coupon_svc.http.metrics import Metrics
+from coupon_svc.http.routes import HOT_PATHS, Api
+from coupon_svc.http.server import HOT_BODY_BYTES_MAX, SERVER_SETTINGS, CouponProtocol
 from tests.harness import Stack
 from tests.routes.helpers import make_book
 

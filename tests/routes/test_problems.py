@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from coupon_svc.api.problems import PROBLEMS
 from coupon_svc.domain.outcomes import Outcome
+from coupon_svc.http.problems import PROBLEMS
 from tests.harness import Stack
 from tests.routes.helpers import JSON, assign, lock, make_book, refused
 

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from coupon_svc.api.problems import PROBLEMS
-from coupon_svc.api.public import PublicEndpoint
+from coupon_svc.http.problems import PROBLEMS
+from coupon_svc.http.public import PublicEndpoint
 from tests.conftest import SHARDS
 from tests.harness import Stack
 from tests.routes.helpers import assign, lock, make_book, refused

@@ -7,8 +7,8 @@ import re
 import httpx
 import pytest
 
-from coupon_svc.api.http import Operation
-from coupon_svc.api.operations import OPERATIONS
+from coupon_svc.http.http import Operation
+from coupon_svc.http.operations import OPERATIONS
 from tests.harness import Stack
 from tests.routes.helpers import assign, make_book, refused
 

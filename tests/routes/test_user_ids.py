@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from coupon_svc.api.inputs import check_user_id
 from coupon_svc.domain.outcomes import Refused
+from coupon_svc.http.inputs import check_user_id
 from tests.harness import Stack
 from tests.routes.helpers import make_book, refused
 from tests.routes.test_hot_way import Answered, Wire, dial

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.redis.scripts import Scripts
 from tests.scripts.runner import Server, Shard
 
 

@@ -17,8 +17,8 @@ from redis import Redis
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.events import Event, parse_entry_id, parse_event
 from coupon_svc.domain.shards import new_book_id
-from coupon_svc.store.keys import ShardKeys
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.scripts import Scripts
 
 Reply = list[Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from coupon_svc.store.owner import CODES_PER_CALL_MAX
+from coupon_svc.redis.control import CODES_PER_CALL_MAX
 from tests.scripts.runner import Shard, assert_owned
 
 

@@ -8,7 +8,7 @@ import pytest
 from redis.exceptions import OutOfMemoryError
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.redis.scripts import Scripts
 from tests.scripts.runner import Caller, Server, Shard
 
 KEYED = Caller(idem="key 1", fingerprint="f1")

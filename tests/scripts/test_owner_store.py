@@ -10,10 +10,10 @@ import pytest
 from redis import Redis
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.store.keys import ShardKeys
-from coupon_svc.store.owner import KEYS_PER_CALL_MAX, OwnerStore, Suspect, Term
-from coupon_svc.store.scripts import Scripts
-from coupon_svc.store.server import Identity
+from coupon_svc.redis.control import KEYS_PER_CALL_MAX, OwnerStore, Suspect, Term
+from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.scripts import Scripts
+from coupon_svc.redis.server import Identity
 from tests.scripts.runner import new_rules
 
 SHARDS = 89  # of no other test on these servers

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from coupon_svc.store.owner import entry_digest
+from coupon_svc.redis.control import entry_digest
 from tests.scripts.runner import CHANNEL, EPOCH, Shard, assert_owned
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coupon_svc.store.owner import CODES_PER_CALL_MAX
+from coupon_svc.redis.control import CODES_PER_CALL_MAX
 from tests.scripts.every_script import worn
 from tests.scripts.runner import Shard, assert_shut_by, new_rules
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coupon_svc.store.owner import KEYS_PER_CALL_MAX
+from coupon_svc.redis.control import KEYS_PER_CALL_MAX
 from tests.scripts.runner import Shard, assert_shut_by
 
 BOOK = "bk_000123456789abcdef"

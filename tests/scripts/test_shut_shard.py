@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.redis.scripts import Scripts
 from tests.lua_headers import read_head, sender
 from tests.scripts.every_script import KEYED, api_requests, owner_requests, recovery_requests, worn
 from tests.scripts.runner import CALLER, EPOCH, GENERATION, INSTALLATION, OWNER, RECOVERED, Caller, Owner, Shard

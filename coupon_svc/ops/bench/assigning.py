@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import hiredis
 
-from coupon_svc.store.connection import Connection, ReplyError
-from coupon_svc.store.keys import ShardKeys
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.redis.connection import Connection, ReplyError
+from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.scripts import Scripts
 
 FINGERPRINT = "f" * 32
 _IN_FLIGHT = 5_000
@@ -18,7 +18,7 @@ _IN_FLIGHT = 5_000
 def assign_command(
     sha: str, keys: ShardKeys, epoch: int, tenant_id: int, book_id: str, user_id: str, idem: str = ""
 ) -> tuple[str | int, ...]:
-    """EVALSHA as coupon_svc/api/coupons.py has it sent; `idem` is an Idempotency-Key, or none."""
+    """EVALSHA as coupon_svc/http/coupons.py has it sent; `idem` is an Idempotency-Key, or none."""
     touched = [
         keys.meta,
         keys.book(book_id),

@@ -10,15 +10,15 @@ from typing import Any
 import msgspec
 import uvloop
 
-from coupon_svc.ledger.database import open_connection
 from coupon_svc.ops.bench.assigning import assign_many
 from coupon_svc.ops.bench.figures import BenchError, Figure, rate_text, ratios
 from coupon_svc.ops.bench.stand import Process, Stand
 from coupon_svc.ops.bench.turns import cpu_seconds
-from coupon_svc.store.connection import Connection, connect
-from coupon_svc.store.keys import ShardKeys
-from coupon_svc.store.owner import OwnerStore
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.postgres.database import open_connection
+from coupon_svc.redis.connection import Connection, connect
+from coupon_svc.redis.control import OwnerStore
+from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.scripts import Scripts
 
 _POLL_S = 0.002
 _WAIT_S = 60.0

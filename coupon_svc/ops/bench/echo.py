@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from coupon_svc.api.server import SERVER_SETTINGS
+from coupon_svc.http.server import SERVER_SETTINGS
 
 
 def echo_app() -> Starlette:

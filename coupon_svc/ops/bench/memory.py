@@ -10,10 +10,10 @@ import msgspec
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.ops.bench.assigning import assign_many
 from coupon_svc.ops.bench.scripts import BOOK_ID, TENANT_ID, TERM, open_book
-from coupon_svc.store.connection import Connection, connect
-from coupon_svc.store.keys import ShardKeys
-from coupon_svc.store.owner import OwnerStore
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.redis.connection import Connection, connect
+from coupon_svc.redis.control import OwnerStore
+from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.scripts import Scripts
 
 
 class Memory(msgspec.Struct, frozen=True):

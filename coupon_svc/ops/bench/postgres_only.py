@@ -24,24 +24,24 @@ from typing import Any
 import asyncpg
 import uvicorn
 
-from coupon_svc.api.auth import KeyRing
-from coupon_svc.api.books import Books
-from coupon_svc.api.coupons import Coupons
-from coupon_svc.api.http import Answer, Call
-from coupon_svc.api.metrics import Metrics
-from coupon_svc.api.public import Public
-from coupon_svc.api.routes import Api, make_app
-from coupon_svc.api.runner import BookRunner
-from coupon_svc.api.schemas import AssignAnswer, AssignCoupon
-from coupon_svc.api.server import SERVER_SETTINGS, CouponProtocol
 from coupon_svc.domain.clock import now_ms, rfc3339
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.ledger.database import Database, open_connection
-from coupon_svc.ledger.resolve import Resolver
-from coupon_svc.ledger.uploads import Uploads
-from coupon_svc.store.client import Store
-from coupon_svc.store.positions import Positions
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.http.auth import KeyRing
+from coupon_svc.http.books import Books
+from coupon_svc.http.coupons import Coupons
+from coupon_svc.http.http import Answer, Call
+from coupon_svc.http.metrics import Metrics
+from coupon_svc.http.public import Public
+from coupon_svc.http.routes import Api, make_app
+from coupon_svc.http.runner import BookRunner
+from coupon_svc.http.schemas import AssignAnswer, AssignCoupon
+from coupon_svc.http.server import SERVER_SETTINGS, CouponProtocol
+from coupon_svc.postgres.database import Database, open_connection
+from coupon_svc.postgres.resolve import Resolver
+from coupon_svc.postgres.uploads import Uploads
+from coupon_svc.redis.data_plane import Store
+from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.scripts import Scripts
 
 POOL_SIZE = 32
 BOOK_ID = "bk_00" + "p" * 16

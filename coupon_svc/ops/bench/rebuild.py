@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 
-from coupon_svc.ledger.database import open_connection
 from coupon_svc.ops.bench.stand import Stand
 from coupon_svc.ops.bench.turns import cpu_seconds
+from coupon_svc.postgres.database import open_connection
 
 _MANY_COUPONS = """
     INSERT INTO books (book_id, shard, tenant_id, name, max_redemptions_per_code, lock_ttl_seconds, ack, metadata,

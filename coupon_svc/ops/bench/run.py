@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-from coupon_svc.api.server import SERVER_SETTINGS
 from coupon_svc.dev.servers import EmbeddedPostgres, postgres_binary, valkey_binary
+from coupon_svc.http.server import SERVER_SETTINGS
 from coupon_svc.load.processes import machine
 from coupon_svc.ops.bench.figures import Run
 

@@ -15,9 +15,9 @@ import hiredis
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.ops.bench.assigning import assign_command, pack
 from coupon_svc.ops.bench.figures import BenchError, Figure, rate_text, ratios
-from coupon_svc.store.keys import ShardKeys
-from coupon_svc.store.owner import OwnerStore, Term
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.redis.control import OwnerStore, Term
+from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.scripts import Scripts
 
 CALLS_A_TURN = 2_000
 BOOK_ID = "bk_00" + "m" * 16

@@ -24,11 +24,11 @@ import msgspec
 from coupon_svc.dev import leash
 from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis, quoted_tail
 from coupon_svc.dev.throwaway import clean_environment
-from coupon_svc.ledger.database import open_connection
-from coupon_svc.ledger.keys import create_key, new_key
-from coupon_svc.ledger.migrations import migrate
 from coupon_svc.load.setup import CODES_A_CALL
 from coupon_svc.ops.bench.figures import BenchError
+from coupon_svc.postgres.database import open_connection
+from coupon_svc.postgres.keys import create_key, new_key
+from coupon_svc.postgres.migrations import migrate
 
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 12.0

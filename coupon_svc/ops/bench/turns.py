@@ -11,13 +11,13 @@ from typing import Any
 
 import msgspec
 
-from coupon_svc.ledger.database import open_connection
 from coupon_svc.load.client import Connections, Reply
 from coupon_svc.load.processes import own_cpu_s
 from coupon_svc.ops.bench.figures import BenchError
 from coupon_svc.ops.bench.requests import NextRequest
-from coupon_svc.store.connection import Connection, connect
-from coupon_svc.store.keys import ShardKeys
+from coupon_svc.postgres.database import open_connection
+from coupon_svc.redis.connection import Connection, connect
+from coupon_svc.redis.keys import ShardKeys
 
 CONNECTIONS = 256
 DRAIN_TIMEOUT_S = 60.0

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.shards import book_shard
-from coupon_svc.ledger.catalogue import lease_code
-from coupon_svc.ledger.database import Database
-from coupon_svc.ledger.resolve import Resolver
-from coupon_svc.store.client import ShardView, Store
-from coupon_svc.store.connection import Reply
+from coupon_svc.postgres.catalogue import lease_code
+from coupon_svc.postgres.database import Database
+from coupon_svc.postgres.resolve import Resolver
+from coupon_svc.redis.connection import Reply
+from coupon_svc.redis.data_plane import ShardView, Store
 
 PATIENCE_S = 0.5
 """How long a request waits for a book or for codes before it is told to come again."""

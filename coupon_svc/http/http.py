@@ -15,15 +15,15 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from coupon_svc.api.auth import KeyRing
-from coupon_svc.api.inputs import invalid
-from coupon_svc.api.metrics import Metrics
-from coupon_svc.api.problems import Headers, problem_response
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.ledger.database import LedgerUnavailable
-from coupon_svc.ledger.idempotency import IdempotentCall, Remembered
-from coupon_svc.ledger.keys import KeyRow
+from coupon_svc.http.auth import KeyRing
+from coupon_svc.http.inputs import invalid
+from coupon_svc.http.metrics import Metrics
+from coupon_svc.http.problems import Headers, problem_response
 from coupon_svc.loops import place_of
+from coupon_svc.postgres.database import LedgerUnavailable
+from coupon_svc.postgres.idempotency import IdempotentCall, Remembered
+from coupon_svc.postgres.keys import KeyRow
 
 log = logging.getLogger(__name__)
 

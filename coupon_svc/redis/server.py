@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import msgspec
 
-from coupon_svc.store.connection import Connection
-from coupon_svc.store.scripts import Scripts
+from coupon_svc.redis.connection import Connection
+from coupon_svc.redis.scripts import Scripts
 
 VERSION_MIN = (7, 0)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from coupon_svc.api.schemas import METADATA_BYTES_MAX, METADATA_DEPTH_MAX, USER_ID_RULE, Cursor, UserId
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.http.schemas import METADATA_BYTES_MAX, METADATA_DEPTH_MAX, USER_ID_RULE, Cursor, UserId
 
 
 def invalid(pointer: str, detail: str) -> Refused:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import asyncpg
 
-from coupon_svc.ledger.lending import Lease
+from coupon_svc.postgres.lending import Lease
 
 PIECE = 5_000
 """Codes per transaction."""

@@ -9,14 +9,14 @@ from pathlib import Path
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from coupon_svc.api.http import send_response
-from coupon_svc.api.metrics import Metrics
-from coupon_svc.api.openapi import openapi_document
-from coupon_svc.api.operations import OPERATIONS
-from coupon_svc.api.problems import PROBLEMS, Headers, problem_response
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.http.http import send_response
+from coupon_svc.http.metrics import Metrics
+from coupon_svc.http.openapi import openapi_document
+from coupon_svc.http.operations import OPERATIONS
+from coupon_svc.http.problems import PROBLEMS, Headers, problem_response
 from coupon_svc.loops import place_of
-from coupon_svc.store.client import LEDGER_UNSEEN_MAX_S, Store
+from coupon_svc.redis.data_plane import LEDGER_UNSEEN_MAX_S, Store
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import asyncpg
 
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.receipts import Receipt
-from coupon_svc.ledger.catalogue import ROUND, random_places
-from coupon_svc.ledger.recovery import EPOCH_CHANNEL, event_at, note_late, release
+from coupon_svc.postgres.catalogue import ROUND, random_places
+from coupon_svc.postgres.recovery import EPOCH_CHANNEL, event_at, note_late, release
 
 
 class QuarantinedBook(NamedTuple):

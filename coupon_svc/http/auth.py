@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from coupon_svc.domain.clock import now_ms
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.ledger.database import LedgerUnavailable
-from coupon_svc.ledger.keys import KeyRow
-from coupon_svc.ledger.resolve import Resolver
+from coupon_svc.postgres.database import LedgerUnavailable
+from coupon_svc.postgres.keys import KeyRow
+from coupon_svc.postgres.resolve import Resolver
 
 KEYS_KEPT_MAX = 10_000
 UNKNOWN_KEPT_MS = 1_000

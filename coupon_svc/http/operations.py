@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from coupon_svc.api import schemas
-from coupon_svc.api.http import Operation
 from coupon_svc.domain.outcomes import Outcome
+from coupon_svc.http import schemas
+from coupon_svc.http.http import Operation
 
 _BOOK_SHUT = (Outcome.BOOK_CLOSED, Outcome.BOOK_PAUSED, Outcome.BOOK_NOT_STARTED, Outcome.BOOK_EXPIRED)
 _IDEMPOTENT = (Outcome.INVALID_IDEMPOTENCY_KEY, Outcome.IDEMPOTENCY_KEY_REUSED, Outcome.IDEMPOTENCY_IN_PROGRESS)

@@ -7,7 +7,7 @@ import os
 from bisect import bisect_left
 from collections import defaultdict
 
-from coupon_svc.store.client import Store
+from coupon_svc.redis.data_plane import Store
 
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 

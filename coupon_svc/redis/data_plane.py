@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from coupon_svc.domain.clock import boot_s
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.loops import keep_running
-from coupon_svc.store.connection import (
+from coupon_svc.redis.connection import (
     Connection,
     Reply,
     ReplyError,
@@ -24,11 +24,11 @@ from coupon_svc.store.connection import (
     StoreUnavailable,
     connect,
 )
-from coupon_svc.store.keys import ShardKeys, positions_channel
-from coupon_svc.store.meta import META_FIELDS, ShardMeta, parse_meta
-from coupon_svc.store.positions import Positions
-from coupon_svc.store.scripts import Scripts
-from coupon_svc.store.server import ServerUnfit, judge, load_scripts, read_info, refuses_writes
+from coupon_svc.redis.keys import ShardKeys, positions_channel
+from coupon_svc.redis.meta import META_FIELDS, ShardMeta, parse_meta
+from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.scripts import Scripts
+from coupon_svc.redis.server import ServerUnfit, judge, load_scripts, read_info, refuses_writes
 
 log = logging.getLogger(__name__)
 

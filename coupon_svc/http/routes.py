@@ -11,15 +11,15 @@ from urllib.parse import unquote
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from coupon_svc.api.auth import KeyRing
-from coupon_svc.api.books import Books
-from coupon_svc.api.coupons import Coupons
-from coupon_svc.api.http import ENCODED_SLASH, Answer, Call, Endpoint, Handler
-from coupon_svc.api.limits import Limits
-from coupon_svc.api.metrics import Metrics
-from coupon_svc.api.operations import OPERATIONS
-from coupon_svc.api.public import Public, PublicEndpoint, not_found
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.http.auth import KeyRing
+from coupon_svc.http.books import Books
+from coupon_svc.http.coupons import Coupons
+from coupon_svc.http.http import ENCODED_SLASH, Answer, Call, Endpoint, Handler
+from coupon_svc.http.limits import Limits
+from coupon_svc.http.metrics import Metrics
+from coupon_svc.http.operations import OPERATIONS
+from coupon_svc.http.public import Public, PublicEndpoint, not_found
 
 HOT_PATHS = (
     "/coupons/assign",

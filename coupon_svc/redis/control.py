@@ -8,7 +8,7 @@ import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from coupon_svc.store.connection import (
+from coupon_svc.redis.connection import (
     Connection,
     Reply,
     ReplyError,
@@ -16,10 +16,10 @@ from coupon_svc.store.connection import (
     StoreUnavailable,
     connect,
 )
-from coupon_svc.store.keys import ShardKeys, positions_channel
-from coupon_svc.store.meta import ShardMeta, meta_of
-from coupon_svc.store.scripts import Scripts
-from coupon_svc.store.server import Identity, ServerUnfit, load_scripts, read_identity
+from coupon_svc.redis.keys import ShardKeys, positions_channel
+from coupon_svc.redis.meta import ShardMeta, meta_of
+from coupon_svc.redis.scripts import Scripts
+from coupon_svc.redis.server import Identity, ServerUnfit, load_scripts, read_identity
 
 CODES_PER_CALL_MAX = KEYS_PER_CALL_MAX = 500
 CLOCKS_APART_MAX_MS = 60_000
@@ -80,7 +80,7 @@ class OwnerStore:
         self._url = url
         self._scripts = scripts
         self.installation = installation
-        """Whose shards these are (ledger/installation.py); to be known before anything is written."""
+        """Whose shards these are (postgres/installation.py); to be known before anything is written."""
         self._keys = [ShardKeys(shard, shards) for shard in range(shards)]
         self._connection: Connection | None = None
         self._reader: Connection | None = None

@@ -20,11 +20,11 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from coupon_svc.api.http import Endpoint, Response, send_response
-from coupon_svc.api.problems import bad_request, problem_response
-from coupon_svc.api.public import send_problem
-from coupon_svc.api.routes import Api
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.http.http import Endpoint, Response, send_response
+from coupon_svc.http.problems import bad_request, problem_response
+from coupon_svc.http.public import send_problem
+from coupon_svc.http.routes import Api
 
 SERVER_SETTINGS: dict[str, Any] = {
     "loop": "uvloop",

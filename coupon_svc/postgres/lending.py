@@ -11,9 +11,9 @@ from typing import NamedTuple
 import asyncpg
 
 from coupon_svc.domain.books import Book
-from coupon_svc.ledger.books import BOOK_COLUMNS, book_from_row
-from coupon_svc.ledger.events import NotOwner
-from coupon_svc.ledger.shards import OwnedShard
+from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row
+from coupon_svc.postgres.events import NotOwner
+from coupon_svc.postgres.shards import OwnedShard
 
 _STILL_OWNER = """
     SELECT true FROM shards WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 FOR SHARE

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 
 from coupon_svc import __version__
-from coupon_svc.api.http import BODY_BYTES_MAX, Operation
-from coupon_svc.api.operations import ANY_OPERATION, ANY_REQUEST
-from coupon_svc.api.problems import PROBLEMS, problem_body
-from coupon_svc.api.schemas import Problem, UploadCodes, UserId
 from coupon_svc.domain.outcomes import Outcome
+from coupon_svc.http.http import BODY_BYTES_MAX, Operation
+from coupon_svc.http.operations import ANY_OPERATION, ANY_REQUEST
+from coupon_svc.http.problems import PROBLEMS, problem_body
+from coupon_svc.http.schemas import Problem, UploadCodes, UserId
 
 _REF = "#/components/schemas/{name}"
 _TAGS = {

@@ -11,8 +11,8 @@ import asyncpg
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
-from coupon_svc.ledger.catalogue import ROUND, random_places
-from coupon_svc.ledger.events import (
+from coupon_svc.postgres.catalogue import ROUND, random_places
+from coupon_svc.postgres.events import (
     DATA_ERRORS,
     Batch,
     DeadLetter,
@@ -23,9 +23,9 @@ from coupon_svc.ledger.events import (
     unlinked,
     write_linked,
 )
-from coupon_svc.ledger.marks import Mark
-from coupon_svc.ledger.outstanding import PIECE, BookBusy, limit_wait
-from coupon_svc.ledger.shards import OwnedShard
+from coupon_svc.postgres.marks import Mark
+from coupon_svc.postgres.outstanding import PIECE, BookBusy, limit_wait
+from coupon_svc.postgres.shards import OwnedShard
 
 EPOCH_CHANNEL = "coupon_epoch"
 """NOTIFY channel on which API processes hear that an epoch has begun: they answer nothing of the older one any more."""

@@ -11,9 +11,10 @@ import secrets
 from typing import Any
 
 from coupon_svc.domain.clock import boot_s
-from coupon_svc.ledger.database import LedgerUnavailable, bounded, open_connection
-from coupon_svc.ledger.migrations import DatabaseUnfit, check_installation
-from coupon_svc.ledger.processes import (
+from coupon_svc.loops import keep_running
+from coupon_svc.postgres.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.postgres.migrations import DatabaseUnfit, check_installation
+from coupon_svc.postgres.processes import (
     PROCESS_TTL_S,
     begin_process,
     end_process,
@@ -22,9 +23,8 @@ from coupon_svc.ledger.processes import (
     renew_process,
     report_seen,
 )
-from coupon_svc.ledger.recovery import EPOCH_CHANNEL
-from coupon_svc.loops import keep_running
-from coupon_svc.store.client import Store
+from coupon_svc.postgres.recovery import EPOCH_CHANNEL
+from coupon_svc.redis.data_plane import Store
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,15 @@ from typing import NamedTuple
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from coupon_svc.api.http import Answer, Call
-from coupon_svc.api.inputs import check_user_id, decode_cursor, encode_cursor, encode_metadata, invalid
-from coupon_svc.api.registration import Registration
-from coupon_svc.api.runner import BookRunner, Place
-from coupon_svc.api.schemas import (
+from coupon_svc.domain.clock import rfc3339
+from coupon_svc.domain.codes import normalise_code
+from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.domain.receipts import Receipt, check_receipt, make_receipt
+from coupon_svc.http.http import Answer, Call
+from coupon_svc.http.inputs import check_user_id, decode_cursor, encode_cursor, encode_metadata, invalid
+from coupon_svc.http.registration import Registration
+from coupon_svc.http.runner import BookRunner, Place
+from coupon_svc.http.schemas import (
     AssignAnswer,
     AssignCode,
     AssignCoupon,
@@ -30,15 +34,11 @@ from coupon_svc.api.schemas import (
     RedeemCoupon,
     UnlockCoupon,
 )
-from coupon_svc.domain.clock import rfc3339
-from coupon_svc.domain.codes import normalise_code
-from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.domain.receipts import Receipt, check_receipt, make_receipt
-from coupon_svc.ledger.database import Database
-from coupon_svc.ledger.quarantine import redeem_receipt
-from coupon_svc.ledger.resolve import Resolver
-from coupon_svc.store.client import Store
-from coupon_svc.store.connection import Reply
+from coupon_svc.postgres.database import Database
+from coupon_svc.postgres.quarantine import redeem_receipt
+from coupon_svc.postgres.resolve import Resolver
+from coupon_svc.redis.connection import Reply
+from coupon_svc.redis.data_plane import Store
 
 QUARANTINED = "quarantined"
 LOOKED_AT_ONCE_MIN = 200

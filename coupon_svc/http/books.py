@@ -10,10 +10,21 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import UNSET
 
-from coupon_svc.api.http import Answer, Call
-from coupon_svc.api.inputs import decode_cursor, encode_cursor, encode_metadata, invalid
-from coupon_svc.api.runner import BookRunner
-from coupon_svc.api.schemas import (
+from coupon_svc.domain.books import Book, BookStatus
+from coupon_svc.domain.clock import now_ms, rfc3339, to_ms
+from coupon_svc.domain.codes import (
+    CODE_LENGTH_MAX,
+    check_capacity,
+    normalise_code,
+    parse_pattern,
+    why_invalid,
+)
+from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.domain.shards import book_shard, new_book_id
+from coupon_svc.http.http import Answer, Call
+from coupon_svc.http.inputs import decode_cursor, encode_cursor, encode_metadata, invalid
+from coupon_svc.http.runner import BookRunner
+from coupon_svc.http.schemas import (
     REJECTED_SHOWN_MAX,
     BookAnswer,
     BooksPage,
@@ -26,22 +37,11 @@ from coupon_svc.api.schemas import (
     UploadAnswer,
     UploadCodes,
 )
-from coupon_svc.domain.books import Book, BookStatus
-from coupon_svc.domain.clock import now_ms, rfc3339, to_ms
-from coupon_svc.domain.codes import (
-    CODE_LENGTH_MAX,
-    check_capacity,
-    normalise_code,
-    parse_pattern,
-    why_invalid,
-)
-from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.domain.shards import book_shard, new_book_id
-from coupon_svc.ledger import catalogue
-from coupon_svc.ledger.catalogue import PIECE_CODES, NewBook, TakeTurns
-from coupon_svc.ledger.database import Database, LedgerUnavailable
-from coupon_svc.ledger.idempotency import IdempotentCall, Remembered, recall, remember
-from coupon_svc.ledger.uploads import Generated, TenantSlots, Uploads
+from coupon_svc.postgres import catalogue
+from coupon_svc.postgres.catalogue import PIECE_CODES, NewBook, TakeTurns
+from coupon_svc.postgres.database import Database, LedgerUnavailable
+from coupon_svc.postgres.idempotency import IdempotentCall, Remembered, recall, remember
+from coupon_svc.postgres.uploads import Generated, TenantSlots, Uploads
 
 IN_FORCE_WAIT_S = 5.0
 MOMENT_MIN_MS, MOMENT_END_MS = 0, 253_402_300_800_000

@@ -22,11 +22,11 @@ import asyncpg
 from coupon_svc.domain.books import Book
 from coupon_svc.domain.codes import Pattern
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.ledger import catalogue
-from coupon_svc.ledger.catalogue import PIECE_CODES, UNPLACED_FROM
-from coupon_svc.ledger.database import Database, LedgerUnavailable, bounded
-from coupon_svc.ledger.idempotency import IdempotentCall, Remembered, recall
 from coupon_svc.loops import keep_running
+from coupon_svc.postgres import catalogue
+from coupon_svc.postgres.catalogue import PIECE_CODES, UNPLACED_FROM
+from coupon_svc.postgres.database import Database, LedgerUnavailable, bounded
+from coupon_svc.postgres.idempotency import IdempotentCall, Remembered, recall
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ import msgspec
 from coupon_svc.domain.books import Ack, Book, BookStatus
 from coupon_svc.domain.codes import Pattern, check_capacity, fits
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.ledger.books import BOOK_COLUMNS, book_from_row
+from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row
 
 WRITER_CHANNEL = "coupon_writer"
 """NOTIFY channel on which the owners of shards hear that a book has changed."""
