@@ -27,6 +27,8 @@ CLOCKS_APART_MAX_MS = 60_000
 LedgerSeen = Literal["committed", "seen", "away"]
 """How the ledger was met just now: by a commit, by a statement that wrote nothing, or not at all."""
 REPLY_TIMEOUT_S = 3.0
+CONNECT_AGAIN_S = 0.2
+"""After a Redis was found unfit or away, nobody tries to connect again for so long: many loops share the connection."""
 EVENTS_PER_READ_MAX = 2_000
 
 
@@ -85,6 +87,9 @@ class OwnerStore:
         self._connection: Connection | None = None
         self._reader: Connection | None = None
         self._connecting = asyncio.Lock()
+        self._away = ""
+        """Why the last attempt to connect failed; with `_again_at`, by the loop's clock, before which none is made."""
+        self._again_at = 0.0
         self.identity: Identity | None = None
 
     async def refresh_identity(self) -> Identity:
@@ -108,6 +113,8 @@ class OwnerStore:
         async with self._connecting:
             if self.identity is None or self._connection is None or self._connection.closed.done():
                 self.close()
+                if asyncio.get_running_loop().time() < self._again_at:
+                    raise StoreLost(self._away)
                 connection = None
                 try:
                     connection = await connect(self._url, "coupon-writer")
@@ -122,7 +129,9 @@ class OwnerStore:
                 except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError) as error:
                     if connection is not None:
                         connection.abort()
-                    raise StoreLost(str(error) or type(error).__name__) from None
+                    self._away = str(error) or type(error).__name__
+                    self._again_at = asyncio.get_running_loop().time() + CONNECT_AGAIN_S
+                    raise StoreLost(self._away) from None
                 self.identity = identity
                 self._connection = connection
             return self.identity

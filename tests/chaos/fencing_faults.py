@@ -241,7 +241,9 @@ async def batch_from_before_a_recovery(run: Run) -> None:
             " AND query LIKE 'COMMIT%' ORDER BY state_change DESC LIMIT 1"
         )
         pid = await until(lambda: ledger.fetchval(newest, shard), HEAL_S, "the connection that commits was to be found")
-        os.kill(pid, signal.SIGSTOP)
+        await until(
+            lambda: _stopped_between_transactions(ledger, pid), HEAL_S, "it was to be stopped between two commits"
+        )
         try:
             waiting = asyncio.gather(*(probe.assign("ledger") for _ in range(4)))
             await asyncio.sleep(0.5)
@@ -252,6 +254,15 @@ async def batch_from_before_a_recovery(run: Run) -> None:
         await waiting
         await probe.goes_on()
     await run.recovered()
+
+
+async def _stopped_between_transactions(ledger: Any, pid: int) -> bool:
+    """Stop a backend of Postgres, unless it holds rows just now: the recovery would have to wait for them."""
+    os.kill(pid, signal.SIGSTOP)
+    if await ledger.fetchval("SELECT state = 'idle' FROM pg_stat_activity WHERE pid = $1", pid):
+        return True
+    os.kill(pid, signal.SIGCONT)
+    return False
 
 
 async def _recovered(run: Run, probe: Probe) -> bool:
