@@ -18,12 +18,14 @@ import msgspec
 from asyncpg import InvalidCatalogNameError, UndefinedColumnError, UndefinedTableError
 
 from coupon_svc.config import Settings, SettingsError, load_settings
+from coupon_svc.domain.errors import CouponError
 from coupon_svc.postgres import keys, quarantine
-from coupon_svc.postgres.database import PATIENT_S, LedgerUnavailable, open_connection
-from coupon_svc.postgres.migrations import DatabaseUnfit, migrate
+from coupon_svc.postgres.database import PATIENT_S, open_connection
+from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
+from coupon_svc.postgres.migrations import migrate
 
 
-class UsageError(Exception):
+class UsageError(CouponError):
     """The command cannot do what it was asked; the message says what to do instead."""
 
 

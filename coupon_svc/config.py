@@ -8,8 +8,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from coupon_svc.domain.errors import CouponError
 
-class SettingsError(Exception):
+
+class SettingsError(CouponError):
     """A setting is missing or out of bounds; the message names the variable and says what to do."""
 
 

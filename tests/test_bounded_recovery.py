@@ -20,8 +20,8 @@ from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.postgres import outstanding, recovery
 from coupon_svc.postgres.catalogue import lease_code
-from coupon_svc.postgres.database import LedgerUnavailable, open_connection
-from coupon_svc.postgres.events import NotOwner
+from coupon_svc.postgres.database import open_connection
+from coupon_svc.postgres.errors import LedgerUnavailable, NotOwner
 from coupon_svc.postgres.lending import settle_lone_leases
 from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago, note_marks
 from coupon_svc.postgres.migrations import migrate

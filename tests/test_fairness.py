@@ -25,8 +25,9 @@ from coupon_svc.domain.shards import new_book_id
 from coupon_svc.postgres.catalogue import NewBook, insert_book, insert_codes, random_places
 from coupon_svc.postgres.lending import lease_block
 from coupon_svc.postgres.shards import OwnedShard
-from coupon_svc.redis.connection import Connection, ReplyError, connect
+from coupon_svc.redis.connection import Connection, connect
 from coupon_svc.redis.control import OwnerStore, Term
+from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from tests.harness import fresh_database

@@ -9,7 +9,8 @@ import pytest
 
 from coupon_svc.config import load_settings
 from coupon_svc.http import registration
-from coupon_svc.postgres.database import LedgerUnavailable, open_connection
+from coupon_svc.postgres.database import open_connection
+from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.redis.data_plane import Store
 from coupon_svc.redis.positions import Positions
 from coupon_svc.redis.scripts import Scripts

@@ -23,7 +23,7 @@ from coupon_svc.http.registration import Registration
 from coupon_svc.http.runner import BookRunner
 from coupon_svc.postgres import recovery
 from coupon_svc.postgres.catalogue import lease_code
-from coupon_svc.postgres.database import LedgerUnavailable
+from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.keys import KeyRow
 from coupon_svc.postgres.marks import Mark
 from coupon_svc.postgres.quarantine import redeem_receipt

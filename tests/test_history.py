@@ -16,7 +16,8 @@ from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.ops.history import Head, walk_history
 from coupon_svc.ops.verify import _LEDGER_CHECKS
-from coupon_svc.postgres.events import Batch, DeadLetter, LedgerEdited, NotOwner, write_batches
+from coupon_svc.postgres.errors import LedgerEdited, NotOwner
+from coupon_svc.postgres.events import Batch, DeadLetter, write_batches
 from coupon_svc.postgres.migrations import migrate
 from coupon_svc.postgres.quarantine import redeem_receipt
 from coupon_svc.postgres.recovery import begin_epoch, drain, mark_certified, note_late

@@ -12,9 +12,10 @@ import asyncpg
 import httpx
 import pytest
 
-from coupon_svc.postgres.migrations import DatabaseUnfit, check_installation, migrate
-from coupon_svc.redis.connection import ReplyError
+from coupon_svc.postgres.errors import DatabaseUnfit
+from coupon_svc.postgres.migrations import check_installation, migrate
 from coupon_svc.redis.data_plane import Store
+from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.meta import META_FIELDS, meta_of
 from coupon_svc.redis.positions import Positions

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
-from coupon_svc.postgres.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.postgres.database import bounded, open_connection
+from coupon_svc.postgres.errors import LedgerUnavailable
 from tests.harness import fresh_database
 
 

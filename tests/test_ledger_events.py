@@ -8,7 +8,8 @@ import asyncpg
 import pytest
 
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
-from coupon_svc.postgres.events import Batch, NotOwner, write_batches
+from coupon_svc.postgres.errors import NotOwner
+from coupon_svc.postgres.events import Batch, write_batches
 from tests.harness import fresh_database
 
 OWNER = "wr_me"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.postgres.database import Database, LedgerUnavailable, open_connection
+from coupon_svc.postgres.database import Database, open_connection
+from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.resolve import Resolver
 from coupon_svc.redis import data_plane, server
 from coupon_svc.redis.data_plane import Store

@@ -10,7 +10,8 @@ import pytest
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.postgres import recovery
-from coupon_svc.postgres.events import Batch, Contradiction, contradicts, first_data_error, write_batches
+from coupon_svc.postgres.errors import Contradiction
+from coupon_svc.postgres.events import Batch, contradicts, first_data_error, write_batches
 from coupon_svc.postgres.quarantine import deal_again, redeem_receipt
 from coupon_svc.postgres.recovery import NewEpoch
 from coupon_svc.postgres.shards import OwnedShard

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from coupon_svc.config import load_settings
-from coupon_svc.postgres.recovery import HistoryForked
+from coupon_svc.postgres.errors import HistoryForked
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.writer.writer import Writer
 from tests.harness import Stack, until

@@ -17,7 +17,8 @@ from coupon_svc.postgres import lending
 from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.lending import BookNow, Lease
 from coupon_svc.postgres.shards import OwnedShard
-from coupon_svc.redis.control import OwnerStore, StoreLost, Suspect
+from coupon_svc.redis.control import OwnerStore
+from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.writer.clock import LedgerClock
@@ -105,7 +106,7 @@ async def test_codes_that_were_lent_in_the_epoch_before_are_not_brought_in_the_n
     """The recovery has settled them: by now they may be lent anew, or in quarantine."""
     store, shard, before, book_id = recovered
     lender = Lender("", "wr", store, {before.shard: shard}, 20, 20)
-    with pytest.raises(Suspect):
+    with pytest.raises(ShardNotUsable):
         await lender._bring(shard, before, book_id, Lease(["A-1"], 0))
     assert await store.pool_counts(before.shard, book_id) == (0, 0, 0)
     assert await lender._bring(shard, shard.owned, book_id, Lease(["A-1"], 0)) == 1
@@ -153,7 +154,7 @@ async def test_work_that_a_recovery_overtook_does_not_shut_the_shard_again(recov
     lender = Lender("", "wr", store, {before.shard: shard}, 20, 20)
 
     async def refused() -> None:
-        raise Suspect
+        raise ShardNotUsable
 
     await lender._guarded(shard, before, refused())
     assert shard.opened_on is not None
@@ -171,7 +172,7 @@ async def test_codes_are_counted_though_their_position_cannot_be_told(recovered:
     )
     now = shard.owned
     batch = Batch(now.shard, now.epoch, now.generation, 0, 1, [Event(1, COUPON_ASSIGNED, book_id, "A-1", "u", 1)])
-    with pytest.raises(StoreLost):
+    with pytest.raises(StoreError):
         await persister._publish(shard, batch, b"x" * 32, "")
     assert (shard.committed, assigned) == (1, [(book_id, 1)])
 
@@ -184,7 +185,7 @@ async def test_a_shard_that_cannot_be_shut_when_it_is_stopped_is_shut_by_who_wou
     away = OwnerStore("redis://127.0.0.1:1", SHARDS, Scripts())
     persister = Persister("", "wr", away, {before.shard: shard}, lambda *_: None, LedgerClock())
     connection = await asyncpg.connect(await fresh_database(postgres_url, SHARDS))
-    with pytest.raises(StoreLost):
+    with pytest.raises(StoreError):
         await persister._stop(connection, Batch(before.shard, before.epoch, before.generation, 0, 1, []), "forked")
     assert await connection.fetchval("SELECT stopped FROM shards WHERE shard = $1", before.shard) == "forked"
     assert (shard.opened_on, shard.stopped) == (None, False)

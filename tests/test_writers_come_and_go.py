@@ -18,7 +18,8 @@ from coupon_svc.postgres import lending
 from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.liveness import LOOKS_APART_MAX_S, Watch
 from coupon_svc.postgres.shards import OwnedShard, drop_writer, renew_writer, writer_beats
-from coupon_svc.redis.control import OwnerStore, StoreLost, Term
+from coupon_svc.redis.control import OwnerStore, Term
+from coupon_svc.redis.errors import StoreError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import Identity
@@ -414,9 +415,9 @@ async def test_a_store_that_cannot_be_reached_is_the_trouble_of_all_shards(monke
     lender = Lender("", "wr", OwnerStore("redis://127.0.0.1:1", 2, Scripts()), shards, 20, 20)
 
     async def away() -> None:
-        raise StoreLost("away")
+        raise StoreError("away")
 
-    with pytest.raises(StoreLost):
+    with pytest.raises(StoreError):
         await lender._guarded(shards[0], shards[0].owned, away())
     assert shards[0].opened_on is HERE
 

@@ -19,12 +19,14 @@ from urllib.parse import urlsplit
 
 from coupon_svc.dev.servers import ServerError
 from coupon_svc.dev.throwaway import ThrowawayError, signals_raise, throwaway_service
-from coupon_svc.postgres.database import LedgerUnavailable, open_connection
+from coupon_svc.domain.errors import CouponError
+from coupon_svc.postgres.database import open_connection
+from coupon_svc.postgres.errors import LedgerUnavailable
 
 _VALUE_SHOWN_MAX = 28
 
 
-class DemoError(Exception):
+class DemoError(CouponError):
     """The service did not do what it promises; the message says what."""
 
 

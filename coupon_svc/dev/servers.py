@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 from coupon_svc.dev import leash
+from coupon_svc.domain.errors import CouponError
 
 START_TIMEOUT_SECONDS = 60.0
 """Long, since Postgres may have a crash to recover from and Valkey a large file to load; death is noticed at once."""
@@ -40,7 +41,7 @@ _LOG_BYTES_MAX = 10_000_000
 _LEFTOVER_SECONDS = 5.0
 
 
-class ServerError(Exception):
+class ServerError(CouponError):
     """A server could not be started; the message says why, for a human, and quotes the server where it spoke."""
 
 

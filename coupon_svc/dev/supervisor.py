@@ -38,6 +38,7 @@ from coupon_svc.dev.servers import (
     write_private,
 )
 from coupon_svc.dev.tour import tour
+from coupon_svc.domain.errors import CouponError
 
 SERVICE_COMMAND = (sys.executable, "-m", "coupon_svc")
 
@@ -51,7 +52,7 @@ _HINT_SECONDS = 15.0
 _API_KILLED_AT, _WRITER_KILLED_AT, _POSTGRES_KILLED_AT, _REDIS_KILLED_AT = 2.5, 4.5, 7.0, 8.5
 
 
-class DevError(Exception):
+class DevError(CouponError):
     """The service cannot be started here; the message says why and what to do."""
 
 

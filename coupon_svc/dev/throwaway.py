@@ -18,13 +18,14 @@ from typing import Any, NoReturn
 from coupon_svc.dev import leash
 from coupon_svc.dev.servers import describe_status, quoted_tail, require_packages
 from coupon_svc.dev.supervisor import SERVICE_COMMAND
+from coupon_svc.domain.errors import CouponError
 
 START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 12.0  # `coupon-svc dev` promises ten
 REMOVE_TIMEOUT_SECONDS = 15.0
 
 
-class ThrowawayError(Exception):
+class ThrowawayError(CouponError):
     """The service could not be started; the message says why."""
 
 

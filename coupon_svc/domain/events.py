@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from coupon_svc.domain.errors import CouponError
+
 COUPON_ASSIGNED = "coupon_assigned"
 COUPON_REDEEMED = "coupon_redeemed"
 
@@ -25,7 +27,7 @@ class Event(NamedTuple):
     fingerprint: str | None = None
 
 
-class MalformedEvent(Exception):
+class MalformedEvent(CouponError):
     """A stream entry that no script of ours wrote. The message names what is wrong and holds no value of it."""
 
 

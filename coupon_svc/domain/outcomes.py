@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from coupon_svc.domain.errors import CouponError
+
 
 class Outcome(StrEnum):
     """Every way a request can be refused, in the order in which they are judged: the first that applies is answered."""
@@ -49,7 +51,7 @@ class Outcome(StrEnum):
     INTERNAL_ERROR = "internal_error"
 
 
-class Refused(Exception):
+class Refused(CouponError):
     """A request is answered with an outcome instead of a result.
 
     `numbers` are what a client can act on (`limit`, `held`, `capacity`, `errors`, …) and stand in the problem body as

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from coupon_svc.domain.clock import now_ms
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.postgres.database import LedgerUnavailable
+from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.keys import KeyRow
 from coupon_svc.postgres.resolve import Resolver
 

@@ -38,8 +38,9 @@ from coupon_svc.http.schemas import (
     UploadCodes,
 )
 from coupon_svc.postgres import catalogue
-from coupon_svc.postgres.catalogue import PIECE_CODES, NewBook, TakeTurns
-from coupon_svc.postgres.database import Database, LedgerUnavailable
+from coupon_svc.postgres.catalogue import PIECE_CODES, NewBook
+from coupon_svc.postgres.database import Database
+from coupon_svc.postgres.errors import LedgerUnavailable, TakeTurns
 from coupon_svc.postgres.idempotency import IdempotentCall, Remembered, recall, remember
 from coupon_svc.postgres.uploads import Generated, TenantSlots, Uploads
 

@@ -15,13 +15,14 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.inputs import invalid
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.problems import Headers, problem_response
 from coupon_svc.loops import place_of
-from coupon_svc.postgres.database import LedgerUnavailable
+from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.idempotency import IdempotentCall, Remembered
 from coupon_svc.postgres.keys import KeyRow
 
@@ -223,7 +224,7 @@ def _encoded(answer: Answer) -> Response:
     return Response(answer.status, headers, b"" if answer.body is None else _encode(answer.body))
 
 
-class ClientGone(Exception):
+class ClientGone(CouponError):
     """The caller has hung up before its request was complete."""
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from coupon_svc.domain.clock import boot_s
 from coupon_svc.loops import keep_running
-from coupon_svc.postgres.database import LedgerUnavailable, bounded, open_connection
-from coupon_svc.postgres.migrations import DatabaseUnfit, check_installation
+from coupon_svc.postgres.database import bounded, open_connection
+from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
+from coupon_svc.postgres.migrations import check_installation
 from coupon_svc.postgres.processes import (
     PROCESS_TTL_S,
     begin_process,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from coupon_svc.domain.errors import CouponError
 from coupon_svc.load.caller import JSON_HEADER, PUSHED_BACK, outcome_of, path_of
 from coupon_svc.load.client import Connections, Reply
 from coupon_svc.load.history import Book, History
@@ -88,7 +89,7 @@ class _CodeNow(msgspec.Struct, frozen=True):
     status: str
 
 
-class _Away(Exception):
+class _Away(CouponError):
     """The service does not answer for now; the message is the outcome."""
 
 

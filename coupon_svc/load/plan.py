@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from coupon_svc.domain.errors import CouponError
+
 CODES = 120_000
 """Over all books, unless --codes says otherwise: more than one API process deals in ten seconds."""
 _BOOKS = {"flash-sale": 1, "checkout": 4, "retries": 4, "mixed": 20, "campaign": 1}
@@ -16,7 +18,7 @@ LIST_SECONDS = 600.0
 _CODES_MAX = 10_000_000
 
 
-class LoadError(Exception):
+class LoadError(CouponError):
     """The load cannot be run; the message says why and what to do."""
 
 

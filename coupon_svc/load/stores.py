@@ -17,7 +17,8 @@ from coupon_svc.load.audit import LOST_NOTE, Verdict
 from coupon_svc.load.history import Book, Coupon, History
 from coupon_svc.load.plan import LoadError
 from coupon_svc.ops.verify import Verifier
-from coupon_svc.postgres.database import PATIENT_S, LedgerUnavailable, open_connection
+from coupon_svc.postgres.database import PATIENT_S, open_connection
+from coupon_svc.postgres.errors import LedgerUnavailable
 
 ARRIVAL_WAIT_S = 15.0
 """How long the ledger may take to have what was under way when the load ended."""

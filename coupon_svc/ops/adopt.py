@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from coupon_svc.config import Settings
+from coupon_svc.domain.errors import CouponError
 from coupon_svc.postgres.database import PATIENT_S, open_connection
 from coupon_svc.postgres.migrations import check_installation
 from coupon_svc.postgres.recovery import EPOCH_CHANNEL, last_seq
-from coupon_svc.redis.control import OwnerStore, StoreLost, Suspect, Term
+from coupon_svc.redis.control import OwnerStore, Term
+from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.redis.meta import ShardMeta
 from coupon_svc.redis.scripts import Scripts
 
@@ -51,7 +53,7 @@ _GO_ON = """
 """
 
 
-class AdoptError(Exception):
+class AdoptError(CouponError):
     """Nothing was changed; the message says why."""
 
 
@@ -136,7 +138,7 @@ async def adopt(
         if not confirm(found):
             return []
         return [(one.shard, await _go_on(connection, one)) for one in found]
-    except (StoreLost, Suspect) as error:
+    except (StoreError, ShardNotUsable) as error:
         raise AdoptError(f"Redis cannot be used ({error}); check COUPON_REDIS_URL.") from None
     finally:
         store.close()
@@ -144,7 +146,7 @@ async def adopt(
 
 
 async def _look(connection: Any, store: OwnerStore, row: Any) -> Stopped:
-    """Both sides of a shard. It is shut in Redis first, so that what is found there stays so. Raises StoreLost."""
+    """Both sides of a shard. It is shut in Redis first, so that what is found there stays so. Raises StoreError."""
     number = row["shard"]
     meta = await store.read_meta(number)
     epoch, generation = max(row["epoch"], meta.newest_epoch), max(row["generation"], meta.generation or 0)

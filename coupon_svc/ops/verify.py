@@ -30,7 +30,8 @@ from coupon_svc.config import Settings
 from coupon_svc.domain.books import Book
 from coupon_svc.ops.history import Head, walk_history
 from coupon_svc.postgres.books import books_of_shard
-from coupon_svc.postgres.database import PATIENT_S, LedgerUnavailable, open_connection
+from coupon_svc.postgres.database import PATIENT_S, open_connection
+from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.recovery import coupons_of_book
 from coupon_svc.redis.keys import ShardKeys
 

@@ -18,6 +18,7 @@ from coupon_svc.domain.books import Ack, Book, BookStatus
 from coupon_svc.domain.codes import Pattern, check_capacity, fits
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row
+from coupon_svc.postgres.errors import TakeTurns
 
 WRITER_CHANNEL = "coupon_writer"
 """NOTIFY channel on which the owners of shards hear that a book has changed."""
@@ -152,10 +153,6 @@ def check_period(starts_at_ms: int | None, expires_at_ms: int | None) -> None:
         raise Refused(
             Outcome.INVALID_REQUEST, errors=[{"pointer": "/expires_at", "detail": "must be later than starts_at"}]
         )
-
-
-class TakeTurns(Exception):
-    """It cannot be done in one transaction beside others of the tenant: its turn is to be waited for (`uploads.Uploads`)."""
 
 
 async def insert_codes(

@@ -9,21 +9,14 @@ from typing import Any, TypeVar
 
 import asyncpg
 
+from coupon_svc.postgres.errors import LedgerUnavailable
+
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 2.0
 PATIENT_S = 15.0
 """For a person's command: who waits for one answer would rather have it late than be told to try again."""
 IDLE_IN_TRANSACTION_S = 10
-
-
-class LedgerUnavailable(Exception):
-    """Postgres could not be reached or did not answer in time.
-
-    `may_have_happened` tells whether a transaction was under way, which may have been committed all the same.
-    """
-
-    may_have_happened = False
 
 
 UNAVAILABLE = (

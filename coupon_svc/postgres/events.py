@@ -11,11 +11,7 @@ import msgspec
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.codes import normalise_code
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
-
-
-class Contradiction(Exception):
-    """An event that cannot follow from what the ledger has: history has forked."""
-
+from coupon_svc.postgres.errors import Contradiction, LedgerEdited, NotOwner
 
 DATA_ERRORS = (
     Contradiction,
@@ -105,18 +101,6 @@ class Batch(NamedTuple):
     events: Sequence[Event]
     dead: Sequence[DeadLetter] = ()
     chain: bytes = CHAIN_START
-
-
-class NotOwner(Exception):
-    """A shard of the batch has another owner, epoch or position by now: the batch must be thrown away."""
-
-
-class LedgerEdited(Exception):
-    """The position of these shards is right, and their last hash is not the one that was written: history was edited."""
-
-    def __init__(self, shards: Sequence[int]) -> None:
-        super().__init__(f"the hash chain of shards {shards} was changed")
-        self.shards = shards
 
 
 async def write_batches(connection: asyncpg.Connection, writer_id: str, batches: Sequence[Batch]) -> dict[int, bytes]:

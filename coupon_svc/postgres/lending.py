@@ -12,7 +12,7 @@ import asyncpg
 
 from coupon_svc.domain.books import Book
 from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row
-from coupon_svc.postgres.events import NotOwner
+from coupon_svc.postgres.errors import NotOwner
 from coupon_svc.postgres.shards import OwnedShard
 
 _STILL_OWNER = """

@@ -7,13 +7,10 @@ from pathlib import Path
 
 import asyncpg
 
+from coupon_svc.postgres.errors import DatabaseUnfit
 from coupon_svc.resources import resource_folder
 
 _ONE_AT_A_TIME = 0x636F75706F6E  # "coupon"; the advisory lock of whoever migrates
-
-
-class DatabaseUnfit(Exception):
-    """This database is not one that the process may work with as it is set up; the message says what to do."""
 
 
 async def migrate(connection: asyncpg.Connection, shards: int, folder: Path | None = None) -> list[str]:

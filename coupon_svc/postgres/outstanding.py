@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import asyncpg
 
+from coupon_svc.postgres.errors import BookBusy
 from coupon_svc.postgres.lending import Lease
 
 PIECE = 5_000
@@ -49,10 +50,6 @@ _PRUNE = """
         AND (SELECT true FROM coupons WHERE coupons.book_id = $1 AND coupons.code = page.code))
     SELECT max(code) AS last, count(*) AS codes FROM page
 """
-
-
-class BookBusy(Exception):
-    """Somebody else holds the book's row just now. Nothing was done: ask again."""
 
 
 async def account_piece(connection: asyncpg.Connection, book_id: str, wait_ms: int = 1000) -> bool:

@@ -12,11 +12,11 @@ from coupon_svc.domain.books import Ack
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.postgres.catalogue import ROUND, random_places
+from coupon_svc.postgres.errors import BookBusy, HistoryForked, NotOwner
 from coupon_svc.postgres.events import (
     DATA_ERRORS,
     Batch,
     DeadLetter,
-    NotOwner,
     contradicts,
     dead_letter,
     link_batch,
@@ -24,7 +24,7 @@ from coupon_svc.postgres.events import (
     write_linked,
 )
 from coupon_svc.postgres.marks import Mark
-from coupon_svc.postgres.outstanding import PIECE, BookBusy, limit_wait
+from coupon_svc.postgres.outstanding import PIECE, limit_wait
 from coupon_svc.postgres.shards import OwnedShard
 
 EPOCH_CHANNEL = "coupon_epoch"
@@ -91,10 +91,6 @@ _COUPONS = """
 PAGE = 5_000
 """Rows per statement of what Redis is rebuilt from."""
 EVENTS_PAGE = 20_000
-
-
-class HistoryForked(Exception):
-    """The stream and the ledger tell different stories of the same position. A person must look; the message says where."""
 
 
 class Verdict(NamedTuple):

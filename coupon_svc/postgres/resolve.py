@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 
-from coupon_svc.postgres.database import Database, LedgerUnavailable
+from coupon_svc.postgres.database import Database
+from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.keys import KeyRow, find_key
 
 CODES_KEPT_MAX = 200_000

@@ -25,7 +25,8 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.loops import keep_running
 from coupon_svc.postgres import catalogue
 from coupon_svc.postgres.catalogue import PIECE_CODES, UNPLACED_FROM
-from coupon_svc.postgres.database import Database, LedgerUnavailable, bounded
+from coupon_svc.postgres.database import Database, bounded
+from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.idempotency import IdempotentCall, Remembered, recall
 
 T = TypeVar("T")

@@ -11,31 +11,24 @@ import asyncio
 import contextlib
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import hiredis
 
+from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError, StoreError
+
 Reply = Any
-ReplyError = hiredis.ReplyError
 
 IN_FLIGHT_MAX = 20_000
-
-
-class StoreUnavailable(Exception):
-    """The command was not sent: it has had no effect."""
-
-
-class StoreOutcomeUnknown(Exception):
-    """The command was sent and its reply never came: it may have had its effect."""
 
 
 class Connection(asyncio.Protocol):
     """A verified-by-its-owner, multiplexed connection. Make one with `connect`."""
 
     def __init__(self, on_message: Callable[[Reply], None] | None = None) -> None:
-        self._reader = hiredis.Reader(encoding="utf-8", errors="replace")
+        self._reader = hiredis.Reader(encoding="utf-8", errors="replace", replyError=ReplyError)
         self._on_message = on_message
         self._waiting: deque[asyncio.Future[Reply]] = deque()
         self._unsent: list[bytes] = []
@@ -67,7 +60,7 @@ class Connection(asyncio.Protocol):
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
-                future.set_exception(StoreOutcomeUnknown())
+                future.set_exception(OutcomeUnknown("the connection broke"))
         if not self.closed.done():
             self.closed.set_result(None)
 
@@ -76,11 +69,11 @@ class Connection(asyncio.Protocol):
     def send(self, *command: str | bytes | int | float) -> asyncio.Future[Reply]:
         """Queue a command for this turn's write. The future holds the reply; an error reply is a ReplyError value.
 
-        Raises StoreUnavailable at once when the connection is gone or too much is under way already.
-        The future raises StoreOutcomeUnknown when the connection breaks first.
+        Raises NotSent at once when the connection is gone or too much is under way already.
+        The future raises OutcomeUnknown when the connection breaks first.
         """
         if self._transport is None or len(self._waiting) >= IN_FLIGHT_MAX:
-            raise StoreUnavailable
+            raise NotSent("there is no connection, or too much is under way on it")
         if not self._waiting:
             self._last_progress = self._loop.time()
         if not self._unsent:
@@ -110,6 +103,16 @@ class Connection(asyncio.Protocol):
         if self._transport is not None and self._unsent:
             self._transport.write(b"".join(self._unsent))
             self._unsent.clear()
+
+
+@contextlib.asynccontextmanager
+async def replies_within(seconds: float) -> AsyncIterator[None]:
+    """Wait for replies for at most `seconds`. Raises OutcomeUnknown when that is not enough."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise OutcomeUnknown("no reply in time") from None
 
 
 class Address(NamedTuple):
@@ -148,7 +151,7 @@ async def connect(
 ) -> Connection:
     """Open a connection to `redis://`, `rediss://` or `unix://`, authenticated and named for CLIENT LIST.
 
-    Raises StoreUnavailable when that fails or takes longer than `timeout` seconds. The message never holds the URL.
+    Raises NotSent when that fails or takes longer than `timeout` seconds. The message never holds the URL.
     """
     address = parse_address(url)
     loop = asyncio.get_running_loop()
@@ -168,8 +171,8 @@ async def connect(
                 await connection.ask("SELECT", address.database)
             with contextlib.suppress(ReplyError):
                 await connection.ask("CLIENT", "SETNAME", name)
-    except (OSError, TimeoutError, StoreOutcomeUnknown, ReplyError) as error:
+    except (OSError, TimeoutError, StoreError) as error:
         if connection:
             connection.abort()
-        raise StoreUnavailable(type(error).__name__) from None
+        raise NotSent(type(error).__name__) from None
     return connection

@@ -8,18 +8,22 @@ import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from coupon_svc.redis.connection import (
-    Connection,
-    Reply,
+from coupon_svc.redis.connection import Connection, Reply, connect, replies_within
+from coupon_svc.redis.errors import (
+    ClocksApart,
+    CountsDiffer,
+    Fenced,
+    ForeignRedis,
+    OutOfMemory,
     ReplyError,
-    StoreOutcomeUnknown,
-    StoreUnavailable,
-    connect,
+    StoreError,
+    WrongKeyType,
+    shard_not_usable,
 )
 from coupon_svc.redis.keys import ShardKeys, positions_channel
 from coupon_svc.redis.meta import ShardMeta, meta_of
 from coupon_svc.redis.scripts import Scripts
-from coupon_svc.redis.server import Identity, ServerUnfit, load_scripts, read_identity
+from coupon_svc.redis.server import Identity, load_scripts, read_identity
 
 CODES_PER_CALL_MAX = KEYS_PER_CALL_MAX = 500
 CLOCKS_APART_MAX_MS = 60_000
@@ -30,30 +34,6 @@ REPLY_TIMEOUT_S = 3.0
 CONNECT_AGAIN_S = 0.2
 """After a Redis was found unfit or away, nobody tries to connect again for so long: many loops share the connection."""
 EVENTS_PER_READ_MAX = 2_000
-
-
-class StoreLost(Exception):
-    """Redis could not be reached, broke off, or is not fit. Whatever was sent is safe to send again."""
-
-
-class StoreFull(StoreLost):
-    """Redis has no memory for it. What takes none can go on."""
-
-
-class Suspect(Exception):
-    """This Redis is not the one the ledger knows, or the shard has another owner."""
-
-
-class Fenced(Suspect):
-    """A newer owner, or a newer recovery of this one, has been at this Redis; or the shard is not shut."""
-
-
-class ForeignRedis(StoreLost):
-    """The keys in this Redis belong to another installation; nothing was written. The message names both."""
-
-
-class ClocksApart(Suspect):
-    """Redis's clock and Postgres's are too far from each other to be trusted; the message says by how much."""
 
 
 class Term(NamedTuple):
@@ -69,10 +49,10 @@ class Term(NamedTuple):
         return f"{self.generation}-{self.epoch}"
 
 
-def _require_types(error: Exception) -> None:
-    """Raises Suspect when a key of a shard is of a type that is none of ours: that is no trouble with Redis."""
-    if isinstance(error, ReplyError) and str(error).startswith("WRONGTYPE"):
-        raise Suspect("a key has another type")
+def _require_types(error: ReplyError) -> None:
+    """Raises WrongKeyType when a key of a shard has a type that is not ours: nothing is wrong with the server then."""
+    if error.word == "WRONGTYPE":
+        raise WrongKeyType("a key has another type")
 
 
 class OwnerStore:
@@ -93,45 +73,39 @@ class OwnerStore:
         self.identity: Identity | None = None
 
     async def refresh_identity(self) -> Identity:
-        """Ask again who is at the other end: a change of master shows on a live connection only so. Raises StoreLost."""
+        """Ask again who is at the other end: a change of master shows on a live connection only so. Raises StoreError."""
         await self.connect()
         assert self._connection is not None
         try:
-            async with asyncio.timeout(REPLY_TIMEOUT_S):
+            async with replies_within(REPLY_TIMEOUT_S):
                 self.identity = identity = await read_identity(self._connection)
                 await self._require_ours(self._connection)
-        except ForeignRedis:
+        except StoreError:
             self.close()
             raise
-        except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError) as error:
-            self.close()
-            raise StoreLost(str(error) or type(error).__name__) from None
         return identity
 
     async def connect(self) -> Identity:
-        """Make sure there is a connection, and return who is at its other end. Raises StoreLost."""
+        """Make sure there is a connection, and return who is at its other end. Raises StoreError."""
         async with self._connecting:
             if self.identity is None or self._connection is None or self._connection.closed.done():
                 self.close()
                 if asyncio.get_running_loop().time() < self._again_at:
-                    raise StoreLost(self._away)
+                    raise StoreError(self._away)
                 connection = None
                 try:
                     connection = await connect(self._url, "coupon-writer")
-                    async with asyncio.timeout(REPLY_TIMEOUT_S):
+                    async with replies_within(REPLY_TIMEOUT_S):
                         identity = await read_identity(connection)
                         await self._require_ours(connection)
                         await load_scripts(connection, self._scripts)
-                except ForeignRedis:
+                except StoreError as error:
                     if connection is not None:
                         connection.abort()
+                    if not isinstance(error, ForeignRedis):
+                        self._away = str(error)
+                        self._again_at = asyncio.get_running_loop().time() + CONNECT_AGAIN_S
                     raise
-                except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError) as error:
-                    if connection is not None:
-                        connection.abort()
-                    self._away = str(error) or type(error).__name__
-                    self._again_at = asyncio.get_running_loop().time() + CONNECT_AGAIN_S
-                    raise StoreLost(self._away) from None
                 self.identity = identity
                 self._connection = connection
             return self.identity
@@ -151,10 +125,15 @@ class OwnerStore:
                 connection.abort()
         self._connection = self._reader = self.identity = None
 
+    def _close_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.abort()
+        self._reader = None
+
     # --- writing
 
     async def open_shard(self, term: Term, committed: int, backlog_max: int) -> int:
-        """Take over a shard that is certified on this Redis. Returns its seq. Raises StoreLost, Suspect."""
+        """Take over a shard that is certified on this Redis. Returns its seq. Raises StoreError, ShardNotUsable."""
         identity = await self.connect()
         reply = await self._run(
             "open_shard", term, [], identity.run_id, identity.replid, backlog_max, committed, self.installation
@@ -174,7 +153,7 @@ class OwnerStore:
         """Tell how far the ledger is. Returns the shard's seq.
 
         `entry` is the digest of the event that the ledger has at `committed` (`entry_digest`), "" where it is not known;
-        `ledger_ms` is Postgres's clock. Raises StoreLost, Suspect; ClocksApart, and nothing was written.
+        `ledger_ms` is Postgres's clock. Raises StoreError, ShardNotUsable; ClocksApart, and nothing was written.
         """
         identity = await self.connect()
         message = f"{term.shard} {term.epoch} {committed}" if ledger != "away" else ""
@@ -189,23 +168,24 @@ class OwnerStore:
         return int(reply[1])
 
     async def clock_ms(self) -> int:
-        """Redis's clock, in Unix milliseconds. Raises StoreLost."""
+        """Redis's clock, in Unix milliseconds. Raises StoreError."""
         seconds, microseconds = await self._ask("TIME")
         return int(seconds) * 1000 + int(microseconds) // 1000
 
     async def put_book(self, term: Term, book_id: str, version: int, rules: Mapping[str, str], *, known: bool) -> None:
-        """Bring a book's rules, unless Redis has newer ones. Raises StoreLost; Suspect also when a known book is gone."""
+        """Bring a book's rules, unless Redis has newer ones. Raises StoreError, ShardNotUsable; CountsDiffer
+        when a known book is gone."""
         fields = [part for pair in rules.items() for part in pair]
         reply = await self._run(
             "put_book", term, [self._keys[term.shard].book(book_id)], version, "known" if known else "", *fields
         )
         if reply[0] == "gone":
-            raise Suspect
+            raise CountsDiffer(f"book {book_id} is gone")
 
     async def load_codes(self, term: Term, book_id: str, codes: Sequence[str], unlent: int) -> int:
         """Put lent codes into the pool, skipping those that are in it or held. Returns how many are in the pool then.
 
-        Raises StoreLost (send it again), StoreFull, Suspect.
+        Raises StoreError (send it again), OutOfMemory, ShardNotUsable.
         """
         keys = self._keys[term.shard]
         touched = [keys.book(book_id), keys.free(book_id), keys.holders(book_id)]
@@ -216,12 +196,12 @@ class OwnerStore:
                 entries += (secrets.randbits(53), code)
             reply = await self._run("load_codes", term, touched, unlent, *entries)
             if reply[0] != "ok":
-                raise Suspect
+                raise CountsDiffer(f"book {book_id} is gone")
             in_pool = int(reply[2])
         return in_pool
 
     async def _run(self, name: str, term: Term, keys: Sequence[str], *args: str | int) -> Reply:
-        """Run one of the owner's scripts. Raises StoreLost, Suspect."""
+        """Run one of the owner's scripts. Raises StoreError, ShardNotUsable."""
         return await self._send(name, term.shard, keys, term.epoch, term.generation, *args)
 
     async def _send(self, name: str, shard: int, keys: Sequence[str], *args: str | int) -> Reply:
@@ -231,38 +211,37 @@ class OwnerStore:
             await self.connect()
             assert self._connection is not None
             try:
-                async with asyncio.timeout(REPLY_TIMEOUT_S):
+                async with replies_within(REPLY_TIMEOUT_S):
                     reply = await self._connection.send("EVALSHA", script.sha, len(keys) + 1, meta, *keys, *args)
-            except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError):
+            except StoreError:
                 self.close()
-                raise StoreLost(name) from None
+                raise
             if not isinstance(reply, ReplyError):
                 if reply[0] == "suspect":
-                    raise Suspect(": ".join([name, *reply[1:]]))
+                    raise shard_not_usable(name, *reply[1:])
                 if reply[0] == "fenced":
                     raise Fenced(name)
                 if reply[0] == "foreign":
                     raise ForeignRedis(_foreign(reply[1], self.installation))
                 return reply
-            word = str(reply).partition(" ")[0]
             _require_types(reply)
-            if word != "NOSCRIPT":
-                raise (StoreFull if word == "OOM" else StoreLost)(f"{name}: {word}")
+            if reply.word != "NOSCRIPT":
+                raise (OutOfMemory if reply.word == "OOM" else StoreError)(f"{name}: {reply.word}")
             self.close()  # connecting anew verifies the server and loads the scripts
-        raise StoreLost(f"{name}: NOSCRIPT")
+        raise StoreError(f"{name}: NOSCRIPT")
 
     # --- recovering: these name the recovery that shut the shard; no epoch is in force
 
     async def shut_shard(self, term: Term) -> None:
-        """No script decides anything in the shard from now on. Raises StoreLost, ForeignRedis, Fenced."""
+        """No script decides anything in the shard from now on. Raises StoreError, ForeignRedis, Fenced."""
         await self._send("shut_shard", term.shard, [], term.generation, term.epoch, self.installation)
 
     async def tell_position(self, shard: int, epoch: int, committed: int) -> None:
-        """Tell those who wait how far the ledger got, without a certified shard. Raises StoreLost."""
+        """Tell those who wait how far the ledger got, without a certified shard. Raises StoreError."""
         await self._ask("PUBLISH", positions_channel(self.installation), f"{shard} {epoch} {committed}")
 
     async def wipe_shard(self, term: Term) -> None:
-        """Drop every key of the shard but its meta. Raises StoreLost, Suspect."""
+        """Drop every key of the shard but its meta. Raises StoreError, ShardNotUsable."""
         keys = self._keys[term.shard]
         cursor = "0"
         while True:
@@ -276,7 +255,7 @@ class OwnerStore:
     async def restore_book(
         self, term: Term, book_id: str, fields: Mapping[str, str], quarantined: Sequence[str]
     ) -> None:
-        """A book with an empty pool, and its quarantine. Raises StoreLost, Suspect."""
+        """A book with an empty pool, and its quarantine. Raises StoreError, ShardNotUsable."""
         keys = self._keys[term.shard]
         touched = [keys.book(book_id), keys.free(book_id), keys.quarantine(book_id)]
         flat = [part for pair in fields.items() for part in pair]
@@ -288,7 +267,7 @@ class OwnerStore:
     async def restore_coupons(
         self, term: Term, tenant_id: int, book_id: str, coupons: Sequence[tuple[str, str, str]]
     ) -> None:
-        """Coupons of a book, each as (code, user_id, holder), at most 500. Raises StoreLost, Suspect."""
+        """Coupons of a book, each as (code, user_id, holder), at most 500. Raises StoreError, ShardNotUsable."""
         keys = self._keys[term.shard]
         touched = [keys.holders(book_id), *(keys.coupons(tenant_id, user_id) for _, user_id, _ in coupons)]
         flat = [part for code, _, holder in coupons for part in (code, holder)]
@@ -297,7 +276,7 @@ class OwnerStore:
     async def restore_idem(
         self, term: Term, tenant_id: int, book_id: str, records: Sequence[tuple[str, str, int]]
     ) -> None:
-        """Idempotency records, each as (key, JSON, ttl in ms), at most 500. Raises StoreLost, Suspect."""
+        """Idempotency records, each as (key, JSON, ttl in ms), at most 500. Raises StoreError, ShardNotUsable."""
         keys = self._keys[term.shard]
         touched = [keys.idem(tenant_id, book_id, key) for key, _, _ in records]
         flat = [part for _, record, ttl_ms in records for part in (record, ttl_ms)]
@@ -305,7 +284,10 @@ class OwnerStore:
 
     async def certify_shard(self, term: Term, identity: Identity, backlog_max: int) -> None:
         """This Redis agrees with the ledger: it decides from now on, in the term's epoch. `identity` is that of the server
-        which was shut; should there be another by now, nobody will take it for certified. Raises StoreLost, Suspect."""
+        which was shut; should there be another by now, nobody will take it for certified.
+
+        Raises StoreError, ShardNotUsable.
+        """
         await self._send(
             "certify_shard", term.shard, [self._keys[term.shard].events], term.recovery, term.epoch,
             identity.run_id, identity.replid, backlog_max,
@@ -314,32 +296,32 @@ class OwnerStore:
     # --- reading
 
     async def read_meta(self, shard: int) -> ShardMeta:
-        """The shard's meta as it is, whoever wrote it. Raises StoreLost."""
+        """The shard's meta as it is, whoever wrote it. Raises StoreError."""
         flat = await self._ask("HGETALL", self._keys[shard].meta)
         return meta_of(dict(zip(flat[::2], flat[1::2], strict=True)))
 
     async def stream_after(
         self, shard: int, epoch: int, seq: int, count: int = EVENTS_PER_READ_MAX
     ) -> list[list[Reply]]:
-        """Up to `count` entries that follow (epoch, seq), without waiting. Raises StoreLost."""
+        """Up to `count` entries that follow (epoch, seq), without waiting. Raises StoreError."""
         entries: list[list[Reply]] = await self._ask(
             "XRANGE", self._keys[shard].events, f"({epoch}-{seq}", "+", "COUNT", count
         )
         return entries
 
     async def entry_at(self, shard: int, epoch: int, seq: int) -> list[str] | None:
-        """The fields of the stream's entry at a position; None when there is none. Raises StoreLost."""
+        """The fields of the stream's entry at a position; None when there is none. Raises StoreError."""
         entries = await self._ask("XRANGE", self._keys[shard].events, f"{epoch}-{seq}", f"{epoch}-{seq}")
         return list(entries[0][1]) if entries else None
 
     async def newest_entry(self, shard: int, below_epoch: int) -> str | None:
-        """The id of the last entry of the shard's stream in an epoch below this one. Raises StoreLost."""
+        """The id of the last entry of the shard's stream in an epoch below this one. Raises StoreError."""
         entries = await self._ask("XREVRANGE", self._keys[shard].events, f"({below_epoch}-0", "-", "COUNT", 1)
         return str(entries[0][0]) if entries else None
 
     async def holders(self, shard: int, book_id: str) -> AsyncIterator[list[tuple[str, str]]]:
         """Every code of a book that somebody holds in Redis, with what is kept of it, some at a time; a code may come
-        twice. Raises StoreLost."""
+        twice. Raises StoreError."""
         cursor = "0"
         while True:
             cursor, flat = await self._ask("HSCAN", self._keys[shard].holders(book_id), cursor, "COUNT", 1000)
@@ -348,7 +330,7 @@ class OwnerStore:
                 return
 
     async def pool_counts(self, shard: int, book_id: str) -> tuple[int, int, int]:
-        """(codes in the pool, codes held, codes ever brought) of a book as it stands in Redis. Raises StoreLost."""
+        """(codes in the pool, codes held, codes ever brought) of a book as it stands in Redis. Raises StoreError."""
         keys = self._keys[shard]
         return (
             int(await self._ask("ZCARD", keys.free(book_id))),
@@ -360,16 +342,19 @@ class OwnerStore:
         await self.connect()
         assert self._connection is not None
         try:
-            async with asyncio.timeout(REPLY_TIMEOUT_S):
+            async with replies_within(REPLY_TIMEOUT_S):
                 return await self._connection.ask(*command)
-        except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ReplyError) as error:
+        except ReplyError as error:
             _require_types(error)
             self.close()
-            raise StoreLost(str(command[0])) from None
+            raise StoreError(f"{command[0]}: {error.word}") from None  # its whole text may name a key
+        except StoreError:
+            self.close()
+            raise
 
     async def held_counts(self, shard: int, book_ids: Sequence[str]) -> list[int | None]:
         """How many codes of each book were ever brought to Redis; None for a book that it does not have as this version
-        keeps it. Raises StoreLost."""
+        keeps it. Raises StoreError."""
         keys, counts = self._keys[shard], []
         for start in range(0, len(book_ids), KEYS_PER_CALL_MAX):
             some = book_ids[start : start + KEYS_PER_CALL_MAX]
@@ -381,23 +366,24 @@ class OwnerStore:
     async def read_events(self, after: Mapping[int, tuple[int, int]], block_ms: int) -> dict[int, list[list[Reply]]]:
         """Entries of each shard's stream that follow (epoch, seq), waiting up to `block_ms` for the first.
 
-        Each entry is [id, [name, value, …]]. Raises StoreLost.
+        Each entry is [id, [name, value, …]]. Raises StoreError.
         """
         try:
             if self._reader is None or self._reader.closed.done():
                 self._reader = await connect(self._url, "coupon-writer-reader")
             by_stream = {self._keys[shard].events: shard for shard in after}
-            async with asyncio.timeout(block_ms / 1000 + REPLY_TIMEOUT_S):
+            async with replies_within(block_ms / 1000 + REPLY_TIMEOUT_S):
                 reply = await self._reader.ask(
                     "XREAD", "COUNT", EVENTS_PER_READ_MAX, "BLOCK", block_ms, "STREAMS", *by_stream,
                     *(f"{epoch}-{seq}" for epoch, seq in after.values()),
                 )  # fmt: skip
-        except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ReplyError) as error:
+        except ReplyError as error:
             _require_types(error)
-            if self._reader is not None:
-                self._reader.abort()
-            self._reader = None
-            raise StoreLost(type(error).__name__) from None
+            self._close_reader()
+            raise StoreError(f"XREAD: {error.word}") from None  # its whole text may name a key
+        except StoreError:
+            self._close_reader()
+            raise
         return {by_stream[stream]: entries for stream, entries in reply or ()}
 
 

@@ -16,19 +16,13 @@ from collections.abc import Sequence
 from coupon_svc.domain.clock import boot_s
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.loops import keep_running
-from coupon_svc.redis.connection import (
-    Connection,
-    Reply,
-    ReplyError,
-    StoreOutcomeUnknown,
-    StoreUnavailable,
-    connect,
-)
+from coupon_svc.redis.connection import Connection, Reply, connect, replies_within
+from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError, StoreError
 from coupon_svc.redis.keys import ShardKeys, positions_channel
 from coupon_svc.redis.meta import META_FIELDS, ShardMeta, parse_meta
 from coupon_svc.redis.positions import Positions
 from coupon_svc.redis.scripts import Scripts
-from coupon_svc.redis.server import ServerUnfit, judge, load_scripts, read_info, refuses_writes
+from coupon_svc.redis.server import judge, load_scripts, read_info, refuses_writes
 
 log = logging.getLogger(__name__)
 
@@ -154,9 +148,9 @@ class Store:
                 reply = await self._connection.send(
                     "EVALSHA", script.sha, len(keys) + 1, view.keys.meta, *keys, epoch, view.seen_seq, *args
                 )
-            except StoreUnavailable:
+            except NotSent:
                 raise Refused(Outcome.STORE_UNAVAILABLE) from None
-            except StoreOutcomeUnknown:
+            except OutcomeUnknown:
                 raise Refused(Outcome.STORE_UNAVAILABLE if sure else Outcome.OUTCOME_UNKNOWN) from None
             if not isinstance(reply, ReplyError):
                 if reply[0] == "suspect":
@@ -174,11 +168,11 @@ class Store:
             await self._explain(reply, view, shard)
         raise Refused(Outcome.RECOVERING)
 
-    async def _explain(self, error: Exception, view: ShardView, shard: int) -> None:
+    async def _explain(self, error: ReplyError, view: ShardView, shard: int) -> None:
         """Turn an error reply into a refusal; returns only when the script is loaded now and may be sent again."""
-        word = str(error).partition(" ")[0]
+        word = error.word
         if word == "NOSCRIPT":
-            with contextlib.suppress(StoreUnavailable, StoreOutcomeUnknown, ServerUnfit, ReplyError):
+            with contextlib.suppress(StoreError):
                 if self._connection:
                     await self._verify(self._connection)
                     if view.certified:
@@ -202,7 +196,7 @@ class Store:
     async def _doubt(self, shard: int, seen_seq: int) -> None:
         view = self.views[shard]
         if self._connection is not None:
-            with contextlib.suppress(StoreUnavailable, StoreOutcomeUnknown):
+            with contextlib.suppress(StoreError):
                 script = self._scripts["doubt_shard"]
                 await self._connection.send("EVALSHA", script.sha, 1, view.keys.meta, view.epoch, seen_seq)
 
@@ -219,13 +213,13 @@ class Store:
             connection = None
             try:
                 connection = await connect(self._url, "coupon-api")
-                async with asyncio.timeout(REPLY_TIMEOUT_S):  # nobody watches it yet
+                async with replies_within(REPLY_TIMEOUT_S):  # nobody watches it yet
                     await self._verify(connection)
                     await load_scripts(connection, self._scripts)
                 self._connection = connection
                 await connection.closed
-            except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError) as error:
-                log.warning("redis cannot be used: %s", str(error) or type(error).__name__)
+            except StoreError as error:
+                log.warning("redis cannot be used: %s", error)
             finally:
                 self._connection = None
                 if connection is not None:
@@ -248,7 +242,7 @@ class Store:
         for shard, (view, reply) in enumerate(zip(self.views, replies, strict=True)):
             view.certified = False
             if isinstance(reply, ReplyError):
-                if str(reply).startswith("WRONGTYPE"):
+                if reply.word == "WRONGTYPE":
                     continue  # somebody put another key there, and that is this shard's trouble alone
                 raise reply
             meta = parse_meta(reply)
@@ -309,9 +303,9 @@ class Store:
             if soon or loop.time() - verified_at >= VERIFY_EVERY_S:
                 self._verify_wanted = False
                 try:
-                    async with asyncio.timeout(REPLY_TIMEOUT_S):  # one that carries nothing must not stop this loop
+                    async with replies_within(REPLY_TIMEOUT_S):  # one that carries nothing must not stop this loop
                         await self._verify(connection)
-                except (StoreUnavailable, StoreOutcomeUnknown, TimeoutError, ServerUnfit, ReplyError):
+                except StoreError:
                     connection.abort()
                 verified_at = loop.time()
 
@@ -326,7 +320,7 @@ class Store:
             listener.abort()
         elif now - self._pinged_at >= PING_EVERY_S:
             self._pinged_at = now
-            with contextlib.suppress(StoreUnavailable):
+            with contextlib.suppress(NotSent):
                 listener.send("PING").add_done_callback(self._on_pong)
 
     def _on_pong(self, pong: asyncio.Future[Reply]) -> None:
@@ -343,7 +337,7 @@ class Store:
                 self._listener = listener = await connect(self._url, "coupon-api-positions", self._on_message)
                 await listener.ask("SUBSCRIBE", channel)
                 await listener.closed
-            except (StoreUnavailable, StoreOutcomeUnknown, ReplyError):
+            except StoreError:
                 pass
             self._listener = None
             await asyncio.sleep(0.2)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import msgspec
 
 from coupon_svc.redis.connection import Connection
+from coupon_svc.redis.errors import ServerUnfit
 from coupon_svc.redis.scripts import Scripts
 
 VERSION_MIN = (7, 0)
@@ -20,10 +21,6 @@ class Identity(msgspec.Struct, frozen=True):
 
     run_id: str
     replid: str
-
-
-class ServerUnfit(Exception):
-    """The server would break a promise as it is set up; the message names the setting and says what to do."""
 
 
 async def read_identity(connection: Connection) -> Identity:

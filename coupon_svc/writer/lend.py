@@ -13,11 +13,12 @@ from coupon_svc.loops import place_of
 from coupon_svc.postgres import lending, outstanding
 from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.catalogue import WRITER_CHANNEL
-from coupon_svc.postgres.database import UNAVAILABLE, LedgerUnavailable, bounded, open_connection
-from coupon_svc.postgres.events import NotOwner
+from coupon_svc.postgres.database import UNAVAILABLE, bounded, open_connection
+from coupon_svc.postgres.errors import BookBusy, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.idempotency import forget_old
 from coupon_svc.postgres.shards import OwnedShard, connection_name
-from coupon_svc.redis.control import OwnerStore, StoreFull, StoreLost, Suspect
+from coupon_svc.redis.control import OwnerStore
+from coupon_svc.redis.errors import CountsDiffer, OutOfMemory, ShardNotUsable, StoreError
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.rules import book_fields
 from coupon_svc.writer.shard import Pool, Shard, term_of
@@ -86,12 +87,12 @@ class Lender:
                 if loop.time() - forgotten_at > FORGET_EVERY_S:
                     await bounded(connection, forget_old(connection), STATEMENTS_TIMEOUT_S)
                     forgotten_at = loop.time()
-            except (StoreLost, LedgerUnavailable) as error:
+            except (StoreError, LedgerUnavailable) as error:
                 log.info("lending has to wait: %s", error or type(error).__name__)
                 await asyncio.sleep(0.1)
 
     async def turn(self, connection: Any) -> None:
-        """Everything there is to lend now. Raises StoreLost, LedgerUnavailable."""
+        """Everything there is to lend now. Raises StoreError, LedgerUnavailable."""
         # The shards themselves, not their numbers: meanwhile one may be given up, or be taken anew as another object.
         open_shards = {n: shard for n, shard in self._shards.items() if shard.opened_on is not None}
         await self._load_changed(connection, open_shards)
@@ -110,7 +111,7 @@ class Lender:
                 await self._load_changed(connection, open_shards)
 
     async def _load_changed(self, connection: Any, open_shards: Mapping[int, Shard]) -> None:
-        """Bring books whose rules or codes have changed. Raises StoreLost, LedgerUnavailable."""
+        """Bring books whose rules or codes have changed. Raises StoreError, LedgerUnavailable."""
         for book in await lending.books_to_load(connection, list(open_shards)):
             if shard := self._shard_of(book.book_id):
                 await self._guarded(shard, shard.owned, self._load_book(connection, shard, book))
@@ -118,14 +119,14 @@ class Lender:
     async def settle(self, connection: Any, shard: Shard) -> None:
         """Bring again what was lent and may not have arrived, and look at every pool: after a take-over.
 
-        Raises StoreLost, LedgerUnavailable; Suspect when a book is gone from Redis.
+        Raises StoreError, LedgerUnavailable; ShardNotUsable when a book is gone from Redis.
         """
         owned = shard.owned
         books = await bounded(connection, books_of_shard(connection, owned.shard), STATEMENTS_TIMEOUT_S)
         counts = await self._store.held_counts(owned.shard, [book.book_id for book in books])
         for book, count in zip(books, counts, strict=True):
             if count is None:
-                raise Suspect(f"book {book.book_id} is gone")
+                raise CountsDiffer(f"book {book.book_id} is gone")
             if count != book.lent:
                 await self._bring_outstanding(connection, shard, book.book_id)
             if book.unlent > 0:
@@ -149,7 +150,7 @@ class Lender:
                 pass
             find = outstanding.outstanding_lease(connection, book_id)
             await self._bring(shard, owned, book_id, await bounded(connection, find, STATEMENTS_TIMEOUT_S))
-        except (outstanding.BookBusy, StoreFull) as error:
+        except (BookBusy, OutOfMemory) as error:
             # No reason to keep the shard shut: redeems go on, and only its owner takes from the stream.
             log.info("shard %02d: codes have to wait: %s", owned.shard, type(error).__name__)
             return
@@ -159,12 +160,12 @@ class Lender:
         """Do one piece of work for a shard, as it was `owned` when that began. A shard that is suspect is shut and
         recovered, and does not hold up the others; one that was recovered meanwhile has settled what the work was about.
 
-        Raises StoreLost, LedgerUnavailable, which are the trouble of all shards."""
+        Raises StoreError, LedgerUnavailable, which are the trouble of all shards."""
         try:
             await work
-        except StoreFull as error:  # the rules of other books need no memory, and are to be in force all the same
+        except OutOfMemory as error:  # the rules of other books need no memory, and are to be in force all the same
             log.warning("shard %02d: codes have to wait: %s", shard.owned.shard, error)
-        except Suspect as error:
+        except ShardNotUsable as error:
             if shard.owned != owned:
                 return
             log.error("shard %02d is suspect: %s", shard.owned.shard, error)
@@ -172,7 +173,7 @@ class Lender:
         except NotOwner:
             if shard.owned == owned:
                 shard.opened_on = None  # the owner's loop looks afresh
-        except (StoreLost, LedgerUnavailable, *UNAVAILABLE):
+        except (StoreError, LedgerUnavailable, *UNAVAILABLE):
             raise
         except Exception as error:
             log.error("shard %02d is suspect: %s at %s", shard.owned.shard, type(error).__name__, place_of(error))
@@ -247,9 +248,9 @@ class Lender:
         while True:
             try:
                 return await self._store.load_codes(term_of(owned), book_id, lease.codes, lease.unlent)
-            except StoreFull:
+            except OutOfMemory:
                 raise
-            except StoreLost:
+            except StoreError:
                 if shard.opened_on is None:
                     raise  # whoever opens the shard again settles what is outstanding
                 await asyncio.sleep(0.1)

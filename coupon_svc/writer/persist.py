@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coupon_svc.domain.books import Ack
+from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_entry_id, parse_event
 from coupon_svc.loops import place_of
-from coupon_svc.postgres.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.postgres.database import bounded, open_connection
+from coupon_svc.postgres.errors import LedgerEdited, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.events import (
     DATA_ERRORS,
     Batch,
     DeadLetter,
-    LedgerEdited,
-    NotOwner,
     contradicts,
     dead_letter,
     first_data_error,
@@ -26,7 +26,8 @@ from coupon_svc.postgres.events import (
 )
 from coupon_svc.postgres.recovery import stop_shard
 from coupon_svc.postgres.shards import connection_name
-from coupon_svc.redis.control import ClocksApart, OwnerStore, StoreLost, Suspect, Term, entry_digest
+from coupon_svc.redis.control import OwnerStore, Term, entry_digest
+from coupon_svc.redis.errors import ClocksApart, ShardNotUsable, StoreError
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.shard import Shard
@@ -42,11 +43,11 @@ ENOUGH_EVENTS = 500
 HEAD_CHANGED = "the last hash of its chain was changed: `coupon-svc verify` shows what else was"
 
 
-class Hole(Exception):
+class Hole(CouponError):
     """Events are missing from the stream: they were trimmed by somebody, or this Redis is not the one we know."""
 
 
-class Rewritten(Exception):
+class Rewritten(CouponError):
     """In these shards the stream has another event where the ledger ends: what follows is of another history."""
 
     def __init__(self, shards: Sequence[int]) -> None:
@@ -79,7 +80,7 @@ class Persister:
         while True:
             try:
                 await self.turn()
-            except StoreLost as error:
+            except StoreError as error:
                 log.warning("redis cannot be used: %s", error)
                 await asyncio.sleep(0.2)
             except LedgerUnavailable as error:
@@ -88,7 +89,7 @@ class Persister:
                 await asyncio.sleep(0.2)
 
     async def turn(self) -> None:
-        """One batch of all shards that have events. Raises StoreLost, LedgerUnavailable."""
+        """One batch of all shards that have events. Raises StoreError, LedgerUnavailable."""
         open_shards = {n: s for n, s in self._shards.items() if s.opened_on is not None and not s.stopped}
         if not open_shards:
             await asyncio.sleep(0.05)
@@ -97,7 +98,7 @@ class Persister:
             entries = await self._store.read_events(
                 {n: (s.owned.epoch, s.committed) for n, s in open_shards.items()}, BLOCK_MS
             )
-        except Suspect:
+        except ShardNotUsable:
             await self._shut_unreadable(open_shards)
             return
         batches = []
@@ -127,11 +128,11 @@ class Persister:
             await asyncio.sleep(read_at + PACE_S - asyncio.get_running_loop().time())
 
     async def _shut_unreadable(self, open_shards: Mapping[int, Shard]) -> None:
-        """Shut shards whose stream cannot be read: one is enough to fail the command that reads all. Raises StoreLost."""
+        """Shut shards whose stream cannot be read: one is enough to fail the command that reads all. Raises StoreError."""
         for number, shard in open_shards.items():
             try:
                 await self._store.stream_after(number, shard.owned.epoch, shard.committed, count=1)
-            except Suspect as error:
+            except ShardNotUsable as error:
                 log.error("shard %02d is suspect: its stream cannot be read: %s", number, error)
                 shard.opened_on = None
 
@@ -147,10 +148,10 @@ class Persister:
 
     async def _commit(self, batches: list[Batch]) -> list[tuple[Batch, bytes]]:
         """Commit the batches together, or each by itself when something is wrong with one of them. Returns those that are
-        in the ledger, each with the hash of its last row. Raises LedgerUnavailable, StoreLost."""
+        in the ledger, each with the hash of its last row. Raises LedgerUnavailable, StoreError."""
         try:
             return await self._transact(batches)
-        except (*DATA_ERRORS, NotOwner, LedgerEdited, Rewritten, Suspect):
+        except (*DATA_ERRORS, NotOwner, LedgerEdited, Rewritten, ShardNotUsable):
             return [done for batch in batches for done in await self._commit_alone(batch)]
 
     async def _commit_alone(self, batch: Batch) -> list[tuple[Batch, bytes]]:
@@ -165,7 +166,7 @@ class Persister:
             log.warning("a batch of shard %02d is thrown away: it has another owner, epoch or position", batch.shard)
             if (shard := self._shards.get(batch.shard)) is not None:
                 shard.opened_on = None  # the owner's loop looks afresh
-        except Suspect as error:
+        except ShardNotUsable as error:
             log.error("shard %02d is suspect: %s", batch.shard, error)
             if (shard := self._shards.get(batch.shard)) is not None:
                 shard.opened_on = None
@@ -202,7 +203,7 @@ class Persister:
 
     async def _rewritten(self, batches: Sequence[Batch]) -> list[int]:
         """The shards among them whose stream has another event where the ledger ends, as it stands after it was read: keys
-        of a moment ago were put back, and what follows there was made from them. Raises StoreLost."""
+        of a moment ago were put back, and what follows there was made from them. Raises StoreError."""
         ends = {
             batch.shard: shard.entry for batch in batches if (shard := self._shards.get(batch.shard)) and shard.entry
         }
@@ -249,9 +250,9 @@ class Persister:
         await bounded(connection, stop_shard(connection, batch.shard, reason), COMMIT_TIMEOUT_S)
         try:
             await self._store.shut_shard(Term(batch.shard, batch.epoch, batch.generation))
-        except Suspect:
+        except ShardNotUsable:
             pass
-        except StoreLost:
+        except StoreError:
             if shard is not None:
                 shard.stopped = False  # who would open it finds that it is stopped, and shuts it
             raise
@@ -279,11 +280,11 @@ class Persister:
                 shard.term, batch.upto, "committed",
                 entry=entry, ledger_ms=self._clock.now_ms(), trim_seq=shard.trim_seq(now),
             )  # fmt: skip
-        except Suspect as error:
+        except ShardNotUsable as error:
             log.error("shard %02d is suspect: %s", batch.shard, error)
             shard.clocks_were_apart = isinstance(error, ClocksApart)
             shard.opened_on = None
-        except StoreLost:
+        except StoreError:
             raise
         except Exception as error:
             log.error("shard %02d is suspect: %s at %s", batch.shard, type(error).__name__, place_of(error))
@@ -295,7 +296,7 @@ class Persister:
             if shard.opened_on is not None:
                 try:
                     await self._store.publish_position(shard.term, shard.committed, "away", entry=shard.entry)
-                except StoreLost:
+                except StoreError:
                     return
                 except Exception as error:
                     log.error(

@@ -24,11 +24,12 @@ from coupon_svc.domain.events import COUPON_ASSIGNED, MalformedEvent, parse_entr
 from coupon_svc.postgres import recovery
 from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.database import bounded
+from coupon_svc.postgres.errors import BookBusy, HistoryForked
 from coupon_svc.postgres.events import Batch, DeadLetter, garbled_letter
 from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago
-from coupon_svc.postgres.outstanding import BookBusy, account_piece, held_by_book
+from coupon_svc.postgres.outstanding import account_piece, held_by_book
 from coupon_svc.postgres.processes import gone_processes
-from coupon_svc.postgres.recovery import HistoryForked, NewEpoch, Settled, Verdict
+from coupon_svc.postgres.recovery import NewEpoch, Settled, Verdict
 from coupon_svc.postgres.shards import OwnedShard
 from coupon_svc.redis.control import KEYS_PER_CALL_MAX, OwnerStore, Term
 from coupon_svc.redis.meta import ShardMeta
@@ -69,7 +70,7 @@ class Recoverer:
     async def recover(self, connection: Any, owned: OwnedShard) -> OwnedShard:
         """Recover the shard and certify Redis for it. Returns the shard in its new epoch.
 
-        Raises NotOwner, StoreLost, LedgerUnavailable: try again from the start; Suspect: a newer owner is at work;
+        Raises NotOwner, StoreError, LedgerUnavailable: try again from the start; ShardNotUsable: a newer owner is at work;
         HistoryForked: the shard is stopped now, and a person must look.
         """
         begun = await _step(connection, recovery.begin_epoch(connection, self._writer_id, owned))

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from coupon_svc.postgres import outstanding
-from coupon_svc.postgres.database import LedgerUnavailable, bounded, open_connection
+from coupon_svc.postgres.database import bounded, open_connection
+from coupon_svc.postgres.errors import BookBusy, LedgerUnavailable
 from coupon_svc.postgres.marks import note_marks
 from coupon_svc.postgres.shards import connection_name
 from coupon_svc.writer.shard import Shard
@@ -56,7 +57,7 @@ class Upkeep:
             try:
                 while await bounded(connection, outstanding.account_piece(connection, book_id), STATEMENTS_TIMEOUT_S):
                     pass
-            except outstanding.BookBusy:
+            except BookBusy:
                 continue  # there is another turn
         if sweep:
             await self._prune(connection, shards)

@@ -16,8 +16,8 @@ import uvloop
 from coupon_svc.config import Settings
 from coupon_svc.domain.events import is_event
 from coupon_svc.loops import keep_running, place_of
-from coupon_svc.postgres.database import LedgerUnavailable, bounded, open_connection
-from coupon_svc.postgres.events import NotOwner
+from coupon_svc.postgres.database import bounded, open_connection
+from coupon_svc.postgres.errors import HistoryForked, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.liveness import Watch
 from coupon_svc.postgres.migrations import check_installation
 from coupon_svc.postgres.processes import (
@@ -28,14 +28,7 @@ from coupon_svc.postgres.processes import (
     process_beats,
     report_seen,
 )
-from coupon_svc.postgres.recovery import (
-    HistoryForked,
-    event_at,
-    first_dead_letter,
-    stop_shard,
-    stopped_because,
-    want_rebuild,
-)
+from coupon_svc.postgres.recovery import event_at, first_dead_letter, stop_shard, stopped_because, want_rebuild
 from coupon_svc.postgres.shards import (
     WRITER_TTL_S,
     OwnedShard,
@@ -49,17 +42,8 @@ from coupon_svc.postgres.shards import (
     take_shards,
     writer_beats,
 )
-from coupon_svc.redis.control import (
-    CLOCKS_APART_MAX_MS,
-    ClocksApart,
-    Fenced,
-    OwnerStore,
-    StoreLost,
-    Suspect,
-    Term,
-    clocks_apart,
-    entry_digest,
-)
+from coupon_svc.redis.control import CLOCKS_APART_MAX_MS, OwnerStore, Term, clocks_apart, entry_digest
+from coupon_svc.redis.errors import ClocksApart, Fenced, ShardNotUsable, StoreError
 from coupon_svc.redis.meta import ShardMeta
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.writer.clock import LedgerClock
@@ -155,7 +139,7 @@ class Writer:
                 continue
             try:
                 await self._store.refresh_identity()
-            except StoreLost as error:
+            except StoreError as error:
                 log.warning("redis cannot be used: %s", error)
                 await asyncio.sleep(REACH_AGAIN_S)
                 continue
@@ -263,7 +247,7 @@ class Writer:
             except LedgerUnavailable as error:
                 log.warning("postgres cannot be used: %s", error)
                 await self._persister.show_away()  # and that there is an owner: reads go on
-            except StoreLost as error:
+            except StoreError as error:
                 log.warning("redis cannot be used: %s", error)
             await asyncio.sleep(RENEW_EVERY_S)
 
@@ -276,14 +260,14 @@ class Writer:
                 continue
             try:
                 await self._show_shard(connection, shard, gone)
-            except (LedgerUnavailable, StoreLost):
+            except (LedgerUnavailable, StoreError):
                 raise
             except Exception as error:
                 log.error("shard %02d is suspect: %s at %s", shard.owned.shard, type(error).__name__, place_of(error))
                 shard.opened_on = None
 
     async def _show_shard(self, connection: Any, shard: Shard, gone: list[str]) -> None:
-        """Tell one shard that the ledger is there, and report for who is gone. Raises StoreLost, LedgerUnavailable."""
+        """Tell one shard that the ledger is there, and report for who is gone. Raises StoreError, LedgerUnavailable."""
         if shard.opened_on != self._store.identity:
             shard.opened_on = None
             return
@@ -293,7 +277,7 @@ class Writer:
                 shard.term, committed, "seen",
                 entry=shard.entry, ledger_ms=self._clock.now_ms(), trim_seq=trim_seq,
             )  # fmt: skip
-        except Suspect as error:
+        except ShardNotUsable as error:
             log.warning("shard %02d is suspect: %s", shard.owned.shard, error)
             shard.clocks_were_apart = isinstance(error, ClocksApart)
             shard.opened_on = None
@@ -341,13 +325,13 @@ class Writer:
         try:
             await self._open(shard, await self._connected(name))
             return
-        except (LedgerUnavailable, StoreLost) as error:
+        except (LedgerUnavailable, StoreError) as error:
             log.warning("shard %02d has to wait: %s", number, error)
         except (Fenced, NotOwner):
             log.warning("shard %02d has another owner", number)
         except ClocksApart:
             pass  # it was told already
-        except Suspect as error:
+        except ShardNotUsable as error:
             log.warning("shard %02d is suspect, and to be recovered: %s", number, error)
             shard.wants_recovery = True
         except HistoryForked as error:
@@ -407,7 +391,7 @@ class Writer:
             return False
         try:
             seq = await self._store.open_shard(shard.term, shard.committed, self._settings.backlog_events_max)
-        except Suspect:
+        except ShardNotUsable:
             return False
         owned = shard.owned
         entry = await self._store.entry_at(owned.shard, owned.epoch, shard.committed)

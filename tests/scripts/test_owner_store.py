@@ -10,7 +10,8 @@ import pytest
 from redis import Redis
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.redis.control import KEYS_PER_CALL_MAX, OwnerStore, Suspect, Term
+from coupon_svc.redis.control import KEYS_PER_CALL_MAX, OwnerStore, Term
+from coupon_svc.redis.errors import ShardNotUsable
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import Identity
@@ -96,7 +97,7 @@ async def test_a_rebuilt_shard_is_certified_and_taken_over(owned: Owned) -> None
     assert (meta.epoch, meta.seq, meta.backlog_max) == (2, 0, 1000)
     assert await store.pool_counts(term.shard, BOOK) == (0, len(coupons), len(coupons))
     assert await store.open_shard(term._replace(generation=4), 0, 1000) == 0
-    with pytest.raises(Suspect):
+    with pytest.raises(ShardNotUsable):
         await store.shut_shard(term)
 
 
@@ -104,15 +105,15 @@ async def test_nothing_is_wiped_or_restored_in_a_shard_that_is_not_shut(owned: O
     store, term, keys, redis = owned
     await store.certify_shard(term, await store.connect(), 1000)
     redis.set(keys.lock(BOOK, "1"), "x")
-    with pytest.raises(Suspect):
+    with pytest.raises(ShardNotUsable):
         await store.wipe_shard(term)
-    with pytest.raises(Suspect):
+    with pytest.raises(ShardNotUsable):
         await store.restore_book(term, BOOK, fields(), ["Q-1"])
-    with pytest.raises(Suspect):
+    with pytest.raises(ShardNotUsable):
         await store.restore_coupons(term, 1, BOOK, [("A-1", "u", "1-1 0 1 u")])
-    with pytest.raises(Suspect):
+    with pytest.raises(ShardNotUsable):
         await store.restore_idem(term, 1, BOOK, [("key 1", "[]", 1000)])
-    with pytest.raises(Suspect):
+    with pytest.raises(ShardNotUsable):
         await store.certify_shard(term, await store.connect(), 1000)
     assert sorted(redis.scan_iter(keys.pattern, count=10_000)) == sorted([keys.lock(BOOK, "1"), keys.meta])
 
@@ -124,5 +125,5 @@ async def test_what_is_certified_is_the_server_that_was_shut_whoever_answers_by_
     await store.certify_shard(term, before, 1000)
     meta = await store.read_meta(term.shard)
     assert meta.run_id == "the run that was shut" != (await store.connect()).run_id
-    with pytest.raises(Suspect):
+    with pytest.raises(ShardNotUsable):
         await store.open_shard(term, 0, 1000)

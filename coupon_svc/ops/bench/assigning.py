@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import hiredis
 
-from coupon_svc.redis.connection import Connection, ReplyError
+from coupon_svc.redis.connection import Connection
+from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import msgspec
 
+from coupon_svc.domain.errors import CouponError
 
-class BenchError(Exception):
+
+class BenchError(CouponError):
     """Something could not be measured; the message says what and why."""
 
 

@@ -73,7 +73,7 @@ class Ledger:
 
 
 async def open_ledger(database_url: str, redis_url: str, shards: int) -> Ledger:
-    """Look at a service from outside. Raises LedgerUnavailable, StoreUnavailable."""
+    """Look at a service from outside. Raises LedgerUnavailable, NotSent."""
     connection = await open_connection(database_url, "coupon-bench")
     return Ledger(connection, await connect(redis_url, "coupon-bench"), shards)
 

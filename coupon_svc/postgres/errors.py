@@ -1,0 +1,52 @@
+"""What can go wrong with the ledger, by what the caller may conclude."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coupon_svc.domain.errors import CouponError
+
+
+class LedgerError(CouponError):
+    """The ledger could not be used, or refused what it was given."""
+
+
+class LedgerUnavailable(LedgerError):
+    """Postgres could not be reached or did not answer in time.
+
+    `may_have_happened` tells whether a transaction was under way, which may have been committed all the same.
+    """
+
+    may_have_happened = False
+
+
+class DatabaseUnfit(LedgerError):
+    """This database is not one that the process may work with as it is set up; the message says what to do."""
+
+
+class BookBusy(LedgerError):
+    """Another transaction holds the book's row. Nothing was done: ask again."""
+
+
+class TakeTurns(LedgerError):
+    """This cannot be done in one transaction beside others of the tenant: wait for a turn (`uploads.Uploads`)."""
+
+
+class NotOwner(LedgerError):
+    """A shard has another owner, epoch or position by now. A batch for it must be thrown away."""
+
+
+class LedgerEdited(LedgerError):
+    """The position of these shards is right, and their last hash is not the one that was written: history was edited."""
+
+    def __init__(self, shards: Sequence[int]) -> None:
+        super().__init__(f"the hash chain of shards {shards} was changed")
+        self.shards = shards
+
+
+class Contradiction(LedgerError):
+    """An event that cannot follow from what the ledger has: history has forked."""
+
+
+class HistoryForked(LedgerError):
+    """The stream and the ledger tell different stories of the same position. A person must look; the message says where."""
