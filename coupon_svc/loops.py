@@ -1,4 +1,4 @@
-"""Work in the background that must never end by itself."""
+"""Background loops that must never end by themselves."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from coupon_svc.domain.errors import error_location
+
 log = logging.getLogger(__name__)
 
 AGAIN_S = 0.5
 
 
 async def keep_running(loop: Callable[[], Awaitable[None]]) -> None:
-    """Run `loop`, which never returns, and begin it again should it fail for a reason that nobody thought of: a silent end
-    would leave whoever needs it waiting for good."""
+    """Run `loop`, which never returns, and start it again after an unforeseen error: a silent end would leave everyone who
+    needs it waiting forever."""
     while True:
         try:
             await loop()
         except Exception as error:
-            log.error("%s failed and begins again: %s at %s", loop.__name__, type(error).__name__, place_of(error))
+            log.error(
+                "%s failed and begins again: %s at %s", loop.__name__, type(error).__name__, error_location(error)
+            )
         await asyncio.sleep(AGAIN_S)
-
-
-def place_of(error: BaseException) -> str:
-    """File and line where an error came from, and nothing of what it says, which may hold a code or a key."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "nowhere"

@@ -1,4 +1,4 @@
-"""The root of every exception that this package raises on purpose."""
+"""The root of every exception that this package raises on purpose, and how an unforeseen one is logged."""
 
 from __future__ import annotations
 
@@ -8,3 +8,11 @@ class CouponError(Exception):
 
     No message may hold a code, a key or a token: messages are logged.
     """
+
+
+def error_location(error: BaseException) -> str:
+    """File and line where an error was raised, for the log. Its message is left out: it may hold a code or a key."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "nowhere"

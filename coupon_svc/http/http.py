@@ -15,13 +15,12 @@ from urllib.parse import unquote_to_bytes
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from coupon_svc.domain.errors import CouponError
+from coupon_svc.domain.errors import CouponError, error_location
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.inputs import invalid
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.problems import Headers, problem_response
-from coupon_svc.loops import place_of
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.idempotency import IdempotentCall, Remembered
 from coupon_svc.postgres.keys import KeyRow
@@ -167,7 +166,7 @@ class Endpoint:
         except Exception as error:
             outcome = Outcome.INTERNAL_ERROR.value
             response, request_id = self._refuse(Refused(Outcome.INTERNAL_ERROR))
-            log.error("%s in %s, request %s, at %s", type(error).__name__, name, request_id, place_of(error))
+            log.error("%s in %s, request %s, at %s", type(error).__name__, name, request_id, error_location(error))
         self._metrics.count(name, outcome, time.perf_counter() - started)
         return response
 

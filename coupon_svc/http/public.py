@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from coupon_svc.domain.errors import error_location
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.http import send_response
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.openapi import openapi_document
 from coupon_svc.http.operations import OPERATIONS
 from coupon_svc.http.problems import PROBLEMS, Headers, problem_response
-from coupon_svc.loops import place_of
 from coupon_svc.redis.data_plane import LEDGER_UNSEEN_MAX_S, Store
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class PublicEndpoint:
             await send_problem(send, refused)
             return
         except Exception as error:
-            log.error("%s at %s", type(error).__name__, place_of(error))
+            log.error("%s at %s", type(error).__name__, error_location(error))
             await send_problem(send, Refused(Outcome.INTERNAL_ERROR))
             return
         headers: Headers = [(b"content-type", content_type), (b"cache-control", b"no-store")]

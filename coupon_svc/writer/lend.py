@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from coupon_svc.domain.books import Book
-from coupon_svc.loops import place_of
+from coupon_svc.domain.errors import error_location
 from coupon_svc.postgres import lending, outstanding
 from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.catalogue import WRITER_CHANNEL
@@ -176,7 +176,7 @@ class Lender:
         except (StoreError, LedgerUnavailable, *UNAVAILABLE):
             raise
         except Exception as error:
-            log.error("shard %02d is suspect: %s at %s", shard.owned.shard, type(error).__name__, place_of(error))
+            log.error("shard %02d is suspect: %s at %s", shard.owned.shard, type(error).__name__, error_location(error))
             shard.opened_on, shard.wants_recovery = None, True
 
     def _kept_back(self, book_id: str, unlent: int, lone: int) -> int:

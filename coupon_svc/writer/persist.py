@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coupon_svc.domain.books import Ack
-from coupon_svc.domain.errors import CouponError
+from coupon_svc.domain.errors import CouponError, error_location
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_entry_id, parse_event
-from coupon_svc.loops import place_of
 from coupon_svc.postgres.database import bounded, open_connection
 from coupon_svc.postgres.errors import LedgerEdited, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.events import (
@@ -109,7 +108,7 @@ class Persister:
                 log.error("shard %02d is suspect: %s", number, error)
                 open_shards[number].opened_on = None
             except Exception as error:
-                log.error("shard %02d is suspect: %s at %s", number, type(error).__name__, place_of(error))
+                log.error("shard %02d is suspect: %s at %s", number, type(error).__name__, error_location(error))
                 open_shards[number].opened_on = None
         if not batches:
             return
@@ -287,7 +286,7 @@ class Persister:
         except StoreError:
             raise
         except Exception as error:
-            log.error("shard %02d is suspect: %s at %s", batch.shard, type(error).__name__, place_of(error))
+            log.error("shard %02d is suspect: %s at %s", batch.shard, type(error).__name__, error_location(error))
             shard.opened_on = None
 
     async def show_away(self) -> None:
@@ -300,7 +299,10 @@ class Persister:
                     return
                 except Exception as error:
                     log.error(
-                        "shard %02d is suspect: %s at %s", shard.owned.shard, type(error).__name__, place_of(error)
+                        "shard %02d is suspect: %s at %s",
+                        shard.owned.shard,
+                        type(error).__name__,
+                        error_location(error),
                     )
                     shard.opened_on = None
 

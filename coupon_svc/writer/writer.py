@@ -14,8 +14,9 @@ from typing import Any
 import uvloop
 
 from coupon_svc.config import Settings
+from coupon_svc.domain.errors import error_location
 from coupon_svc.domain.events import is_event
-from coupon_svc.loops import keep_running, place_of
+from coupon_svc.loops import keep_running
 from coupon_svc.postgres.database import bounded, open_connection
 from coupon_svc.postgres.errors import HistoryForked, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.liveness import Watch
@@ -263,7 +264,9 @@ class Writer:
             except (LedgerUnavailable, StoreError):
                 raise
             except Exception as error:
-                log.error("shard %02d is suspect: %s at %s", shard.owned.shard, type(error).__name__, place_of(error))
+                log.error(
+                    "shard %02d is suspect: %s at %s", shard.owned.shard, type(error).__name__, error_location(error)
+                )
                 shard.opened_on = None
 
     async def _show_shard(self, connection: Any, shard: Shard, gone: list[str]) -> None:
@@ -339,7 +342,7 @@ class Writer:
             shard.stopped = True
             return
         except Exception as error:
-            log.error("shard %02d cannot be opened: %s at %s", number, type(error).__name__, place_of(error))
+            log.error("shard %02d cannot be opened: %s at %s", number, type(error).__name__, error_location(error))
             shard.wants_recovery = True
         await asyncio.sleep(0.2)
 
