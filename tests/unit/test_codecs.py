@@ -1,0 +1,122 @@
+"""What Redis keeps comes back as it was: holdings, idempotency records, books."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coupon_svc.domain.books import Ack, Book, BookStatus
+from coupon_svc.domain.holding import Holding, format_positions, parse_positions
+from coupon_svc.domain.position import Position
+from coupon_svc.redis.codec import AssignRecord, LockRecord, RedeemRecord, UnlockRecord, decode_stored_book, encode_book
+from tests.unit.test_position import positions
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+times = st.integers(0, 2**53)
+limits = st.none() | st.integers(0, 2**31 - 1)
+acks = st.sampled_from(Ack)
+
+holdings = st.builds(Holding, positions, positions, st.integers(0, 2**31 - 1), times, texts)
+assigns = st.builds(AssignRecord, texts, texts, times, positions, positions, acks, limits, st.booleans())
+redeems = st.builds(RedeemRecord, texts, texts, times, positions, st.integers(1, 2**31 - 1), limits)
+locks = st.builds(LockRecord, texts, texts, texts, times, times, positions, positions, acks)
+unlocks = st.builds(UnlockRecord, texts)
+books = st.builds(
+    Book,
+    book_id=texts,
+    tenant_id=st.integers(1, 2**31),
+    name=texts,
+    max_codes_per_user=limits,
+    max_redemptions_per_code=limits,
+    lock_ttl_seconds=st.integers(1, 86_400),
+    starts_at_ms=st.none() | times,
+    expires_at_ms=st.none() | times,
+    ack=acks,
+    metadata=st.just(msgspec.Raw(b'{"a":1}')),
+    status=st.sampled_from(BookStatus),
+    created_at_ms=times,
+    version=st.integers(1, 2**31),
+    total=st.integers(0, 10**6),
+    lent=st.integers(0, 10**6),
+    quarantined=st.integers(0, 10**6),
+)
+
+
+@given(holdings)
+def test_a_holding_comes_back_from_its_text(holding: Holding) -> None:
+    assert Holding.parse(holding.format()) == holding
+
+
+@given(positions, positions)
+def test_the_positions_of_a_coupon_come_back_from_their_text(assigned: Position, last: Position) -> None:
+    assert parse_positions(format_positions(assigned, last)) == (assigned, last)
+
+
+def test_the_text_of_a_holding_is_the_one_that_scripts_write() -> None:
+    fresh = Holding.parse("4-1 0 1700000000000 a user: {x}")
+    assert (fresh.assigned, fresh.last, fresh.uses) == (Position.parse("4-1"), Position.parse("4-1"), 0)
+    assert fresh.user_id == "a user: {x}"
+    redeemed = Holding.parse("4-1/4-17 2 1700000000000 ann")
+    assert (redeemed.assigned, redeemed.last, redeemed.uses) == (Position.parse("4-1"), Position.parse("4-17"), 2)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "4-1", "4-1 0 1", "4-1 x 1 ann", "4 0 1 ann", "4-1/ 0 1 ann", "4-1 0  ann", "/4-1 0 1 ann"]
+)
+def test_no_other_text_is_a_holding(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        Holding.parse(text)
+
+
+@given(assigns)
+def test_the_record_of_an_assign_comes_back_from_its_json(record: AssignRecord) -> None:
+    assert AssignRecord.decode(record.encode()) == record
+
+
+@given(redeems)
+def test_the_record_of_a_redeem_comes_back_from_its_json(record: RedeemRecord) -> None:
+    assert RedeemRecord.decode(record.encode()) == record
+
+
+@given(locks)
+def test_the_record_of_a_lock_comes_back_from_its_json(record: LockRecord) -> None:
+    assert LockRecord.decode(record.encode()) == record
+
+
+@given(unlocks)
+def test_the_record_of_an_unlock_comes_back_from_its_json(record: UnlockRecord) -> None:
+    assert UnlockRecord.decode(record.encode()) == record
+
+
+def test_a_record_is_read_as_redis_escapes_it() -> None:
+    kept = r'["f","A-1","1700000000000","4-1\/4-17","redis","","already_yours"]'
+    record = AssignRecord.decode(kept)
+    assert (record.assigned, record.last) == (Position.parse("4-1"), Position.parse("4-17"))
+    assert (record.ack, record.redemptions_left, record.already_yours) == (Ack.REDIS, None, True)
+    assert AssignRecord.decode(record.encode()) == record
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "[1]", '["f"', '["f","c","1","4","ledger",""]', '["f","c","1","4-1","never",""]']
+)
+def test_no_other_json_is_the_record_of_an_assign(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        AssignRecord.decode(text)
+
+
+@given(books)
+def test_a_book_comes_back_from_its_hash(book: Book) -> None:
+    fields = encode_book(book)
+    assert decode_stored_book(fields["stored"]) == book
+    assert all(type(value) is str for value in fields.values())
+
+
+@given(books)
+def test_what_is_unlimited_is_the_empty_text_in_a_books_hash(book: Book) -> None:
+    fields = encode_book(book)
+    for name in ("starts_at_ms", "expires_at_ms", "max_redemptions_per_code", "max_codes_per_user"):
+        value = getattr(book, name)
+        assert fields[name] == ("" if value is None else str(value))
+    assert fields["lock_ttl_ms"] == str(book.lock_ttl_seconds * 1000)
