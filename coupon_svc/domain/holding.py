@@ -34,9 +34,9 @@ class Holding(NamedTuple):
 
 def parse_positions(text: str) -> tuple[Position, Position]:
     """(assigned, last) from `4-1`, or from `4-1/4-17` of a code that was redeemed since. Raises ValueError."""
-    assigned, _, last = text.partition("/")
+    assigned, redeemed, last = text.partition("/")
     first = Position.parse(assigned)
-    return first, Position.parse(last) if last else first
+    return first, Position.parse(last) if redeemed else first
 
 
 def format_positions(assigned: Position, last: Position) -> str:

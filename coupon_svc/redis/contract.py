@@ -37,6 +37,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from coupon_svc.domain.errors import CouponError
+
 Command = tuple[str | int, ...]
 """A command as it is sent to Redis, its name first."""
 
@@ -50,11 +52,11 @@ _EVENT = re.compile(r"(?P<word>[a-z_]+)\((?P<fields>\w+(?:, \w+)*)\)")
 _SECTIONS = {"Keys": _KEY, "Args": _ARG, "Replies, the first that applies": _REPLY, "Event": _EVENT}
 
 
-class ContractError(Exception):
+class ContractError(CouponError):
     """A header that is not understood. The message names the script and the line."""
 
 
-class UnexpectedReply(Exception):
+class UnexpectedReply(CouponError):
     """A script replied what its header does not list. The message names the script and holds no value of the reply."""
 
 
