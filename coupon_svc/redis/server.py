@@ -8,6 +8,7 @@ import msgspec
 
 from coupon_svc.redis.connection import Connection
 from coupon_svc.redis.errors import ServerUnfit
+from coupon_svc.redis.rights import missing_rights
 from coupon_svc.redis.scripts import Scripts
 
 VERSION_MIN = (7, 0)
@@ -57,7 +58,16 @@ def judge(info: Mapping[str, str]) -> Identity:
 
 
 async def load_scripts(connection: Connection, scripts: Scripts) -> None:
-    """Make every script known to the server. The connection must have been verified before."""
+    """Make every script known to the server. The connection must have been verified before.
+
+    Raises ServerUnfit when our user may not run a command of theirs.
+    """
+    user, missing = await missing_rights(connection)
+    if missing:
+        raise ServerUnfit(
+            f"The Redis user {user!r} may not run {', '.join(missing)} on the service's keys: docs/redis.md lists the"
+            " rights that it needs."
+        )
     for future in [connection.send("SCRIPT", "LOAD", script.source) for script in scripts]:
         reply = await future
         if isinstance(reply, Exception):

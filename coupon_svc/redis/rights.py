@@ -1,0 +1,65 @@
+"""Whether the user that we are in Redis may run what the scripts run.
+
+Redis does not roll a script back: one that may pop a code but not write its event would lose a code with each assign. So a
+missing right is found before the first script runs, by asking the server (ACL DRYRUN).
+"""
+
+from __future__ import annotations
+
+from coupon_svc.redis.connection import Connection, ReplyError
+
+_ONE_KEY: dict[str, tuple[str, ...]] = {
+    "DEL": (),
+    "GET": (),
+    "HGET": ("field",),
+    "HINCRBY": ("field", "1"),
+    "HLEN": (),
+    "HMGET": ("field",),
+    "HSET": ("field", "value"),
+    "PTTL": (),
+    "SADD": ("member",),
+    "SET": ("value",),
+    "SISMEMBER": ("member",),
+    "SREM": ("member",),
+    "UNLINK": (),
+    "XADD": ("*", "field", "value"),
+    "XRANGE": ("-", "+"),
+    "XTRIM": ("MINID", "1"),
+    "ZADD": ("0", "member"),
+    "ZCARD": (),
+    "ZLEXCOUNT": ("-", "+"),
+    "ZPOPMIN": (),
+    "ZRANGE": ("0", "0"),
+    "ZREM": ("member",),
+    "ZSCORE": ("member",),
+}
+"""What the scripts do with a key, with arguments that make a whole command."""
+
+
+_KEY, _CHANNEL = "cb:{00}:any", "cb:positions:any"
+
+
+def commands_of_scripts() -> dict[str, tuple[str, ...]]:
+    """A whole sample of every command that a script runs, by its name."""
+    return {
+        **{name: (name, _KEY, *arguments) for name, arguments in _ONE_KEY.items()},
+        "INFO": ("INFO", "replication"),
+        "PUBLISH": ("PUBLISH", _CHANNEL, "message"),
+        "TIME": ("TIME",),
+    }
+
+
+async def missing_rights(connection: Connection) -> tuple[str, list[str]]:
+    """(user, commands of the scripts that it may not run on the service's keys).
+
+    A user that may not ask (ACL WHOAMI, ACL DRYRUN) is not checked, and lacks nothing.
+    """
+    user = await connection.send("ACL", "WHOAMI")
+    if isinstance(user, ReplyError):
+        return "", []
+    commands = commands_of_scripts()
+    asked = [connection.send("ACL", "DRYRUN", user, *command) for command in commands.values()]
+    replies = [await one for one in asked]
+    if any(isinstance(reply, ReplyError) for reply in replies):
+        return user, []
+    return user, [name for name, reply in zip(commands, replies, strict=True) if reply != "OK"]
