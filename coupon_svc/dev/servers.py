@@ -247,7 +247,10 @@ class EmbeddedRedis(EmbeddedServer):
     name = "Valkey"
     stop_signal = signal.SIGTERM
 
-    service_rules = "~cb:* &cb:* +@all -@dangerous -@admin +info +acl|dryrun -script|flush -script|kill -function -flushall -flushdb"
+    service_rules = (
+        "~cb:* &cb:* +@all -@dangerous -@admin +info +acl|dryrun -script|flush -script|kill"
+        " -function -flushall -flushdb"
+    )
     """Of the service's user: its own keys and channels, and nothing that harms everybody."""
 
     @property

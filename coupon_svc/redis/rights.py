@@ -6,7 +6,8 @@ missing right is found before the first script runs, by asking the server (ACL D
 
 from __future__ import annotations
 
-from coupon_svc.redis.connection import Connection, ReplyError
+from coupon_svc.redis.connection import Connection
+from coupon_svc.redis.errors import ReplyError
 
 _ONE_KEY: dict[str, tuple[str, ...]] = {
     "DEL": (),
