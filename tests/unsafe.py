@@ -1,27 +1,31 @@
 """Runs a part of the service with one safeguard taken out: `python -m tests.unsafe SAFEGUARD PART …`.
 
-Nothing in the service knows of this: methods are replaced and lines of Lua left out here, in a process of the test's own.
+Nothing in the service knows of this: public functions are replaced and lines of Lua left out, in a process of the test's
+own. That happens before the part is imported, so a replaced function is replaced for whoever imports it. A safeguard that
+cannot be found any more makes `mypy` or tests/test_chaos_proves_itself.py fail at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coupon_svc.cli import main
+from coupon_svc.domain import clock
+from coupon_svc.domain.outcomes import Refused
 from coupon_svc.postgres import events, lending, recovery
-from coupon_svc.redis import control
 from coupon_svc.redis import scripts as store_scripts
-from coupon_svc.redis.control import OwnerStore
-from coupon_svc.redis.data_plane import ShardView, Store
+from coupon_svc.redis import server
+from coupon_svc.redis.connection import Connection, Reply
 from coupon_svc.redis.positions import Positions
 from coupon_svc.redis.scripts import Script
 from coupon_svc.resources import resource_folder
-from coupon_svc.writer import recover, writer
-from coupon_svc.writer.writer import Writer
+
+if TYPE_CHECKING:
+    from coupon_svc.redis.data_plane import Store
 
 _read_script = store_scripts.read_script
 
@@ -69,25 +73,35 @@ def record_epoch() -> None:
 
 
 def told_position() -> None:
-    """Nobody learns from the position messages which positions are taken."""
+    """Nobody learns from the position messages which positions are taken: they only wake whoever waits for the ledger."""
+    waiting: list[Positions] = []
 
-    def on_message(self: Store, message: Any) -> None:
-        seen = [view.seen_seq for view in self.views]
-        honest(self, message)
-        for view, seq in zip(self.views, seen, strict=True):
-            view.seen_seq = seq
+    def positions(self: Positions, *args: Any, **named: Any) -> None:
+        waiting.append(self)
+        honest_positions(self, *args, **named)
 
-    honest = Store._on_message
-    Store._on_message = on_message  # type: ignore[method-assign]
+    def connection(self: Connection, on_message: Callable[[Reply], None] | None = None) -> None:
+        honest_connection(self, on_message and on_message_untold)
+
+    def on_message_untold(message: Reply) -> None:
+        if message[0] == "message":
+            for one in waiting:
+                one.advance(*map(int, message[2].split()))
+
+    honest_positions, honest_connection = Positions.__init__, Connection.__init__
+    Positions.__init__, Connection.__init__ = positions, connection  # type: ignore[method-assign]
 
 
 def installation() -> None:
     """Nobody asks whose keys are in Redis."""
 
-    async def require_ours(*_: Any) -> None:
-        return None
+    def send(self: Connection, *command: Any) -> Any:
+        if command[0] == "HGET" and command[2] == "installation":
+            command = (*command[:2], "no_such_field")
+        return honest(self, *command)
 
-    OwnerStore._require_ours = require_ours  # type: ignore[method-assign, assignment]
+    honest = Connection.send
+    Connection.send = send  # type: ignore[method-assign]
     _without_lines("open_shard", 'if meta[7] and meta[7] ~= ARGV[7] then\n  return {"foreign", meta[7]}\nend\n')
     _without_lines("shut_shard", 'if meta[4] and meta[4] ~= ARGV[3] then\n  return {"foreign", meta[4]}\nend\n')
 
@@ -98,41 +112,35 @@ def clocks() -> None:
         'if ARGV[9] ~= "" and math.abs(now_ms - tonumber(ARGV[9])) > 60000 then\n  return {"clock", at_ms}\nend\n'
     )
     _without_lines("publish_position", compared)
-    writer.CLOCKS_APART_MAX_MS = 10**15  # type: ignore[attr-defined]
+    from coupon_svc.redis import control
+
     control.CLOCKS_APART_MAX_MS = 10**15
 
 
 def in_touch() -> None:
     """A writer keeps its shards, whether it can reach Redis or not."""
+    from coupon_svc.writer import writer
 
-    def in_touch(_: Writer) -> bool:
-        return True
-
-    Writer._in_touch = in_touch  # type: ignore[method-assign, assignment]
+    writer.OUT_OF_TOUCH_S = 10**9
 
 
 def quarantine() -> None:
     """Codes that somebody may hold go back to be dealt."""
 
-    async def nothing_lost(*_: Any) -> bool:
-        return True
+    async def may_have_answered_early(*_: Any) -> bool:
+        return False
 
-    recover.Recoverer._nothing_lost = nothing_lost  # type: ignore[method-assign, assignment]
+    recovery.may_have_answered_early = may_have_answered_early  # type: ignore[assignment]
 
 
 def rebuild() -> None:
-    """Redis is kept whatever it holds, if it is not empty."""
+    """A recovery drops nothing of what Redis holds, whatever that is."""
+    from coupon_svc.redis.control import OwnerStore
 
-    async def agrees(*_: Any) -> bool:
-        return True
+    async def wipe_shard(*_: Any) -> None:
+        return None
 
-    async def drain(self: Any, *args: Any) -> tuple[int, bool]:
-        reached, _ = await honest(self, *args)
-        return reached, True
-
-    honest = recover.Recoverer._drain
-    recover.Recoverer._agrees = agrees  # type: ignore[method-assign, assignment]
-    recover.Recoverer._drain = drain  # type: ignore[method-assign, assignment]
+    OwnerStore.wipe_shard = wipe_shard  # type: ignore[method-assign, assignment]
 
 
 def replay() -> None:
@@ -179,14 +187,25 @@ def epoch() -> None:
 def seen_position() -> None:
     """Neither a script nor the look at Redis once a second compares the position with what was seen."""
     _without_text("fence", " or tonumber(meta[2]) < tonumber(ARGV[2])")
+    stores: list[Store] = []
 
-    async def verify(self: Store, connection: Any) -> None:
-        for view in self.views:
-            view.seen_seq = 0
-        await honest(self, connection)
+    async def read_info(connection: Connection) -> dict[str, str]:
+        for store in stores:
+            for view in store.views:
+                view.seen_seq = 0
+        return await honest(connection)
 
-    honest = Store._verify
-    Store._verify = verify  # type: ignore[method-assign]
+    honest = server.read_info
+    server.read_info = read_info
+
+    from coupon_svc.redis.data_plane import Store
+
+    def init(self: Store, *args: Any, **named: Any) -> None:
+        stores.append(self)
+        honest_init(self, *args, **named)
+
+    honest_init = Store.__init__
+    Store.__init__ = init  # type: ignore[method-assign]
 
 
 def fenced_load() -> None:
@@ -196,41 +215,54 @@ def fenced_load() -> None:
 
 def position() -> None:
     """A commit does not ask whether the ledger is where the batch begins, by its position or by the hash there."""
-    _without_condition(" AND shards.committed = batch.committed")
-    _without_condition(" AND shards.chain = batch.chain")
+
+    async def write_batches(connection: Any, writer_id: str, batches: Sequence[events.Batch]) -> dict[int, bytes]:
+        for batch in batches:
+            begins = "UPDATE shards SET committed = $3, chain = $4 WHERE shard = $1 AND owner = $2"
+            await connection.execute(begins, batch.shard, writer_id, batch.committed, batch.chain)
+        return await honest(connection, writer_id, batches)
+
+    honest = events.write_batches
+    events.write_batches = write_batches
 
 
 def position_and_epoch() -> None:
     """Nor whether the batch is of the epoch that the ledger is in. (A batch of another epoch begins where the ledger is
     only when it is the first of its own: so each of the two stands in for the other.)"""
+
+    async def write_batches(connection: Any, writer_id: str, batches: Sequence[events.Batch]) -> dict[int, bytes]:
+        enter = "UPDATE shards SET epoch = $3 WHERE shard = $1 AND owner = $2"
+        rows = await connection.fetch("SELECT shard, epoch FROM shards")
+        for batch in batches:
+            await connection.execute(enter, batch.shard, writer_id, batch.epoch)
+        heads = await honest(connection, writer_id, batches)
+        for shard, epoch in rows:
+            if shard in heads:
+                await connection.execute(enter, shard, writer_id, epoch)
+        return heads
+
     position()
-    _without_condition(" AND shards.epoch = batch.epoch")
+    honest = events.write_batches
+    events.write_batches = write_batches
 
 
 def own_epoch() -> None:
     """Whoever waits for the ledger takes a position of a newer epoch for his own."""
 
-    def advance(self: Positions, shard: int, epoch: int, seq: int) -> None:
-        for wanted, _, _, _, future in self._waiting[shard]:
-            if wanted < epoch and not future.done():
-                future.set_result(None)
-        honest_advance(self, shard, epoch, seq)
-
     async def wait(self: Positions, shard: int, epoch: int, seq: int) -> None:
-        if self.committed(shard)[0] <= epoch:
-            await honest_wait(self, shard, epoch, seq)
+        try:
+            await honest(self, shard, epoch, seq)
+        except Refused:
+            if self.committed(shard)[0] <= epoch:
+                raise
 
-    honest_advance, honest_wait = Positions.advance, Positions.wait
-    Positions.advance, Positions.wait = advance, wait  # type: ignore[method-assign]
+    honest = Positions.wait
+    Positions.wait = wait  # type: ignore[method-assign]
 
 
 def registration() -> None:
-    """Answers leave before the ledger knows, registered or not."""
-
-    def may_answer_early(_: Store, view: ShardView, epoch: int) -> bool:
-        return epoch >= view.epoch_min
-
-    Store.may_answer_early = may_answer_early  # type: ignore[method-assign, assignment]
+    """Answers leave before the ledger knows, registered or not: no registration ends, not even one that never began."""
+    clock.boot_s = lambda: -1.0
 
 
 def stop_flag() -> None:
@@ -239,18 +271,13 @@ def stop_flag() -> None:
     async def stopped_because(*_: Any) -> None:
         return None
 
-    writer.stopped_because = stopped_because  # type: ignore[attr-defined, assignment]
+    recovery.stopped_because = stopped_because  # type: ignore[assignment]
 
 
 def room() -> None:
     """The backlog has no bound."""
     text = (resource_folder("lua") / "include" / "room.lua").read_text()
     _without_text("room", text[text.index("if tonumber(meta[2])") : text.index("local unseen_ms")])
-
-
-def _without_condition(text: str) -> None:
-    assert text in events._ADVANCE, "the commit has changed: the safeguard is not where it was"
-    events._ADVANCE = events._ADVANCE.replace(text, "")
 
 
 SAFEGUARDS: dict[str, Callable[[], None]] = {

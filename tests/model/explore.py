@@ -58,19 +58,6 @@ def walk(bounds: Bounds, states_max: int = STATES_MAX) -> Walked:
     return Walked(len(came), "", [])
 
 
-def labels(bounds: Bounds) -> set[str]:
-    """What every step within the bounds is called."""
-    first = first_state(bounds)
-    seen, names, queue = {first}, set(), deque([first])
-    while queue:
-        for label, after in steps(queue.popleft(), bounds):
-            names.add(label)
-            if after not in seen:
-                seen.add(after)
-                queue.append(after)
-    return names
-
-
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
     """States hold no cycles, and there are so many that looking for some takes most of the time."""

@@ -1,7 +1,7 @@
 """What writers do with a shard that is in order: take it over, persist its events, lend it codes.
 
 In step with coupon_svc/writer/{writer,persist,lend}.py, coupon_svc/postgres/{shards,events,lending}.py and lua/. A step here
-is what happens between two points at which a writer may be killed or paused; tests/model/in_step.py says which are whose.
+is what happens between two points at which a writer may be killed or paused; tests/model/in_step.py lists those points.
 """
 
 from __future__ import annotations
