@@ -162,11 +162,14 @@ class Stack:
             "COUPON_SHARDS": str(self.shards),
         }
 
-    def writer(self, number: int = 0, /, **environment: str) -> Part:
-        """Start a writer; `crash_at` as COUPON_TEST_CRASH_AT="persist.committed" and the like. Writers of different
-        `number` write different logs."""
+    def writer(self, number: int = 0, /, *, dies_at: str = "", stops_at: str = "", **environment: str) -> Part:
+        """Start a writer; one that `dies_at` or `stops_at` a step, like "persist.committed", is sent SIGKILL or SIGSTOP
+        there (tests/crashing.py). Writers of different `number` write different logs."""
         log = self.folder / f"writer{number or ''}.log"
-        part = Part(["writer"], {**self.environment, **environment}, log, module=self.module)
+        module = self.module
+        if dies_at or stops_at:
+            module = ("tests.crashing", "SIGKILL" if dies_at else "SIGSTOP", dies_at or stops_at, *module)
+        part = Part(["writer"], {**self.environment, **environment}, log, module=module)
         self.parts.append(part)
         return part
 

@@ -103,7 +103,7 @@ async def writer_dies_at(point: str, stack: Stack) -> None:
         if point.startswith("recover."):
             async with stack.redis() as redis:
                 await redis.flushall()
-        victim = stack.writer(COUPON_TEST_CRASH_AT=point, **SMALL_BLOCKS)
+        victim = stack.writer(dies_at=point, **SMALL_BLOCKS)
         traffic = asyncio.create_task(traffic_until_dead(history, victim, book_ids, point))
         assert await victim.died(60) == -signal.SIGKILL, f"the writer did not die at {point}"
         stack.writer(**SMALL_BLOCKS)

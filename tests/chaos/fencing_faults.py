@@ -349,7 +349,7 @@ async def lender_paused_across_a_recovery(run: Run) -> None:
     the other writer's to bring, or in quarantine."""
     run.loses_records = True
     run.writers[0].stop()
-    run.start_writer(0, COUPON_TEST_PAUSE_AT="lend.leased")
+    run.start_writer(0, stops_at="lend.leased")
     paused = run.writers[0]
     async with under_load(run), run.stack.redis() as redis:
         await until(lambda: _stands_still(paused), HEAL_S, "the writer should have come to lend a block")

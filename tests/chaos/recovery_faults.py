@@ -31,7 +31,7 @@ async def recoverer_dies_on_its_way(run: Run) -> None:
     """A stale failover, FLUSHALL or an old copy; and one writer is killed or paused at a step of its recovery. The other one
     begins at the first step again."""
     run.loses_records = True
-    step, how = run.random.choice(STEPS), run.random.choice(("COUPON_TEST_CRASH_AT", "COUPON_TEST_PAUSE_AT"))
+    step, how = run.random.choice(STEPS), run.random.choice(("dies_at", "stops_at"))
     disaster = run.random.choice((_flushed, _old_copy, _stale_failover))
     run.writers[0].stop()
     run.start_writer(0, **{how: f"recover.{step}"})
@@ -101,7 +101,7 @@ async def failed_back_and_recoverers_killed(run: Run) -> None:
         run.epochs = await run.epochs_now()
         for number, writer in enumerate(run.writers):
             writer.stop()
-            run.start_writer(number, COUPON_TEST_CRASH_AT="recover.settled")
+            run.start_writer(number, dies_at="recover.settled")
         await run.share_shards()
         for book_id in few:
 

@@ -101,7 +101,7 @@ class Run:
             await self.stack.ready(api.base_url)
 
     def start_writer(self, number: int, /, **environment: str) -> None:
-        """Start a writer in the place of one that is gone."""
+        """Start a writer in the place of one that is gone; `environment`, and `dies_at` or `stops_at`, as `Stack.writer`."""
         self.writers[number] = self.stack.writer(number, **{"COUPON_LEASE_CODES_MIN": LEASE_CODES_MIN, **environment})
 
     async def start_api(self, number: int) -> None:
