@@ -17,7 +17,7 @@ from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.codes import Pattern
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.books import Books
-from coupon_svc.http.http import Call
+from coupon_svc.http.call import Call
 from coupon_svc.http.schemas import UpdateBook
 from coupon_svc.postgres.catalogue import NewBook, insert_book, insert_codes, places_end
 from coupon_svc.postgres.database import Database

@@ -21,7 +21,7 @@ from coupon_svc.domain.codes import (
 )
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.shards import book_shard, new_book_id
-from coupon_svc.http.http import Answer, Call
+from coupon_svc.http.call import Answer, Call
 from coupon_svc.http.inputs import decode_cursor, encode_cursor, encode_metadata, invalid
 from coupon_svc.http.runner import BookRunner
 from coupon_svc.http.schemas import (

@@ -15,7 +15,7 @@ from coupon_svc.domain.clock import rfc3339
 from coupon_svc.domain.codes import normalise_code
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.receipts import Receipt, check_receipt, make_receipt
-from coupon_svc.http.http import Answer, Call
+from coupon_svc.http.call import Answer, Call
 from coupon_svc.http.inputs import check_user_id, decode_cursor, encode_cursor, encode_metadata, invalid
 from coupon_svc.http.registration import Registration
 from coupon_svc.http.runner import BookRunner, Place

@@ -11,8 +11,8 @@ import msgspec
 
 from coupon_svc import __version__
 from coupon_svc.domain.outcomes import Outcome
-from coupon_svc.http.http import BODY_BYTES_MAX, Operation
-from coupon_svc.http.operations import ANY_OPERATION, ANY_REQUEST
+from coupon_svc.http.endpoint import BODY_BYTES_MAX
+from coupon_svc.http.operations import ANY_OPERATION, ANY_REQUEST, Operation
 from coupon_svc.http.problems import PROBLEMS, problem_body
 from coupon_svc.http.schemas import Problem, UploadCodes, UserId
 

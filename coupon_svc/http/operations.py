@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import msgspec
+
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.http import schemas
-from coupon_svc.http.http import Operation
+
+
+class Operation(msgspec.Struct, frozen=True, kw_only=True):
+    """One method of one path. The routes, the checks and the OpenAPI document are all made from it."""
+
+    name: str
+    method: str
+    path: str
+    summary: str
+    tag: str
+    """The group of operations that it is shown in."""
+    scopes: tuple[str, ...] = ()
+    """Any of them is enough; none means that no key is needed."""
+    query: type[msgspec.Struct] | None = None
+    """The query parameters that are known; None: none is."""
+    body: type[msgspec.Struct] | None = None
+    answers: dict[int, Any] = {}
+    """Status -> type of the body, None for an empty one."""
+    outcomes: tuple[Outcome, ...] = ()
+    """Refusals that are this operation's own; those that any operation can meet are added."""
+
 
 _BOOK_SHUT = (Outcome.BOOK_CLOSED, Outcome.BOOK_PAUSED, Outcome.BOOK_NOT_STARTED, Outcome.BOOK_EXPIRED)
 _IDEMPOTENT = (Outcome.INVALID_IDEMPOTENCY_KEY, Outcome.IDEMPOTENCY_KEY_REUSED, Outcome.IDEMPOTENCY_IN_PROGRESS)

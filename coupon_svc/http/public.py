@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from coupon_svc.domain.errors import error_location
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.http.http import send_response
+from coupon_svc.http.endpoint import send_response
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.openapi import openapi_document
 from coupon_svc.http.operations import OPERATIONS

@@ -14,8 +14,9 @@ from starlette.types import Receive, Scope, Send
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.books import Books
+from coupon_svc.http.call import Answer, Call, Handler
 from coupon_svc.http.coupons import Coupons
-from coupon_svc.http.http import ENCODED_SLASH, Answer, Call, Endpoint, Handler
+from coupon_svc.http.endpoint import ENCODED_SLASH, Endpoint
 from coupon_svc.http.limits import Limits
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.operations import OPERATIONS

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.http.http import Endpoint, Response, send_response
+from coupon_svc.http.endpoint import Endpoint, Response, send_response
 from coupon_svc.http.problems import bad_request, problem_response
 from coupon_svc.http.public import send_problem
 from coupon_svc.http.routes import Api

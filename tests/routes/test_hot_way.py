@@ -14,7 +14,7 @@ import uvicorn
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from coupon_svc.http.http import Endpoint, Response
+from coupon_svc.http.endpoint import Endpoint, Response
 from coupon_svc.http.limits import Limits
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.routes import HOT_PATHS, Api

@@ -7,8 +7,7 @@ import re
 import httpx
 import pytest
 
-from coupon_svc.http.http import Operation
-from coupon_svc.http.operations import OPERATIONS
+from coupon_svc.http.operations import OPERATIONS, Operation
 from tests.harness import Stack
 from tests.routes.helpers import assign, make_book, refused
 

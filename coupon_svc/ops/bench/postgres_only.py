@@ -28,8 +28,8 @@ from coupon_svc.domain.clock import now_ms, rfc3339
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.books import Books
+from coupon_svc.http.call import Answer, Call
 from coupon_svc.http.coupons import Coupons
-from coupon_svc.http.http import Answer, Call
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.public import Public
 from coupon_svc.http.routes import Api, make_app

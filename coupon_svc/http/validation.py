@@ -1,0 +1,122 @@
+"""Checks a request against its operation. Pure functions; refusals come in the order of docs/api.md."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import msgspec
+
+from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.http.inputs import invalid
+
+PARAMETER_SHOWN_MAX = 100
+"""Characters of the name of an unknown query parameter that a refusal repeats."""
+_IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
+_AT = re.compile(r" - at `(?:key in )?\$(.*)`$")
+_PLAIN_NAME = re.compile(r"[a-z][a-z_]{0,40}")
+_BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+
+
+def check_media_type(headers: Mapping[bytes, bytes]) -> None:
+    """Raises Refused(unsupported_media_type) unless the body is said to be JSON."""
+    media_type = headers.get(b"content-type", b"")
+    if media_type != b"application/json" and media_type.partition(b";")[0].strip().lower() != b"application/json":
+        raise Refused(Outcome.UNSUPPORTED_MEDIA_TYPE)
+
+
+def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
+    """The body as its struct; an empty one is `{}`. Raises Refused: malformed_json, invalid_request."""
+    try:
+        return decoder.decode(body or b"{}")
+    except msgspec.ValidationError as error:
+        wrong = error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise Refused(Outcome.MALFORMED_JSON) from None
+    parsed = _parsed(body or b"{}")  # the decoder found what is wrong before it saw the end
+    if "got `float`" in str(wrong):
+        try:
+            return msgspec.convert(_whole_numbers(parsed), decoder.type)
+        except msgspec.ValidationError as error:
+            wrong = error
+    raise _invalid(str(wrong))
+
+
+def _parsed(body: bytes) -> Any:
+    """The body as JSON, whatever it says. Raises Refused(malformed_json)."""
+    try:
+        return msgspec.json.decode(body)
+    except msgspec.ValidationError:
+        return None  # a number too large for anything is JSON all the same
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise Refused(Outcome.MALFORMED_JSON) from None
+
+
+def _whole_numbers(body: Any) -> Any:
+    """The same body with `1.0` as `1`: for JSON Schema it is an integer. The caller's metadata stays as it is."""
+    if not isinstance(body, dict):
+        return body
+    whole = {name: _whole_numbers(value) if name != "metadata" else value for name, value in body.items()}
+    return {n: int(v) if isinstance(v, float) and v.is_integer() else v for n, v in whole.items()}
+
+
+def decode_query(known: type[msgspec.Struct] | None, query_string: bytes) -> Any:
+    """The query as its struct, None where no parameter is known. Raises Refused(invalid_request) for a parameter that is
+    unknown, given twice, not percent-encoded UTF-8 or out of bounds."""
+    names = known.__struct_fields__ if known is not None else ()
+    given: dict[str, str] = {}
+    for part in filter(None, query_string.split(b"&")):
+        try:
+            name, value = (_unquoted(text) for text in part.split(b"=", 1) + [b""] * (b"=" not in part))
+        except ValueError:
+            raise invalid("", "a query is percent-encoded UTF-8") from None
+        pointer = "/" + name[:PARAMETER_SHOWN_MAX].replace("~", "~0").replace("/", "~1")
+        if name not in names:
+            raise invalid(pointer, "this endpoint does not know this query parameter")
+        if name in given:
+            raise invalid(pointer, "give this query parameter once")
+        given[name] = value
+    if known is None:
+        return None
+    try:
+        return msgspec.convert(given, known, strict=False)  # every value is text, also one that stands for a number
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error).replace(", got `str`", "")) from None
+
+
+def _unquoted(text: bytes) -> str:
+    """Raises ValueError for a broken escape, and for what is not UTF-8."""
+    if _BROKEN_ESCAPE.search(text):
+        raise ValueError
+    return unquote_to_bytes(text.replace(b"+", b" ")).decode()
+
+
+def _invalid(text: str) -> Refused:
+    """The refusal of what msgspec says is wrong."""
+    at = _AT.search(text)
+    return invalid(json_pointer(at[1] if at else ""), _without_values(text[: at.start()] if at else text))
+
+
+def _without_values(detail: str) -> str:
+    """msgspec's sentence without what the caller sent, which may be a code: field names stay where they look like some."""
+    kind, _, value = detail.partition(" `" if "unknown field" in detail else " '")
+    if not value or _PLAIN_NAME.fullmatch(value.rstrip("`")):
+        return detail
+    return kind
+
+
+def json_pointer(path: str) -> str:
+    """msgspec's `.codes[3]` as RFC 6901's `/codes/3`; the whole document is the empty text."""
+    return re.sub(r"\.|\[", "/", path.replace("[...]", "").replace("]", ""))
+
+
+def parse_idempotency_key(header: bytes) -> str:
+    """The key, bare or as a quoted string of RFC 8941: both spell the same key. Raises Refused."""
+    text = header.decode("latin-1").strip()
+    if len(text) >= 2 and text[0] == text[-1] == '"':
+        text = re.sub(r"\\([\"\\])", r"\1", text[1:-1])
+    if not _IDEMPOTENCY_KEY.fullmatch(text):
+        raise Refused(Outcome.INVALID_IDEMPOTENCY_KEY)
+    return text
