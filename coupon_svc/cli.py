@@ -20,7 +20,7 @@ from asyncpg import InvalidCatalogNameError, UndefinedColumnError, UndefinedTabl
 from coupon_svc.config import Settings, SettingsError, load_settings
 from coupon_svc.domain.errors import CouponError
 from coupon_svc.postgres import keys, quarantine
-from coupon_svc.postgres.database import PATIENT_S, open_connection
+from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, open_connection
 from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
 from coupon_svc.postgres.migrations import migrate
 
@@ -433,7 +433,7 @@ def _store_key(args: argparse.Namespace, key: str) -> str:
             raise UsageError("--expires-in-days must be between 0 and 36500.")
         expires_at = datetime.now(UTC) + timedelta(days=args.expires_in_days)
 
-    async def store(connection: Any) -> tuple[str, keys.KeyRow | None]:
+    async def store(connection: LedgerConnection) -> tuple[str, keys.KeyRow | None]:
         try:
             async with connection.transaction():  # or a refused key would leave its tenant behind
                 key_id = await keys.create_key(connection, args.tenant, key, scopes, args.label, expires_at)
@@ -470,7 +470,7 @@ def _no_redis() -> dict[str, Any]:
     return {"redis_url": "redis://unused"}
 
 
-def _with_database(settings: Settings, work: Callable[[Any], Any]) -> Any:
+def _with_database(settings: Settings, work: Callable[[LedgerConnection], Any]) -> Any:
     async def run() -> Any:
         try:
             connection = await open_connection(settings.database_url, "coupon-cli", PATIENT_S)

@@ -20,7 +20,7 @@ from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.postgres import outstanding, recovery
 from coupon_svc.postgres.catalogue import lease_code
-from coupon_svc.postgres.database import open_connection
+from coupon_svc.postgres.database import one_row, open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable, NotOwner
 from coupon_svc.postgres.lending import settle_lone_leases
 from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago, note_marks
@@ -82,10 +82,13 @@ class Bench(NamedTuple):
         return book_id
 
     async def row(self, book_id: str) -> dict[str, Any]:
-        row = await self.ledger.fetchrow(
-            "SELECT total, lent, quarantined, leased_upto, accounted_upto FROM books WHERE book_id = $1", book_id
+        return dict(
+            await one_row(
+                self.ledger,
+                "SELECT total, lent, quarantined, leased_upto, accounted_upto FROM books WHERE book_id = $1",
+                book_id,
+            )
         )
-        return dict(row)
 
     async def counts(self, book_id: str) -> tuple[int, int, int]:
         """Codes in the pool, codes held, and how many were ever brought, as Redis says."""
@@ -139,7 +142,7 @@ async def keep_up(bench: Bench, *, sweep: bool) -> None:
     shard.opened_on = await bench.store.connect()
     upkeep = Upkeep(bench.url, "w", {0: shard})
     await upkeep.turn(sweep=sweep)
-    upkeep._connection.terminate()
+    upkeep.session.close()
 
 
 async def account(bench: Bench, book_id: str) -> None:
@@ -417,8 +420,8 @@ async def test_a_settlement_that_ended_half_way_is_gone_on_with(bench: Bench) ->
     rows = [await bench.row(book_id) for book_id in (done, left)]
     assert [(row["lent"], row["quarantined"]) for row in rows] == [(1, 2), (1, 2)]
     assert [await bench.counts(book_id) for book_id in (done, left)] == [(0, 1, 1)] * 2
-    rows = await bench.ledger.fetch("SELECT epoch FROM quarantine")
-    assert {row["epoch"] for row in rows} == {live}
+    quarantined = await bench.ledger.fetch("SELECT epoch FROM quarantine")
+    assert {row["epoch"] for row in quarantined} == {live}
     assert (await recovery.begin_epoch(bench.ledger, "w", await bench.owned())).verdict is None
 
 
@@ -587,10 +590,6 @@ async def test_a_writer_keeps_up_its_shards_while_it_runs(
     await until(marked)
     stop.set()
     await running
-    kept = [writer._lender._connection, writer._upkeep._connection, *writer._connections.values()]
-    for connection in kept:  # else the end of its process ends them
-        if connection is not None:
-            connection.terminate()
 
 
 async def test_shards_do_not_wait_one_after_the_other_for_a_process_that_was_killed(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from coupon_svc.config import load_settings
 from coupon_svc.http import registration
+from coupon_svc.postgres import database
 from coupon_svc.postgres.database import open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable
+from coupon_svc.redis.control import OwnerStore
 from coupon_svc.redis.data_plane import Store
 from coupon_svc.redis.positions import Positions
 from coupon_svc.redis.scripts import Scripts
@@ -25,14 +27,14 @@ async def of_registration(url: str) -> Any:
 
 
 async def of_lender(url: str) -> Any:
-    return await lend.Lender(url, "wr_test", None, {}, 1, 1)._connected()  # type: ignore[arg-type]
+    return await lend.Lender(url, "wr_test", cast(OwnerStore, None), {}, 1, 1).session.connection()
 
 
 async def of_writer(url: str) -> Any:
     settings = load_settings(
         {"COUPON_REDIS_URL": "redis://127.0.0.1:1", "COUPON_DATABASE_URL": url, "COUPON_SHARDS": str(SHARDS)}
     )
-    return await writer.Writer(settings)._connected("owning")
+    return await writer.Writer(settings)._owning.connection()
 
 
 @pytest.mark.parametrize("connected", [of_registration, of_lender, of_writer])
@@ -47,7 +49,7 @@ async def test_one_that_breaks_at_once_is_the_ledger_being_unavailable(
         connection.terminate()
         return connection
 
-    for module in (registration, lend, writer):
+    for module in (registration, database):
         monkeypatch.setattr(module, "open_connection", open_and_break)
     with pytest.raises(LedgerUnavailable):
         await connected(url)

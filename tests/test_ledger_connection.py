@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncpg
 import pytest
 
-from coupon_svc.postgres.database import bounded, open_connection
+from coupon_svc.postgres.database import open_connection, within
 from coupon_svc.postgres.errors import LedgerUnavailable
 from tests.harness import fresh_database
 
@@ -28,5 +28,6 @@ async def test_a_connection_on_which_the_server_refused_is_given_up(postgres_url
     connection = await open_connection(await fresh_database(postgres_url, 1), "test")
     await connection.execute("SET default_transaction_read_only = on")
     with pytest.raises(LedgerUnavailable):
-        await bounded(connection, connection.execute("CREATE TABLE t ()"), 5.0)
+        async with within(connection, 5.0):
+            await connection.execute("CREATE TABLE t ()")
     assert connection.is_closed()

@@ -27,7 +27,7 @@ async def test_a_stopped_shard_is_shut_when_it_would_be_opened(make_stack: Calla
     first.stop()
     await stack.ledger("UPDATE shards SET stopped = 'a person looks' WHERE shard = 0")
     writer = Writer(load_settings(stack.environment))
-    connection = await writer._connected("owning")
+    connection = await writer._owning.connection()
     await writer._renew(connection)
     try:
         with pytest.raises(HistoryForked, match="a person looks"):
@@ -36,9 +36,7 @@ async def test_a_stopped_shard_is_shut_when_it_would_be_opened(make_stack: Calla
         await writer._open(writer._shards[1], connection)
         assert writer._shards[1].opened_on is not None, "the others are opened"
     finally:
-        writer._store.close()
-        for opened in writer._connections.values():
-            opened.terminate()
+        writer.close()
         await redis.aclose()
 
 

@@ -145,7 +145,8 @@ async def test_a_changed_book_is_not_exhausted_while_a_code_is_on_its_way(
     monkeypatch.setattr(lending, "mark_loaded", unchanged)
     lender = Lender("", "wr", store, {before.shard: shard}, 20, 20)
     monkeypatch.setattr(lender, "_refill", unchanged)
-    await lender._load_book(None, shard, book)
+    no_ledger: Any = None
+    await lender._load_book(no_ledger, shard, book)
     assert await store._ask("HGET", ShardKeys(before.shard, SHARDS).book(book_id), "unlent") == "1"
 
 
@@ -183,13 +184,15 @@ async def test_a_shard_that_cannot_be_shut_when_it_is_stopped_is_shut_by_who_wou
     """Nothing else would look at it again, and callers be given codes of it."""
     _, shard, before, _ = recovered
     away = OwnerStore("redis://127.0.0.1:1", SHARDS, Scripts())
-    persister = Persister("", "wr", away, {before.shard: shard}, lambda *_: None, LedgerClock())
-    connection = await asyncpg.connect(await fresh_database(postgres_url, SHARDS))
+    url = await fresh_database(postgres_url, SHARDS)
+    persister = Persister(url, "wr", away, {before.shard: shard}, lambda *_: None, LedgerClock())
+    connection = await asyncpg.connect(url)
     with pytest.raises(StoreError):
-        await persister._stop(connection, Batch(before.shard, before.epoch, before.generation, 0, 1, []), "forked")
+        await persister._stop(Batch(before.shard, before.epoch, before.generation, 0, 1, []), "forked")
     assert await connection.fetchval("SELECT stopped FROM shards WHERE shard = $1", before.shard) == "forked"
     assert (shard.opened_on, shard.stopped) == (None, False)
     await connection.close()
+    persister.session.close()
 
 
 def test_what_a_process_can_have_seen_is_asked_anew_in_each_epoch() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 import httpx
@@ -15,6 +15,7 @@ import pytest
 from coupon_svc.config import load_settings
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.postgres import lending
+from coupon_svc.postgres.database import LedgerConnection, LedgerSession
 from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.liveness import LOOKS_APART_MAX_S, Watch
 from coupon_svc.postgres.shards import OwnedShard, drop_writer, renew_writer, writer_beats
@@ -219,7 +220,7 @@ async def test_no_renewal_waits_for_the_row_of_a_shard(make_stack: MakeStack) ->
     """A recovery holds it for as long as it settles. What is locked is taken, and given up, when it can be had."""
     stack = await make_stack()
     writer = Writer(load_settings({**stack.environment, "COUPON_REDIS_URL": "redis://127.0.0.1:1"}))
-    connection = await writer._connected("owning")
+    connection = await writer._owning.connection()
     holder = await asyncpg.connect(stack.database_url)
     try:
         for others in ([], ["wr_a", "wr_b"]):
@@ -235,11 +236,14 @@ async def test_no_renewal_waits_for_the_row_of_a_shard(make_stack: MakeStack) ->
             assert await owners(stack) == expected
     finally:
         await holder.close()
-        for opened in writer._connections.values():
-            opened.terminate()
+        writer.close()
 
 
 # --- a shard that goes while something waits, or is odd, is no other shard's trouble
+
+
+NO_LEDGER: Any = None
+"""Stands for a connection that the functions which would use it, being replaced, do not use."""
 
 
 def shard(number: int) -> Shard:
@@ -280,8 +284,8 @@ async def test_a_shard_that_is_given_up_within_the_lenders_turn_ends_nothing(
     monkeypatch.setattr(lender, "_bring_outstanding", bring_outstanding)
     monkeypatch.setattr(lending, "books_to_load", books_to_load)
     monkeypatch.setattr(lending, "lone_leases", lone_leases)
-    await lender.turn(None)
-    await lender._bring_again(None)
+    await lender.turn(NO_LEDGER)
+    await lender._bring_again(NO_LEDGER)
     assert brought == [0, 2]
 
 
@@ -303,7 +307,7 @@ async def test_what_goes_wrong_with_one_shard_does_not_end_the_lenders_turn(
     monkeypatch.setattr(lender, "_refill", refill)
     monkeypatch.setattr(lending, "books_to_load", nothing)
     monkeypatch.setattr(lending, "lone_leases", nothing)
-    await lender.turn(None)
+    await lender.turn(NO_LEDGER)
     assert refilled == [0, 2]
     assert (shards[1].opened_on, shards[1].wants_recovery) == (None, True)
     assert "shard 01 is suspect: ValueError at " in caplog.text
@@ -334,6 +338,8 @@ class Answering:
     async def fetchval(self, _: str) -> int:
         return 0
 
+    def terminate(self) -> None: ...
+
 
 async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_being_shown(
     caplog: pytest.LogCaptureFixture,
@@ -341,7 +347,7 @@ async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_bein
     writer = Writer(load_settings({"COUPON_REDIS_URL": "redis://x", "COUPON_DATABASE_URL": "postgresql://x"}))
     writer._store = store = OddStore()
     writer._shards.update({number: shard(number) for number in range(3)})
-    await writer._show_alive(Answering())
+    await writer._show_alive(cast(LedgerConnection, Answering()))
     assert store.told == [0, 2]
     assert [writer._shards[number].opened_on for number in range(3)] == [HERE, None, HERE]
     assert "shard 01 is suspect: ValueError at " in caplog.text
@@ -367,10 +373,10 @@ async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_bein
             int("a torn field")
         one.opened_on = HERE
 
-    async def connected(_: str) -> None: ...
+    async def connection(_: LedgerSession) -> None: ...
 
     monkeypatch.setattr(writer, "_open", open_shard)
-    monkeypatch.setattr(writer, "_connected", connected)
+    monkeypatch.setattr(LedgerSession, "connection", connection)
     opening = asyncio.create_task(writer._keep_open())
 
     async def others_opened() -> bool:
@@ -407,7 +413,7 @@ async def test_a_shard_that_another_writer_took_throws_no_other_shards_batch_awa
     assert [shards[number].opened_on for number in range(3)] == [HERE, None, HERE]
     rows = await connection.fetch("SELECT shard FROM events ORDER BY shard")
     assert [row["shard"] for row in rows] == [0, 2]
-    persister._connection.terminate()
+    persister.session.close()
 
 
 async def test_a_store_that_cannot_be_reached_is_the_trouble_of_all_shards(monkeypatch: pytest.MonkeyPatch) -> None:

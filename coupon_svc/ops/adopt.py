@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from coupon_svc.config import Settings
 from coupon_svc.domain.errors import CouponError
-from coupon_svc.postgres.database import PATIENT_S, open_connection
+from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, one_row, open_connection
 from coupon_svc.postgres.migrations import check_installation
 from coupon_svc.postgres.recovery import EPOCH_CHANNEL, last_seq
 from coupon_svc.redis.control import OwnerStore, Term
@@ -145,7 +145,7 @@ async def adopt(
         connection.terminate()
 
 
-async def _look(connection: Any, store: OwnerStore, row: Any) -> Stopped:
+async def _look(connection: LedgerConnection, store: OwnerStore, row: Any) -> Stopped:
     """Both sides of a shard. It is shut in Redis first, so that what is found there stays so. Raises StoreError."""
     number = row["shard"]
     meta = await store.read_meta(number)
@@ -179,12 +179,12 @@ def _epoch_of(holder: str, otherwise: int) -> int:
     return int(epoch) if epoch.isascii() and epoch.isdigit() and len(epoch) < 16 else otherwise
 
 
-async def _go_on(connection: Any, found: Stopped) -> int:
+async def _go_on(connection: LedgerConnection, found: Stopped) -> int:
     """One transaction: nothing of the shard is left to be settled, and its writer may recover it. Returns how many codes
     went into quarantine."""
     held_back = 0
     async with connection.transaction():
-        again = await connection.fetchrow("SELECT stopped FROM shards WHERE shard = $1 FOR UPDATE", found.shard)
+        again = await one_row(connection, "SELECT stopped FROM shards WHERE shard = $1 FOR UPDATE", found.shard)
         if again["stopped"] is None:
             raise AdoptError(f"shard {found.shard} is not stopped any more: somebody else has adopted it.")
         if not found.only_hash:
@@ -201,7 +201,7 @@ async def _go_on(connection: Any, found: Stopped) -> int:
     return held_back
 
 
-async def _hold_back(connection: Any, found: Stopped, book: Any) -> int:
+async def _hold_back(connection: LedgerConnection, found: Stopped, book: Any) -> int:
     """Into quarantine with the codes of a book that Redis shows as somebody's, whether or not the ledger knows that they
     were lent. Returns how many."""
     held = found.held.get(book["book_id"], {})

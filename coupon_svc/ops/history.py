@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
+from coupon_svc.postgres.database import LedgerConnection, one_row
 
 PAGE = 2_000
 PROGRESS_ROWS = 50_000
@@ -65,7 +66,7 @@ class History(msgspec.Struct):
 
 
 async def walk_history(
-    connection: Any, shard: int, earlier: Head | None = None, progress: Callable[[int], None] | None = None
+    connection: LedgerConnection, shard: int, earlier: Head | None = None, progress: Callable[[int], None] | None = None
 ) -> History:
     """Compute both chains of a shard anew, as they are at one moment. `progress` is told the number of rows so far."""
     positions = _Chain("positions", shard, lambda at: f"{shard:02d}:{at[0]}-{at[1]}")
@@ -77,7 +78,7 @@ async def walk_history(
         late.seek((earlier.late_events,), earlier.late_chain)
     rows = 0
     async with connection.transaction(isolation="repeatable_read", readonly=True):
-        ends = await connection.fetchrow(_ENDS, shard)
+        ends = await one_row(connection, _ENDS, shard)
         async for row in _by_position(connection, shard):
             if not row["late"]:
                 positions.add((row["epoch"], row["seq"]), row["epoch"], row[: row["width"]], row["chain"])
@@ -141,7 +142,7 @@ class _Chain:
         return found
 
 
-async def _by_position(connection: Any, shard: int) -> AsyncIterator[Any]:
+async def _by_position(connection: LedgerConnection, shard: int) -> AsyncIterator[Any]:
     """Events and dead letters, merged in the order of their positions."""
     dead = _rows(connection, _DEAD_LETTERS, shard)
     letter = await anext(dead, None)
@@ -155,7 +156,7 @@ async def _by_position(connection: Any, shard: int) -> AsyncIterator[Any]:
         letter = await anext(dead, None)
 
 
-async def _rows(connection: Any, statement: str, shard: int) -> AsyncIterator[Any]:
+async def _rows(connection: LedgerConnection, statement: str, shard: int) -> AsyncIterator[Any]:
     cursor = await connection.cursor(statement, shard)
     while page := await cursor.fetch(PAGE):
         for row in page:

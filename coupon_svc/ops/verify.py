@@ -19,7 +19,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import asyncpg
 import msgspec
@@ -30,7 +30,7 @@ from coupon_svc.config import Settings
 from coupon_svc.domain.books import Book
 from coupon_svc.ops.history import Head, walk_history
 from coupon_svc.postgres.books import books_of_shard
-from coupon_svc.postgres.database import PATIENT_S, open_connection
+from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.recovery import coupons_of_book
 from coupon_svc.redis.keys import ShardKeys
@@ -140,7 +140,7 @@ class Verifier:
     def __init__(
         self,
         settings: Settings,
-        connection: Any,
+        connection: LedgerConnection,
         redis: Redis,
         *,
         show_progress: bool,

@@ -18,6 +18,7 @@ from coupon_svc.domain.books import Ack, Book, BookStatus
 from coupon_svc.domain.codes import Pattern, check_capacity, fits
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row
+from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import TakeTurns
 
 WRITER_CHANNEL = "coupon_writer"
@@ -89,7 +90,7 @@ class NewBook(NamedTuple):
 
 async def insert_book(connection: asyncpg.Connection, book: NewBook) -> Book:
     """Make the book, without codes."""
-    row = await connection.fetchrow(_INSERT_BOOK, *book)
+    row = await one_row(connection, _INSERT_BOOK, *book)
     await tell_owner(connection, book.shard)
     return book_from_row(row)
 
@@ -138,7 +139,8 @@ async def update_book(connection: asyncpg.Connection, tenant_id: int, book_id: s
     check_period(changed.starts_at_ms, changed.expires_at_ms)
     if changes:
         columns = ", ".join(f"{column} = ${i}" for i, column in enumerate(changes, 2))
-        row = await connection.fetchrow(
+        row = await one_row(
+            connection,
             f"UPDATE books SET {columns}, version = version + 1 WHERE book_id = $1 RETURNING {BOOK_COLUMNS}, shard",
             book_id,
             *(bytes(value).decode() if isinstance(value, msgspec.Raw) else value for value in changes.values()),
@@ -238,7 +240,7 @@ async def lease_code(connection: asyncpg.Connection, tenant_id: int, book_id: st
 
     Raises Refused(code_quarantined) for a code that is never dealt again.
     """
-    book = await connection.fetchrow("SELECT shard, leased_upto FROM books WHERE book_id = $1 FOR UPDATE", book_id)
+    book = await one_row(connection, "SELECT shard, leased_upto FROM books WHERE book_id = $1 FOR UPDATE", book_id)
     moved = await connection.execute(
         "UPDATE codes SET place = 0 WHERE tenant_id = $1 AND code = $2 AND place > $3",
         tenant_id,
@@ -289,7 +291,7 @@ class _Span(NamedTuple):
 
 async def _open_span(connection: asyncpg.Connection, book_id: str) -> _Span:
     """The places among those of codes not lent yet, so that late uploads are mixed in; when all are lent, a new round."""
-    row = await connection.fetchrow(_LOCK_BOOK, book_id)
+    row = await one_row(connection, _LOCK_BOOK, book_id)
     above, upto = row["leased_upto"], row["places_upto"]
     if row["unlent"] > 0:
         upto = places_end(above, upto, row["unlent"])
@@ -299,7 +301,7 @@ async def _open_span(connection: asyncpg.Connection, book_id: str) -> _Span:
 
 
 async def _count_in(connection: asyncpg.Connection, span: _Span, added: int, *, tell: bool = True) -> Book:
-    row = await connection.fetchrow(_COUNT_IN, span.book_id, added, span.above, span.upto)
+    row = await one_row(connection, _COUNT_IN, span.book_id, added, span.above, span.upto)
     if tell:
         await tell_owner(connection, span.shard)
     return book_from_row(row)

@@ -1,9 +1,12 @@
-"""Connections to Postgres that nothing can hang: a server that does not answer in time is given up, not waited for."""
+"""Connections to Postgres that cannot hang: a server that does not answer in time is given up, not waited for.
+
+`within` bounds work on a connection. A background loop keeps a `LedgerSession`; requests share the pool of `Database`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -12,6 +15,9 @@ import asyncpg
 from coupon_svc.postgres.errors import LedgerUnavailable
 
 T = TypeVar("T")
+
+LedgerConnection = asyncpg.Connection
+"""What statements run on, by a name that packages may use which do not speak to Postgres themselves."""
 
 CONNECT_TIMEOUT_S = 2.0
 PATIENT_S = 15.0
@@ -38,29 +44,52 @@ UNAVAILABLE = (
 XX)."""
 
 
-async def bounded(connection: asyncpg.Connection, work: Awaitable[T], seconds: float) -> T:
-    """Await `work` on `connection`, and end the connection when it takes longer than `seconds`.
+@asynccontextmanager
+async def within(
+    connection: LedgerConnection, seconds: float | None, *, only_reads: bool = True
+) -> AsyncIterator[None]:
+    """Bound what is done on `connection` to `seconds` in all; with None the body bounds its own steps.
 
-    Cancelling a statement waits for the server to confirm, which a stopped one never does (asyncpg #1326); ending the
-    socket does not. Raises LedgerUnavailable then, and for every error that is no fault of the data; the connection is
-    ended in either case.
+    Work that takes longer ends the connection: cancelling a statement waits for the server to confirm, which a stopped one
+    never does (asyncpg #1326); ending the socket does not. Raises LedgerUnavailable then, and for every error that is not
+    the data's fault; `may_have_happened` is set unless the body `only_reads`. The connection is ended in every such case.
     """
-    task = asyncio.ensure_future(work)
+    watchdog = None
+    if seconds is not None:
+        watchdog = asyncio.get_running_loop().call_later(seconds, connection.terminate)
     try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-        if not done:
-            connection.terminate()
-        return await task
+        yield
     except asyncio.CancelledError:
         connection.terminate()
         raise
     except UNAVAILABLE as error:
         # The next connection may be better off: this one may have begun while the server was read-only, and stays so.
         connection.terminate()
-        raise LedgerUnavailable(type(error).__name__) from None
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # its rollback failed, and must not keep the task from ending
+            raise asyncio.CancelledError from None
+        unavailable = LedgerUnavailable(type(error).__name__)
+        unavailable.may_have_happened = not only_reads
+        raise unavailable from None
+    finally:
+        if watchdog is not None:
+            watchdog.cancel()
 
 
-async def open_connection(url: str, name: str, timeout_s: float = CONNECT_TIMEOUT_S) -> asyncpg.Connection:
+async def bounded(connection: LedgerConnection, work: Awaitable[T], seconds: float) -> T:
+    """Await `work` on `connection` `within` so many seconds."""
+    async with within(connection, seconds):
+        return await work
+
+
+async def one_row(connection: LedgerConnection, statement: str, *args: Any) -> asyncpg.Record:
+    """The first row of a statement that always returns one."""
+    row = await connection.fetchrow(statement, *args)
+    assert row is not None
+    return row
+
+
+async def open_connection(url: str, name: str, timeout_s: float = CONNECT_TIMEOUT_S) -> LedgerConnection:
     """One connection of one's own, made within twice `timeout_s`. Raises LedgerUnavailable."""
     try:
         connection = await asyncpg.connect(url, timeout=timeout_s, server_settings={"application_name": name})
@@ -68,12 +97,61 @@ async def open_connection(url: str, name: str, timeout_s: float = CONNECT_TIMEOU
         raise LedgerUnavailable(type(error).__name__) from None
     # A server may be set up to forget the last commits when it crashes. What we have answered must not be among them.
     # A process that is stopped or cut off within a transaction must not hold a book or a shard until TCP gives it up.
-    first = connection.execute(
+    first = (
         "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off';"
         f"SET idle_in_transaction_session_timeout = '{IDLE_IN_TRANSACTION_S}s'"
     )
-    await bounded(connection, first, timeout_s)
+    async with within(connection, timeout_s):
+        await connection.execute(first)
     return connection
+
+
+class LedgerSession:
+    """The one connection of a background loop, opened when it is first needed and again after it was lost.
+
+    `on_open` runs on each new connection before anybody else uses it: to check the database, or to listen. What it raises
+    ends the connection. One task at a time may use a session.
+    """
+
+    def __init__(
+        self, url: str, name: str, *, on_open: Callable[[LedgerConnection], Awaitable[None]] | None = None
+    ) -> None:
+        self._url = url
+        self._name = name
+        self._on_open = on_open
+        self._connection: LedgerConnection | None = None
+
+    async def connection(self) -> LedgerConnection:
+        """The connection as it is, for steps that must all be done on the same one, each `within` its own bound.
+
+        Raises LedgerUnavailable, and what `on_open` raises.
+        """
+        if self._connection is None or self._connection.is_closed():
+            connection = await open_connection(self._url, self._name)
+            if self._on_open is not None:
+                try:
+                    async with within(connection, CONNECT_TIMEOUT_S):
+                        await self._on_open(connection)
+                except BaseException:
+                    connection.terminate()
+                    raise
+            self._connection = connection
+        return self._connection
+
+    @asynccontextmanager
+    async def work(self, seconds: float) -> AsyncIterator[LedgerConnection]:
+        """The connection for statements that take at most `seconds` together, as `within` bounds them.
+
+        Raises LedgerUnavailable, and what `on_open` raises.
+        """
+        connection = await self.connection()
+        async with within(connection, seconds):
+            yield connection
+
+    def close(self) -> None:
+        """End the connection at once. The next use opens another one."""
+        if self._connection is not None:
+            self._connection.terminate()
 
 
 class Database:
@@ -82,13 +160,13 @@ class Database:
     def __init__(self, url: str, name: str, size: int = 8) -> None:
         self._url = url
         self._name = name
-        self._free: list[asyncpg.Connection] = []
+        self._free: list[LedgerConnection] = []
         self._slots = asyncio.Semaphore(size)
 
     @asynccontextmanager
     async def connection(
         self, seconds: float | None = 5.0, *, only_reads: bool = False, wait_s: float = CONNECT_TIMEOUT_S
-    ) -> AsyncIterator[asyncpg.Connection]:
+    ) -> AsyncIterator[LedgerConnection]:
         """A connection for a few statements that take at most `seconds` together; with None, the caller bounds each. One
         is free within `wait_s`.
 
@@ -100,7 +178,7 @@ class Database:
                 await self._slots.acquire()
         except TimeoutError:
             raise LedgerUnavailable("all connections are busy") from None
-        connection: asyncpg.Connection | None = None
+        connection: LedgerConnection | None = None
         try:
             while self._free and connection is None:
                 connection = self._free.pop()
@@ -108,20 +186,8 @@ class Database:
                     connection = None
             if connection is None:
                 connection = await open_connection(self._url, self._name)
-            watchdog = None
-            if seconds is not None:
-                watchdog = asyncio.get_running_loop().call_later(seconds, connection.terminate)
-            try:
+            async with within(connection, seconds, only_reads=only_reads):
                 yield connection
-            finally:
-                if watchdog is not None:
-                    watchdog.cancel()
-        except UNAVAILABLE as error:
-            unavailable = LedgerUnavailable(type(error).__name__)
-            if connection is not None:
-                unavailable.may_have_happened = not only_reads
-                connection.terminate()
-            raise unavailable from None
         finally:
             if connection is not None:
                 if connection.is_closed() or connection.is_in_transaction():

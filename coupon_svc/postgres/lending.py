@@ -12,6 +12,7 @@ import asyncpg
 
 from coupon_svc.domain.books import Book
 from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row
+from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import NotOwner
 from coupon_svc.postgres.shards import OwnedShard
 
@@ -55,7 +56,8 @@ class BookNow(NamedTuple):
 
 async def read_book(connection: asyncpg.Connection, book_id: str) -> BookNow:
     """The book as the ledger has it."""
-    row = await connection.fetchrow(
+    row = await one_row(
+        connection,
         f"SELECT {BOOK_COLUMNS}, loaded, (SELECT count(*) FROM lone_leases l WHERE l.book_id = books.book_id) AS lone"
         " FROM books WHERE book_id = $1",
         book_id,
@@ -92,8 +94,10 @@ async def lease_block(
     async with connection.transaction():
         if not await _lock_book(connection, book_id):
             return None
-        book = await connection.fetchrow(
-            "SELECT leased_upto, total - lent - quarantined AS unlent FROM books WHERE book_id = $1", book_id
+        book = await one_row(
+            connection,
+            "SELECT leased_upto, total - lent - quarantined AS unlent FROM books WHERE book_id = $1",
+            book_id,
         )
         upto = await connection.fetchval(
             "SELECT max(place) FROM (SELECT place FROM codes WHERE book_id = $1 AND place > $2 ORDER BY place LIMIT $3) b",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import asyncpg
 
+from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import BookBusy
 from coupon_svc.postgres.lending import Lease
 
@@ -57,12 +58,12 @@ async def account_piece(connection: asyncpg.Connection, book_id: str, wait_ms: i
     try:
         async with connection.transaction():
             await limit_wait(connection, wait_ms)
-            book = await connection.fetchrow(
-                "SELECT accounted_upto, leased_upto FROM books WHERE book_id = $1", book_id
+            book = await one_row(
+                connection, "SELECT accounted_upto, leased_upto FROM books WHERE book_id = $1", book_id
             )
             if book["accounted_upto"] == book["leased_upto"]:
                 return False
-            piece = await connection.fetchrow(_NEXT, book_id, *book, PIECE)
+            piece = await one_row(connection, _NEXT, book_id, *book, PIECE)
             upto = piece["upto"] if piece["codes"] == PIECE else book["leased_upto"]
             await connection.execute(_NAME, book_id, book["accounted_upto"], upto)
             # Last, since it locks the row. Should somebody have been faster, the rows above are out of date, and no harm.
@@ -95,7 +96,7 @@ async def books_with_outstanding(connection: asyncpg.Connection, shards: Sequenc
 async def prune_piece(connection: asyncpg.Connection, book_id: str, after: str) -> str | None:
     """Drop those of the next PIECE rows after a code that have a coupon by now. Returns the last code looked at; None at
     the end."""
-    row = await connection.fetchrow(_PRUNE, book_id, after, PIECE)
+    row = await one_row(connection, _PRUNE, book_id, after, PIECE)
     return row["last"] if row["codes"] == PIECE else None
 
 

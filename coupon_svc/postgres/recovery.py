@@ -12,6 +12,7 @@ from coupon_svc.domain.books import Ack
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.postgres.catalogue import ROUND, random_places
+from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import BookBusy, HistoryForked, NotOwner
 from coupon_svc.postgres.events import (
     DATA_ERRORS,
@@ -320,7 +321,7 @@ async def note_late(
     """
     if not notes:
         return
-    row = await connection.fetchrow(_LATE_HEAD, shard, CHAIN_START)
+    row = await one_row(connection, _LATE_HEAD, shard, CHAIN_START)
     links, head = row["links"], row["chain"]
     for event, recorded in notes:
         links += 1
@@ -389,7 +390,8 @@ async def settle_piece(
     try:
         async with connection.transaction():
             await limit_wait(connection, wait_ms)
-            book = await connection.fetchrow(
+            book = await one_row(
+                connection,
                 "SELECT tenant_id, ack, leased_upto, places_upto, accounted_upto FROM books WHERE book_id = $1 FOR UPDATE",
                 book_id,
             )

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import asyncpg
 
+from coupon_svc.postgres.database import one_row
+
 WRITER_TTL_S = 4
 
 _RENEW = """
@@ -72,7 +74,7 @@ async def drop_writer(connection: asyncpg.Connection, writer_id: str, beat: int)
 
 async def fair_share(connection: asyncpg.Connection) -> int:
     """How many shards each writer should own: an equal part, rounded up."""
-    counts = await connection.fetchrow(_COUNTS)
+    counts = await one_row(connection, _COUNTS)
     return int(-(-counts["shards"] // max(1, counts["writers"])))
 
 

@@ -25,7 +25,7 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.loops import keep_running
 from coupon_svc.postgres import catalogue
 from coupon_svc.postgres.catalogue import PIECE_CODES, UNPLACED_FROM
-from coupon_svc.postgres.database import Database, bounded
+from coupon_svc.postgres.database import Database, one_row, within
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.idempotency import IdempotentCall, Remembered, recall
 
@@ -143,7 +143,7 @@ class Turn:
 
     async def begin(self) -> bool:
         """Whether nobody else has it."""
-        row = await self._step(self._connection.fetchrow(_TRY_TURN, _TURN_LOCK, self._tenant_id))
+        row = await self._step(one_row(self._connection, _TRY_TURN, _TURN_LOCK, self._tenant_id))
         return bool(row["mine"])
 
     async def end(self) -> None:
@@ -293,4 +293,5 @@ class Turn:
         await self._connection.execute("DELETE FROM uploads WHERE upload_id = $1", upload_id)
 
     async def _step(self, work: Awaitable[T], seconds: float = PIECE_TIMEOUT_S) -> T:
-        return await bounded(self._connection, work, seconds)
+        async with within(self._connection, seconds):
+            return await work

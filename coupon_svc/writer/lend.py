@@ -6,14 +6,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Mapping
-from typing import Any
 
 from coupon_svc.domain.books import Book
 from coupon_svc.domain.errors import error_location
 from coupon_svc.postgres import lending, outstanding
 from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.catalogue import WRITER_CHANNEL
-from coupon_svc.postgres.database import UNAVAILABLE, bounded, open_connection
+from coupon_svc.postgres.database import UNAVAILABLE, LedgerConnection, LedgerSession, within
 from coupon_svc.postgres.errors import BookBusy, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.idempotency import forget_old
 from coupon_svc.postgres.shards import OwnedShard, connection_name
@@ -43,7 +42,7 @@ class Lender:
         lease_min: int,
         lease_max: int,
     ) -> None:
-        self._url = url
+        self.session = LedgerSession(url, connection_name(writer_id), on_open=self._listen)
         self._writer_id = writer_id
         self._store = store
         self._shards = shards
@@ -51,7 +50,6 @@ class Lender:
         self._lease_max = lease_max
         self._work = asyncio.Event()
         self._low: dict[str, Shard] = {}
-        self._connection: Any = None
         self._in_doubt: dict[str, Shard] = {}
         """Books whose last lease may have been committed and not have come to Redis."""
 
@@ -81,17 +79,19 @@ class Lender:
                 pass
             self._work.clear()
             try:
-                connection = await self._connected()
-                await bounded(connection, self.turn(connection), STATEMENTS_TIMEOUT_S)
+                connection = await self.session.connection()
+                async with within(connection, STATEMENTS_TIMEOUT_S):
+                    await self.turn(connection)
                 await self._bring_again(connection)
                 if loop.time() - forgotten_at > FORGET_EVERY_S:
-                    await bounded(connection, forget_old(connection), STATEMENTS_TIMEOUT_S)
+                    async with within(connection, STATEMENTS_TIMEOUT_S):
+                        await forget_old(connection)
                     forgotten_at = loop.time()
             except (StoreError, LedgerUnavailable) as error:
-                log.info("lending has to wait: %s", error or type(error).__name__)
+                log.info("lending has to wait: %s", error)
                 await asyncio.sleep(0.1)
 
-    async def turn(self, connection: Any) -> None:
+    async def turn(self, connection: LedgerConnection) -> None:
         """Everything there is to lend now. Raises StoreError, LedgerUnavailable."""
         # The shards themselves, not their numbers: meanwhile one may be given up, or be taken anew as another object.
         open_shards = {n: shard for n, shard in self._shards.items() if shard.opened_on is not None}
@@ -110,19 +110,20 @@ class Lender:
                 # A book that was paused must not wait for the refills of all others.
                 await self._load_changed(connection, open_shards)
 
-    async def _load_changed(self, connection: Any, open_shards: Mapping[int, Shard]) -> None:
+    async def _load_changed(self, connection: LedgerConnection, open_shards: Mapping[int, Shard]) -> None:
         """Bring books whose rules or codes have changed. Raises StoreError, LedgerUnavailable."""
         for book in await lending.books_to_load(connection, list(open_shards)):
             if shard := self._shard_of(book.book_id):
                 await self._guarded(shard, shard.owned, self._load_book(connection, shard, book))
 
-    async def settle(self, connection: Any, shard: Shard) -> None:
+    async def settle(self, connection: LedgerConnection, shard: Shard) -> None:
         """Bring again what was lent and may not have arrived, and look at every pool: after a take-over.
 
         Raises StoreError, LedgerUnavailable; ShardNotUsable when a book is gone from Redis.
         """
         owned = shard.owned
-        books = await bounded(connection, books_of_shard(connection, owned.shard), STATEMENTS_TIMEOUT_S)
+        async with within(connection, STATEMENTS_TIMEOUT_S):
+            books = await books_of_shard(connection, owned.shard)
         counts = await self._store.held_counts(owned.shard, [book.book_id for book in books])
         for book, count in zip(books, counts, strict=True):
             if count is None:
@@ -132,7 +133,7 @@ class Lender:
             if book.unlent > 0:
                 self.look_at(shard, book.book_id)
 
-    async def _bring_again(self, connection: Any) -> None:
+    async def _bring_again(self, connection: LedgerConnection) -> None:
         """Bring what books in doubt were lent, each by itself: however long that takes, it holds up no turn."""
         for book_id, shard in list(self._in_doubt.items()):
             if self._shards.get(shard.owned.shard) is not shard:
@@ -141,15 +142,18 @@ class Lender:
             elif shard.opened_on is not None:  # else it is being opened: look again then
                 await self._guarded(shard, shard.owned, self._bring_outstanding(connection, shard, book_id))
 
-    async def _bring_outstanding(self, connection: Any, shard: Shard, book_id: str) -> None:
+    async def _bring_outstanding(self, connection: LedgerConnection, shard: Shard, book_id: str) -> None:
         """Bring what the book was lent and has no coupon. What cannot be brought now leaves the book in doubt."""
         owned = shard.owned
         self._in_doubt[book_id] = shard
         try:
-            while await bounded(connection, outstanding.account_piece(connection, book_id), STATEMENTS_TIMEOUT_S):
-                pass
-            find = outstanding.outstanding_lease(connection, book_id)
-            await self._bring(shard, owned, book_id, await bounded(connection, find, STATEMENTS_TIMEOUT_S))
+            more = True
+            while more:
+                async with within(connection, STATEMENTS_TIMEOUT_S):
+                    more = await outstanding.account_piece(connection, book_id)
+            async with within(connection, STATEMENTS_TIMEOUT_S):
+                lease = await outstanding.outstanding_lease(connection, book_id)
+            await self._bring(shard, owned, book_id, lease)
         except (BookBusy, OutOfMemory) as error:
             # No reason to keep the shard shut: redeems go on, and only its owner takes from the stream.
             log.info("shard %02d: codes have to wait: %s", owned.shard, type(error).__name__)
@@ -184,7 +188,7 @@ class Lender:
         lease was committed and its reply lost. The book is not exhausted while there are any."""
         return unlent + lone + (book_id in self._in_doubt)
 
-    async def _load_book(self, connection: Any, shard: Shard, book: Book) -> None:
+    async def _load_book(self, connection: LedgerConnection, shard: Shard, book: Book) -> None:
         owned = shard.owned
         book, loaded, lone = await lending.read_book(connection, book.book_id)
         rules = book_fields(book) | {"unlent": str(self._kept_back(book.book_id, book.unlent, lone))}
@@ -196,7 +200,7 @@ class Lender:
         await lending.mark_loaded(connection, self._writer_id, owned, book.book_id, book.version)
         crash_point("lend.marked")
 
-    async def _refill(self, connection: Any, shard: Shard, book_id: str) -> None:
+    async def _refill(self, connection: LedgerConnection, shard: Shard, book_id: str) -> None:
         """Lend the next block if the pool wants it; tell Redis in any case how many codes are kept back. The book stays to
         be looked at until that is done."""
         self._low[book_id] = shard
@@ -236,7 +240,7 @@ class Lender:
         crash_point("lend.brought")
 
     async def _bring_lone(
-        self, connection: Any, shard: Shard, owned: OwnedShard, book_id: str, lease: lending.Lease
+        self, connection: LedgerConnection, shard: Shard, owned: OwnedShard, book_id: str, lease: lending.Lease
     ) -> None:
         await self._bring(shard, owned, book_id, lease)
         crash_point("lend.lone_brought")
@@ -259,11 +263,6 @@ class Lender:
         shard = self._shards.get(int(book_id[3:5]))
         return shard if shard is not None and shard.opened_on is not None else None
 
-    async def _connected(self) -> Any:
-        if self._connection is None or self._connection.is_closed():
-            connection = await open_connection(self._url, connection_name(self._writer_id))
-            listening = connection.add_listener(WRITER_CHANNEL, lambda *_: self._work.set())
-            await bounded(connection, listening, STATEMENTS_TIMEOUT_S)
-            self._connection = connection
-            self._work.set()
-        return self._connection
+    async def _listen(self, connection: LedgerConnection) -> None:
+        await connection.add_listener(WRITER_CHANNEL, lambda *_: self._work.set())
+        self._work.set()  # what was told before is in the tables

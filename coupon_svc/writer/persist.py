@@ -11,7 +11,7 @@ from typing import Any
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.errors import CouponError, error_location
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_entry_id, parse_event
-from coupon_svc.postgres.database import bounded, open_connection
+from coupon_svc.postgres.database import LedgerSession
 from coupon_svc.postgres.errors import LedgerEdited, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.events import (
     DATA_ERRORS,
@@ -66,13 +66,12 @@ class Persister:
         on_assigned: Callable[[Shard, str, int], None],
         clock: LedgerClock,
     ) -> None:
-        self._url = url
+        self.session = LedgerSession(url, connection_name(writer_id))
         self._writer_id = writer_id
         self._store = store
         self._shards = shards
         self._on_assigned = on_assigned
         self._clock = clock
-        self._connection: Any = None
 
     async def run(self) -> None:
         """Persist until cancelled. Trouble with Redis or Postgres is told, waited out, and never loses an event."""
@@ -174,13 +173,11 @@ class Persister:
             if (shard := self._shards.get(batch.shard)) is not None:
                 shard.opened_on = None
         except LedgerEdited:
-            await self._stop(await self._connected(), batch, HEAD_CHANGED)
+            await self._stop(batch, HEAD_CHANGED)
         return []
 
     async def _transact(self, batches: Sequence[Batch]) -> list[tuple[Batch, bytes]]:
-        connection = await self._connected()
-
-        async def work() -> dict[int, bytes]:
+        async with self.session.work(COMMIT_TIMEOUT_S) as connection:
             rewritten = asyncio.create_task(self._rewritten(batches))  # meanwhile, so that no caller waits for it
             try:
                 async with connection.transaction():
@@ -190,13 +187,6 @@ class Persister:
                     crash_point("persist.written")
             finally:
                 rewritten.cancel()
-            return heads
-
-        try:
-            heads = await bounded(connection, work(), COMMIT_TIMEOUT_S)
-        except LedgerUnavailable:
-            connection.terminate()
-            raise
         crash_point("persist.committed")
         return [(batch, heads[batch.shard]) for batch in batches]
 
@@ -219,34 +209,35 @@ class Persister:
 
         None, and the shard is stopped, when an event contradicts the ledger: history has forked, and a person must look.
         """
-        connection = await self._connected()
         good: list[Event] = []
         dead: list[DeadLetter] = list(batch.dead)
         rest: list[Sequence[Event]] = [batch.events]
         while rest:
             part = rest.pop()
             tried = batch._replace(events=[*good, *part], dead=())
-            error = await bounded(connection, first_data_error(connection, self._writer_id, tried), COMMIT_TIMEOUT_S)
+            async with self.session.work(COMMIT_TIMEOUT_S) as connection:
+                error = await first_data_error(connection, self._writer_id, tried)
             if error is None:
                 good += part
             elif len(part) > 1:
                 half = len(part) // 2
                 rest += (part[half:], part[:half])
             elif contradicts(error):
-                await self._stop(connection, batch, f"event {batch.epoch}-{part[0].seq} contradicts the ledger")
+                await self._stop(batch, f"event {batch.epoch}-{part[0].seq} contradicts the ledger")
                 return None
             else:
                 log.error("event %d of shard %02d goes to the dead letters", part[0].seq, batch.shard)
                 dead.append(dead_letter(part[0], type(error).__name__))
         return batch._replace(events=good, dead=dead)
 
-    async def _stop(self, connection: Any, batch: Batch, reason: str) -> None:
+    async def _stop(self, batch: Batch, reason: str) -> None:
         """History has forked: nothing of the shard is decided or persisted until a person has looked."""
         log.critical("shard %02d is stopped: %s", batch.shard, reason)
         shard = self._shards.get(batch.shard)
         if shard is not None:
             shard.stopped, shard.opened_on = True, None
-        await bounded(connection, stop_shard(connection, batch.shard, reason), COMMIT_TIMEOUT_S)
+        async with self.session.work(COMMIT_TIMEOUT_S) as connection:
+            await stop_shard(connection, batch.shard, reason)
         try:
             await self._store.shut_shard(Term(batch.shard, batch.epoch, batch.generation))
         except ShardNotUsable:
@@ -305,11 +296,6 @@ class Persister:
                         error_location(error),
                     )
                     shard.opened_on = None
-
-    async def _connected(self) -> Any:
-        if self._connection is None or self._connection.is_closed():
-            self._connection = await open_connection(self._url, connection_name(self._writer_id))
-        return self._connection
 
 
 def following_batch(shard: Shard, entries: Sequence[Sequence[Any]]) -> Batch:

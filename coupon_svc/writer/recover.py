@@ -23,7 +23,7 @@ from coupon_svc.domain.clock import now_ms
 from coupon_svc.domain.events import COUPON_ASSIGNED, MalformedEvent, parse_entry_id, parse_event
 from coupon_svc.postgres import recovery
 from coupon_svc.postgres.books import books_of_shard
-from coupon_svc.postgres.database import bounded
+from coupon_svc.postgres.database import LedgerConnection, within
 from coupon_svc.postgres.errors import BookBusy, HistoryForked
 from coupon_svc.postgres.events import Batch, DeadLetter, garbled_letter
 from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago
@@ -52,9 +52,10 @@ AT_ONCE = 100
 IDEMPOTENCY_MS = 24 * 3600 * 1000
 
 
-async def _step(connection: Any, work: Awaitable[T]) -> T:
+async def _step(connection: LedgerConnection, work: Awaitable[T]) -> T:
     """One step with Postgres, which ends in time or with the connection. Raises LedgerUnavailable."""
-    return await bounded(connection, work, STEP_TIMEOUT_S)
+    async with within(connection, STEP_TIMEOUT_S):
+        return await work
 
 
 class Recoverer:
@@ -67,7 +68,7 @@ class Recoverer:
         self._silent: dict[str, float] = {}
         """When API processes were last waited for in vain: who is silent about one shard is silent about all."""
 
-    async def recover(self, connection: Any, owned: OwnedShard) -> OwnedShard:
+    async def recover(self, connection: LedgerConnection, owned: OwnedShard) -> OwnedShard:
         """Recover the shard and certify Redis for it. Returns the shard in its new epoch.
 
         Raises NotOwner, StoreError, LedgerUnavailable: try again from the start; ShardNotUsable: a newer owner is at work;
@@ -114,7 +115,7 @@ class Recoverer:
         )  # fmt: skip
         return owned
 
-    async def _drain(self, connection: Any, begun: NewEpoch, meta: ShardMeta) -> tuple[int, bool]:
+    async def _drain(self, connection: LedgerConnection, begun: NewEpoch, meta: ShardMeta) -> tuple[int, bool]:
         """What the stream holds and the ledger does not, into the ledger. Returns the seq up to which the ledger accounts
         for the live epoch, and whether this Redis stands just there."""
         shard, live = begun.owned.shard, begun.live_epoch
@@ -150,14 +151,14 @@ class Recoverer:
                     f"the ledger had {told} events of epoch {epoch}, and lacks {reached + 1}: it went back"
                 )
 
-    async def _judge(self, connection: Any, begun: NewEpoch, drained: int) -> Verdict:
+    async def _judge(self, connection: LedgerConnection, begun: NewEpoch, drained: int) -> Verdict:
         """What is to become of codes that were lent and have no record: written down before the first book is settled."""
         if not begun.live_epoch:
             return Verdict(0, lost=False)
         lost = not await self._nothing_lost(connection, begun, drained)
         return await _step(connection, recovery.end_live_epoch(connection, self._writer_id, begun, lost=lost))
 
-    async def _nothing_lost(self, connection: Any, begun: NewEpoch, drained: int) -> bool:
+    async def _nothing_lost(self, connection: LedgerConnection, begun: NewEpoch, drained: int) -> bool:
         """Whether every API process that could have answered in the live epoch has said that the ledger has it all."""
         shard, live = begun.owned.shard, begun.live_epoch
         if not await _step(connection, recovery.may_have_answered_early(connection, shard)):
@@ -169,7 +170,7 @@ class Recoverer:
             return False
         return await _step(connection, recovery.highest_seen(connection, shard, live)) <= drained
 
-    async def _wait_for_reports(self, connection: Any, shard: int, live: int) -> int:
+    async def _wait_for_reports(self, connection: LedgerConnection, shard: int, live: int) -> int:
         """Wait for the reports of processes that live, though not long for one that another shard has waited for in vain.
         Returns how many processes have not reported."""
         loop = asyncio.get_running_loop()
@@ -188,7 +189,7 @@ class Recoverer:
         known_silent = now - self._silent.get(process, -SILENCE_REMEMBERED_S) < SILENCE_REMEMBERED_S
         return REPORTS_AGAIN_S if known_silent else REPORTS_WAIT_S
 
-    async def _settle(self, connection: Any, begun: NewEpoch, verdict: Verdict) -> Settled:
+    async def _settle(self, connection: LedgerConnection, begun: NewEpoch, verdict: Verdict) -> Settled:
         """Settle book by book. One whose row somebody holds is asked again after the others, as long as it takes: nothing
         else would bring the shard any further."""
         shard, told_at = begun.owned.shard, asyncio.get_running_loop().time()
@@ -216,7 +217,7 @@ class Recoverer:
         return Settled(returned, quarantined)
 
     async def _settle_book(
-        self, connection: Any, begun: NewEpoch, verdict: Verdict, book_id: str, wait_ms: int
+        self, connection: LedgerConnection, begun: NewEpoch, verdict: Verdict, book_id: str, wait_ms: int
     ) -> Settled:
         returned = quarantined = 0
         more = True
@@ -237,7 +238,9 @@ class Recoverer:
                     return False
         return True
 
-    async def _restore_rules(self, connection: Any, term: Term, books: Sequence[Book], held: Mapping[str, int]) -> None:
+    async def _restore_rules(
+        self, connection: LedgerConnection, term: Term, books: Sequence[Book], held: Mapping[str, int]
+    ) -> None:
         """Of a Redis that is kept: empty pools, and the books' rules and quarantine as the ledger has them. Its counts of
         uses are right, unless an older version brought the book and left one out."""
         for some in _chunks(books, AT_ONCE):
@@ -250,7 +253,7 @@ class Recoverer:
                 restored.append((book.book_id, _fields(book, **counts), codes))
             await asyncio.gather(*(self._store.restore_book(term, *book) for book in restored))
 
-    async def _rebuild(self, connection: Any, term: Term, books: Sequence[Book], total: int) -> None:
+    async def _rebuild(self, connection: LedgerConnection, term: Term, books: Sequence[Book], total: int) -> None:
         """An empty shard as the ledger has it: books, coupons, Idempotency-Keys."""
         progress = _Progress(term.shard, total)
         for book in books:
@@ -262,12 +265,14 @@ class Recoverer:
         crash_point("recover.coupons_restored")
         await self._restore_idem(connection, term, {book.book_id: book for book in books})
 
-    async def _quarantine(self, connection: Any, book: Book) -> list[str]:
+    async def _quarantine(self, connection: LedgerConnection, book: Book) -> list[str]:
         if not book.quarantined:
             return []
         return await _step(connection, recovery.quarantined_codes(connection, book.book_id))
 
-    async def _restore_coupons(self, connection: Any, term: Term, book: Book, progress: _Progress) -> _Counts:
+    async def _restore_coupons(
+        self, connection: LedgerConnection, term: Term, book: Book, progress: _Progress
+    ) -> _Counts:
         async def restore(rows: Sequence[Any]) -> None:
             for some in _chunks(rows, KEYS_PER_CALL_MAX):
                 coupons = [(row["code"], row["user_id"], _holder(row)) for row in some]
@@ -277,7 +282,7 @@ class Recoverer:
         return await self._walk_coupons(connection, book, restore)
 
     async def _walk_coupons(
-        self, connection: Any, book: Book, use: Callable[[Sequence[Any]], Awaitable[None]]
+        self, connection: LedgerConnection, book: Book, use: Callable[[Sequence[Any]], Awaitable[None]]
     ) -> _Counts:
         """Hand all coupons of a book to `use`, a page at a time, and count them on the way: a receipt may add one at any
         time, so a count of its own would be of others."""
@@ -290,7 +295,7 @@ class Recoverer:
             rows = await _step(connection, recovery.coupons_of_book(connection, book.book_id, after))
         return counts
 
-    async def _restore_idem(self, connection: Any, term: Term, books: Mapping[str, Book]) -> None:
+    async def _restore_idem(self, connection: LedgerConnection, term: Term, books: Mapping[str, Book]) -> None:
         """The records of the last 24 hours, in one pass over the shard's events since then."""
         shard, since = term.shard, now_ms() - IDEMPOTENCY_MS
         mark = await _step(connection, mark_of_a_day_ago(connection, shard))

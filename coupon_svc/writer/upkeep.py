@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from coupon_svc.postgres import outstanding
-from coupon_svc.postgres.database import bounded, open_connection
+from coupon_svc.postgres.database import LedgerSession
 from coupon_svc.postgres.errors import BookBusy, LedgerUnavailable
 from coupon_svc.postgres.marks import note_marks
 from coupon_svc.postgres.shards import connection_name
@@ -27,10 +26,9 @@ class Upkeep:
     """Once a minute: marks, and the books that were lent much. Once an hour: every book."""
 
     def __init__(self, url: str, writer_id: str, shards: Mapping[int, Shard]) -> None:
-        self._url = url
         self._writer_id = writer_id
         self._shards = shards
-        self._connection: Any = None
+        self.session = LedgerSession(url, connection_name(writer_id))
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -49,28 +47,29 @@ class Upkeep:
 
     async def turn(self, *, sweep: bool) -> None:
         """Everything there is to do now, in pieces. Raises LedgerUnavailable."""
-        connection = await self._connected()
-        await bounded(connection, note_marks(connection, self._writer_id), STATEMENTS_TIMEOUT_S)
+        async with self.session.work(STATEMENTS_TIMEOUT_S) as connection:
+            await note_marks(connection, self._writer_id)
         shards = [number for number, shard in self._shards.items() if shard.opened_on is not None]
-        due = outstanding.books_to_account(connection, shards, 0 if sweep else ENOUGH_CODES)
-        for book_id in await bounded(connection, due, STATEMENTS_TIMEOUT_S):
+        async with self.session.work(STATEMENTS_TIMEOUT_S) as connection:
+            due = await outstanding.books_to_account(connection, shards, 0 if sweep else ENOUGH_CODES)
+        for book_id in due:
             try:
-                while await bounded(connection, outstanding.account_piece(connection, book_id), STATEMENTS_TIMEOUT_S):
+                while await self._account_piece(book_id):
                     pass
             except BookBusy:
                 continue  # there is another turn
         if sweep:
-            await self._prune(connection, shards)
+            await self._prune(shards)
 
-    async def _prune(self, connection: Any, shards: list[int]) -> None:
-        books = outstanding.books_with_outstanding(connection, shards)
-        for book_id in await bounded(connection, books, STATEMENTS_TIMEOUT_S):
+    async def _account_piece(self, book_id: str) -> bool:
+        async with self.session.work(STATEMENTS_TIMEOUT_S) as connection:
+            return await outstanding.account_piece(connection, book_id)
+
+    async def _prune(self, shards: list[int]) -> None:
+        async with self.session.work(STATEMENTS_TIMEOUT_S) as connection:
+            books = await outstanding.books_with_outstanding(connection, shards)
+        for book_id in books:
             last: str | None = ""
             while last is not None:
-                piece = outstanding.prune_piece(connection, book_id, last)
-                last = await bounded(connection, piece, STATEMENTS_TIMEOUT_S)
-
-    async def _connected(self) -> Any:
-        if self._connection is None or self._connection.is_closed():
-            self._connection = await open_connection(self._url, connection_name(self._writer_id))
-        return self._connection
+                async with self.session.work(STATEMENTS_TIMEOUT_S) as connection:
+                    last = await outstanding.prune_piece(connection, book_id, last)

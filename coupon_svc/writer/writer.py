@@ -9,7 +9,6 @@ import secrets
 import signal
 import time
 from collections import Counter
-from typing import Any
 
 import uvloop
 
@@ -17,7 +16,7 @@ from coupon_svc.config import Settings
 from coupon_svc.domain.errors import error_location
 from coupon_svc.domain.events import is_event
 from coupon_svc.loops import keep_running
-from coupon_svc.postgres.database import bounded, open_connection
+from coupon_svc.postgres.database import LedgerConnection, LedgerSession, within
 from coupon_svc.postgres.errors import HistoryForked, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.liveness import Watch
 from coupon_svc.postgres.migrations import check_installation
@@ -91,7 +90,8 @@ class Writer:
         )
         self._recoverer = Recoverer(self.writer_id, self._store, settings.backlog_events_max)
         self._upkeep = Upkeep(settings.database_url, self.writer_id, self._shards)
-        self._connections: dict[str, Any] = {}
+        self._owning, self._watching, self._showing = self._session(), self._session(), self._session()
+        self._opening = [self._session() for _ in range(OPENED_AT_ONCE)]
         self._writers = Watch(WRITER_TTL_S)
         self._processes = Watch(PROCESS_TTL_S)
         self._gone: list[str] = []
@@ -124,11 +124,30 @@ class Writer:
         finally:
             for task in (*tasks, stopped):
                 task.cancel()
+            self._close_sessions()  # a statement that was cancelled would wait for a server that may be stopped
             await asyncio.gather(*tasks, stopped, return_exceptions=True)
             with contextlib.suppress(LedgerUnavailable):
-                connection = await self._connected("owning")
-                await bounded(connection, leave(connection, self.writer_id), STATEMENTS_TIMEOUT_S)
-            self._store.close()
+                async with self._owning.work(STATEMENTS_TIMEOUT_S) as connection:
+                    await leave(connection, self.writer_id)
+            self.close()
+
+    def close(self) -> None:
+        """End every connection at once."""
+        self._close_sessions()
+        self._store.close()
+
+    def _close_sessions(self) -> None:
+        parts = (self._persister.session, self._lender.session, self._upkeep.session)
+        for session in (self._owning, self._watching, self._showing, *self._opening, *parts):
+            session.close()
+
+    def _session(self) -> LedgerSession:
+        return LedgerSession(
+            self._settings.database_url, connection_name(self.writer_id), on_open=self._check_installation
+        )
+
+    async def _check_installation(self, connection: LedgerConnection) -> None:
+        self._store.installation = await check_installation(connection, self._settings.shards)
 
     # --- owning
 
@@ -159,27 +178,27 @@ class Writer:
             pause_s = RENEW_EVERY_S
             self._back_in_touch.clear()
             try:
-                connection = await self._connected("owning")
-                if not self._in_touch():
-                    await self._stand_back(connection)
-                elif not await bounded(connection, self._renew(connection), STATEMENTS_TIMEOUT_S):
-                    pause_s = TAKE_AGAIN_S
+                async with self._owning.work(STATEMENTS_TIMEOUT_S) as connection:
+                    if not self._in_touch():
+                        await self._stand_back(connection)
+                    elif not await self._renew(connection):
+                        pause_s = TAKE_AGAIN_S
             except LedgerUnavailable as error:
                 log.warning("postgres cannot be used: %s", error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._back_in_touch.wait()
 
-    async def _stand_back(self, connection: Any) -> None:
+    async def _stand_back(self, connection: LedgerConnection) -> None:
         """Give everything up, once: another writer may reach Redis. Raises LedgerUnavailable."""
         if self._shards:
             log.error("redis cannot be reached: %d shards are given up", len(self._shards))
             self._shards.clear()
         if self._holds:
-            await bounded(connection, leave(connection, self.writer_id), STATEMENTS_TIMEOUT_S)
+            await leave(connection, self.writer_id)
             self._holds = False
 
-    async def _renew(self, connection: Any) -> bool:
+    async def _renew(self, connection: LedgerConnection) -> bool:
         """Say that this writer lives, and own its share. False when rows of shards could not be had: try again soon."""
         self._holds = True
         await renew_writer(connection, self.writer_id)
@@ -209,7 +228,7 @@ class Writer:
             crash_point("own.taken")
         return not more
 
-    async def _count_writers(self, connection: Any) -> None:
+    async def _count_writers(self, connection: LedgerConnection) -> None:
         """Count writers as gone that have not renewed their row for long enough."""
         asked_at = time.monotonic()
         beats = await writer_beats(connection)
@@ -224,13 +243,13 @@ class Writer:
         so that a lock on their rows holds up nothing else."""
         while True:
             try:
-                connection = await self._connected("watching")
-                await bounded(connection, self._count_processes(connection), STATEMENTS_TIMEOUT_S)
+                async with self._watching.work(STATEMENTS_TIMEOUT_S) as connection:
+                    await self._count_processes(connection)
             except LedgerUnavailable as error:
                 log.warning("postgres cannot be used: %s", error)
             await asyncio.sleep(RENEW_EVERY_S)
 
-    async def _count_processes(self, connection: Any) -> None:
+    async def _count_processes(self, connection: LedgerConnection) -> None:
         asked_at = time.monotonic()
         beats = await process_beats(connection)
         for process_id, beat in self._processes.look(beats, asked_at, time.monotonic()):
@@ -244,7 +263,7 @@ class Writer:
         """Once a second: show Redis that the ledger is there, and report for API processes that are gone."""
         while True:
             try:
-                await self._show_alive(await self._connected("showing"))
+                await self._show_alive(await self._showing.connection())
             except LedgerUnavailable as error:
                 log.warning("postgres cannot be used: %s", error)
                 await self._persister.show_away()  # and that there is an owner: reads go on
@@ -252,8 +271,9 @@ class Writer:
                 log.warning("redis cannot be used: %s", error)
             await asyncio.sleep(RENEW_EVERY_S)
 
-    async def _show_alive(self, connection: Any) -> None:
-        self._clock.asked(await bounded(connection, connection.fetchval(_CLOCK), STATEMENTS_TIMEOUT_S))
+    async def _show_alive(self, connection: LedgerConnection) -> None:
+        async with within(connection, STATEMENTS_TIMEOUT_S):
+            self._clock.asked(await connection.fetchval(_CLOCK))
         await self._store.connect()
         gone = self._gone  # as found before any seq is read: they can have seen nothing beyond it
         for shard in list(self._shards.values()):
@@ -269,7 +289,7 @@ class Writer:
                 )
                 shard.opened_on = None
 
-    async def _show_shard(self, connection: Any, shard: Shard, gone: list[str]) -> None:
+    async def _show_shard(self, connection: LedgerConnection, shard: Shard, gone: list[str]) -> None:
         """Tell one shard that the ledger is there, and report for who is gone. Raises StoreError, LedgerUnavailable."""
         if shard.opened_on != self._store.identity:
             shard.opened_on = None
@@ -291,25 +311,25 @@ class Writer:
             return
         owned = shard.owned  # as it is now: a recovery may come between two reports
         for process_id, seen in shard.answered_by_gone(gone, seq):
-            work = report_seen(connection, process_id, [(owned.shard, owned.epoch, seen)])
-            await bounded(connection, work, STATEMENTS_TIMEOUT_S)
+            async with within(connection, STATEMENTS_TIMEOUT_S):
+                await report_seen(connection, process_id, [(owned.shard, owned.epoch, seen)])
 
     # --- opening
 
     async def _keep_open(self) -> None:
         """Open every owned shard that is shut: take over what is in order, recover what is not. Several at once, each on a
         connection of its own: one that has to wait holds up no other. What was tried last is tried again last."""
-        free = [f"opening {number}" for number in range(OPENED_AT_ONCE)]
+        free = list(self._opening)
         opening: set[int] = set()
         tried = Counter[int]()
 
-        async def open_one(shard: Shard, name: str) -> None:
+        async def open_one(shard: Shard, session: LedgerSession) -> None:
             number = shard.owned.shard
             try:
-                await self._try_open(shard, name)
+                await self._try_open(shard, session)
             finally:
                 opening.remove(number)
-                free.append(name)
+                free.append(session)
 
         async with asyncio.TaskGroup() as tasks:
             while True:
@@ -322,11 +342,11 @@ class Writer:
                     tasks.create_task(open_one(shard, free.pop()))
                 await asyncio.sleep(LOOK_EVERY_S)
 
-    async def _try_open(self, shard: Shard, name: str) -> None:
+    async def _try_open(self, shard: Shard, session: LedgerSession) -> None:
         """Open one shard, or say why it has to wait. Whatever goes wrong with it holds up no other."""
         number = shard.owned.shard
         try:
-            await self._open(shard, await self._connected(name))
+            await self._open(shard, await session.connection())
             return
         except (LedgerUnavailable, StoreError) as error:
             log.warning("shard %02d has to wait: %s", number, error)
@@ -346,20 +366,22 @@ class Writer:
             shard.wants_recovery = True
         await asyncio.sleep(0.2)
 
-    async def _open(self, shard: Shard, connection: Any) -> None:
+    async def _open(self, shard: Shard, connection: LedgerConnection) -> None:
         number = shard.owned.shard
         identity = await self._store.connect()
         # First what Redis knows, then the ledger: a generation that another writer drew meanwhile is in both.
         meta = await self._store.read_meta(number)
-        mine = await bounded(connection, owned_shards(connection, self.writer_id), STATEMENTS_TIMEOUT_S)
+        async with within(connection, STATEMENTS_TIMEOUT_S):
+            mine = await owned_shards(connection, self.writer_id)
+            reason = await stopped_because(connection, number)
         owned = next((one for one in mine if one.shard == number), None)
         if owned is None:
             raise NotOwner
         # As the ledger has it, whatever we thought.
         shard.owned, shard.committed, shard.chain, shard.entry = owned, owned.committed, owned.chain, ""
-        reason = await bounded(connection, stopped_because(connection, number), STATEMENTS_TIMEOUT_S)
         if reason is None and (reason := went_back(owned, meta)):
-            await bounded(connection, stop_shard(connection, number, reason), STATEMENTS_TIMEOUT_S)
+            async with within(connection, STATEMENTS_TIMEOUT_S):
+                await stop_shard(connection, number, reason)
         if reason is not None:
             epoch, generation = max(owned.epoch, meta.newest_epoch), max(owned.generation, meta.generation or 0)
             await self._store.shut_shard(Term(number, epoch, generation))
@@ -370,14 +392,16 @@ class Writer:
         await self._lender.settle(connection, shard)
         shard.opened_on = identity
 
-    async def _compare_clocks(self, connection: Any, shard: Shard) -> None:
+    async def _compare_clocks(self, connection: LedgerConnection, shard: Shard) -> None:
         """Raises ClocksApart, with the shard shut, while Redis's clock cannot be trusted. What it dated meanwhile (ends of
         idempotency records and locks) is not kept."""
-        ledger_ms: int = await bounded(connection, connection.fetchval(_CLOCK), STATEMENTS_TIMEOUT_S)
+        async with within(connection, STATEMENTS_TIMEOUT_S):
+            ledger_ms: int = await connection.fetchval(_CLOCK)
         apart_ms = await self._store.clock_ms() - ledger_ms
         apart = abs(apart_ms) > CLOCKS_APART_MAX_MS
         if apart or shard.clocks_were_apart:  # or they were a moment ago, and are together again
-            await bounded(connection, want_rebuild(connection, shard.owned.shard), STATEMENTS_TIMEOUT_S)
+            async with within(connection, STATEMENTS_TIMEOUT_S):
+                await want_rebuild(connection, shard.owned.shard)
             shard.wants_recovery = True
         if apart:
             if not shard.clocks_were_apart:
@@ -386,12 +410,12 @@ class Writer:
             await self._store.shut_shard(shard.term)
             raise ClocksApart(clocks_apart(apart_ms))
 
-    async def _in_order(self, shard: Shard, connection: Any) -> bool:
+    async def _in_order(self, shard: Shard, connection: LedgerConnection) -> bool:
         """Whether Redis is as the shard's last owner certified it, holds every event that the ledger has not, and has made
         none that the ledger could not take, and whether the last one that the ledger has is the one in the stream."""
-        dead = first_dead_letter(connection, shard.owned.shard, shard.owned.epoch)
-        if await bounded(connection, dead, STATEMENTS_TIMEOUT_S) is not None:
-            return False
+        async with within(connection, STATEMENTS_TIMEOUT_S):
+            if await first_dead_letter(connection, shard.owned.shard, shard.owned.epoch) is not None:
+                return False
         try:
             seq = await self._store.open_shard(shard.term, shard.committed, self._settings.backlog_events_max)
         except ShardNotUsable:
@@ -399,8 +423,9 @@ class Writer:
         owned = shard.owned
         entry = await self._store.entry_at(owned.shard, owned.epoch, shard.committed)
         if entry is not None:
-            work = event_at(connection, owned.shard, owned.epoch, shard.committed)
-            if not is_event(entry, await bounded(connection, work, STATEMENTS_TIMEOUT_S)):
+            async with within(connection, STATEMENTS_TIMEOUT_S):
+                recorded = await event_at(connection, owned.shard, owned.epoch, shard.committed)
+            if not is_event(entry, recorded):
                 log.error(
                     "shard %02d: the stream has another event at %d-%d", owned.shard, owned.epoch, shard.committed
                 )
@@ -413,15 +438,6 @@ class Writer:
         shows only to who looks, or with the next; an entry by somebody's hand lets no script add its own any more."""
         following = await self._store.stream_after(shard.owned.shard, shard.owned.epoch, committed, count=1)
         return following[0][0] == f"{shard.owned.epoch}-{committed + 1}" if following else not some
-
-    async def _connected(self, name: str) -> Any:
-        connection = self._connections.get(name)
-        if connection is None or connection.is_closed():
-            connection = await open_connection(self._settings.database_url, connection_name(self.writer_id))
-            work = check_installation(connection, self._settings.shards)
-            self._store.installation = await bounded(connection, work, STATEMENTS_TIMEOUT_S)
-            self._connections[name] = connection
-        return connection
 
 
 def went_back(owned: OwnedShard, meta: ShardMeta) -> str | None:

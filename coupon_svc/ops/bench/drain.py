@@ -14,7 +14,7 @@ from coupon_svc.ops.bench.assigning import assign_many
 from coupon_svc.ops.bench.figures import BenchError, Figure, rate_text, ratios
 from coupon_svc.ops.bench.stand import Process, Stand
 from coupon_svc.ops.bench.turns import cpu_seconds
-from coupon_svc.postgres.database import open_connection
+from coupon_svc.postgres.database import LedgerConnection, open_connection
 from coupon_svc.redis.connection import Connection, connect
 from coupon_svc.redis.control import OwnerStore
 from coupon_svc.redis.keys import ShardKeys
@@ -130,7 +130,7 @@ async def _drain(stand: Stand, writer: Process, events: int) -> Drained:
         await connection.close()
 
 
-async def _position(connection: Any) -> int:
+async def _position(connection: LedgerConnection) -> int:
     return int(await connection.fetchval("SELECT committed FROM shards"))
 
 

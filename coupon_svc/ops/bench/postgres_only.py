@@ -132,6 +132,7 @@ class PostgresOnly(Coupons):
             body.book_id,
             call.idempotency_key,
         )
+        assert row is not None
         if row["fingerprint"] != fingerprint:
             raise Refused(Outcome.IDEMPOTENCY_KEY_REUSED)
         at_ms, _, code = row["answer"].partition(" ")

@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -15,7 +14,7 @@ from coupon_svc.load.client import Connections, Reply
 from coupon_svc.load.processes import own_cpu_s
 from coupon_svc.ops.bench.figures import BenchError
 from coupon_svc.ops.bench.requests import NextRequest
-from coupon_svc.postgres.database import open_connection
+from coupon_svc.postgres.database import LedgerConnection, open_connection
 from coupon_svc.redis.connection import Connection, connect
 from coupon_svc.redis.keys import ShardKeys
 
@@ -49,7 +48,7 @@ class Turn(msgspec.Struct, kw_only=True):
 class Ledger:
     """Tells when the ledger has everything that Redis has decided. Close it after use."""
 
-    def __init__(self, connection: Any, redis: Connection, shards: int) -> None:
+    def __init__(self, connection: LedgerConnection, redis: Connection, shards: int) -> None:
         self._connection = connection
         self._redis = redis
         self._keys = [ShardKeys(shard, shards) for shard in range(shards)]
