@@ -17,9 +17,9 @@ from coupon_svc.postgres.migrations import check_installation, migrate
 from coupon_svc.redis.data_plane import Store
 from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
-from coupon_svc.redis.meta import META_FIELDS, meta_of
 from coupon_svc.redis.positions import Positions
 from coupon_svc.redis.scripts import Scripts
+from tests.conftest import SHARDS
 from tests.harness import Stack, fresh_database, until
 from tests.routes.helpers import make_book
 
@@ -87,6 +87,9 @@ async def test_a_process_is_refused_by_name_what_it_was_not_set_up_for(postgres_
     assert await check_installation(connection, 4) == installation
     with pytest.raises(DatabaseUnfit, match="set COUPON_SHARDS=4"):
         await check_installation(connection, 16)
+    await connection.execute("INSERT INTO schema_migrations (name) VALUES ('0999_of_a_newer_version')")
+    await connection.execute("INSERT INTO schema_migrations (name, needs) VALUES ('0999_and_another', '0003_ledger')")
+    assert await check_installation(connection, 4) == installation, "these leave this version working"
     await connection.execute("DELETE FROM schema_migrations WHERE name = '0003_ledger'")
     with pytest.raises(DatabaseUnfit, match="lacks 0003_ledger: run `coupon-svc migrate`"):
         await check_installation(connection, 4)
@@ -96,31 +99,41 @@ async def test_a_process_is_refused_by_name_what_it_was_not_set_up_for(postgres_
     await connection.close()
 
 
-async def test_an_api_with_another_number_of_shards_says_so_and_answers_nothing(make_stack: MakeStack) -> None:
+MISFITS = {
+    "a schema that is older": (
+        "DELETE FROM schema_migrations WHERE name = '0009_bounded_recovery'",
+        "This database lacks 0009_bounded_recovery: run `coupon-svc migrate` first.",
+    ),
+    "a schema that left this version behind": (
+        "INSERT INTO schema_migrations (name, needs) VALUES ('0999_columns_are_gone', '0998_columns_are_moved')",
+        "This database has 0999_columns_are_gone, with which only versions work that know 0998_columns_are_moved",
+    ),
+    "another number of shards": (
+        "UPDATE settings SET shards = 16",
+        f"COUPON_SHARDS is {SHARDS}, but this database was made for 16: set COUPON_SHARDS=16.",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+async def test_writer_and_api_say_why_a_database_does_not_fit(make_stack: MakeStack, misfit: str) -> None:
+    statement, reason = MISFITS[misfit]
     stack = await make_stack()
-    stack.writer()
-    stack.api(COUPON_SHARDS=str(stack.shards + 1))
+    await stack.ledger(statement)
+    writer, api = stack.writer(), stack.api()
+    assert await writer.died() == 1
+    assert writer.said(f"coupon-svc: {reason}")
 
     async def said() -> bool:
-        return f"set COUPON_SHARDS={stack.shards}" in (stack.folder / "api.log").read_text()
+        return api.said(reason)
 
     await until(said)
     async with httpx.AsyncClient(base_url=stack.base_url) as http:
         assert (await http.get("/readyz")).status_code == 503
+    assert api.process.poll() is None
 
 
 # --- what is parsed
-
-
-def test_a_meta_that_is_torn_is_no_error() -> None:
-    whole = dict.fromkeys(META_FIELDS, "7") | {"recovery": "3-9"}
-    assert meta_of(whole).seq == 7
-    assert meta_of(whole).newest_epoch == 9
-    for field in ("epoch", "was", "generation", "seq", "committed", "backlog_max", "ledger_at_ms", "owner_at_ms"):
-        for torn in ("x", "", "-1", "1.5", "٣", "9" * 16, "0x10", None):
-            assert getattr(meta_of(whole | {field: torn}), field) is None, (field, torn)
-    assert meta_of(whole | {"recovery": "x"}).recovering is None
-    assert meta_of({}).newest_epoch == 0
 
 
 class Server:

@@ -1,0 +1,36 @@
+"""The hash over a ledger row: of these bytes and no others, since rows of years ago are compared with it."""
+
+from __future__ import annotations
+
+import pytest
+
+from coupon_svc.domain.chain import CHAIN_START, chain_hash
+from coupon_svc.domain.events import Event
+
+EVENT = Event(17, "coupon_assigned", "bk_07book", "SAVE-10", "ann", 1_795_357_061_878, idem="k", fingerprint="f")
+
+
+def test_the_hash_of_a_row_is_the_one_that_was_always_written() -> None:
+    assert (
+        chain_hash(CHAIN_START, 7, 4, EVENT).hex() == "89a53caa22e556dd5d16c7748cf4d7ae060681dc9273a7c2105c4bd300e7e95a"
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        chain_hash(bytes([1]) + bytes(31), 7, 4, EVENT),
+        chain_hash(CHAIN_START, 8, 4, EVENT),
+        chain_hash(CHAIN_START, 7, 5, EVENT),
+        *(
+            chain_hash(CHAIN_START, 7, 4, EVENT._replace(**{field: None}))
+            for field in Event._fields
+            if field != "uses" and getattr(EVENT, field) is not None
+        ),
+        chain_hash(CHAIN_START, 7, 4, EVENT._replace(idem="f", fingerprint="k")),
+        chain_hash(CHAIN_START, 7, 4, EVENT._replace(user_id="an", at_ms=11_795_357_061_878)),
+    ],
+)
+def test_any_other_row_has_another_hash(other: bytes) -> None:
+    assert len(other) == 32
+    assert other != chain_hash(CHAIN_START, 7, 4, EVENT)

@@ -1,0 +1,33 @@
+"""The places of codes: in which order they are lent is drawn, and late uploads are mixed in."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coupon_svc.postgres.catalogue import PLACES_PER_CODE_MIN, ROUND, places_end, random_places
+
+
+@given(st.integers(0, 2**40), st.integers(1, 2**40), st.integers(0, 20))
+def test_places_are_above_what_is_lent_and_up_to_the_end(above: int, room: int, count: int) -> None:
+    places = random_places(count, above, above + room)
+    assert len(places) == count
+    assert all(above < place <= above + room for place in places)
+
+
+def test_the_ends_of_the_room_are_drawn_too() -> None:
+    assert set(random_places(200, 10, 12)) == {11, 12}
+
+
+def test_every_part_of_the_room_is_alike_likely() -> None:
+    """Each quarter of 4,000 places has 1,000, give or take seven standard deviations."""
+    quarters = [0] * 4
+    for place in random_places(4000, 0, ROUND):
+        quarters[(place - 1) * 4 // ROUND] += 1
+    assert all(abs(number - 1000) < 200 for number in quarters), quarters
+
+
+def test_new_codes_have_a_round_of_their_own_where_they_would_crowd() -> None:
+    assert places_end(0, ROUND, ROUND // PLACES_PER_CODE_MIN) == ROUND
+    assert places_end(0, ROUND, ROUND // PLACES_PER_CODE_MIN + 1) == 2 * ROUND
+    assert places_end(ROUND - 1, ROUND, 1) == 2 * ROUND
