@@ -146,8 +146,7 @@ async def api_cut_from_postgres(run: Run) -> None:
         cut = asyncio.create_task(_cut(run, network(run).postgres_of["api"], CUT_FROM_POSTGRES_S))
         await asyncio.sleep(4.5)  # it answers early until 4 s after it registered last
         late = [run.new_assign(f"late{number}", book_id) for number in range(8)]
-        for attempt in late:
-            await run.send(http, attempt)
+        await asyncio.gather(*(run.send(http, attempt) for attempt in late))
         assert not cut.done(), "the API should have answered while it was cut off"
         await cut
     answered = [attempt.answer for attempt in late if attempt.outcome == "ok"]
