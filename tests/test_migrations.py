@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 async def noted(ledger: asyncpg.Connection) -> dict[str, str | None]:
-    return dict(await ledger.fetch("SELECT name, checksum FROM schema_migrations"))
+    return {row["name"]: row["checksum"] for row in await ledger.fetch("SELECT name, checksum FROM schema_migrations")}
 
 
 async def test_every_applied_file_has_its_checksum(ledger: asyncpg.Connection) -> None:

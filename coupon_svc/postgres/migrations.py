@@ -111,7 +111,8 @@ async def _check_unchanged(connection: asyncpg.Connection, migrations: list[Migr
     """Raises DatabaseUnfit when a file is not what was applied under its name."""
     if not await connection.fetchval(_HAS_CHECKSUMS):
         return
-    applied = dict(await connection.fetch("SELECT name, checksum FROM schema_migrations WHERE checksum IS NOT NULL"))
+    rows = await connection.fetch("SELECT name, checksum FROM schema_migrations WHERE checksum IS NOT NULL")
+    applied = {row["name"]: row["checksum"] for row in rows}
     changed = [one.name for one in migrations if applied.get(one.name, one.checksum) != one.checksum]
     if changed:
         raise DatabaseUnfit(
