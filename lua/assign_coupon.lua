@@ -6,26 +6,26 @@ The pool is a sorted set with scores from a CSPRNG, so the lowest score is a fai
 choice of Redis (unlike Valkey's) leans on how codes hash. Refused as a whole when memory is out, with the code still in the pool.
 
 Keys
-  KEYS[1] meta      hash    read, count
-  KEYS[2] book      hash    read
-  KEYS[3] free      zset    pop
-  KEYS[4] holders   hash    read, write
-  KEYS[5] coupons   zset    read, add
-  KEYS[6] events    stream  append
-  KEYS[7] idem      string  read, write; only with an Idempotency-Key
+  meta      hash    read, count
+  book      hash    read
+  free      zset    pop
+  holders   hash    read, write
+  coupons   zset    read, add; those of the user
+  events    stream  append
+  idem?     string  read, write; only with an Idempotency-Key
 
 Args
-  ARGV[1] epoch        int
-  ARGV[2] seen_seq     int   the highest seq of this epoch the caller has seen
-  ARGV[3] tenant_id    int
-  ARGV[4] book_id      text
-  ARGV[5] user_id      text
-  ARGV[6] idem         text  the Idempotency-Key, "" without one
-  ARGV[7] fingerprint  text  of the request, "" without an Idempotency-Key
+  epoch             int
+  seen_seq          int   the highest seq of this epoch the caller has seen
+  tenant_id         int
+  book_id           text
+  user_id           text
+  idempotency_key?  text  "" without one
+  fingerprint?      text  of the request, "" without an Idempotency-Key
 
 Replies, the first that applies
-  suspect                 another epoch or behind what the caller has seen; `counts`: codes are missing
-  replayed                code, at_ms, position, ack, redemptions_left
+  suspect(why)      `epoch`, `meta`, `position` or `server`, as the fence found it; `counts`: codes are missing
+  replayed(code, at_ms, position, ack, redemptions_left)
   idempotency_key_reused
   book_not_loaded
   book_not_found
@@ -33,35 +33,53 @@ Replies, the first that applies
   book_paused
   book_not_started
   book_expired
-  user_code_limit         limit, held
+  user_code_limit(limit, held)
   book_exhausted
   refilling
   backlog_full
   ledger_behind
-  ok                      code, at_ms, position, ack, redemptions_left ("" is unlimited)
+  ok(code, at_ms, position, ack, redemptions_left)  "" is unlimited
 
 Event
-  coupon_assigned    book, code, user, at_ms, idem, fingerprint
+  coupon_assigned(book, code, user, at_ms, idem, fingerprint)
 ]]
-local idem_key, fingerprint = KEYS[7], ARGV[7]
 -- include: fence
 -- include: replay
 -- include: book
 -- include: clock
 -- include: open
-local book_id, user_id = ARGV[4], ARGV[5]
 -- include: limit
-if redis.call("ZCARD", KEYS[3]) == 0 then
-  if redis.call("HLEN", KEYS[4]) ~= tonumber(book[9]) then
-    return {"suspect", "counts"}
-  end
-  if tonumber(book[8]) == 0 then
-    return {"book_exhausted"}
-  end
-  return {"refilling"}
-end
-local backlog_share, waits_for_ledger = 1, book[5] == "ledger"
+-- include: counts
 -- include: room
-
-local code = redis.call("ZPOPMIN", KEYS[3])[1]
+-- include: event
+-- include: holding_text
 -- include: assigned
+local refusal, meta = fence(meta_key, epoch, seen_seq)
+if refusal then
+  return refusal
+end
+local answer = replay(idem_key, fingerprint)
+if answer then
+  return answer
+end
+local refusal, book = read_book(book_key, tenant_id)
+if refusal then
+  return refusal
+end
+local now_ms, at_ms = read_clock()
+refusal = refuse_unless_open(book, now_ms) or refuse_over_limit(book, coupons_key, book_id)
+if refusal then
+  return refusal
+end
+if redis.call("ZCARD", free_key) == 0 then
+  return refuse_if_codes_missing(book.lent, 0, redis.call("HLEN", holders_key))
+    or {tonumber(book.unlent) == 0 and "book_exhausted" or "refilling"}
+end
+refusal = refuse_without_room(meta, now_ms, 1, book.ack == "ledger")
+if refusal then
+  return refusal
+end
+
+local op = {book_id = book_id, user_id = user_id, idempotency_key = idempotency_key, fingerprint = fingerprint}
+local code = redis.call("ZPOPMIN", free_key)[1]
+return assign(meta_key, events_key, holders_key, coupons_key, idem_key, epoch, at_ms, book, op, code)

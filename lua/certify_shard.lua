@@ -3,15 +3,15 @@
 certify_shard: the last step of a recovery: this Redis agrees with the ledger, and decides from now on, in a new epoch.
 
 Keys
-  KEYS[1] meta      hash    read, write
-  KEYS[2] events    stream  delete
+  meta      hash    read, write
+  events    stream  delete
 
 Args
-  ARGV[1] recovery     text  which one shut the shard: generation-epoch
-  ARGV[2] epoch        int   the new one
-  ARGV[3] run_id       text
-  ARGV[4] replid       text
-  ARGV[5] backlog_max  int   events the shard may hold that the ledger has not
+  recovery     text  which one shut the shard: generation-epoch
+  epoch        int   the new one
+  run_id       text
+  replid       text
+  backlog_max  int   events the shard may hold that the ledger has not
 
 Replies, the first that applies
   fenced     the shard is not shut, or another recovery is at work
@@ -19,8 +19,13 @@ Replies, the first that applies
 ]]
 -- include: recoverer
 -- include: clock
-redis.call("HSET", KEYS[1], "epoch", ARGV[2], "run_id", ARGV[3], "replid", ARGV[4], "backlog_max", ARGV[5],
+local refusal = refuse_unless_recovering(meta_key, recovery)
+if refusal then
+  return refusal
+end
+local _, at_ms = read_clock()
+redis.call("HSET", meta_key, "epoch", epoch, "run_id", run_id, "replid", replid, "backlog_max", backlog_max,
   "seq", 0, "committed", 0, "ledger_at_ms", at_ms, "owner_at_ms", at_ms)
--- All of it was read. With the stream goes its last id, which may be one that somebody made up: none of ours would follow it.
-redis.call("UNLINK", KEYS[2])
+-- All of it was read. With the stream goes its last id, which somebody may have made up: none of ours could follow it.
+redis.call("UNLINK", events_key)
 return {"ok"}

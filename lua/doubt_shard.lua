@@ -4,16 +4,20 @@ doubt_shard: a caller found that keys of the shard are missing. Nothing is decid
 The epoch it was in stays on record as `was`.
 
 Keys
-  KEYS[1] meta      hash    read, write
+  meta      hash    read, write
 
 Args
-  ARGV[1] epoch     int
-  ARGV[2] seen_seq  int   the highest seq of this epoch the caller has seen
+  epoch     int
+  seen_seq  int   the highest seq of this epoch the caller has seen
 
 Replies, the first that applies
-  suspect    another epoch, behind what the caller has seen, shut or in doubt already
+  suspect(why)  `epoch`: another one, shut or in doubt already; `meta`, `position` or `server`, as the fence found it
   ok
 ]]
 -- include: fence
-redis.call("HSET", KEYS[1], "epoch", "doubt", "was", ARGV[1])
+local refusal = fence(meta_key, epoch, seen_seq)
+if refusal then
+  return refusal
+end
+redis.call("HSET", meta_key, "epoch", "doubt", "was", epoch)
 return {"ok"}

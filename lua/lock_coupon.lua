@@ -4,28 +4,28 @@ lock_coupon: hold an assigned coupon for one redemption attempt, or renew the ho
 book.
 
 Keys
-  KEYS[1] meta      hash    read
-  KEYS[2] book      hash    read
-  KEYS[3] holders   hash    read
-  KEYS[4] lock      string  read, write
-  KEYS[5] free      zset    read
-  KEYS[6] quarantine  set   read
-  KEYS[7] idem      string  read, write; only with an Idempotency-Key
+  meta        hash    read
+  book        hash    read
+  holders     hash    read
+  lock        string  read, write
+  free        zset    read
+  quarantine  set     read
+  idem?       string  read, write; only with an Idempotency-Key
 
 Args
-  ARGV[1] epoch        int
-  ARGV[2] seen_seq     int   the highest seq of this epoch the caller has seen
-  ARGV[3] tenant_id    int
-  ARGV[4] code         text
-  ARGV[5] user_id      text  "" when the caller names nobody
-  ARGV[6] lock_token   text  "" for a new lock; else the token of the lock to renew
-  ARGV[7] new_token    text  the token of a new lock
-  ARGV[8] ttl_ms       int   "" for the book's own
-  ARGV[9] fingerprint  text  of the request, "" without an Idempotency-Key
+  epoch         int
+  seen_seq      int   the highest seq of this epoch the caller has seen
+  tenant_id     int
+  code          text
+  user_id?      text  "" when the caller names nobody
+  lock_token?   text  "" for a new lock; else the token of the lock to renew
+  new_token     text  the token of a new lock
+  ttl_ms?       int   "" for the book's own
+  fingerprint?  text  of the request, "" without an Idempotency-Key
 
 Replies, the first that applies
-  suspect                 another epoch or behind what the caller has seen; `counts`: codes are missing
-  replayed                user_id, lock_token, until_ms, ttl_ms, position, ack
+  suspect(why)      `epoch`, `meta`, `position` or `server`, as the fence found it; `counts`: codes are missing
+  replayed(user_id, lock_token, until_ms, ttl_ms, position, ack)
   idempotency_key_reused
   book_not_loaded
   book_not_found
@@ -38,37 +38,62 @@ Replies, the first that applies
   not_holder
   already_redeemed
   lock_not_held
-  locked                  retry_after_ms
+  locked(retry_after_ms)
   backlog_full
-  ledger_behind           Redis's clock went back since the ledger was seen
-  renewed                 user_id, lock_token, until_ms, ttl_ms, position, ack
-  ok                      user_id, lock_token, until_ms, ttl_ms, position, ack
+  ledger_behind     Redis's clock went back since the ledger was seen
+  renewed(user_id, lock_token, until_ms, ttl_ms, position, ack)
+  ok(user_id, lock_token, until_ms, ttl_ms, position, ack)
 ]]
-local idem_key, fingerprint = KEYS[7], ARGV[9]
 -- include: fence
 -- include: replay
 -- include: book
 -- include: clock
 -- include: open
-local code, shown_token = ARGV[4], ARGV[6]
-local quarantine = KEYS[6]
+-- include: counts
+-- include: holding
 -- include: holder
 -- include: lock
-local backlog_share, waits_for_ledger = 1, false
 -- include: room
+local refusal, meta = fence(meta_key, epoch, seen_seq)
+if refusal then
+  return refusal
+end
+local answer = replay(idem_key, fingerprint)
+if answer then
+  return answer
+end
+local refusal, book = read_book(book_key, tenant_id)
+if refusal then
+  return refusal
+end
+local now_ms = read_clock()
+refusal = refuse_unless_open(book, now_ms)
+if refusal then
+  return refusal
+end
+local refusal, holding = find_holding(book, holders_key, free_key, quarantine_key, code, user_id)
+if refusal then
+  return refusal
+end
+local refusal, held_token = find_lock(lock_key, lock_token)
+if refusal then
+  return refusal
+end
+refusal = refuse_without_room(meta, now_ms, 1, false)
+if refusal then
+  return refusal
+end
 
-local ttl_ms = ARGV[8]
 if ttl_ms == "" then
-  ttl_ms = redis.call("HGET", KEYS[2], "lock_ttl_ms")
+  ttl_ms = redis.call("HGET", book_key, "lock_ttl_ms")
 end
-local token = held_token or ARGV[7]
-if book[4] ~= "" and tonumber(book[4]) - now_ms < tonumber(ttl_ms) then
-  ttl_ms = string.format("%d", tonumber(book[4]) - now_ms)
+if book.expires_at_ms ~= "" and tonumber(book.expires_at_ms) - now_ms < tonumber(ttl_ms) then
+  ttl_ms = string.format("%d", tonumber(book.expires_at_ms) - now_ms)
 end
+local token = held_token or new_token
 local until_ms = string.format("%d", now_ms + tonumber(ttl_ms))
-redis.call("SET", KEYS[4], token, "PX", ttl_ms)
+redis.call("SET", lock_key, token, "PX", ttl_ms)
 if idem_key then
-  redis.call("SET", idem_key, cjson.encode({fingerprint, held_by, token, until_ms, ttl_ms, held_position, book[5]}),
-    "PX", 86400000)
+  remember(idem_key, {fingerprint, holding.user_id, token, until_ms, ttl_ms, holding.positions, book.ack})
 end
-return {held_token and "renewed" or "ok", held_by, token, until_ms, ttl_ms, held_position, book[5]}
+return {held_token and "renewed" or "ok", holding.user_id, token, until_ms, ttl_ms, holding.positions, book.ack}

@@ -4,47 +4,57 @@ read_codes: who holds some codes of a book, until when they are locked, and whet
 the book (its end was moved) is told to end with it: nothing can be redeemed after that.
 
 Keys
-  KEYS[1] meta      hash    read
-  KEYS[2] book      hash    read
-  KEYS[3] holders   hash    read
-  KEYS[4] free      zset    read
-  KEYS[5] quarantine  set   read
-  KEYS[6…] lock     string  read; one for each code, 1..1000
+  meta        hash    read
+  book        hash    read
+  holders     hash    read
+  free        zset    read
+  quarantine  set     read
+  lock…       string  read; one for each code, 1..1000
 
 Args
-  ARGV[1] epoch      int
-  ARGV[2] seen_seq   int   the highest seq of this epoch the caller has seen
-  ARGV[3] tenant_id  int
-  ARGV[4…] code      text  in the order of the locks
+  epoch      int
+  seen_seq   int   the highest seq of this epoch the caller has seen
+  tenant_id  int
+  codes…     text  in the order of the locks
 
 Replies, the first that applies
-  suspect           another epoch or behind what the caller has seen; `counts`: codes are missing
+  suspect(why)  `epoch`, `meta`, `position` or `server`, as the fence found it; `counts`: codes are missing
   book_not_loaded
   book_not_found
-  ok                now_ms, ack, redemptions_max ("" is unlimited), holders ("", `quarantined`, or `position uses at_ms user`), locks (ms left, or 0 and below), book_status (`active`, `paused`, `closed`, `not_started`, `expired`)
+  ok(now_ms, ack, redemptions_max, holders, locks, book_status)  redemptions_max: "" is unlimited; holders: "", `quarantined`, or a holding; locks: ms left, or 0 and below; book_status: `active`, `paused`, `closed`, `not_started`, `expired`
 ]]
 -- include: fence
 -- include: book
 -- include: clock
-if redis.call("ZCARD", KEYS[4]) + redis.call("HLEN", KEYS[3]) ~= tonumber(book[9]) then
-  return {"suspect", "counts"}
+-- include: counts
+local refusal = fence(meta_key, epoch, seen_seq)
+if refusal then
+  return refusal
 end
-local book_ms = book[4] ~= "" and tonumber(book[4]) - now_ms or math.huge
-local book_status = book[2]
-if book_status == "active" and book[3] ~= "" and now_ms < tonumber(book[3]) then
+local refusal, book = read_book(book_key, tenant_id)
+if refusal then
+  return refusal
+end
+local now_ms, at_ms = read_clock()
+refusal = refuse_if_codes_missing(book.lent, redis.call("ZCARD", free_key), redis.call("HLEN", holders_key))
+if refusal then
+  return refusal
+end
+local book_ms = book.expires_at_ms ~= "" and tonumber(book.expires_at_ms) - now_ms or math.huge
+local book_status = book.status
+if book_status == "active" and book.starts_at_ms ~= "" and now_ms < tonumber(book.starts_at_ms) then
   book_status = "not_started"
 elseif book_status == "active" and book_ms <= 0 then
   book_status = "expired"
 end
-local codes, locks = {}, {}
-for i = 4, #ARGV do
-  codes[i - 3] = ARGV[i]
-  locks[i - 3] = math.min(redis.call("PTTL", KEYS[i + 2]), book_ms)
+local locks = {}
+for i, lock_key in ipairs(lock_keys) do
+  locks[i] = math.min(redis.call("PTTL", lock_key), book_ms)
 end
-local holders = redis.call("HMGET", KEYS[3], unpack(codes))
-for i = 1, #codes do
+local holders = redis.call("HMGET", holders_key, unpack(codes))
+for i, code in ipairs(codes) do
   if not holders[i] then
-    holders[i] = redis.call("SISMEMBER", KEYS[5], codes[i]) == 1 and "quarantined" or ""
+    holders[i] = redis.call("SISMEMBER", quarantine_key, code) == 1 and "quarantined" or ""
   end
 end
-return {"ok", at_ms, book[5], book[6], holders, locks, book_status}
+return {"ok", at_ms, book.ack, book.max_redemptions_per_code, holders, locks, book_status}

@@ -6,31 +6,31 @@ It goes on when memory is out (allow-oom), and is given more of the backlog than
 longest. It always waits for the ledger, so it is refused at once while the ledger is known to be away.
 
 Keys
-  KEYS[1] meta      hash    read, count
-  KEYS[2] book      hash    read, count
-  KEYS[3] holders   hash    read, write
-  KEYS[4] lock      string  read, delete
-  KEYS[5] free      zset    read
-  KEYS[6] events    stream  append
-  KEYS[7] quarantine  set   read
-  KEYS[8] idem      string  read, write; only with an Idempotency-Key
+  meta        hash    read, count
+  book        hash    read, count
+  holders     hash    read, write
+  lock        string  read, delete
+  free        zset    read
+  events      stream  append
+  quarantine  set     read
+  idem?       string  read, write; only with an Idempotency-Key
 
 Args
-  ARGV[1]  epoch        int
-  ARGV[2]  seen_seq     int   the highest seq of this epoch the caller has seen
-  ARGV[3]  tenant_id    int
-  ARGV[4]  code         text
-  ARGV[5]  user_id      text  "" when the caller names nobody
-  ARGV[6]  lock_token   text  "" when the caller shows none
-  ARGV[7]  book_id      text
-  ARGV[8]  reference    text  the caller's own, "" without one
-  ARGV[9]  metadata     text  JSON, "" without any
-  ARGV[10] idem         text  the Idempotency-Key, "" without one
-  ARGV[11] fingerprint  text  of the request, "" without an Idempotency-Key
+  epoch             int
+  seen_seq          int   the highest seq of this epoch the caller has seen
+  tenant_id         int
+  code              text
+  user_id?          text  "" when the caller names nobody
+  lock_token?       text  "" when the caller shows none
+  book_id           text
+  reference?        text  the caller's own, "" without one
+  metadata?         text  JSON, "" without any
+  idempotency_key?  text  "" without one
+  fingerprint?      text  of the request, "" without an Idempotency-Key
 
 Replies, the first that applies
-  suspect                 another epoch or behind what the caller has seen; `counts`: codes are missing
-  replayed                user_id, at_ms, position, uses, redemptions_left
+  suspect(why)      `epoch`, `meta`, `position` or `server`, as the fence found it; `counts`: codes are missing
+  replayed(user_id, at_ms, position, uses, redemptions_left)
   idempotency_key_reused
   book_not_loaded
   book_not_found
@@ -43,46 +43,70 @@ Replies, the first that applies
   not_holder
   already_redeemed
   lock_not_held
-  locked                  retry_after_ms
+  locked(retry_after_ms)
   backlog_full
   ledger_behind
-  ok                      user_id, at_ms, position, uses, redemptions_left ("" is unlimited)
+  ok(user_id, at_ms, position, uses, redemptions_left)  "" is unlimited
 
 Event
-  coupon_redeemed    book, code, user, at_ms, uses, reference, metadata, idem, fingerprint
+  coupon_redeemed(book, code, user, at_ms, uses, reference, metadata, idem, fingerprint)
 ]]
-local idem_key, fingerprint = KEYS[8], ARGV[11]
 -- include: fence
 -- include: replay
 -- include: book
 -- include: clock
 -- include: open
-local code, shown_token = ARGV[4], ARGV[6]
-local quarantine = KEYS[7]
+-- include: counts
+-- include: holding
 -- include: holder
 -- include: lock
-local backlog_share, waits_for_ledger = 1.25, true
 -- include: room
+-- include: event
+-- include: holding_text
+-- include: left
+local refusal, meta = fence(meta_key, epoch, seen_seq)
+if refusal then
+  return refusal
+end
+local answer = replay(idem_key, fingerprint)
+if answer then
+  return answer
+end
+local refusal, book = read_book(book_key, tenant_id)
+if refusal then
+  return refusal
+end
+local now_ms, at_ms = read_clock()
+refusal = refuse_unless_open(book, now_ms)
+if refusal then
+  return refusal
+end
+local refusal, holding = find_holding(book, holders_key, free_key, quarantine_key, code, user_id)
+if refusal then
+  return refusal
+end
+local refusal, held_token = find_lock(lock_key, lock_token)
+if refusal then
+  return refusal
+end
+refusal = refuse_without_room(meta, now_ms, REDEEM_BACKLOG_SHARE, true)
+if refusal then
+  return refusal
+end
 
-local uses = string.format("%d", tonumber(held_uses) + 1)
-local left = book[6]
-if left ~= "" then
-  left = string.format("%d", tonumber(left) - tonumber(uses))
-end
 if held_token then
-  redis.call("DEL", KEYS[4])
+  redis.call("DEL", lock_key)
 end
-local seq = redis.call("HINCRBY", KEYS[1], "seq", 1)
-local position = ARGV[1] .. "-" .. string.format("%d", seq)
+local uses, left = string.format("%d", holding.uses + 1), redemptions_left(book, holding.uses + 1)
+local position = make_event(meta_key, events_key, epoch, "event", "coupon_redeemed", "book", book_id, "code", code,
+  "user", holding.user_id, "at_ms", at_ms, "uses", uses, "reference", reference, "metadata", metadata,
+  "idem", idempotency_key, "fingerprint", fingerprint)
 -- The position of the assignment stays in front: it is answered again when the code is assigned to its holder again.
-local positions = string.match(held_position, "^[^/]+") .. "/" .. position
-redis.call("HSET", KEYS[3], code, positions .. " " .. uses .. " " .. held_at_ms .. " " .. held_by)
+redis.call("HSET", holders_key, code,
+  format_holding(holding.assigned .. "/" .. position, uses, holding.at_ms, holding.user_id))
 -- Each use is counted once: as its code's last, or as one that leaves more. Both together are the book's redemptions.
-redis.call("HINCRBY", KEYS[2], left == "0" and "redeemed" or "partly_redeemed", 1)
-redis.call("XADD", KEYS[6], position, "event", "coupon_redeemed", "book", ARGV[7], "code", code, "user", held_by,
-  "at_ms", at_ms, "uses", uses, "reference", ARGV[8], "metadata", ARGV[9], "idem", ARGV[10],
-  "fingerprint", fingerprint)
+redis.call("HINCRBY", book_key, left == "0" and "redeemed" or "partly_redeemed", 1)
 if idem_key then
-  redis.call("SET", idem_key, cjson.encode({fingerprint, held_by, at_ms, position, uses, left}), "PX", 86400000)
+  remember(idem_key, {fingerprint, holding.user_id, at_ms, position, uses, left})
 end
-return {"ok", held_by, at_ms, position, uses, left}
+return {"ok", holding.user_id, at_ms, position, uses, left}

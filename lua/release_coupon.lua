@@ -4,32 +4,36 @@ release_coupon: a record that was lost is back in the ledger: its code leaves th
 to send twice.
 
 Keys
-  KEYS[1] meta        hash    read
-  KEYS[2] book        hash    read, count
-  KEYS[3] quarantine  set     remove
-  KEYS[4] holders     hash    write
-  KEYS[5] coupons     zset    add
+  meta        hash    read
+  book        hash    read, count
+  quarantine  set     remove
+  holders     hash    write
+  coupons     zset    add; those of the holder
 
 Args
-  ARGV[1] epoch      int
-  ARGV[2] seen_seq   int   the highest seq of this epoch the caller has seen
-  ARGV[3] tenant_id  int
-  ARGV[4] book_id    text
-  ARGV[5] code       text
-  ARGV[6] holder     text  `position uses at_ms user`, of an older epoch
+  epoch      int
+  seen_seq   int   the highest seq of this epoch the caller has seen
+  tenant_id  int
+  book_id    text
+  code       text
+  holding    text  of an older epoch
 
 Replies, the first that applies
-  suspect            another epoch, or behind what the caller has seen
+  suspect(why)  `epoch`, `meta`, `position` or `server`, as the fence found it
   book_not_loaded
   book_not_found
   ok
 ]]
 -- include: fence
 -- include: book
-if redis.call("SREM", KEYS[3], ARGV[5]) == 1 then
-  redis.call("HSET", KEYS[4], ARGV[5], ARGV[6])
-  redis.call("ZADD", KEYS[5], 0, ARGV[4] .. ":" .. ARGV[5])
-  redis.call("HINCRBY", KEYS[2], "quarantined", -1)
-  redis.call("HINCRBY", KEYS[2], "lent", 1)
+local refusal = fence(meta_key, epoch, seen_seq) or read_book(book_key, tenant_id)
+if refusal then
+  return refusal
+end
+if redis.call("SREM", quarantine_key, code) == 1 then
+  redis.call("HSET", holders_key, code, holding)
+  redis.call("ZADD", coupons_key, 0, book_id .. ":" .. code)
+  redis.call("HINCRBY", book_key, "quarantined", -1)
+  redis.call("HINCRBY", book_key, "lent", 1)
 end
 return {"ok"}

@@ -4,31 +4,30 @@ shut_shard: the first step of a recovery. From now on no script of an older epoc
 The epoch it was in stays on record as `was`.
 
 Keys
-  KEYS[1] meta      hash    read, write
+  meta      hash    read, write
 
 Args
-  ARGV[1] generation   int   of the owner
-  ARGV[2] epoch        int   that this recovery makes; the one it is in, when the shard is only stopped
-  ARGV[3] installation text  whose keys these are to be
+  generation    int   of the owner
+  epoch         int   that this recovery makes; the one it is in, when the shard is only stopped
+  installation  text  whose keys these are to be
 
 Replies, the first that applies
-  foreign    installation: the keys belong to another one
+  foreign(installation)  the keys belong to another one
   fenced     a newer owner has been here, or a newer recovery of this one
   ok
 ]]
-local meta = redis.call("HMGET", KEYS[1], "generation", "epoch", "recovery", "installation")
-if meta[4] and meta[4] ~= ARGV[3] then
-  return {"foreign", meta[4]}
+local kept_generation, kept_epoch, recovery, kept_installation = unpack(
+  redis.call("HMGET", meta_key, "generation", "epoch", "recovery", "installation"))
+if kept_installation and kept_installation ~= installation then
+  return {"foreign", kept_installation}
 end
-if (tonumber(meta[1]) or 0) > tonumber(ARGV[1]) then
+local recovering = tonumber(string.match(recovery or "", "%d+$")) or 0
+if (tonumber(kept_generation) or 0) > tonumber(generation) or recovering > tonumber(epoch) then
   return {"fenced"}
 end
-if (tonumber(string.match(meta[3] or "", "%d+$")) or 0) > tonumber(ARGV[2]) then
-  return {"fenced"}
+if kept_epoch and tonumber(kept_epoch) then
+  redis.call("HSET", meta_key, "was", kept_epoch)
 end
-if meta[2] and tonumber(meta[2]) then
-  redis.call("HSET", KEYS[1], "was", meta[2])
-end
-redis.call("HSET", KEYS[1], "epoch", "recovering", "generation", ARGV[1], "recovery", ARGV[1] .. "-" .. ARGV[2],
-  "installation", ARGV[3])
+redis.call("HSET", meta_key, "epoch", "recovering", "generation", generation, "recovery", generation .. "-" .. epoch,
+  "installation", installation)
 return {"ok"}

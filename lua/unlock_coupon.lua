@@ -3,39 +3,50 @@
 unlock_coupon: give up the lock whose token the caller shows. Goes on whatever the book's state.
 
 Keys
-  KEYS[1] meta   hash    read
-  KEYS[2] book   hash    read
-  KEYS[3] lock   string  read, delete
-  KEYS[4] idem   string  read, write; only with an Idempotency-Key
+  meta   hash    read
+  book   hash    read
+  lock   string  read, delete
+  idem?  string  read, write; only with an Idempotency-Key
 
 Args
-  ARGV[1] epoch        int
-  ARGV[2] seen_seq     int   the highest seq of this epoch the caller has seen
-  ARGV[3] tenant_id    int
-  ARGV[4] lock_token   text
-  ARGV[5] fingerprint  text  of the request, "" without an Idempotency-Key
+  epoch         int
+  seen_seq      int   the highest seq of this epoch the caller has seen
+  tenant_id     int
+  lock_token    text
+  fingerprint?  text  of the request, "" without an Idempotency-Key
 
 Replies, the first that applies
-  suspect                 another epoch, or behind what the caller has seen
+  suspect(why)   `epoch`, `meta`, `position` or `server`, as the fence found it
   replayed
   idempotency_key_reused
   book_not_loaded
   book_not_found
-  lock_not_held           somebody else's lock is there
-  ok                      also when no lock was there
+  lock_not_held  somebody else's lock is there
+  ok             also when no lock was there
 ]]
-local idem_key, fingerprint = KEYS[4], ARGV[5]
 -- include: fence
 -- include: replay
 -- include: book
-local held_token = redis.call("GET", KEYS[3])
-if held_token and held_token ~= ARGV[4] then
+local refusal = fence(meta_key, epoch, seen_seq)
+if refusal then
+  return refusal
+end
+local answer = replay(idem_key, fingerprint)
+if answer then
+  return answer
+end
+refusal = read_book(book_key, tenant_id)
+if refusal then
+  return refusal
+end
+local held_token = redis.call("GET", lock_key)
+if held_token and held_token ~= lock_token then
   return {"lock_not_held"}
 end
 if held_token then
-  redis.call("DEL", KEYS[3])
+  redis.call("DEL", lock_key)
 end
 if idem_key then
-  redis.call("SET", idem_key, cjson.encode({fingerprint}), "PX", 86400000)
+  remember(idem_key, {fingerprint})
 end
 return {"ok"}

@@ -1,15 +1,18 @@
-"""Compares the head of a Lua script with its body, `-- include:` lines replaced: what one names, the other does.
+"""Compares the header of a Lua script with its body, `-- include:` lines replaced: what one names, the other does.
 
-It reads no more Lua than our scripts are written in: literal command names, `return {"word", …}`, one XADD an event.
+The names of keys and arguments are generated from the header, so they need no comparing; what is done to a key, the
+replies and the events do. It reads no more Lua than our scripts are written in: functions at the left margin whose key
+parameters are called like the keys, literal command names, `return {"word", …}`, and events by make_event.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from coupon_svc.domain.outcomes import Outcome
+from coupon_svc.redis.contract import Contract, preamble
 from coupon_svc.redis.scripts import Script
 
 INTERNAL_WORDS = {
@@ -61,8 +64,8 @@ COMMANDS = {
     "DEL": ("", "delete"),
     "UNLINK": ("", "delete"),
 }
-"""What a script may call on a key: the type it takes ("" is any), and the word for it in the head. Of a key that the
-head calls `any` nothing else is known, so only such commands fit it.
+"""What a script may call on a key: the type it takes ("" is any), and the word for it in the header. Of a key that the
+header calls `any` nothing else is known, so only such commands fit it.
 
 None of them walks over a whole key, and none picks at random: SPOP is not fair, and two replicas would not agree.
 """
@@ -70,154 +73,82 @@ KEYLESS_COMMANDS = ("TIME", "PUBLISH", "INFO")
 MANY_KEYS_COMMANDS = ("DEL", "EXISTS", "UNLINK")
 FORBIDDEN_COMMANDS = ("EVAL", "EVALSHA", "KEYS", "SCAN")
 
-_SCRIPT = re.compile(r"#!lua(?P<flags> flags=[a-z,-]+)?\n--\[\[\n(?P<head>.*?)\n\]\]\n(?P<body>.*)", re.DOTALL)
-_KEY = re.compile(
-    r"KEYS\[(?P<number>\d+)(?P<open>…)?\] +(?P<name>\w+) +(?P<type>hash|zset|set|string|stream|any) +"
-    r"(?P<access>\w+(?:, \w+)*)(?:;.*)?"
-)
-_ARG = re.compile(r"ARGV\[(?P<number>\d+)(?P<open>…)?\] +(?P<name>\w+) +(?P<type>int|text)(?: .*)?")
-_REPLY = re.compile(r"(?P<word>[a-z_]+)(?: {2,}(?P<note>.*))?")
-_EVENT = re.compile(r"(?P<name>[a-z_]+) {2,}(?P<fields>\w+(?:, \w+)*)")
-_SECTIONS = {"Keys": _KEY, "Args": _ARG, "Replies, the first that applies": _REPLY, "Event": _EVENT}
-
 _STRING = r'"(?:[^"\\\n]|\\.)*"'
 _COMMENT = re.compile(rf"({_STRING})|--[^\n]*")
-_WORD = re.compile(rf"({_STRING})|[A-Za-z_]\w*")
-_LOCAL = re.compile(r"^ *local ([\w, ]+) = (.+)$", re.MULTILINE)
+_FUNCTION = re.compile(
+    r"^local function (?P<name>\w+)\((?P<params>[^)]*)\)\n(?P<text>.*?)^end$", re.MULTILINE | re.DOTALL
+)
+_REPLAYED = r'\b\w+\[1\] = "(?P<replayed>\w+)"'
 
 
-class Slot(NamedTuple):
-    """A line about KEYS[n] or ARGV[n]; `open`: the list goes on from there. An argument has no `access`."""
+class Body(NamedTuple):
+    """A script's Lua without comments: its functions, each as (parameters, text), and what stands outside of them."""
 
-    number: int
-    open: bool
-    name: str
-    type: str
-    access: frozenset[str]
+    functions: dict[str, tuple[list[str], str]]
+    main: str
+
+    @property
+    def texts(self) -> list[str]:
+        return [*(text for _, text in self.functions.values()), self.main]
 
 
-class Head(NamedTuple):
-    """The contract in a script's first comment. `notes` are what stands behind each reply's word."""
-
-    name: str
-    keys: list[Slot]
-    args: list[Slot]
-    replies: list[str]
-    notes: dict[str, str]
-    events: dict[str, list[str]]
+def body_of(script: Script) -> Body:
+    """The part of the script that was written by hand, taken apart."""
+    text = script.source.partition(preamble(script.contract))[2]
+    text = _COMMENT.sub(lambda match: match[1] or "", text)
+    functions = {match["name"]: (match["params"].split(", "), match["text"]) for match in _FUNCTION.finditer(text)}
+    return Body(functions, _FUNCTION.sub("", text))
 
 
 def complaints(script: Script) -> list[str]:
-    """Where head and body of the script disagree; empty when they do not."""
-    parts = _SCRIPT.fullmatch(script.source)
-    if parts is None:
-        return ["the file does not begin with #!lua and a --[[ comment ]]"]
+    """Where header and body of the script disagree; empty when they do not."""
+    contract = script.contract
     try:
-        head = read_head(parts["head"])
-        sender(head)
+        sender(contract)
     except ValueError as error:
         return [str(error)]
-    body = _without_dead_refusals(_COMMENT.sub(lambda match: match[1] or "", parts["body"]))
-    found = [f"the head is about {head.name}"] if head.name != script.name else []
-    if "-- include:" in parts["body"]:
+    body = body_of(script)
+    found = [f"the header is about {contract.name}"] if contract.name != script.name else []
+    if "-- include:" in script.source:
         found.append("an include was not replaced: it must stand at the beginning of its line")
-    resolved, idle = _resolve(body)
-    found += [f"{name} is never used" for name in idle]
-    found += _compare_slots("KEYS", head.keys, resolved)
-    found += _compare_slots("ARGV", head.args, resolved)
-    found += _compare_access(head.keys, resolved)
-    found += _compare_replies(head, body)
-    found += _compare_events(head.events, body)
+    found += _compare_names(contract, body)
+    found += _compare_calls(body)
+    found += _compare_access(contract, body)
+    found += _compare_replies(contract, body)
+    found += _compare_events(contract, body)
     return found
 
 
-def read_head(text: str) -> Head:
-    """The sections of a head. Raises ValueError, naming the line, for what is not understood."""
-    name, _, rest = text.partition(":")
-    entries: dict[str, list[re.Match[str]]] = {title: [] for title in _SECTIONS}
-    title = ""
-    for line in rest.splitlines()[1:]:
-        if line in _SECTIONS:
-            title = line
-        elif title and line.startswith("  "):
-            match = _SECTIONS[title].fullmatch(line[2:])
-            if match is None:
-                raise ValueError(f"under {title}, this is not understood: {line.strip()}")
-            entries[title].append(match)
-        elif title and line:
-            raise ValueError(f"no section has this title: {line}")
-    keys, args, replies, events = entries.values()
-    return Head(
-        name,
-        [_slot(match, frozenset(match["access"].split(", "))) for match in keys],
-        [_slot(match, frozenset()) for match in args],
-        [match["word"] for match in replies],
-        {match["word"]: match["note"] or "" for match in replies},
-        {match["name"]: match["fields"].split(", ") for match in events},
-    )
+# --- names
 
 
-def _slot(match: re.Match[str], access: frozenset[str]) -> Slot:
-    return Slot(int(match["number"]), bool(match["open"]), match["name"], match["type"], access)
+def _compare_names(contract: Contract, body: Body) -> Iterator[str]:
+    """Every key and argument is used, and by its name only."""
+    for name in [key.lua_name for key in contract.keys] + [arg.name for arg in contract.args]:
+        if not re.search(rf"\b{name}\b", body.main):
+            yield f"{name} stands in the header and is not used"
+    for text in body.texts:
+        for found in re.findall(r"\b(?:KEYS|ARGV)\b|\b(?:book|meta|holding)\[[^\]]*\]", text):
+            yield f"{found} has a name"
 
 
-# --- keys and arguments
+def _compare_calls(body: Body) -> Iterator[str]:
+    """Every function is called, and gets under a key's name that very key."""
+    for name, (params, _) in body.functions.items():
+        calls = [args for text in body.texts for args in _calls(text, name)]
+        if not calls:
+            yield f"{name} is never called"
+        for args in calls:
+            for param, arg in zip(params, args, strict=False):
+                if param.endswith("_key") != arg.endswith("_key") or (param.endswith("_key") and param != arg):
+                    yield f"{name} is called with {arg} as its {param}"
 
 
-def _resolve(body: str) -> tuple[str, list[str]]:
-    """The body with every local that only names a KEYS[n] or ARGV[n] replaced by it, and those locals nobody uses."""
-    aliases: dict[str, str] = {}
-
-    def take(match: re.Match[str]) -> str:
-        names, values = match[1].split(", "), _split(match[2])
-        if len(names) != len(values):
-            return match[0]
-        pairs = dict(zip(names, values, strict=True))
-        taken = {name: value for name, value in pairs.items() if re.fullmatch(r"(KEYS|ARGV)\[\d+\]", value)}
-        aliases.update(taken)
-        left = {name: value for name, value in pairs.items() if name not in taken}
-        return f"local {', '.join(left)} = {', '.join(left.values())}" if left else ""
-
-    rest = _LOCAL.sub(take, body)
-    used: set[str] = set()
-
-    def replace(match: re.Match[str]) -> str:
-        if match[1] or match[0] not in aliases:
-            return match[0]
-        used.add(match[0])
-        return aliases[match[0]]
-
-    resolved = _WORD.sub(replace, rest)
-    return resolved, [f"{name} = {value}" for name, value in aliases.items() if name not in used]
-
-
-def _compare_slots(table: str, slots: Sequence[Slot], body: str) -> Iterator[str]:
-    """Every number in the head is used in the body, and the reverse; `n…` is used by a computed index."""
-    numbers = [slot.number for slot in slots]
-    if numbers != list(range(1, len(slots) + 1)):
-        yield f"{table}: the numbers in the head are {numbers}"
-    if any(slot.open for slot in slots[:-1]):
-        yield f"{table}: only the last may be open-ended"
-    indices = re.findall(rf"\b{table}\[([^\]]+)\]", body)
-    literal = {int(index) for index in indices if index.isdigit()}
-    computed = [index for index in indices if not index.isdigit()]
-    closed = {slot.number for slot in slots if not slot.open}
-    for number in sorted(closed - literal):
-        yield f"{table}[{number}] stands in the head and is not used"
-    for number in sorted(literal - closed):
-        yield f"{table}[{number}] is used and does not stand in the head"
-    is_open = bool(slots) and slots[-1].open
-    if is_open and not computed:
-        yield f"{table}[{slots[-1].number}…] stands in the head and is not used"
-    if computed and not is_open:
-        yield f"{table}[{computed[0]}] is used and the head has no open-ended list"
-
-
-def _compare_access(keys: Sequence[Slot], body: str) -> Iterator[str]:
-    """Each command is one we allow, fits the type of its key, and does what the head says of that key."""
-    by_number = {str(slot.number): slot for slot in keys}
-    done: dict[Slot, set[str]] = {slot: set() for slot in keys}
-    for call in _calls(body):
+def _compare_access(contract: Contract, body: Body) -> Iterator[str]:
+    """Each command is one we allow, fits the type of its key, and does what the header says of that key."""
+    keys = {f"{key.name}_key": key for key in contract.keys}
+    done: dict[str, set[str]] = {name: set() for name in keys}
+    for call in (call for text in body.texts for call in _calls(text, "redis.call", "redis.pcall")):
         command = call[0].strip('"')
         if command in FORBIDDEN_COMMANDS:
             yield f"{command} must not be called"
@@ -226,92 +157,114 @@ def _compare_access(keys: Sequence[Slot], body: str) -> Iterator[str]:
         if command not in COMMANDS:
             continue
         for name in call[1:] if command in MANY_KEYS_COMMANDS else call[1:2]:
-            index = re.fullmatch(r"KEYS\[([^\]]+)\]", name)
-            if index is None:
-                yield f"{command} is called on {name}, which is not one of KEYS"
+            key = keys.get(name)
+            if key is None:
+                yield f"{command} is called on {name}, which is not one of the keys"
                 continue
-            slot = by_number.get(index[1]) if index[1].isdigit() else next((slot for slot in keys if slot.open), None)
-            if slot is None:
-                continue  # complained about above
             kind, access = COMMANDS[command]
-            if kind not in ("", slot.type):
-                yield f"{command} is called on {slot.name}, which the head calls a {slot.type}"
-            done[slot].add(access)
-    for slot, accesses in done.items():
-        missing, idle = accesses - slot.access, slot.access - accesses
-        if "pop" in slot.access:
+            if kind not in ("", key.type):
+                yield f"{command} is called on {key.name}, which the header calls a {key.type}"
+            done[name].add(access)
+    for name, accesses in done.items():
+        key = keys[name]
+        missing, idle = accesses - key.access, key.access - accesses
+        if "pop" in key.access:
             missing.discard("read")  # whoever pops may look first
         for word in sorted(missing):
-            yield f"{slot.name}: the body does {word}, and the head does not say so"
+            yield f"{key.name}: the body does {word}, and the header does not say so"
         for word in sorted(idle):
-            yield f"{slot.name}: the head says {word}, and the body does not"
+            yield f"{key.name}: the header says {word}, and the body does not"
 
 
 # --- replies
 
 
-def returned_words(body: str) -> list[str | None]:
-    """The first word of every table the body returns, in their order; None where it cannot be read."""
-    words: list[str | None] = []
-    for match in re.finditer(r"\breturn +(\{|\w+)", body):
-        if match[1] == "{":
-            first = _split(_balanced(body, match.end() - 1))[0]
-            words += re.findall(r'"([^"]*)"', first) or [None]
+def returned_words(body: Body) -> list[str | None]:
+    """The outcome of every reply that the script may return, in the order in which they are judged: what a function returns
+    stands where it is called. None where the outcome cannot be read."""
+    return list(_words(body, body.main))
+
+
+def _words(body: Body, text: str) -> Iterator[str | None]:
+    names = "|".join(body.functions) or "-"
+    for match in re.finditer(rf"{_REPLAYED}|\b(?P<name>{names})\(|\b(?:return|or)\s+(?P<table>\{{)", text):
+        if match["replayed"]:
+            yield match["replayed"]
+        elif match["name"]:
+            yield from _words(body, body.functions[match["name"]][1])
         else:
-            assigned = re.search(rf'^ *{match[1]}\[1\] = "(\w+)"', body, re.MULTILINE)
-            words.append(assigned[1] if assigned else None)
-    return words
+            first = _split(_balanced(text, match.end() - 1))[0]
+            if not re.match(r"\w+ = ", first):  # else it is a table with names, and no reply
+                yield from re.findall(r'"([^"]*)"', first) or [None]
 
 
-def _compare_replies(head: Head, body: str) -> Iterator[str]:
+def _replies(body: Body) -> Iterator[tuple[list[str], list[str]]]:
+    """Every reply that stands in the text as a table: its possible outcomes, and the expressions behind them."""
+    for text in body.texts:
+        for match in re.finditer(r"\b(?:return|or)\s+(?=\{)", text):
+            first, *rest = _split(_balanced(text, match.end()))
+            yield re.findall(r'"([^"]*)"', first), rest
+
+
+def _compare_replies(contract: Contract, body: Body) -> Iterator[str]:
     """The same words in the same order; what a client is shown is an Outcome and stands in the order of Outcome."""
     words = returned_words(body)
     if None in words:
         yield "a return does not begin with a literal word"
+    for value in re.findall(r"\breturn\s+(\w+)(?![\w(.])", body.main):
+        if value not in ("refusal", "answer"):
+            yield f"{value} is returned, which is neither a refusal nor an earlier answer"
+    lines = {line.word: line for line in contract.replies}
     returned = list(dict.fromkeys(word for word in words if word))
-    for word in head.replies:
+    for word in lines:
         if word not in returned:
-            yield f"{word} stands in the head and is never returned"
+            yield f"{word} stands in the header and is never returned"
     for word in returned:
-        if word not in head.replies:
-            yield f"{word} is returned and does not stand in the head"
-    if len(set(head.replies)) != len(head.replies):
-        yield "a reply stands in the head twice"
+        if word not in lines:
+            yield f"{word} is returned and does not stand in the header"
     # A replay and its refusal exclude each other; the refusal is the shorter one and stands first in the body.
-    in_head = [word for word in head.replies if word in returned and word != "replayed"]
-    in_body = [word for word in returned if word in in_head]
-    if in_head != in_body:
-        yield f"the head has the replies in the order {', '.join(in_head)}; the body in {', '.join(in_body)}"
+    in_header = [word for word in lines if word in returned and word != "replayed"]
+    in_body = [word for word in returned if word in in_header]
+    if in_header != in_body:
+        yield f"the header has the replies in the order {', '.join(in_header)}; the body in {', '.join(in_body)}"
     known = [word.value for word in Outcome]
-    shown = [word for word in head.replies if word in known]
+    shown = [word for word in lines if word in known]
     if shown != sorted(shown, key=known.index):
-        yield f"Outcome has them in the order {', '.join(sorted(shown, key=known.index))}; the head in {', '.join(shown)}"
-    for word in head.replies:
-        if sender(head) == "api" and word not in known and word not in INTERNAL_WORDS:
+        yield f"Outcome has them in the order {', '.join(sorted(shown, key=known.index))}; the header in {', '.join(shown)}"
+    for word in lines:
+        if sender(contract) == "api" and word not in known and word not in INTERNAL_WORDS:
             yield f"{word} is neither an Outcome nor an internal word"
-        if sender(head) != "api" and word not in OWNER_WORDS:
+        if sender(contract) != "api" and word not in OWNER_WORDS:
             yield f"{word} is not among the words for an owner"
-    yield from _compare_details(head, body)
+    yield from _compare_fields(contract, body)
 
 
-def _compare_details(head: Head, body: str) -> Iterator[str]:
-    """A literal word that a reply carries behind its first stands in backquotes in the head; of `suspect` the reverse."""
-    details: dict[str, set[str]] = {word: set() for word in head.replies}
-    for match in re.finditer(rf"\breturn \{{({_STRING}), ({_STRING}(?:, {_STRING})*)\}}", body):
-        details.setdefault(match[1].strip('"'), set()).update(re.findall(r'"([^"]*)"', match[2]))
-    for word, literals in details.items():
-        told = set(re.findall(r"`(\w+)`", head.notes.get(word, "")))
-        for literal in sorted(literals - told):
-            yield f"{word} carries {literal}, and the head does not say so"
+def _compare_fields(contract: Contract, body: Body) -> Iterator[str]:
+    """A reply has as many fields as the header names; one that is a literal word stands in backquotes in the header, and of
+    `suspect` the reverse."""
+    lines = {line.word: line for line in contract.replies}
+    literals: dict[str, set[str]] = {word: set() for word in lines}
+    for words, rest in _replies(body):
+        for word in words:
+            if word not in lines:
+                continue  # complained about above
+            most = len(lines[word].fields)
+            if not most - lines[word].optional <= len(rest) <= most:
+                yield f"{word} is returned with {len(rest)} fields, and the header names {most}"
+            literals[word] |= {part.strip('"') for part in rest if re.fullmatch(_STRING, part)}
+    for word, line in lines.items():
+        told = set(re.findall(r"`(\w+)`", line.note))
+        for literal in sorted(literals[word] - told):
+            yield f"{word} carries {literal}, and the header does not say so"
         if word == "suspect":
-            for literal in sorted(told - literals):
-                yield f"the head says that suspect carries {literal}, and it does not"
+            for literal in sorted(told - literals[word]):
+                yield f"the header says that suspect carries {literal}, and it does not"
 
 
-def sender(head: Head) -> Literal["api", "owner", "recoverer"]:
+def sender(contract: Contract) -> Literal["api", "owner", "recoverer"]:
     """Who runs the script: the API, which has to tell a client what it replied; the owner of a certified shard; or an owner
     that recovers it, when there is no epoch. Raises ValueError when unclear."""
-    first, second = [arg.name for arg in head.args[:2]] + [""] * (2 - len(head.args[:2]))
+    first, second = [arg.name for arg in contract.args[:2]] + [""] * (2 - len(contract.args[:2]))
     if first == "epoch" and second == "seen_seq":
         return "api"
     if first == "epoch" and second == "generation":
@@ -319,7 +272,7 @@ def sender(head: Head) -> Literal["api", "owner", "recoverer"]:
     if first in ("recovery", "generation"):
         return "recoverer"
     raise ValueError(
-        f"{head.name}: the first arguments must be epoch, and seen_seq (API) or generation (owner);"
+        f"{contract.name}: the first arguments must be epoch, and seen_seq (API) or generation (owner);"
         " or recovery or generation (recoverer)"
     )
 
@@ -327,47 +280,40 @@ def sender(head: Head) -> Literal["api", "owner", "recoverer"]:
 # --- events
 
 
-def _compare_events(events: dict[str, list[str]], body: str) -> Iterator[str]:
-    """Each XADD is an event of the head with its fields in their order, and the reverse."""
-    added: dict[str, list[str]] = {}
-    for call in _calls(body):
-        if call[0] != '"XADD"':
-            continue
-        fields = call[3:]
-        names = [field.strip('"') for field in fields[::2]]
-        if (
-            names[0] != "event"
-            or len(fields) % 2
-            or not all(field.startswith('"') for field in (*fields[::2], fields[1]))
-        ):
-            yield f"an XADD is not (key, position, event, name, field, value, …): {', '.join(call)}"
-            continue
-        added[fields[1].strip('"')] = names[1:]
-    for name in events.keys() - added.keys():
-        yield f"the event {name} stands in the head and is never added"
-    for name in added.keys() - events.keys():
-        yield f"the event {name} is added and does not stand in the head"
-    for name in events.keys() & added.keys():
-        if events[name] != added[name]:
-            yield f"{name}: the head has the fields {', '.join(events[name])}; the body {', '.join(added[name])}"
+def _compare_events(contract: Contract, body: Body) -> Iterator[str]:
+    """Each event that is made stands in the header with its fields in their order, and the reverse."""
+    made: dict[str, tuple[str, ...]] = {}
+    for name, text in [*((name, text) for name, (_, text) in body.functions.items()), ("", body.main)]:
+        if name != "make_event" and any(call[0] == '"XADD"' for call in _calls(text, "redis.call", "redis.pcall")):
+            yield "an event is added without make_event"
+        for call in _calls(text, "make_event"):
+            fields = call[3:]
+            names = [field.strip('"') for field in fields[::2]]
+            if (
+                names[0] != "event"
+                or len(fields) % 2
+                or not all(field.startswith('"') for field in (*fields[::2], fields[1]))
+            ):
+                yield f"an event is not (event, name, field, value, …): {', '.join(fields)}"
+                continue
+            made[fields[1].strip('"')] = tuple(names[1:])
+    for name in contract.events.keys() - made.keys():
+        yield f"the event {name} stands in the header and is never made"
+    for name in made.keys() - contract.events.keys():
+        yield f"the event {name} is made and does not stand in the header"
+    for name in contract.events.keys() & made.keys():
+        if contract.events[name] != made[name]:
+            yield f"{name}: the header has the fields {', '.join(contract.events[name])}; the body {', '.join(made[name])}"
 
 
 # --- reading Lua
 
 
-def _without_dead_refusals(body: str) -> str:
-    """The body without the refusals that an include offers and this script turns off by a local that is `false`."""
-    for names, values in _LOCAL.findall(body):
-        for name, value in zip(names.split(", "), _split(values), strict=False):
-            if value == "false":
-                body = re.sub(rf"^if {name} and [^\n]+ then\n  return [^\n]+\nend$", "", body, flags=re.MULTILINE)
-    return body
-
-
-def _calls(body: str) -> Iterator[list[str]]:
-    """The arguments of every redis.call, the command first."""
-    for match in re.finditer(r"\bredis\.p?call\(", body):
-        yield _split(_balanced(body, match.end() - 1))
+def _calls(text: str, *names: str) -> Iterator[list[str]]:
+    """The arguments of every call of these functions."""
+    pattern = "|".join(map(re.escape, names))
+    for match in re.finditer(rf"(?<![\w.])(?:{pattern})\(", text):
+        yield _split(_balanced(text, match.end() - 1))
 
 
 def _balanced(text: str, start: int) -> str:

@@ -28,7 +28,7 @@ from coupon_svc.postgres.migrations import migrate
 from coupon_svc.postgres.quarantine import deal_again, redeem_receipt
 from coupon_svc.postgres.recovery import NewEpoch, Verdict
 from coupon_svc.postgres.shards import OwnedShard, owned_shards
-from coupon_svc.redis.control import OwnerStore
+from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.resources import resource_folder
@@ -50,7 +50,7 @@ class Bench(NamedTuple):
 
     url: str
     ledger: asyncpg.Connection
-    store: OwnerStore
+    store: ShardControl
     redis: Any
     recoverer: Recoverer
 
@@ -111,7 +111,7 @@ async def bench(postgres_url: str, own_redis: EmbeddedRedis) -> AsyncIterator[Be
     ledger = await open_connection(url, "coupon-writer w")
     await ledger.execute("INSERT INTO tenants (name) VALUES ('t')")
     await ledger.execute("UPDATE shards SET owner = 'w', generation = 1 WHERE shard = 0")
-    store = OwnerStore(own_redis.url, SHARDS, Scripts())
+    store = ShardControl(own_redis.url, SHARDS, Scripts())
     bench = Bench(url, ledger, store, redis, Recoverer("w", store, 1000))
     await bench.recover()
     yield bench

@@ -22,11 +22,12 @@ from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.shards import new_book_id
+from coupon_svc.ops.bench.assigning import assign_command
 from coupon_svc.postgres.catalogue import NewBook, insert_book, insert_codes, random_places
 from coupon_svc.postgres.lending import lease_block
 from coupon_svc.postgres.shards import OwnedShard
 from coupon_svc.redis.connection import Connection, connect
-from coupon_svc.redis.control import OwnerStore, Term
+from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
@@ -187,10 +188,10 @@ def test_places_in_a_span_of_three_are_any_of_the_three() -> None:
 class Dealer:
     """Loads and deals as the service does: the owner's store, and assign_coupon on a shared connection."""
 
-    def __init__(self, owner: OwnerStore, connection: Connection, scripts: Scripts) -> None:
+    def __init__(self, owner: ShardControl, connection: Connection, scripts: Scripts) -> None:
         self._owner = owner
         self._connection = connection
-        self._sha = scripts["assign_coupon"].sha
+        self._assign = scripts["assign_coupon"]
         self._keys = ShardKeys(SHARD, SHARDS)
 
     async def load(self, book_id: str, codes: Sequence[str]) -> None:
@@ -198,23 +199,13 @@ class Dealer:
         await self._owner.load_codes(TERM, book_id, codes, 0)
 
     async def deal(self, book_id: str, count: int) -> list[str]:
-        keys = self._keys
-        touched = [
-            keys.meta,
-            keys.book(book_id),
-            keys.free(book_id),
-            keys.holders(book_id),
-            keys.coupons(1, "u"),
-            keys.events,
-        ]
-        futures = [
-            self._connection.send("EVALSHA", self._sha, 6, *touched, TERM.epoch, 0, 1, book_id, "u", "", "")
-            for _ in range(count)
-        ]
-        replies: list[Any] = [await future for future in futures]
-        assert not any(isinstance(reply, ReplyError) for reply in replies), replies[0]
-        assert all(reply[0] == "ok" for reply in replies), replies[0]
-        return [reply[1] for reply in replies]
+        command = assign_command(self._assign, self._keys, TERM.epoch, 1, book_id, "u")
+        futures = [self._connection.send(*command) for _ in range(count)]
+        raw: list[Any] = [await future for future in futures]
+        assert not any(isinstance(reply, ReplyError) for reply in raw), raw[0]
+        replies = [self._assign.reply(reply) for reply in raw]
+        assert all(reply.outcome == "ok" for reply in replies), replies[0]
+        return [reply.code for reply in replies]
 
     async def deal_blocks(self, book_id: str, blocks: Sequence[Sequence[str]]) -> list[str]:
         """Every code of the blocks in the order dealt; the next block comes when half of one is left, as it does."""
@@ -230,7 +221,7 @@ class Dealer:
 @pytest.fixture(scope="module")
 async def dealer(plain_redis: EmbeddedRedis) -> AsyncIterator[Dealer]:
     scripts = Scripts()
-    owner = OwnerStore(plain_redis.url, SHARDS, scripts, "inst-1")
+    owner = ShardControl(plain_redis.url, SHARDS, scripts, "inst-1")
     await owner.shut_shard(TERM)
     await owner.certify_shard(TERM, await owner.connect(), 1_000_000_000)
     connection = await connect(plain_redis.url, "test-fairness")

@@ -12,7 +12,7 @@ from coupon_svc.http import registration
 from coupon_svc.postgres import database
 from coupon_svc.postgres.database import open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable
-from coupon_svc.redis.control import OwnerStore
+from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.data_plane import Store
 from coupon_svc.redis.positions import Positions
 from coupon_svc.redis.scripts import Scripts
@@ -27,7 +27,7 @@ async def of_registration(url: str) -> Any:
 
 
 async def of_lender(url: str) -> Any:
-    return await lend.Lender(url, "wr_test", cast(OwnerStore, None), {}, 1, 1).session.connection()
+    return await lend.Lender(url, "wr_test", cast(ShardControl, None), {}, 1, 1).session.connection()
 
 
 async def of_writer(url: str) -> Any:

@@ -29,7 +29,7 @@ from coupon_svc.postgres.marks import Mark
 from coupon_svc.postgres.quarantine import redeem_receipt
 from coupon_svc.postgres.recovery import NewEpoch
 from coupon_svc.postgres.shards import OwnedShard
-from coupon_svc.redis.control import OwnerStore, Term
+from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.data_plane import Store
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.positions import Positions
@@ -60,8 +60,8 @@ async def test_positions_of_another_installation_of_the_server_wake_nobody(plain
     shards = 83  # of no other test on this server
     store = Store(plain_redis.url, shards, Positions(shards, 3000), Scripts())
     owners = [
-        OwnerStore(plain_redis.url, shards, Scripts(), "inst-1"),
-        OwnerStore(plain_redis.url + "/1", shards, Scripts(), "inst-2"),
+        ShardControl(plain_redis.url, shards, Scripts(), "inst-1"),
+        ShardControl(plain_redis.url + "/1", shards, Scripts(), "inst-2"),
     ]
     term = Term(0, epoch=1, generation=1)
     store.join("inst-1")

@@ -11,7 +11,7 @@ import pytest
 
 from coupon_svc.postgres.database import open_connection
 from coupon_svc.postgres.quarantine import want_recovery
-from coupon_svc.redis.control import OwnerStore
+from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.data_plane import Store
 from coupon_svc.redis.errors import StoreError
 from coupon_svc.redis.positions import Positions
@@ -73,7 +73,7 @@ async def taciturn() -> AsyncIterator[tuple[str, list[asyncio.StreamWriter]]]:
 async def test_the_writer_gives_up_a_redis_that_does_not_say_who_it_is(
     taciturn: tuple[str, list[asyncio.StreamWriter]],
 ) -> None:
-    store = OwnerStore(taciturn[0], 1, Scripts())
+    store = ShardControl(taciturn[0], 1, Scripts())
     with pytest.raises(StoreError):
         await asyncio.wait_for(store.connect(), GIVEN_UP_S)
     assert store.identity is None

@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 from redis import Redis
 
 from coupon_svc.dev.servers import EmbeddedRedis
+from coupon_svc.domain.holding import Holding, parse_positions
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 
@@ -46,7 +47,7 @@ class Held:
 
     def __init__(self, user: str, position: str) -> None:
         self.user = user
-        self.position = position
+        self.assigned = self.position = position
         self.uses = 0
         self.token = ""
 
@@ -105,11 +106,24 @@ class Walk(RuleBasedStateMachine):
 
     # --- calls
 
-    def run(self, name: str, keys: list[str], *args: Any, epoch: int | str = EPOCH, second: int = 0) -> list[Any]:
-        """Run a script; `second` is what follows the epoch: the seen seq, or the owner's generation."""
-        script = self.scripts[name]
-        reply: list[Any] = self.redis.evalsha(script.sha, len(keys) + 1, self.keys.meta, *keys, epoch, second, *args)
+    def run(self, name: str, **named: Any) -> list[Any]:
+        """Run a script of the shard."""
+        reply: list[Any] = self.redis.execute_command(*self.scripts[name].pack(meta=self.keys.meta, **named))
         return reply
+
+    def own(self, name: str, *, generation: int = GENERATION, **named: Any) -> list[Any]:
+        """Run a script as the shard's owner does."""
+        return self.run(name, epoch=EPOCH, generation=generation, **named)
+
+    def ask(
+        self, name: str, *, epoch: int = EPOCH, seen_seq: int = 0, tenant_id: int = TENANT, **named: Any
+    ) -> list[Any]:
+        """Run a script as the API does."""
+        return self.run(name, epoch=epoch, seen_seq=seen_seq, tenant_id=tenant_id, **named)
+
+    def keys_of(self, book_id: str, *names: str) -> dict[str, Any]:
+        """Keys of a book by their names in the headers of scripts."""
+        return {name: getattr(self.keys, name)(book_id) for name in ("book", *names)}
 
     def publish(self) -> None:
         """The ledger is seen, or known to be away, at this moment."""
@@ -118,8 +132,10 @@ class Walk(RuleBasedStateMachine):
 
     def tell(self, committed: int, told: str = "committed", generation: int = GENERATION) -> list[Any]:
         """Publish a position as the shard's owner does."""
-        args = (committed, told, 0, "cb:walk", "", "", "", RUN_ID, INSTALLATION)
-        return self.run("publish_position", [self.keys.events], *args, second=generation)
+        return self.own(
+            "publish_position", generation=generation, events=self.keys.events, committed=committed, ledger=told,
+            trim_seq=0, channel="cb:walk", run_id=RUN_ID, installation=INSTALLATION,
+        )  # fmt: skip
 
     def fields_of(self, book: Book) -> list[str]:
         fields = {
@@ -138,8 +154,8 @@ class Walk(RuleBasedStateMachine):
         return [part for pair in fields.items() for part in pair]
 
     def put(self, book: Book, known: str = "known") -> list[Any]:
-        args = (book.version, known, *self.fields_of(book))
-        return self.run("put_book", [self.keys.book(book.book_id)], *args, second=GENERATION)
+        rules = self.fields_of(book)
+        return self.own("put_book", **self.keys_of(book.book_id), version=book.version, known=known, rules=rules)
 
     def book(self, number: int) -> Book:
         return self.books[number % len(self.books)]
@@ -149,8 +165,9 @@ class Walk(RuleBasedStateMachine):
         held = sorted(book.held)
         return held[number % len(held)] if held and number % 4 else book.codes[number % len(book.codes)]
 
-    def idem(self, book: Book, key: str | None) -> list[str]:
-        return [self.keys.idem(TENANT, book.book_id, key)] if key else []
+    def keyed(self, book: Book, key: str | None, fingerprint: str) -> dict[str, Any]:
+        """What a request with an Idempotency-Key shows; nothing without one."""
+        return {"idem": self.keys.idem(TENANT, book.book_id, key), "fingerprint": fingerprint} if key else {}
 
     def seen_before(self, book: Book, key: str | None, fingerprint: str) -> list[Any] | None:
         if key is None or key not in book.idem:
@@ -175,11 +192,12 @@ class Walk(RuleBasedStateMachine):
 
     @initialize()
     def open_shard(self) -> None:
-        assert self.run("shut_shard", [], INSTALLATION, epoch=GENERATION, second=EPOCH) == ["ok"]
-        args = (RUN_ID, self.redis.info("replication")["master_replid"], BACKLOG_MAX)
-        assert self.run("certify_shard", [self.keys.events], *args, epoch=f"{GENERATION}-{EPOCH}", second=EPOCH) == [
-            "ok"
-        ]
+        assert self.own("shut_shard", installation=INSTALLATION) == ["ok"]
+        certified = self.run(
+            "certify_shard", events=self.keys.events, recovery=f"{GENERATION}-{EPOCH}", epoch=EPOCH, run_id=RUN_ID,
+            replid=self.redis.info("replication")["master_replid"], backlog_max=BACKLOG_MAX,
+        )  # fmt: skip
+        assert certified == ["ok"]
 
     @rule(ack=st.sampled_from(["ledger", "redis"]), uses_max=limits, limit=limits, total=st.integers(1, 6))
     @precondition(lambda self: len(self.books) < 3)
@@ -199,12 +217,15 @@ class Walk(RuleBasedStateMachine):
         again = book.codes[max(0, book.lent - resend) : book.lent]
         book.lent += len(fresh)
         book.free |= set(fresh)
-        entries = [part for code in again + fresh for part in (score(code), code)]
-        touched = [self.keys.book(book.book_id), self.keys.free(book.book_id), self.keys.holders(book.book_id)]
-        unlent = len(book.codes) - book.lent
-        assert self.run("load_codes", touched, unlent, *entries, second=GENERATION + 1) == ["suspect"]
-        reply = self.run("load_codes", touched, unlent, *entries, second=GENERATION)
-        assert reply == ["ok", len(fresh), len(book.free)]
+        codes = again + fresh
+        load: dict[str, Any] = {
+            **self.keys_of(book.book_id, "free", "holders"),
+            "unlent": len(book.codes) - book.lent,
+            "scores": [score(code) for code in codes],
+            "codes": codes,
+        }
+        assert self.own("load_codes", generation=GENERATION + 1, **load) == ["suspect", "owner"]
+        assert self.own("load_codes", **load) == ["ok", len(fresh), len(book.free)]
 
     @rule(
         number=numbers, change=st.sampled_from(["active", "active", "active", "paused", "closed", "starts", "expires"])
@@ -249,8 +270,7 @@ class Walk(RuleBasedStateMachine):
             told = ["refilling" if book.lent < len(book.codes) else "book_exhausted"]
         if told is None and (reason := self.room(1, book.ack == "ledger")):
             told = [reason]
-        args = (TENANT, book.book_id, user, key or "", fingerprint if key else "")
-        reply = self.run("assign_coupon", self.assign_keys(book, user, key), *args)
+        reply = self.ask("assign_coupon", **self.assign(book, user, key, fingerprint))
         if told is not None:
             assert reply == told
             return
@@ -266,8 +286,7 @@ class Walk(RuleBasedStateMachine):
         fingerprint = f"assign {code} {user}"
         told = self.seen_before(book, key, fingerprint)
         holder, held = book.held.get(code), book.held_by(user)
-        args = (TENANT, book.book_id, user, key or "", fingerprint if key else "", code)
-        reply = self.run("assign_code", self.assign_code_keys(book, user, key), *args)
+        reply = self.ask("assign_code", **self.assign_this(book, user, key, fingerprint, code))
         if told is None and holder is not None and holder.user == user:
             answer = [code, reply[2], holder.position, book.ack, book.left(holder.uses)]
             assert reply == ["already_yours", *answer]
@@ -292,20 +311,25 @@ class Walk(RuleBasedStateMachine):
         reason = book.shut()
         return [reason] if reason else None
 
-    def assign_keys(self, book: Book, user: str, key: str | None) -> list[str]:
-        of = self.keys
-        mine = [
-            of.book(book.book_id),
-            of.free(book.book_id),
-            of.holders(book.book_id),
-            of.coupons(TENANT, user),
-            of.events,
-        ]
-        return mine + self.idem(book, key)
+    def assign(self, book: Book, user: str, key: str | None, fingerprint: str) -> dict[str, Any]:
+        return {
+            **self.keys_of(book.book_id, "free", "holders"),
+            **self.keyed(book, key, fingerprint),
+            "coupons": self.keys.coupons(TENANT, user),
+            "events": self.keys.events,
+            "book_id": book.book_id,
+            "user_id": user,
+            "idempotency_key": key or "",
+        }
 
-    def assign_code_keys(self, book: Book, user: str, key: str | None) -> list[str]:
-        keys = self.assign_keys(book, user, None)
-        return [*keys, self.keys.quarantine(book.book_id), *self.idem(book, key)]
+    def assign_this(self, book: Book, user: str, key: str | None, fingerprint: str, code: str) -> dict[str, Any]:
+        quarantine = self.keys.quarantine(book.book_id)
+        return {**self.assign(book, user, key, fingerprint), "quarantine": quarantine, "code": code}
+
+    def of_coupon(self, book: Book, code: str) -> dict[str, Any]:
+        """Keys that lock and redeem both take."""
+        pool = self.keys_of(book.book_id, "holders", "free", "quarantine")
+        return {**pool, "lock": self.keys.lock(book.book_id, code)}
 
     def assigned(self, book: Book, user: str, reply: list[Any], key: str | None, fingerprint: str) -> None:
         position = self.next_position()
@@ -351,17 +375,10 @@ class Walk(RuleBasedStateMachine):
         told = self.seen_before(book, key, fingerprint) or self.refuse_holder(book, code, user, shown)
         if told is None and (reason := self.room(1, False)):
             told = [reason]
-        of, book_id = self.keys, book.book_id
-        touched = [
-            of.book(book_id),
-            of.holders(book_id),
-            of.lock(book_id, code),
-            of.free(book_id),
-            of.quarantine(book_id),
-            *self.idem(book, key),
-        ]
-        args = (TENANT, code, user, shown, new_token, "", fingerprint if key else "")
-        reply = self.run("lock_coupon", touched, *args)
+        reply = self.ask(
+            "lock_coupon", **self.of_coupon(book, code), **self.keyed(book, key, fingerprint), code=code, user_id=user,
+            lock_token=shown, new_token=new_token,
+        )  # fmt: skip
         if told is not None:
             assert reply[: len(told)] == told
             assert told != ["locked"] or 0 < reply[1] <= HOUR_MS
@@ -383,9 +400,9 @@ class Walk(RuleBasedStateMachine):
         told = self.seen_before(book, key, fingerprint)
         if told is None and held is not None and held.token and held.token != shown:
             told = ["lock_not_held"]
-        of, book_id = self.keys, book.book_id
-        touched = [of.book(book_id), of.lock(book_id, code), *self.idem(book, key)]
-        reply = self.run("unlock_coupon", touched, TENANT, shown, fingerprint if key else "")
+        lock = self.keys.lock(book.book_id, code)
+        keyed = self.keyed(book, key, fingerprint)
+        reply = self.ask("unlock_coupon", **self.keys_of(book.book_id), lock=lock, lock_token=shown, **keyed)
         assert reply == (told or ["ok"])
         if told is None:
             self.remember(book, key, fingerprint, [])
@@ -403,22 +420,21 @@ class Walk(RuleBasedStateMachine):
         told = self.seen_before(book, key, fingerprint) or self.refuse_holder(book, code, user, shown)
         if told is None and (reason := self.room(1.25, True)):
             told = [reason]
-        of, book_id = self.keys, book.book_id
-        touched = [of.book(book_id), of.holders(book_id), of.lock(book_id, code), of.free(book_id), of.events]
-        touched.append(of.quarantine(book_id))
-        args = (TENANT, code, user, shown, book_id, "ref", "", key or "", fingerprint if key else "")
-        reply = self.run("redeem_coupon", touched + self.idem(book, key), *args)
+        reply = self.ask(
+            "redeem_coupon", **self.of_coupon(book, code), **self.keyed(book, key, fingerprint), events=self.keys.events,
+            code=code, user_id=user, lock_token=shown, book_id=book.book_id, reference="ref", idempotency_key=key or "",
+        )  # fmt: skip
         if told is not None:
             assert reply[: len(told)] == told
             return
         held = book.held[code]
         held.uses += 1
         position, held.token = self.next_position(), ""
-        held.position = held.position.partition("/")[0] + "/" + position
+        held.position = f"{held.assigned}/{position}"
         uses = str(held.uses)
         assert reply == ["ok", held.user, reply[2], position, uses, book.left(held.uses)]
         self.remember(book, key, fingerprint, reply[1:])
-        expected = {"event": "coupon_redeemed", "book": book_id, "code": code, "user": held.user, "uses": uses}
+        expected = {"event": "coupon_redeemed", "book": book.book_id, "code": code, "user": held.user, "uses": uses}
         self.told_event(position, reference="ref", **expected)
 
     @rule(number=numbers, which=numbers)
@@ -437,18 +453,15 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: self.books)
     def strangers_learn_nothing(self, number: int) -> None:
         book = self.book(number)
-        of = self.keys
-        touched = [of.book(book.book_id), of.holders(book.book_id), of.free(book.book_id)]
-        assert self.run("read_book", touched, TENANT, second=self.seq + 1) == ["suspect"]
-        assert self.run("read_book", touched, TENANT, epoch=EPOCH + 1) == ["suspect"]
-        assert self.run("read_book", touched, TENANT + 1) == ["book_not_found"]
-        assert self.run("read_book", [of.book("none"), of.holders("none"), of.free("none")], TENANT) == [
-            "book_not_loaded"
-        ]
+        keys = self.keys_of(book.book_id, "holders", "free")
+        assert self.ask("read_book", **keys, seen_seq=self.seq + 1) == ["suspect", "position"]
+        assert self.ask("read_book", **keys, epoch=EPOCH + 1) == ["suspect", "epoch"]
+        assert self.ask("read_book", **keys, tenant_id=TENANT + 1) == ["book_not_found"]
+        assert self.ask("read_book", **self.keys_of("none", "holders", "free")) == ["book_not_loaded"]
         if self.committed:
-            assert self.tell(self.committed - 1) == ["suspect"]
-        assert self.tell(self.seq + 1) == ["suspect"]
-        assert self.tell(self.committed, generation=0) == ["suspect"]
+            assert self.tell(self.committed - 1) == ["suspect", "position"]
+        assert self.tell(self.seq + 1) == ["suspect", "position"]
+        assert self.tell(self.committed, generation=0) == ["suspect", "owner"]
 
     @rule(number=numbers, which=numbers, user=users)
     @precondition(lambda self: any(book.free and book.shut() is None for book in self.books))
@@ -459,17 +472,14 @@ class Walk(RuleBasedStateMachine):
         of, book_id = self.keys, book.book_id
         pool = self.redis.zrange(of.free(book_id), 0, -1, withscores=True)
         self.redis.zrem(of.free(book_id), code)
-        lock_keys = [of.book(book_id), of.holders(book_id), of.lock(book_id, code), of.free(book_id)]
-        locked = self.run("lock_coupon", [*lock_keys, of.quarantine(book_id)], TENANT, code, "", "", "lk_new", "", "")
-        assert locked == ["suspect", "counts"]
-        redeem_keys = [*lock_keys, of.events, of.quarantine(book_id)]
-        redeemed = self.run("redeem_coupon", redeem_keys, TENANT, code, "", "", book_id, "", "", "", "")
+        keys = self.of_coupon(book, code)
+        assert self.ask("lock_coupon", **keys, code=code, new_token="lk_new") == ["suspect", "counts"]
+        redeemed = self.ask("redeem_coupon", **keys, events=of.events, code=code, book_id=book_id)
         assert redeemed == ["suspect", "counts"]
         if book.limit is None:
-            args = (TENANT, book_id, user, "", "", code)
-            assert self.run("assign_code", self.assign_code_keys(book, user, None), *args) == ["suspect", "counts"]
+            assert self.ask("assign_code", **self.assign_this(book, user, None, "", code)) == ["suspect", "counts"]
             self.redis.delete(of.free(book_id))
-            assert self.run("assign_coupon", self.assign_keys(book, user, None), *args[:-1]) == ["suspect", "counts"]
+            assert self.ask("assign_coupon", **self.assign(book, user, None, "")) == ["suspect", "counts"]
         self.redis.zadd(of.free(book_id), dict(pool))
 
     # --- after every step
@@ -497,9 +507,11 @@ class Walk(RuleBasedStateMachine):
         for book in self.books:
             free, holders, counters, locks = (rest.pop(0) for _ in range(4))
             assert set(free) == book.free
-            expected = {code: [held.position, str(held.uses), held.user] for code, held in book.held.items()}
-            found = {code: value.split(" ", 3) for code, value in holders.items()}
-            assert {code: [value[0], value[1], value[3]] for code, value in found.items()} == expected
+            expected = {
+                code: (*parse_positions(held.position), held.uses, held.user) for code, held in book.held.items()
+            }
+            found = {code: Holding.parse(text) for code, text in holders.items()}
+            assert {code: (one.assigned, one.last, one.uses, one.user_id) for code, one in found.items()} == expected
             assert [lock or "" for lock in locks[1:]] == [held.token for held in book.held.values()]
             spent = sum(held.uses == book.uses_max for held in book.held.values())
             partly = sum(held.uses for held in book.held.values()) - spent

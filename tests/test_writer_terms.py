@@ -17,7 +17,7 @@ from coupon_svc.postgres import lending
 from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.lending import BookNow, Lease
 from coupon_svc.postgres.shards import OwnedShard
-from coupon_svc.redis.control import OwnerStore
+from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
@@ -36,7 +36,7 @@ CHAIN = bytes(32)
 class Recovered(NamedTuple):
     """A shard that was recovered from `before` into the epoch that it is in now, with one book whose pool is empty."""
 
-    store: OwnerStore
+    store: ShardControl
     shard: Shard
     before: OwnedShard
     book_id: str
@@ -45,7 +45,7 @@ class Recovered(NamedTuple):
 @pytest.fixture
 async def recovered(cluster_redis: EmbeddedRedis) -> AsyncIterator[Recovered]:
     number = next(NUMBERS)
-    store = OwnerStore(cluster_redis.url, SHARDS, Scripts())
+    store = ShardControl(cluster_redis.url, SHARDS, Scripts())
     before = OwnedShard(number, 1, 0, 3, CHAIN)
     after = before._replace(epoch=2)
     shard = Shard(before)
@@ -167,7 +167,7 @@ async def test_codes_are_counted_though_their_position_cannot_be_told(recovered:
     """Else the pool would be thought fuller than it is, run dry, and never be refilled."""
     _, shard, before, book_id = recovered
     assigned: list[tuple[str, int]] = []
-    away = OwnerStore("redis://127.0.0.1:1", SHARDS, Scripts())
+    away = ShardControl("redis://127.0.0.1:1", SHARDS, Scripts())
     persister = Persister(
         "", "wr", away, {before.shard: shard}, lambda _, book, number: assigned.append((book, number)), LedgerClock()
     )
@@ -183,7 +183,7 @@ async def test_a_shard_that_cannot_be_shut_when_it_is_stopped_is_shut_by_who_wou
 ) -> None:
     """Nothing else would look at it again, and callers be given codes of it."""
     _, shard, before, _ = recovered
-    away = OwnerStore("redis://127.0.0.1:1", SHARDS, Scripts())
+    away = ShardControl("redis://127.0.0.1:1", SHARDS, Scripts())
     url = await fresh_database(postgres_url, SHARDS)
     persister = Persister(url, "wr", away, {before.shard: shard}, lambda *_: None, LedgerClock())
     connection = await asyncpg.connect(url)

@@ -19,7 +19,7 @@ from coupon_svc.postgres.database import LedgerConnection, LedgerSession
 from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.liveness import LOOKS_APART_MAX_S, Watch
 from coupon_svc.postgres.shards import OwnedShard, drop_writer, renew_writer, writer_beats
-from coupon_svc.redis.control import OwnerStore, Term
+from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.errors import StoreError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
@@ -257,7 +257,7 @@ async def test_a_shard_that_is_given_up_within_the_lenders_turn_ends_nothing(
     monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     shards = {number: shard(number) for number in range(3)}
-    lender = Lender("", "wr", OwnerStore("redis://127.0.0.1:1", 3, Scripts()), shards, 20, 20)
+    lender = Lender("", "wr", ShardControl("redis://127.0.0.1:1", 3, Scripts()), shards, 20, 20)
     lender._in_doubt = {f"bk_0{number}x": shards[number] for number in range(3)}
     brought: list[int] = []
 
@@ -293,7 +293,7 @@ async def test_what_goes_wrong_with_one_shard_does_not_end_the_lenders_turn(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     shards = {number: shard(number) for number in range(3)}
-    lender = Lender("", "wr", OwnerStore("redis://127.0.0.1:1", 3, Scripts()), shards, 20, 20)
+    lender = Lender("", "wr", ShardControl("redis://127.0.0.1:1", 3, Scripts()), shards, 20, 20)
     lender._low = {f"bk_0{number}x": shards[number] for number in range(3)}
     refilled: list[int] = []
 
@@ -314,7 +314,7 @@ async def test_what_goes_wrong_with_one_shard_does_not_end_the_lenders_turn(
     assert "secret" not in caplog.text
 
 
-class OddStore(OwnerStore):
+class OddStore(ShardControl):
     """A Redis whose shard 1 answers what cannot be read."""
 
     def __init__(self) -> None:
@@ -418,7 +418,7 @@ async def test_a_shard_that_another_writer_took_throws_no_other_shards_batch_awa
 
 async def test_a_store_that_cannot_be_reached_is_the_trouble_of_all_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     shards = {number: shard(number) for number in range(2)}
-    lender = Lender("", "wr", OwnerStore("redis://127.0.0.1:1", 2, Scripts()), shards, 20, 20)
+    lender = Lender("", "wr", ShardControl("redis://127.0.0.1:1", 2, Scripts()), shards, 20, 20)
 
     async def away() -> None:
         raise StoreError("away")

@@ -7,14 +7,13 @@ cannot be found any more makes `mypy` or tests/test_chaos_proves_itself.py fail 
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coupon_svc.cli import main
-from coupon_svc.domain import clock
+from coupon_svc.domain import bounds, clock
 from coupon_svc.domain.outcomes import Refused
 from coupon_svc.postgres import events, lending, recovery
 from coupon_svc.redis import scripts as store_scripts
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 _read_script = store_scripts.read_script
 
 
-def _without_lines(name: str, lines: str) -> None:
-    """Load scripts as if `lines` did not stand in the file of this name, or in what it includes."""
+def _without_lines(name: str, lines: str, instead: str = "") -> None:
+    """Load scripts as if `instead` stood where `lines` do in the file of this name, or in what it includes."""
     read_before = store_scripts.read_script
 
     def read_script(path: Path) -> Script:
@@ -39,7 +38,7 @@ def _without_lines(name: str, lines: str) -> None:
         if path.stem != name:
             return script
         assert lines in script.source, f"{name}.lua has changed: the safeguard is not where it was"
-        return _cut(script, lines)
+        return _cut(script, lines, instead)
 
     store_scripts.read_script = read_script
 
@@ -57,7 +56,7 @@ def _without_text(include: str, text: str, instead: str = "") -> None:
 
 def _cut(script: Script, text: str, instead: str = "") -> Script:
     source = script.source.replace(text, instead)
-    return Script(script.name, source, hashlib.sha1(source.encode()).hexdigest())
+    return store_scripts.bind_script(script.name, script.contract, source)
 
 
 def record_epoch() -> None:
@@ -102,19 +101,18 @@ def installation() -> None:
 
     honest = Connection.send
     Connection.send = send  # type: ignore[method-assign]
-    _without_lines("open_shard", 'if meta[7] and meta[7] ~= ARGV[7] then\n  return {"foreign", meta[7]}\nend\n')
-    _without_lines("shut_shard", 'if meta[4] and meta[4] ~= ARGV[3] then\n  return {"foreign", meta[4]}\nend\n')
+    for name in ("open_shard", "shut_shard"):
+        _without_lines(name, "kept_installation ~= installation", "false")
 
 
 def clocks() -> None:
     """Redis's clock is believed, however far it is from Postgres's."""
     compared = (
-        'if ARGV[9] ~= "" and math.abs(now_ms - tonumber(ARGV[9])) > 60000 then\n  return {"clock", at_ms}\nend\n'
+        'if ledger_ms ~= "" and math.abs(now_ms - tonumber(ledger_ms)) > CLOCKS_APART_MAX_MS then\n'
+        '  return {"clock", at_ms}\nend\n'
     )
     _without_lines("publish_position", compared)
-    from coupon_svc.redis import control
-
-    control.CLOCKS_APART_MAX_MS = 10**15
+    bounds.CLOCKS_APART_MAX_MS = 10**15
 
 
 def in_touch() -> None:
@@ -135,31 +133,29 @@ def quarantine() -> None:
 
 def rebuild() -> None:
     """A recovery drops nothing of what Redis holds, whatever that is."""
-    from coupon_svc.redis.control import OwnerStore
+    from coupon_svc.redis.control import ShardControl
 
     async def wipe_shard(*_: Any) -> None:
         return None
 
-    OwnerStore.wipe_shard = wipe_shard  # type: ignore[method-assign, assignment]
+    ShardControl.wipe_shard = wipe_shard  # type: ignore[method-assign, assignment]
 
 
 def replay() -> None:
     """An Idempotency-Key that was used before is not looked up."""
-    included = (resource_folder("lua") / "include" / "replay.lua").read_text()
-    _without_lines("assign_coupon", included)
+    _without_lines("assign_coupon", "if answer then\n  return answer\nend\n")
 
 
 def replid() -> None:
     """Scripts do not ask in which history the server is."""
-    compared = (
-        '\n  or not string.find(redis.call("INFO", "replication"), "master_replid:" .. tostring(meta[6]), 1, true)'
-    )
-    _without_lines("assign_coupon", compared)
+    fence = (resource_folder("lua") / "include" / "fence.lua").read_text()
+    start, end = fence.index("  if not string.find(redis.call("), fence.index("  return nil, meta")
+    _without_lines("assign_coupon", fence[start:end])
 
 
 def lock() -> None:
     """A redeem does not mind that somebody else has the code locked."""
-    _without_lines("redeem_coupon", 'if held_token and shown_token == "" then\n  return {"locked", held_ms}\nend\n')
+    _without_lines("redeem_coupon", 'if held_token and shown_token == "" then\n    return {"locked", held_ms}\n  end\n')
 
 
 def lease() -> None:
@@ -181,12 +177,13 @@ def lease() -> None:
 
 def epoch() -> None:
     """Scripts do not compare the epoch."""
-    _without_text("fence", "if meta[1] ~= ARGV[1] or not", "if not")
+    compared = 'if kept_epoch ~= epoch then\n    return {"suspect", "epoch"}\n  end\n  local meta'
+    _without_text("fence", compared, "local meta")
 
 
 def seen_position() -> None:
     """Neither a script nor the look at Redis once a second compares the position with what was seen."""
-    _without_text("fence", " or tonumber(meta[2]) < tonumber(ARGV[2])")
+    _without_text("fence", "if meta.seq < tonumber(seen_seq) then", "if false then")
     stores: list[Store] = []
 
     async def read_info(connection: Connection) -> dict[str, str]:
@@ -210,7 +207,7 @@ def seen_position() -> None:
 
 def fenced_load() -> None:
     """Codes are loaded whoever brings them, and in whatever epoch they were lent."""
-    _without_lines("load_codes", (resource_folder("lua") / "include" / "owner.lua").read_text())
+    _without_lines("load_codes", "if refusal then\n  return refusal\nend\nlocal lent", "local lent")
 
 
 def position() -> None:
@@ -277,7 +274,7 @@ def stop_flag() -> None:
 def room() -> None:
     """The backlog has no bound."""
     text = (resource_folder("lua") / "include" / "room.lua").read_text()
-    _without_text("room", text[text.index("if tonumber(meta[2])") : text.index("local unseen_ms")])
+    _without_text("room", text[text.index("if meta.seq") : text.index("local unseen_ms")])
 
 
 SAFEGUARDS: dict[str, Callable[[], None]] = {

@@ -14,7 +14,7 @@ from coupon_svc.domain.errors import CouponError
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, one_row, open_connection
 from coupon_svc.postgres.migrations import check_installation
 from coupon_svc.postgres.recovery import EPOCH_CHANNEL, last_seq
-from coupon_svc.redis.control import OwnerStore, Term
+from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.redis.meta import ShardMeta
 from coupon_svc.redis.scripts import Scripts
@@ -127,7 +127,7 @@ async def adopt(
     """
     connection = await open_connection(settings.database_url, "coupon-cli", PATIENT_S)
     stored = await connection.fetchval("SELECT shards FROM settings")
-    store = OwnerStore(settings.redis_url, stored, Scripts(), await check_installation(connection, stored))
+    store = ShardControl(settings.redis_url, stored, Scripts(), await check_installation(connection, stored))
     try:
         if shard is not None and not 0 <= shard < stored:
             raise AdoptError(f"there is no shard {shard}: this installation has {stored}, from 0 to {stored - 1}.")
@@ -145,7 +145,7 @@ async def adopt(
         connection.terminate()
 
 
-async def _look(connection: LedgerConnection, store: OwnerStore, row: Any) -> Stopped:
+async def _look(connection: LedgerConnection, store: ShardControl, row: Any) -> Stopped:
     """Both sides of a shard. It is shut in Redis first, so that what is found there stays so. Raises StoreError."""
     number = row["shard"]
     meta = await store.read_meta(number)

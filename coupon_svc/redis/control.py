@@ -8,26 +8,27 @@ import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from coupon_svc.redis.connection import Connection, Reply, connect, replies_within
+from coupon_svc.domain.holding import Holding
+from coupon_svc.redis.connection import Connection, connect, replies_within
+from coupon_svc.redis.connection import Reply as RawReply
+from coupon_svc.redis.contract import Reply
 from coupon_svc.redis.errors import (
     ClocksApart,
     CountsDiffer,
-    Fenced,
     ForeignRedis,
+    NotSent,
     OutOfMemory,
     ReplyError,
     StoreError,
     WrongKeyType,
-    shard_not_usable,
 )
 from coupon_svc.redis.keys import ShardKeys, positions_channel
 from coupon_svc.redis.meta import ShardMeta, meta_of
+from coupon_svc.redis.runner import run_script
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import Identity, load_scripts, read_identity
 
 CODES_PER_CALL_MAX = KEYS_PER_CALL_MAX = 500
-CLOCKS_APART_MAX_MS = 60_000
-"""As publish_position.lua has it. Idempotency records and locks end by Redis's clock, and books begin and end by it."""
 LedgerSeen = Literal["committed", "seen", "away"]
 """How the ledger was met just now: by a commit, by a statement that wrote nothing, or not at all."""
 REPLY_TIMEOUT_S = 3.0
@@ -55,7 +56,7 @@ def _require_types(error: ReplyError) -> None:
         raise WrongKeyType("a key has another type")
 
 
-class OwnerStore:
+class ShardControl:
     """Two connections, both given up on the first trouble: one for scripts, one that waits for events."""
 
     def __init__(self, url: str, shards: int, scripts: Scripts, installation: str = "") -> None:
@@ -135,10 +136,11 @@ class OwnerStore:
     async def open_shard(self, term: Term, committed: int, backlog_max: int) -> int:
         """Take over a shard that is certified on this Redis. Returns its seq. Raises StoreError, ShardNotUsable."""
         identity = await self.connect()
-        reply = await self._run(
-            "open_shard", term, [], identity.run_id, identity.replid, backlog_max, committed, self.installation
-        )
-        return int(reply[1])
+        reply = await self._own(
+            "open_shard", term, run_id=identity.run_id, replid=identity.replid, backlog_max=backlog_max,
+            committed=committed, installation=self.installation,
+        )  # fmt: skip
+        return int(reply.seq)
 
     async def publish_position(
         self,
@@ -156,16 +158,16 @@ class OwnerStore:
         `ledger_ms` is Postgres's clock. Raises StoreError, ShardNotUsable; ClocksApart, and nothing was written.
         """
         identity = await self.connect()
-        message = f"{term.shard} {term.epoch} {committed}" if ledger != "away" else ""
-        reply = await self._run(
-            "publish_position", term, [self._keys[term.shard].events], committed, ledger, trim_seq,
-            positions_channel(self.installation), message, entry, "" if ledger_ms is None else ledger_ms,
-            identity.run_id, self.installation,
+        reply = await self._own(
+            "publish_position", term, events=self._keys[term.shard].events, committed=committed, ledger=ledger,
+            trim_seq=trim_seq, channel=positions_channel(self.installation),
+            message=f"{term.shard} {term.epoch} {committed}" if ledger != "away" else "", entry=entry,
+            ledger_ms="" if ledger_ms is None else ledger_ms, run_id=identity.run_id, installation=self.installation,
         )  # fmt: skip
-        if reply[0] == "clock":
+        if reply.outcome == "clock":
             assert ledger_ms is not None
-            raise ClocksApart(clocks_apart(int(reply[1]) - ledger_ms))
-        return int(reply[1])
+            raise ClocksApart(clocks_apart(int(reply.now_ms) - ledger_ms))
+        return int(reply.seq)
 
     async def clock_ms(self) -> int:
         """Redis's clock, in Unix milliseconds. Raises StoreError."""
@@ -175,11 +177,11 @@ class OwnerStore:
     async def put_book(self, term: Term, book_id: str, version: int, rules: Mapping[str, str], *, known: bool) -> None:
         """Bring a book's rules, unless Redis has newer ones. Raises StoreError, ShardNotUsable; CountsDiffer
         when a known book is gone."""
-        fields = [part for pair in rules.items() for part in pair]
-        reply = await self._run(
-            "put_book", term, [self._keys[term.shard].book(book_id)], version, "known" if known else "", *fields
-        )
-        if reply[0] == "gone":
+        reply = await self._own(
+            "put_book", term, book=self._keys[term.shard].book(book_id), version=version, known="known" if known else "",
+            rules=_flat(rules),
+        )  # fmt: skip
+        if reply.outcome == "gone":
             raise CountsDiffer(f"book {book_id} is gone")
 
     async def load_codes(self, term: Term, book_id: str, codes: Sequence[str], unlent: int) -> int:
@@ -188,53 +190,57 @@ class OwnerStore:
         Raises StoreError (send it again), OutOfMemory, ShardNotUsable.
         """
         keys = self._keys[term.shard]
-        touched = [keys.book(book_id), keys.free(book_id), keys.holders(book_id)]
         in_pool = 0
         for start in range(0, len(codes) or 1, CODES_PER_CALL_MAX):
-            entries: list[str | int] = []
-            for code in codes[start : start + CODES_PER_CALL_MAX]:
-                entries += (secrets.randbits(53), code)
-            reply = await self._run("load_codes", term, touched, unlent, *entries)
-            if reply[0] != "ok":
+            some = codes[start : start + CODES_PER_CALL_MAX]
+            reply = await self._own(
+                "load_codes", term, book=keys.book(book_id), free=keys.free(book_id), holders=keys.holders(book_id),
+                unlent=unlent, scores=[secrets.randbits(53) for _ in some], codes=some,
+            )  # fmt: skip
+            if reply.outcome != "ok":
                 raise CountsDiffer(f"book {book_id} is gone")
-            in_pool = int(reply[2])
+            in_pool = int(reply.in_pool)
         return in_pool
 
-    async def _run(self, name: str, term: Term, keys: Sequence[str], *args: str | int) -> Reply:
-        """Run one of the owner's scripts. Raises StoreError, ShardNotUsable."""
-        return await self._send(name, term.shard, keys, term.epoch, term.generation, *args)
+    async def _own(self, name: str, term: Term, **named: object) -> Reply:
+        """Run a script of the owner of a shard that decides. Raises StoreError, ShardNotUsable."""
+        return await self._run(name, term.shard, epoch=term.epoch, generation=term.generation, **named)
 
-    async def _send(self, name: str, shard: int, keys: Sequence[str], *args: str | int) -> Reply:
+    async def _run(self, name: str, shard: int, **named: object) -> Reply:
+        """Run a script; `named` are its keys, but for the meta, and its arguments. Raises StoreError, ShardNotUsable."""
         script = self._scripts[name]
-        meta = self._keys[shard].meta
-        for _ in range(2):  # a second time only after NOSCRIPT: nothing ran
+        command = script.pack(meta=self._keys[shard].meta, **named)
+        try:
             await self.connect()
-            assert self._connection is not None
-            try:
-                async with replies_within(REPLY_TIMEOUT_S):
-                    reply = await self._connection.send("EVALSHA", script.sha, len(keys) + 1, meta, *keys, *args)
-            except StoreError:
-                self.close()
-                raise
-            if not isinstance(reply, ReplyError):
-                if reply[0] == "suspect":
-                    raise shard_not_usable(name, *reply[1:])
-                if reply[0] == "fenced":
-                    raise Fenced(name)
-                if reply[0] == "foreign":
-                    raise ForeignRedis(_foreign(reply[1], self.installation))
-                return reply
-            _require_types(reply)
-            if reply.word != "NOSCRIPT":
-                raise (OutOfMemory if reply.word == "OOM" else StoreError)(f"{name}: {reply.word}")
-            self.close()  # connecting anew verifies the server and loads the scripts
-        raise StoreError(f"{name}: NOSCRIPT")
+            reply = await run_script(
+                script, lambda: (self._connected(), command), self._reconnect, reply_timeout_s=REPLY_TIMEOUT_S
+            )
+        except (OutOfMemory, ReplyError):
+            raise
+        except StoreError:
+            self.close()
+            raise
+        if reply.outcome == "foreign":
+            raise ForeignRedis(_foreign(reply.installation, self.installation))
+        return reply
+
+    def _connected(self) -> Connection:
+        if self._connection is None:
+            raise NotSent("there is no connection")
+        return self._connection
+
+    async def _reconnect(self) -> None:
+        """Verify the server and load the scripts, both of which only connecting does."""
+        self.close()
+        await self.connect()
 
     # --- recovering: these name the recovery that shut the shard; no epoch is in force
 
     async def shut_shard(self, term: Term) -> None:
         """No script decides anything in the shard from now on. Raises StoreError, ForeignRedis, Fenced."""
-        await self._send("shut_shard", term.shard, [], term.generation, term.epoch, self.installation)
+        await self._run(
+            "shut_shard", term.shard, generation=term.generation, epoch=term.epoch, installation=self.installation
+        )
 
     async def tell_position(self, shard: int, epoch: int, committed: int) -> None:
         """Tell those who wait how far the ledger got, without a certified shard. Raises StoreError."""
@@ -248,7 +254,8 @@ class OwnerStore:
             cursor, found = await self._ask("SCAN", cursor, "MATCH", keys.pattern, "COUNT", 2000)
             doomed = [key for key in found if key != keys.meta]
             for start in range(0, len(doomed), KEYS_PER_CALL_MAX):
-                await self._send("wipe_keys", term.shard, doomed[start : start + KEYS_PER_CALL_MAX], term.recovery)
+                some = doomed[start : start + KEYS_PER_CALL_MAX]
+                await self._run("wipe_keys", term.shard, doomed=some, recovery=term.recovery)
             if cursor == "0":
                 return
 
@@ -257,30 +264,36 @@ class OwnerStore:
     ) -> None:
         """A book with an empty pool, and its quarantine. Raises StoreError, ShardNotUsable."""
         keys = self._keys[term.shard]
-        touched = [keys.book(book_id), keys.free(book_id), keys.quarantine(book_id)]
-        flat = [part for pair in fields.items() for part in pair]
+        rules = _flat(fields)
         for start in range(0, len(quarantined) or 1, CODES_PER_CALL_MAX):
-            codes = quarantined[start : start + CODES_PER_CALL_MAX]
-            await self._send("restore_book", term.shard, touched, term.recovery, len(flat), *flat, *codes)
-            flat = []  # the first call empties what was there
+            await self._run(
+                "restore_book", term.shard, book=keys.book(book_id), free=keys.free(book_id),
+                quarantine=keys.quarantine(book_id), recovery=term.recovery, rules=rules,
+                quarantined=quarantined[start : start + CODES_PER_CALL_MAX],
+            )  # fmt: skip
+            rules = []  # the first call empties what was there
 
     async def restore_coupons(
-        self, term: Term, tenant_id: int, book_id: str, coupons: Sequence[tuple[str, str, str]]
+        self, term: Term, tenant_id: int, book_id: str, coupons: Sequence[tuple[str, Holding]]
     ) -> None:
-        """Coupons of a book, each as (code, user_id, holder), at most 500. Raises StoreError, ShardNotUsable."""
+        """Coupons of a book, each as its code and who holds it, at most 500. Raises StoreError, ShardNotUsable."""
         keys = self._keys[term.shard]
-        touched = [keys.holders(book_id), *(keys.coupons(tenant_id, user_id) for _, user_id, _ in coupons)]
-        flat = [part for code, _, holder in coupons for part in (code, holder)]
-        await self._send("restore_coupons", term.shard, touched, term.recovery, book_id, *flat)
+        await self._run(
+            "restore_coupons", term.shard, holders=keys.holders(book_id),
+            coupons=[keys.coupons(tenant_id, holding.user_id) for _, holding in coupons], recovery=term.recovery,
+            book_id=book_id, codes=[code for code, _ in coupons], holdings=[holding.format() for _, holding in coupons],
+        )  # fmt: skip
 
     async def restore_idem(
         self, term: Term, tenant_id: int, book_id: str, records: Sequence[tuple[str, str, int]]
     ) -> None:
         """Idempotency records, each as (key, JSON, ttl in ms), at most 500. Raises StoreError, ShardNotUsable."""
         keys = self._keys[term.shard]
-        touched = [keys.idem(tenant_id, book_id, key) for key, _, _ in records]
-        flat = [part for _, record, ttl_ms in records for part in (record, ttl_ms)]
-        await self._send("restore_idem", term.shard, touched, term.recovery, *flat)
+        await self._run(
+            "restore_idem", term.shard, idem=[keys.idem(tenant_id, book_id, key) for key, _, _ in records],
+            recovery=term.recovery, records=[record for _, record, _ in records],
+            ttls_ms=[ttl_ms for _, _, ttl_ms in records],
+        )  # fmt: skip
 
     async def certify_shard(self, term: Term, identity: Identity, backlog_max: int) -> None:
         """This Redis agrees with the ledger: it decides from now on, in the term's epoch. `identity` is that of the server
@@ -288,9 +301,9 @@ class OwnerStore:
 
         Raises StoreError, ShardNotUsable.
         """
-        await self._send(
-            "certify_shard", term.shard, [self._keys[term.shard].events], term.recovery, term.epoch,
-            identity.run_id, identity.replid, backlog_max,
+        await self._run(
+            "certify_shard", term.shard, events=self._keys[term.shard].events, recovery=term.recovery, epoch=term.epoch,
+            run_id=identity.run_id, replid=identity.replid, backlog_max=backlog_max,
         )  # fmt: skip
 
     # --- reading
@@ -302,9 +315,9 @@ class OwnerStore:
 
     async def stream_after(
         self, shard: int, epoch: int, seq: int, count: int = EVENTS_PER_READ_MAX
-    ) -> list[list[Reply]]:
+    ) -> list[list[RawReply]]:
         """Up to `count` entries that follow (epoch, seq), without waiting. Raises StoreError."""
-        entries: list[list[Reply]] = await self._ask(
+        entries: list[list[RawReply]] = await self._ask(
             "XRANGE", self._keys[shard].events, f"({epoch}-{seq}", "+", "COUNT", count
         )
         return entries
@@ -338,7 +351,7 @@ class OwnerStore:
             _count(await self._ask("HGET", keys.book(book_id), "lent")),
         )
 
-    async def _ask(self, *command: str | int) -> Reply:
+    async def _ask(self, *command: str | int) -> RawReply:
         await self.connect()
         assert self._connection is not None
         try:
@@ -363,7 +376,7 @@ class OwnerStore:
             )
         return [None if lent is None or partly_redeemed is None else _count(lent) for lent, partly_redeemed in counts]
 
-    async def read_events(self, after: Mapping[int, tuple[int, int]], block_ms: int) -> dict[int, list[list[Reply]]]:
+    async def read_events(self, after: Mapping[int, tuple[int, int]], block_ms: int) -> dict[int, list[list[RawReply]]]:
         """Entries of each shard's stream that follow (epoch, seq), waiting up to `block_ms` for the first.
 
         Each entry is [id, [name, value, …]]. Raises StoreError.
@@ -385,6 +398,11 @@ class OwnerStore:
             self._close_reader()
             raise
         return {by_stream[stream]: entries for stream, entries in reply or ()}
+
+
+def _flat(fields: Mapping[str, str]) -> list[str]:
+    """Field, value, field, value, …"""
+    return [part for pair in fields.items() for part in pair]
 
 
 def entry_digest(fields: Sequence[str]) -> str:

@@ -1,39 +1,72 @@
-"""The Lua scripts: one file per operation in `lua/`, with the lines that several share in `lua/include/`."""
+"""The Lua scripts: one file per operation in `lua/`, with the functions that several share in `lua/include/`."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from coupon_svc.domain import bounds
+from coupon_svc.redis.contract import (
+    Command,
+    Contract,
+    Reply,
+    ReplyReader,
+    packer,
+    parse_contract,
+    preamble,
+    split_source,
+)
 from coupon_svc.resources import resource_folder
 
 _INCLUDE = re.compile(r"^-- include: (\w+)\n", re.MULTILINE)
+CONSTANTS = {
+    "IDEMPOTENCY_MS": bounds.IDEMPOTENCY_MS,
+    "LEDGER_UNSEEN_MAX_MS": bounds.LEDGER_UNSEEN_MAX_MS,
+    "CLOCKS_APART_MAX_MS": bounds.CLOCKS_APART_MAX_MS,
+    "REDEEM_BACKLOG_SHARE": bounds.REDEEM_BACKLOG_SHARE,
+}
+"""What a script may name without defining it. Only those that it names are put into it."""
 
 
 class Script(msgspec.Struct, frozen=True):
-    """A script as it is sent to Redis. `sha` is what EVALSHA names it by."""
+    """A script and its binding. `source` is what is sent to Redis, and `sha` is what EVALSHA names it by."""
 
     name: str
+    contract: Contract
     source: str
     sha: str
+    pack: Callable[..., Command]
+    """The EVALSHA command from one keyword argument for each key and argument (coupon_svc/redis/contract.py, `packer`)."""
+    reply: Callable[[Sequence[Any]], Reply]
+    """What Redis sent, with a name for each field. Raises UnexpectedReply."""
 
 
 def read_script(path: Path) -> Script:
-    """The script in a file, with every `-- include: name` line replaced by `include/name.lua`."""
+    """The script in a file: its constants, the names of its keys and arguments, what it includes, and its body."""
 
     def included(match: re.Match[str]) -> str:
         return (path.parent / "include" / f"{match[1]}.lua").read_text()
 
-    source = _INCLUDE.sub(included, path.read_text())
-    return Script(path.stem, source, hashlib.sha1(source.encode()).hexdigest())
+    first_line, header, body = split_source(path.stem, path.read_text())
+    contract = parse_contract(header)
+    body = _INCLUDE.sub(included, body)
+    constants = [f"local {name} = {value}\n" for name, value in CONSTANTS.items() if re.search(rf"\b{name}\b", body)]
+    return bind_script(path.stem, contract, f"{first_line}\n{''.join(constants)}{preamble(contract)}{body}")
+
+
+def bind_script(name: str, contract: Contract, source: str) -> Script:
+    """The script of this source, with a binding of its own."""
+    sha = hashlib.sha1(source.encode()).hexdigest()
+    return Script(name, contract, source, sha, packer(contract, sha), ReplyReader(contract))
 
 
 class Scripts:
-    """All scripts by name: `scripts["redeem_coupon"]` is `lua/redeem_coupon.lua`."""
+    """All scripts by name: `scripts["redeem_coupon"]` is `lua/redeem_coupon.lua`. Raises ContractError."""
 
     def __init__(self, folder: Path | None = None) -> None:
         paths = sorted((folder or resource_folder("lua")).glob("*.lua"))

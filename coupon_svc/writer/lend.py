@@ -16,10 +16,10 @@ from coupon_svc.postgres.database import UNAVAILABLE, LedgerConnection, LedgerSe
 from coupon_svc.postgres.errors import BookBusy, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.idempotency import forget_old
 from coupon_svc.postgres.shards import OwnedShard, connection_name
-from coupon_svc.redis.control import OwnerStore
+from coupon_svc.redis.codec import encode_book
+from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.errors import CountsDiffer, OutOfMemory, ShardNotUsable, StoreError
 from coupon_svc.writer.crash import crash_point
-from coupon_svc.writer.rules import book_fields
 from coupon_svc.writer.shard import Pool, Shard, term_of
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Lender:
         self,
         url: str,
         writer_id: str,
-        store: OwnerStore,
+        store: ShardControl,
         shards: dict[int, Shard],
         lease_min: int,
         lease_max: int,
@@ -191,7 +191,7 @@ class Lender:
     async def _load_book(self, connection: LedgerConnection, shard: Shard, book: Book) -> None:
         owned = shard.owned
         book, loaded, lone = await lending.read_book(connection, book.book_id)
-        rules = book_fields(book) | {"unlent": str(self._kept_back(book.book_id, book.unlent, lone))}
+        rules = encode_book(book) | {"unlent": str(self._kept_back(book.book_id, book.unlent, lone))}
         await self._store.put_book(term_of(owned), book.book_id, book.version, rules, known=loaded)
         crash_point("lend.put")
         if not loaded and not await lending.mark_loaded(connection, self._writer_id, owned, book.book_id, 0):

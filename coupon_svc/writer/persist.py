@@ -25,7 +25,7 @@ from coupon_svc.postgres.events import (
 )
 from coupon_svc.postgres.recovery import stop_shard
 from coupon_svc.postgres.shards import connection_name
-from coupon_svc.redis.control import OwnerStore, Term, entry_digest
+from coupon_svc.redis.control import ShardControl, Term, entry_digest
 from coupon_svc.redis.errors import ClocksApart, ShardNotUsable, StoreError
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.crash import crash_point
@@ -61,7 +61,7 @@ class Persister:
         self,
         url: str,
         writer_id: str,
-        store: OwnerStore,
+        store: ShardControl,
         shards: dict[int, Shard],
         on_assigned: Callable[[Shard, str, int], None],
         clock: LedgerClock,

@@ -16,11 +16,12 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import msgspec
-
 from coupon_svc.domain.books import Book
+from coupon_svc.domain.bounds import IDEMPOTENCY_MS
 from coupon_svc.domain.clock import now_ms
 from coupon_svc.domain.events import COUPON_ASSIGNED, MalformedEvent, parse_entry_id, parse_event
+from coupon_svc.domain.holding import Holding
+from coupon_svc.domain.position import Position
 from coupon_svc.postgres import recovery
 from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.database import LedgerConnection, within
@@ -31,10 +32,10 @@ from coupon_svc.postgres.outstanding import account_piece, held_by_book
 from coupon_svc.postgres.processes import gone_processes
 from coupon_svc.postgres.recovery import NewEpoch, Settled, Verdict
 from coupon_svc.postgres.shards import OwnedShard
-from coupon_svc.redis.control import KEYS_PER_CALL_MAX, OwnerStore, Term
+from coupon_svc.redis.codec import AssignRecord, RedeemRecord, encode_book
+from coupon_svc.redis.control import KEYS_PER_CALL_MAX, ShardControl, Term
 from coupon_svc.redis.meta import ShardMeta
 from coupon_svc.writer.crash import crash_point
-from coupon_svc.writer.rules import book_fields
 from coupon_svc.writer.shard import term_of
 
 T = TypeVar("T")
@@ -49,7 +50,6 @@ SILENCE_REMEMBERED_S = 30.0
 TELL_EVERY_S = 10.0
 BOOK_WAIT_MS = 1000
 AT_ONCE = 100
-IDEMPOTENCY_MS = 24 * 3600 * 1000
 
 
 async def _step(connection: LedgerConnection, work: Awaitable[T]) -> T:
@@ -61,7 +61,7 @@ async def _step(connection: LedgerConnection, work: Awaitable[T]) -> T:
 class Recoverer:
     """Recovers shards, any number at a time, each on a connection of its own."""
 
-    def __init__(self, writer_id: str, store: OwnerStore, backlog_max: int) -> None:
+    def __init__(self, writer_id: str, store: ShardControl, backlog_max: int) -> None:
         self._writer_id = writer_id
         self._store = store
         self._backlog_max = backlog_max
@@ -275,7 +275,7 @@ class Recoverer:
     ) -> _Counts:
         async def restore(rows: Sequence[Any]) -> None:
             for some in _chunks(rows, KEYS_PER_CALL_MAX):
-                coupons = [(row["code"], row["user_id"], _holder(row)) for row in some]
+                coupons = [(row["code"], _holding(row)) for row in some]
                 await self._store.restore_coupons(term, book.tenant_id, book.book_id, coupons)
             progress.add(len(rows))
 
@@ -312,7 +312,9 @@ class Recoverer:
 
     async def _restore_records(self, term: Term, book: Book, rows: Sequence[Any]) -> None:
         now = now_ms()
-        records = [(str(row["idem"]), _record(row, book), max(1, row["at_ms"] + IDEMPOTENCY_MS - now)) for row in rows]
+        records = [
+            (str(row["idem"]), _record(row, book).encode(), max(1, row["at_ms"] + IDEMPOTENCY_MS - now)) for row in rows
+        ]
         for some in _chunks(records, KEYS_PER_CALL_MAX):
             await self._store.restore_idem(term, book.tenant_id, book.book_id, some)
 
@@ -361,12 +363,13 @@ def _chunks(things: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def _fields(book: Book, **counts: int) -> dict[str, str]:
     """A book's hash in Redis."""
-    return {**book_fields(book), "version": str(book.version), **{name: str(count) for name, count in counts.items()}}
+    return {**encode_book(book), "version": str(book.version), **{name: str(count) for name, count in counts.items()}}
 
 
-def _holder(row: Any) -> str:
-    """A coupon's holder as the scripts keep it."""
-    return f"{row['epoch']}-{row['seq']} {row['uses']} {row['assigned_at_ms']} {row['user_id']}"
+def _holding(row: Any) -> Holding:
+    """Who holds a coupon of the ledger."""
+    assigned = Position(row["epoch"], row["seq"])
+    return Holding(assigned, assigned, row["uses"], row["assigned_at_ms"], row["user_id"])
 
 
 def _made_up(entry: Sequence[Any], begun: NewEpoch, made: int | None) -> bool:
@@ -398,14 +401,11 @@ def _by_epoch(shard: int, entries: Sequence[Sequence[Any]]) -> list[tuple[int, B
     ]
 
 
-def _record(row: Any, book: Book) -> str:
-    """An idempotency record as the scripts keep it."""
-    position = f"{row['epoch']}-{row['seq']}"
+def _record(row: Any, book: Book) -> AssignRecord | RedeemRecord:
+    """What is answered to a request whose event the ledger has in this row, when it comes again."""
+    position = Position(row["epoch"], row["seq"])
     most = book.max_redemptions_per_code
     if row["event"] == COUPON_ASSIGNED:
-        left = "" if most is None else str(most)
-        answer = [row["fingerprint"], row["code"], str(row["at_ms"]), position, book.ack.value, left]
-    else:
-        left = "" if most is None else str(most - row["uses"])
-        answer = [row["fingerprint"], row["user_id"], str(row["at_ms"]), position, str(row["uses"]), left]
-    return msgspec.json.encode(answer).decode()
+        return AssignRecord(row["fingerprint"], row["code"], row["at_ms"], position, position, book.ack, most)
+    left = None if most is None else most - row["uses"]
+    return RedeemRecord(row["fingerprint"], row["user_id"], row["at_ms"], position, row["uses"], left)

@@ -13,6 +13,7 @@ from collections import Counter
 import uvloop
 
 from coupon_svc.config import Settings
+from coupon_svc.domain.bounds import CLOCKS_APART_MAX_MS
 from coupon_svc.domain.errors import error_location
 from coupon_svc.domain.events import is_event
 from coupon_svc.loops import keep_running
@@ -42,7 +43,7 @@ from coupon_svc.postgres.shards import (
     take_shards,
     writer_beats,
 )
-from coupon_svc.redis.control import CLOCKS_APART_MAX_MS, OwnerStore, Term, clocks_apart, entry_digest
+from coupon_svc.redis.control import ShardControl, Term, clocks_apart, entry_digest
 from coupon_svc.redis.errors import ClocksApart, Fenced, ShardNotUsable, StoreError
 from coupon_svc.redis.meta import ShardMeta
 from coupon_svc.redis.scripts import Scripts
@@ -75,7 +76,7 @@ class Writer:
         self._settings = settings
         self.writer_id = "wr_" + secrets.token_hex(8)
         self._shards: dict[int, Shard] = {}
-        self._store = OwnerStore(settings.redis_url, settings.shards, Scripts())
+        self._store = ShardControl(settings.redis_url, settings.shards, Scripts())
         self._lender = Lender(
             settings.database_url,
             self.writer_id,

@@ -1,11 +1,13 @@
--- The code has left the pool: it is the user's now, and the last write tells the ledger so.
-local seq = redis.call("HINCRBY", KEYS[1], "seq", 1)
-local position = ARGV[1] .. "-" .. string.format("%d", seq)
-redis.call("HSET", KEYS[4], code, position .. " 0 " .. at_ms .. " " .. user_id)
-redis.call("ZADD", KEYS[5], 0, book_id .. ":" .. code)
-redis.call("XADD", KEYS[6], position, "event", "coupon_assigned", "book", book_id, "code", code, "user", user_id,
-  "at_ms", at_ms, "idem", ARGV[6], "fingerprint", fingerprint)
-if idem_key then
-  redis.call("SET", idem_key, cjson.encode({fingerprint, code, at_ms, position, book[5], book[6]}), "PX", 86400000)
+-- A code that has left the pool becomes the user's. `op` is what the request asks for: book_id, user_id, idempotency_key
+-- and fingerprint.
+local function assign(meta_key, events_key, holders_key, coupons_key, idem_key, epoch, at_ms, book, op, code)
+  local position = make_event(meta_key, events_key, epoch, "event", "coupon_assigned", "book", op.book_id, "code", code,
+    "user", op.user_id, "at_ms", at_ms, "idem", op.idempotency_key, "fingerprint", op.fingerprint)
+  redis.call("HSET", holders_key, code, format_holding(position, "0", at_ms, op.user_id))
+  redis.call("ZADD", coupons_key, 0, op.book_id .. ":" .. code)
+  local left = book.max_redemptions_per_code
+  if idem_key then
+    remember(idem_key, {op.fingerprint, code, at_ms, position, book.ack, left})
+  end
+  return {"ok", code, at_ms, position, book.ack, left}
 end
-return {"ok", code, at_ms, position, book[5], book[6]}

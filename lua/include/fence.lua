@@ -1,10 +1,23 @@
--- The fence: this Redis is the one the caller knows, in the history that was certified, and has not gone back behind what
--- the caller has seen. Its replid is asked for here, and not only by the callers now and then: who made it follow another
--- master for a moment closed no connection and left the epoch in place. A field that is missing or is not a number was
--- changed by hand: the owner recovers the shard.
-local meta = redis.call("HMGET", KEYS[1], "epoch", "seq", "committed", "ledger_at_ms", "backlog_max", "replid")
-if meta[1] ~= ARGV[1] or not string.find(meta[2] or "", "^%d+$") or tonumber(meta[2]) < tonumber(ARGV[2])
-  or not (tonumber(meta[3]) and tonumber(meta[4]) and tonumber(meta[5]))
-  or not string.find(redis.call("INFO", "replication"), "master_replid:" .. tostring(meta[6]), 1, true) then
-  return {"suspect"}
+-- The fence of the API's scripts: this Redis is the one the caller knows, in the history that was certified, and has not
+-- gone back behind what the caller has seen. A field that is missing or not a number was changed by hand.
+-- Returns a refusal; or nil, and the meta with its numbers.
+local function fence(meta_key, epoch, seen_seq)
+  local kept_epoch, seq, committed, ledger_at_ms, backlog_max, replid = unpack(
+    redis.call("HMGET", meta_key, "epoch", "seq", "committed", "ledger_at_ms", "backlog_max", "replid"))
+  if kept_epoch ~= epoch then
+    return {"suspect", "epoch"}
+  end
+  local meta = {seq = seq and string.find(seq, "^%d+$") and tonumber(seq), committed = tonumber(committed),
+    ledger_at_ms = tonumber(ledger_at_ms), backlog_max = tonumber(backlog_max)}
+  if not (meta.seq and meta.committed and meta.ledger_at_ms and meta.backlog_max and replid) then
+    return {"suspect", "meta"}
+  end
+  if meta.seq < tonumber(seen_seq) then
+    return {"suspect", "position"}
+  end
+  -- Asked on every call: a server that followed another master for a moment has closed no connection, and kept the epoch.
+  if not string.find(redis.call("INFO", "replication"), "master_replid:" .. replid .. "\r", 1, true) then
+    return {"suspect", "server"}
+  end
+  return nil, meta
 end

@@ -1,18 +1,21 @@
--- Who holds the code. A code that is in nobody's hands must be in the pool or not lent at all: the counts tell.
-local holder = redis.call("HGET", KEYS[3], code)
-if not holder then
-  if redis.call("SISMEMBER", quarantine, code) == 1 then
-    return {"code_quarantined"}
+-- Who holds the code that is to be locked or redeemed. A code that nobody holds must be in the pool, or not be lent at all.
+-- Returns a refusal; or nil, and the holding.
+local function find_holding(book, holders_key, free_key, quarantine_key, code, user_id)
+  local text = redis.call("HGET", holders_key, code)
+  if not text then
+    if redis.call("SISMEMBER", quarantine_key, code) == 1 then
+      return {"code_quarantined"}
+    end
+    return refuse_if_codes_missing(book.lent, redis.call("ZCARD", free_key), redis.call("HLEN", holders_key))
+      or {"not_assigned"}
   end
-  if redis.call("ZCARD", KEYS[5]) + redis.call("HLEN", KEYS[3]) ~= tonumber(book[9]) then
-    return {"suspect", "counts"}
+  local holding = parse_holding(text)
+  if user_id ~= "" and user_id ~= holding.user_id then
+    return {"not_holder"}
   end
-  return {"not_assigned"}
-end
-local held_position, held_uses, held_at_ms, held_by = string.match(holder, "^(%S+) (%d+) (%d+) (.*)$")
-if ARGV[5] ~= "" and ARGV[5] ~= held_by then
-  return {"not_holder"}
-end
-if book[6] ~= "" and tonumber(held_uses) >= tonumber(book[6]) then
-  return {"already_redeemed"}
+  local max = book.max_redemptions_per_code
+  if max ~= "" and holding.uses >= tonumber(max) then
+    return {"already_redeemed"}
+  end
+  return nil, holding
 end

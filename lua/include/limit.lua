@@ -1,8 +1,11 @@
 -- How many codes of the book the user may hold: `;` follows `:`, so the range is all members of this book.
-local limit = book[7]
-if limit ~= "" then
-  local held = redis.call("ZLEXCOUNT", KEYS[5], "[" .. book_id .. ":", "(" .. book_id .. ";")
-  if held >= tonumber(limit) then
-    return {"user_code_limit", tonumber(limit), held}
+local function refuse_over_limit(book, coupons_key, book_id)
+  if book.max_codes_per_user == "" then
+    return nil
+  end
+  local limit = tonumber(book.max_codes_per_user)
+  local held = redis.call("ZLEXCOUNT", coupons_key, "[" .. book_id .. ":", "(" .. book_id .. ";")
+  if held >= limit then
+    return {"user_code_limit", limit, held}
   end
 end

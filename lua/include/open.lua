@@ -1,13 +1,15 @@
 -- A book that is closed, paused, not started or expired deals, locks and redeems nothing.
-if book[2] == "closed" then
-  return {"book_closed"}
-end
-if book[2] == "paused" then
-  return {"book_paused"}
-end
-if book[3] ~= "" and now_ms < tonumber(book[3]) then
-  return {"book_not_started"}
-end
-if book[4] ~= "" and now_ms >= tonumber(book[4]) then
-  return {"book_expired"}
+local function refuse_unless_open(book, now_ms)
+  if book.status == "closed" then
+    return {"book_closed"}
+  end
+  if book.status == "paused" then
+    return {"book_paused"}
+  end
+  if book.starts_at_ms ~= "" and now_ms < tonumber(book.starts_at_ms) then
+    return {"book_not_started"}
+  end
+  if book.expires_at_ms ~= "" and now_ms >= tonumber(book.expires_at_ms) then
+    return {"book_expired"}
+  end
 end

@@ -1,9 +1,22 @@
--- Only the shard's present owner writes, and in the history that was certified: one that was paused and wakes up has an
--- older generation; a server that followed another one for a moment has another replid, on a connection that stayed open.
-local meta = redis.call("HMGET", KEYS[1], "epoch", "generation", "seq", "committed", "replid", "run_id", "backlog_max",
-  "installation")
-if meta[1] ~= ARGV[1] or meta[2] ~= ARGV[2] or not (meta[6] and tonumber(meta[7]))
-  or not string.find(meta[3] or "", "^%d+$") or not string.find(meta[4] or "", "^%d+$")
-  or not string.find(redis.call("INFO", "replication"), "master_replid:" .. tostring(meta[5]), 1, true) then
-  return {"suspect"}
+-- The fence of the owner's scripts. An owner that was paused has an older generation when it wakes up; a server that
+-- followed another one for a moment has another replid, on a connection that stayed open.
+-- Returns a refusal; or nil, and the meta with its numbers.
+local function owner_fence(meta_key, epoch, generation)
+  local kept_epoch, kept_generation, seq, committed, replid, run_id, backlog_max, installation = unpack(
+    redis.call("HMGET", meta_key, "epoch", "generation", "seq", "committed", "replid", "run_id", "backlog_max",
+      "installation"))
+  if kept_epoch ~= epoch then
+    return {"suspect", "epoch"}
+  end
+  if kept_generation ~= generation then
+    return {"suspect", "owner"}
+  end
+  if not (replid and run_id and tonumber(backlog_max))
+    or not string.find(seq or "", "^%d+$") or not string.find(committed or "", "^%d+$") then
+    return {"suspect", "meta"}
+  end
+  if not string.find(redis.call("INFO", "replication"), "master_replid:" .. replid .. "\r", 1, true) then
+    return {"suspect", "server"}
+  end
+  return nil, {seq = tonumber(seq), committed = tonumber(committed), run_id = run_id, installation = installation}
 end

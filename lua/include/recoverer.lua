@@ -1,6 +1,8 @@
--- Only the recovery that shut the shard writes to it before it is certified. Its owner's generation alone would not tell: a
--- command of its last attempt may be on its way still, and arrive when the next one has restored what it drops.
-local meta = redis.call("HMGET", KEYS[1], "epoch", "recovery")
-if meta[1] ~= "recovering" or meta[2] ~= ARGV[1] then
-  return {"fenced"}
+-- Only the recovery that shut the shard writes to it before it is certified. The owner's generation alone does not tell:
+-- a command of its last attempt may still be on its way, and arrive when the next one has restored what it drops.
+local function refuse_unless_recovering(meta_key, recovery)
+  local epoch, shut_by = unpack(redis.call("HMGET", meta_key, "epoch", "recovery"))
+  if epoch ~= "recovering" or shut_by ~= recovery then
+    return {"fenced"}
+  end
 end

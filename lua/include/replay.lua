@@ -1,12 +1,19 @@
--- An Idempotency-Key that was used before: the first answer again, or a refusal when the request is another.
-if idem_key then
-  local kept = redis.call("GET", idem_key)
-  if kept then
-    local answer = cjson.decode(kept)
-    if answer[1] ~= fingerprint then
-      return {"idempotency_key_reused"}
-    end
-    answer[1] = "replayed"
-    return answer
+-- The answer to a request whose Idempotency-Key was used before: the first answer again, or a refusal when the request is
+-- another one. Nil when there is none.
+local function replay(idem_key, fingerprint)
+  local kept = idem_key and redis.call("GET", idem_key)
+  if not kept then
+    return nil
   end
+  local answer = cjson.decode(kept)
+  if answer[1] ~= fingerprint then
+    return {"idempotency_key_reused"}
+  end
+  answer[1] = "replayed"
+  return answer
+end
+
+-- Keep the answer to a request with an Idempotency-Key; `answer` begins with the fingerprint.
+local function remember(idem_key, answer)
+  redis.call("SET", idem_key, cjson.encode(answer), "PX", IDEMPOTENCY_MS)
 end

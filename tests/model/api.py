@@ -311,7 +311,7 @@ def _assigned(state: State, user: int, place: int, code: int, key: int) -> State
 
 
 def _made(state: State, user: int, place: int, event: Event, holders: frozenset[Holder], free: frozenset[int]) -> State:
-    """lua/include/assigned.lua: the event is the last write, and the key's record in the same step."""
+    """lua/include/assigned.lua: the event, what Redis keeps of it, and the key's record in one step."""
     at = state.processes[place].node
     node = state.nodes[at]
     idem = node.idem | {event} if event.key else node.idem

@@ -16,6 +16,7 @@ from redis import Redis
 
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.events import Event, parse_entry_id, parse_event
+from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.shards import new_book_id
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
@@ -98,8 +99,10 @@ class Shard:
         replid: str = "",
         installation: str = INSTALLATION,
     ) -> Reply:
-        certified = [run_id, replid or self.server.replid]
-        return self._run("open_shard", [self.keys.meta], [*owner, *certified, backlog_max, committed, installation])
+        return self._run(
+            "open_shard", **owner._asdict(), run_id=run_id, replid=replid or self.server.replid,
+            backlog_max=backlog_max, committed=committed, installation=installation,
+        )  # fmt: skip
 
     def publish_position(
         self,
@@ -114,100 +117,103 @@ class Shard:
         run_id: str = RUN_ID,
         installation: str = INSTALLATION,
     ) -> Reply:
-        keys = [self.keys.meta, self.keys.events]
-        args = [*owner, committed, ledger, trim_seq, CHANNEL, message, entry, ledger_ms, run_id, installation]
-        return self._run("publish_position", keys, args)
+        return self._run(
+            "publish_position", **owner._asdict(), events=self.keys.events, committed=committed, ledger=ledger,
+            trim_seq=trim_seq, channel=CHANNEL, message=message, entry=entry, ledger_ms=ledger_ms, run_id=run_id,
+            installation=installation,
+        )  # fmt: skip
 
     def put_book(self, book_id: str, version: int, owner: Owner = OWNER, *, known: bool = False, **rules: Any) -> Reply:
         """`rules` are those that differ from an active book's without limits; for a known book only those are sent."""
         sent = rules if known else {**new_rules(), **rules}
-        fields = [part for pair in sent.items() for part in pair]
-        keys = [self.keys.meta, self.keys.book(book_id)]
-        return self._run("put_book", keys, [*owner, version, "known" if known else "", *fields])
+        return self._run(
+            "put_book", **owner._asdict(), book=self.keys.book(book_id), version=version, known="known" if known else "",
+            rules=_flat(sent),
+        )  # fmt: skip
 
     def load_codes(
         self, book_id: str, codes: Sequence[str], owner: Owner = OWNER, *, unlent: int = 0, scores: Sequence[int] = ()
     ) -> Reply:
         """Without `scores` the codes are dealt in the order in which they are given."""
-        keys = [self.keys.meta, self.keys.book(book_id), self.keys.free(book_id), self.keys.holders(book_id)]
-        entries = [part for pair in zip(scores or range(len(codes)), codes, strict=True) for part in pair]
-        return self._run("load_codes", keys, [*owner, unlent, *entries])
+        return self._run(
+            "load_codes", **owner._asdict(), **self._pool(book_id), book=self.keys.book(book_id), unlent=unlent,
+            scores=scores or range(len(codes)), codes=codes,
+        )  # fmt: skip
 
     # --- the scripts of a recovery
 
     def shut_shard(
         self, generation: int = GENERATION, epoch: int = RECOVERED, installation: str = INSTALLATION
     ) -> Reply:
-        return self._run("shut_shard", [self.keys.meta], [generation, epoch, installation])
+        return self._run("shut_shard", generation=generation, epoch=epoch, installation=installation)
 
     def wipe_keys(self, doomed: Sequence[str], generation: int = GENERATION) -> Reply:
-        return self._run("wipe_keys", [self.keys.meta, *doomed], [recovery(generation)])
+        return self._run("wipe_keys", doomed=doomed, recovery=recovery(generation))
 
     def restore_book(
         self, book_id: str, generation: int = GENERATION, *, quarantined: Sequence[str] = (), **fields: Any
     ) -> Reply:
         """`fields` are those that differ from an active book's without limits, coupons or codes."""
         counters = {"lent": 0, "redeemed": 0, "partly_redeemed": 0, "quarantined": len(quarantined)}
-        sent = {**new_rules(), "version": 1, **counters, **fields}
-        flat = [part for pair in sent.items() for part in pair]
-        keys = [self.keys.meta, self.keys.book(book_id), self.keys.free(book_id), self.keys.quarantine(book_id)]
-        return self._run("restore_book", keys, [recovery(generation), len(flat), *flat, *quarantined])
+        return self._restore_book(book_id, generation, {**new_rules(), "version": 1, **counters, **fields}, quarantined)
 
     def restore_quarantine(self, book_id: str, codes: Sequence[str], generation: int = GENERATION) -> Reply:
         """More codes than restore_book could take with the book itself."""
-        keys = [self.keys.meta, self.keys.book(book_id), self.keys.free(book_id), self.keys.quarantine(book_id)]
-        return self._run("restore_book", keys, [recovery(generation), 0, *codes])
+        return self._restore_book(book_id, generation, {}, codes)
+
+    def _restore_book(self, book_id: str, generation: int, fields: Mapping[str, Any], codes: Sequence[str]) -> Reply:
+        return self._run(
+            "restore_book", book=self.keys.book(book_id), free=self.keys.free(book_id),
+            quarantine=self.keys.quarantine(book_id), recovery=recovery(generation), rules=_flat(fields),
+            quarantined=codes,
+        )  # fmt: skip
 
     def restore_coupons(
         self, book_id: str, coupons: Mapping[str, str], generation: int = GENERATION, tenant_id: int = TENANT
     ) -> Reply:
-        """`coupons` are codes and their `position uses at_ms user`."""
-        users = [self.keys.coupons(tenant_id, user_of(holder)) for holder in coupons.values()]
-        flat = [part for pair in coupons.items() for part in pair]
-        keys = [self.keys.meta, self.keys.holders(book_id), *users]
-        return self._run("restore_coupons", keys, [recovery(generation), book_id, *flat])
+        """`coupons` are codes and the holdings of them."""
+        return self._run(
+            "restore_coupons", holders=self.keys.holders(book_id),
+            coupons=[self.keys.coupons(tenant_id, Holding.parse(text).user_id) for text in coupons.values()],
+            recovery=recovery(generation), book_id=book_id, codes=list(coupons), holdings=list(coupons.values()),
+        )  # fmt: skip
 
     def restore_idem(self, book_id: str, records: Mapping[str, tuple[str, int]], generation: int = GENERATION) -> Reply:
         """`records` are Idempotency-Keys, each with its record and the milliseconds that it has left."""
-        keys = [self.keys.meta, *(self.idem_key(book_id, idem) for idem in records)]
         return self._run(
-            "restore_idem", keys, [recovery(generation), *(part for record in records.values() for part in record)]
-        )
+            "restore_idem", idem=[self.idem_key(book_id, idem) for idem in records], recovery=recovery(generation),
+            records=[record for record, _ in records.values()], ttls_ms=[ttl_ms for _, ttl_ms in records.values()],
+        )  # fmt: skip
 
     def certify_shard(
         self, owner: Owner = OWNER, *, run_id: str = RUN_ID, replid: str = "", backlog_max: int = 1000
     ) -> Reply:
-        keys = [self.keys.meta, self.keys.events]
-        certified = [run_id, replid or self.server.replid]
-        return self._run("certify_shard", keys, [recovery(owner.generation), owner.epoch, *certified, backlog_max])
+        return self._run(
+            "certify_shard", events=self.keys.events, recovery=recovery(owner.generation), epoch=owner.epoch,
+            run_id=run_id, replid=replid or self.server.replid, backlog_max=backlog_max,
+        )  # fmt: skip
 
     # --- the API's scripts
 
     def doubt_shard(self, caller: Caller = CALLER) -> Reply:
-        return self._run("doubt_shard", [self.keys.meta], caller[:2])
+        return self._run("doubt_shard", epoch=caller.epoch, seen_seq=caller.seen_seq)
 
-    def release_coupon(self, book_id: str, code: str, holder: str, caller: Caller = CALLER) -> Reply:
-        """`holder` is `position uses at_ms user`."""
-        keys = [
-            self.keys.meta,
-            self.keys.book(book_id),
-            self.keys.quarantine(book_id),
-            self.keys.holders(book_id),
-            self.keys.coupons(caller.tenant_id, user_of(holder)),
-        ]
-        return self._run("release_coupon", keys, [*caller[:3], book_id, code, holder])
+    def release_coupon(self, book_id: str, code: str, holding: str, caller: Caller = CALLER) -> Reply:
+        return self._call(
+            "release_coupon", caller, book_id, quarantine=self.keys.quarantine(book_id),
+            holders=self.keys.holders(book_id),
+            coupons=self.keys.coupons(caller.tenant_id, Holding.parse(holding).user_id), book_id=book_id, code=code,
+            holding=holding,
+        )  # fmt: skip
 
     def assign_coupon(self, book_id: str, user_id: str, caller: Caller = CALLER) -> Reply:
-        keys = [*self._assign_keys(book_id, user_id, caller), *self._idem_keys(book_id, caller)]
-        return self._run("assign_coupon", keys, self._assign_args(book_id, user_id, caller))
+        return self._call("assign_coupon", caller, book_id, **self._assign(book_id, user_id, caller))
 
     def assign_code(self, book_id: str, user_id: str, code: str, caller: Caller = CALLER) -> Reply:
-        keys = [
-            *self._assign_keys(book_id, user_id, caller),
-            self.keys.quarantine(book_id),
-            *self._idem_keys(book_id, caller),
-        ]
-        return self._run("assign_code", keys, [*self._assign_args(book_id, user_id, caller), code])
+        return self._call(
+            "assign_code", caller, book_id, **self._assign(book_id, user_id, caller),
+            quarantine=self.keys.quarantine(book_id), code=code,
+        )  # fmt: skip
 
     def lock_coupon(
         self,
@@ -220,26 +226,17 @@ class Shard:
         new_token: str = "new",
         ttl_ms: int | str = "",
     ) -> Reply:
-        keys = [
-            self.keys.meta,
-            self.keys.book(book_id),
-            self.keys.holders(book_id),
-            self.keys.lock(book_id, code),
-            self.keys.free(book_id),
-            self.keys.quarantine(book_id),
-            *self._idem_keys(book_id, caller),
-        ]
-        args = [*caller[:3], code, user_id, token, new_token, ttl_ms, caller.fingerprint]
-        return self._run("lock_coupon", keys, args)
+        return self._call(
+            "lock_coupon", caller, book_id, **self._pool(book_id), **self._keyed(book_id, caller),
+            lock=self.keys.lock(book_id, code), quarantine=self.keys.quarantine(book_id), code=code, user_id=user_id,
+            lock_token=token, new_token=new_token, ttl_ms=ttl_ms,
+        )  # fmt: skip
 
     def unlock_coupon(self, book_id: str, code: str, token: str, caller: Caller = CALLER) -> Reply:
-        keys = [
-            self.keys.meta,
-            self.keys.book(book_id),
-            self.keys.lock(book_id, code),
-            *self._idem_keys(book_id, caller),
-        ]
-        return self._run("unlock_coupon", keys, [*caller[:3], token, caller.fingerprint])
+        return self._call(
+            "unlock_coupon", caller, book_id, **self._keyed(book_id, caller), lock=self.keys.lock(book_id, code),
+            lock_token=token,
+        )  # fmt: skip
 
     def redeem_coupon(
         self,
@@ -252,59 +249,58 @@ class Shard:
         reference: str = "",
         metadata: str = "",
     ) -> Reply:
-        keys = [
-            self.keys.meta,
-            self.keys.book(book_id),
-            self.keys.holders(book_id),
-            self.keys.lock(book_id, code),
-            self.keys.free(book_id),
-            self.keys.events,
-            self.keys.quarantine(book_id),
-            *self._idem_keys(book_id, caller),
-        ]
-        args = [*caller[:3], code, user_id, token, book_id, reference, metadata, caller.idem, caller.fingerprint]
-        return self._run("redeem_coupon", keys, args)
+        return self._call(
+            "redeem_coupon", caller, book_id, **self._pool(book_id), **self._keyed(book_id, caller),
+            lock=self.keys.lock(book_id, code), events=self.keys.events, quarantine=self.keys.quarantine(book_id),
+            code=code, user_id=user_id, lock_token=token, book_id=book_id, reference=reference, metadata=metadata,
+            idempotency_key=caller.idem,
+        )  # fmt: skip
 
     def read_book(self, book_id: str, caller: Caller = CALLER) -> Reply:
-        keys = [self.keys.meta, self.keys.book(book_id), self.keys.holders(book_id), self.keys.free(book_id)]
-        return self._run("read_book", keys, caller[:3])
+        return self._call("read_book", caller, book_id, **self._pool(book_id))
 
     def read_codes(self, book_id: str, codes: Sequence[str], caller: Caller = CALLER) -> Reply:
-        locks = [self.keys.lock(book_id, code) for code in codes]
-        keys = [
-            self.keys.meta,
-            self.keys.book(book_id),
-            self.keys.holders(book_id),
-            self.keys.free(book_id),
-            self.keys.quarantine(book_id),
-            *locks,
-        ]
-        return self._run("read_codes", keys, [*caller[:3], *codes])
+        return self._call(
+            "read_codes", caller, book_id, **self._pool(book_id), quarantine=self.keys.quarantine(book_id),
+            lock=[self.keys.lock(book_id, code) for code in codes], codes=codes,
+        )  # fmt: skip
 
     def list_coupons(
         self, user_id: str, caller: Caller = CALLER, *, low: str = "-", high: str = "+", limit: int = 100
     ) -> Reply:
-        keys = [self.keys.meta, self.keys.coupons(caller.tenant_id, user_id)]
-        return self._run("list_coupons", keys, [*caller[:2], low, high, limit])
+        return self._run(
+            "list_coupons", coupons=self.keys.coupons(caller.tenant_id, user_id), epoch=caller.epoch,
+            seen_seq=caller.seen_seq, low=low, high=high, limit=limit,
+        )  # fmt: skip
 
-    def _assign_keys(self, book_id: str, user_id: str, caller: Caller) -> list[str]:
-        return [
-            self.keys.meta,
-            self.keys.book(book_id),
-            self.keys.free(book_id),
-            self.keys.holders(book_id),
-            self.keys.coupons(caller.tenant_id, user_id),
-            self.keys.events,
-        ]
+    def _pool(self, book_id: str) -> dict[str, str]:
+        return {"free": self.keys.free(book_id), "holders": self.keys.holders(book_id)}
 
-    def _assign_args(self, book_id: str, user_id: str, caller: Caller) -> list[str | int]:
-        return [*caller[:3], book_id, user_id, caller.idem, caller.fingerprint]
+    def _assign(self, book_id: str, user_id: str, caller: Caller) -> dict[str, Any]:
+        return {
+            **self._pool(book_id),
+            **self._keyed(book_id, caller),
+            "coupons": self.keys.coupons(caller.tenant_id, user_id),
+            "events": self.keys.events,
+            "book_id": book_id,
+            "user_id": user_id,
+            "idempotency_key": caller.idem,
+        }
 
-    def _idem_keys(self, book_id: str, caller: Caller) -> list[str]:
-        return [self.keys.idem(caller.tenant_id, book_id, caller.idem)] if caller.idem else []
+    def _keyed(self, book_id: str, caller: Caller) -> dict[str, Any]:
+        idem = self.keys.idem(caller.tenant_id, book_id, caller.idem) if caller.idem else None
+        return {"idem": idem, "fingerprint": caller.fingerprint}
 
-    def _run(self, name: str, keys: Sequence[str], args: Sequence[Any]) -> Reply:
-        reply: Reply = self.server.run.evalsha(self.server.scripts[name].sha, len(keys), *keys, *args)
+    def _call(self, name: str, caller: Caller, book: str, **named: Any) -> Reply:
+        """Run a script of the API in a book."""
+        fence = {"epoch": caller.epoch, "seen_seq": caller.seen_seq, "tenant_id": caller.tenant_id}
+        return self._run(name, book=self.keys.book(book), **fence, **named)
+
+    def _run(self, name: str, **named: Any) -> Reply:
+        """The reply as it came, once the binding has taken it: it has the fields that the script's header names."""
+        script = self.server.scripts[name]
+        reply: Reply = self.server.run.execute_command(*script.pack(meta=self.keys.meta, **named))
+        assert list(script.reply(reply))[: len(reply)] == reply
         return reply
 
     # --- what the tests prepare
@@ -430,9 +426,8 @@ class Shard:
         return self.writes()
 
 
-def user_of(holder: str) -> str:
-    """Whose a coupon is, from its `position uses at_ms user`."""
-    return holder.split(" ", 3)[3]
+def _flat(fields: Mapping[str, Any]) -> list[Any]:
+    return [part for pair in fields.items() for part in pair]
 
 
 def new_rules() -> dict[str, str | int]:
@@ -519,25 +514,34 @@ def no_room(shard: Shard, *, ledger: bool = True) -> list[Obstacle]:
 def assert_fenced(shard: Shard, ask: Callable[[Caller], Reply], caller: Caller = CALLER) -> None:
     """Another epoch, a seq behind what the caller has seen, and an empty shard are suspect, and nothing is written."""
     seq = int(shard.meta()["seq"])
-    doubts: list[dict[str, Any]] = [{"epoch": EPOCH + 1}, {"epoch": EPOCH - 1}, {"seen_seq": seq + 1}]
-    for doubt in doubts:
+    doubts: list[tuple[str, dict[str, Any]]] = [
+        ("epoch", {"epoch": EPOCH + 1}),
+        ("epoch", {"epoch": EPOCH - 1}),
+        ("position", {"seen_seq": seq + 1}),
+    ]
+    for why, doubt in doubts:
         with shard.writes_nothing():
-            assert ask(caller._replace(**doubt)) == ["suspect"]
+            assert ask(caller._replace(**doubt)) == ["suspect", why]
     bring_back = shard.hide(shard.keys.meta)
     with shard.writes_nothing():
-        assert ask(caller) == ["suspect"]
+        assert ask(caller) == ["suspect", "epoch"]
     bring_back()
     assert ask(caller._replace(seen_seq=seq))[0] != "suspect"
 
 
 def assert_owned(shard: Shard, ask: Callable[[Owner], Reply]) -> None:
     """Another epoch or generation, and an empty shard are suspect, and nothing is written."""
-    for owner in (Owner(EPOCH + 1), Owner(EPOCH - 1), Owner(EPOCH, GENERATION - 1), Owner(EPOCH, GENERATION + 1)):
+    for why, owner in (
+        ("epoch", Owner(EPOCH + 1)),
+        ("epoch", Owner(EPOCH - 1)),
+        ("owner", Owner(EPOCH, GENERATION - 1)),
+        ("owner", Owner(EPOCH, GENERATION + 1)),
+    ):
         with shard.writes_nothing():
-            assert ask(owner) == ["suspect"]
+            assert ask(owner) == ["suspect", why]
     bring_back = shard.hide(shard.keys.meta)
     with shard.writes_nothing():
-        assert ask(OWNER) == ["suspect"]
+        assert ask(OWNER) == ["suspect", "epoch"]
     bring_back()
     assert ask(OWNER)[0] != "suspect"
 

@@ -85,6 +85,6 @@ def test_a_certified_shard_decides_for_the_new_epoch_alone(shard: Shard) -> None
     assert shard.assign_coupon(book, "u", CALLER._replace(epoch=NEXT.epoch))[0] == "ok"
     assert shard.load_codes(book, ["D-4"], NEXT) == ["ok", 1, 1]
     for ask in api_requests(shard, book).values():
-        assert ask(CALLER) == ["suspect"]
+        assert ask(CALLER) == ["suspect", "epoch"]
     for send in owner_requests(shard, book).values():
-        assert send(OWNER) == ["suspect"]
+        assert send(OWNER) == ["suspect", "epoch"]

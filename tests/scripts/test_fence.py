@@ -12,10 +12,10 @@ def test_nothing_is_decided_in_another_history_than_the_certified_one(shard: Sha
     shard.set_meta(replid="f" * 40)
     for name, ask in api_requests(shard, book).items():
         with shard.writes_nothing():
-            assert ask(CALLER) == ["suspect"], name
+            assert ask(CALLER) == ["suspect", "server"], name
     # The history that ended when this server was promoted is another, too: a stale copy may have been of it.
     shard.set_meta(replid="0" * 40)  # the replid2 of a server that was never promoted
-    assert shard.read_book(book) == ["suspect"]
+    assert shard.read_book(book) == ["suspect", "server"]
     shard.set_meta(replid=shard.server.replid)
     assert shard.read_book(book)[0] == "ok"
 
@@ -24,7 +24,11 @@ def test_a_shard_whose_certificate_is_gone_is_suspect(shard: Shard) -> None:
     book = worn(shard)
     shard.redis.hdel(shard.keys.meta, "replid")
     with shard.writes_nothing():
-        assert shard.assign_coupon(book, "u") == ["suspect"]
+        assert shard.assign_coupon(book, "u") == ["suspect", "meta"]
+    for part in ("", shard.server.replid[:20]):
+        shard.set_meta(replid=part)
+        with shard.writes_nothing():
+            assert shard.assign_coupon(book, "u") == ["suspect", "server"]
 
 
 def test_an_owner_writes_nothing_in_another_history_either(shard: Shard) -> None:
@@ -32,7 +36,7 @@ def test_an_owner_writes_nothing_in_another_history_either(shard: Shard) -> None
     shard.set_meta(replid="f" * 40)
     for name, ask in owner_requests(shard, book).items():
         with shard.writes_nothing():
-            assert ask(OWNER) == ["suspect"], name
+            assert ask(OWNER) == ["suspect", "server"], name
     shard.set_meta(replid=shard.server.replid)
     for name, ask in owner_requests(shard, book).items():
         assert ask(OWNER)[0] == "ok", name
@@ -49,12 +53,12 @@ def test_a_number_of_the_meta_that_is_torn_is_suspect_to_everybody(shard: Shard)
             shard.set_meta(**{field: torn})
             for name, ask in api_requests(shard, book).items():
                 with shard.writes_nothing():
-                    assert ask(CALLER) == ["suspect"], (name, field, torn)
+                    assert ask(CALLER) == ["suspect", "meta"], (name, field, torn)
             if field != "ledger_at_ms":
                 for name, owner_asks in owner_requests(shard, book).items():
                     if name != "open_shard" or field != "backlog_max":  # which it sets anew
                         with shard.writes_nothing():
-                            assert owner_asks(OWNER) == ["suspect"], (name, field, torn)
+                            assert owner_asks(OWNER) == ["suspect", "meta"], (name, field, torn)
             shard.set_meta(**{field: meta[field]})
 
 

@@ -61,8 +61,8 @@ def test_a_certificate_that_was_changed_by_hand_is_suspect_to_the_owner_too(shar
     """The API opens no such shard; so who can mend it must see it."""
     with_events(shard, 1)
     with shard.writes_nothing():
-        assert shard.publish_position(1, run_id="run-2") == ["suspect"]
-        assert shard.publish_position(1, installation="inst-2") == ["suspect"]
+        assert shard.publish_position(1, run_id="run-2") == ["suspect", "server"]
+        assert shard.publish_position(1, installation="inst-2") == ["suspect", "meta"]
 
 
 @pytest.mark.parametrize("apart_s", [-61, 61])
@@ -88,7 +88,7 @@ def test_the_same_position_may_be_told_again_but_none_that_goes_back_or_ahead(sh
     assert shard.publish_position(1) == ["ok", 2]
     for committed in (0, 3):
         with shard.writes_nothing():
-            assert shard.publish_position(committed) == ["suspect"]
+            assert shard.publish_position(committed) == ["suspect", "position"]
     assert shard.publish_position(2) == ["ok", 2]
 
 
@@ -142,7 +142,7 @@ def test_the_last_event_that_the_ledger_has_is_kept(shard: Shard) -> None:
 def test_a_refused_position_trims_nothing(shard: Shard) -> None:
     with_events(shard, 3)
     with shard.writes_nothing():
-        assert shard.publish_position(4, trim_seq=2, message="no") == ["suspect"]
+        assert shard.publish_position(4, trim_seq=2, message="no") == ["suspect", "position"]
 
 
 def test_a_book_goes_on_at_the_next_position_after_a_trim(shard: Shard) -> None:
@@ -161,5 +161,5 @@ def test_big_numbers_stay_exact_text(shard: Shard) -> None:
     assert meta["committed"] == str(seq - 1)
     assert len(meta["ledger_at_ms"]) == 13
     assert meta["epoch"] == str(EPOCH)
-    assert shard.publish_position(seq - 2) == ["suspect"]
-    assert shard.publish_position(seq + 1) == ["suspect"]
+    assert shard.publish_position(seq - 2) == ["suspect", "position"]
+    assert shard.publish_position(seq + 1) == ["suspect", "position"]

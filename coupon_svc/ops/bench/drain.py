@@ -16,7 +16,7 @@ from coupon_svc.ops.bench.stand import Process, Stand
 from coupon_svc.ops.bench.turns import cpu_seconds
 from coupon_svc.postgres.database import LedgerConnection, open_connection
 from coupon_svc.redis.connection import Connection, connect
-from coupon_svc.redis.control import OwnerStore
+from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 
@@ -75,7 +75,7 @@ def bench_drain(rounds: int, events: int, say: Callable[[str], None]) -> Figure:
 
 async def _await_pool(stand: Stand, book_id: str, codes: int) -> None:
     """Wait until so many codes of the book are in Redis, and the ledger is where Redis is."""
-    owner = OwnerStore(stand.redis.url, 1, Scripts())
+    owner = ShardControl(stand.redis.url, 1, Scripts())
     deadline = asyncio.get_running_loop().time() + _WAIT_S
     while (await owner.pool_counts(0, book_id))[0] < codes:
         if asyncio.get_running_loop().time() > deadline:

@@ -11,7 +11,7 @@ from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.ops.bench.assigning import assign_many
 from coupon_svc.ops.bench.scripts import BOOK_ID, TENANT_ID, TERM, open_book
 from coupon_svc.redis.connection import Connection, connect
-from coupon_svc.redis.control import OwnerStore
+from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 
@@ -30,7 +30,7 @@ async def measure_memory(codes: int) -> Memory:
         await open_book(server.url, [])
         connection = await connect(server.url, "bench")
         empty = await _used_memory(connection)
-        owner = OwnerStore(server.url, 1, Scripts())
+        owner = ShardControl(server.url, 1, Scripts())
         await owner.load_codes(TERM, BOOK_ID, [f"SUMMER-{i:08d}" for i in range(codes)], 0)
         free = await _used_memory(connection)
         await assign_many(connection, ShardKeys(0, 1), 1, TENANT_ID, BOOK_ID, range(codes))

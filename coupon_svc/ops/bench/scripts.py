@@ -15,7 +15,7 @@ import hiredis
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.ops.bench.assigning import assign_command, pack
 from coupon_svc.ops.bench.figures import BenchError, Figure, rate_text, ratios
-from coupon_svc.redis.control import OwnerStore, Term
+from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 
@@ -45,7 +45,7 @@ def bench_scripts(rounds: int, say: Callable[[str], None]) -> list[Figure]:
 
 async def open_book(url: str, codes: Sequence[str]) -> None:
     """A shard that is certified in epoch 1, and an `ack = redis` book in it with these codes in its pool."""
-    owner = OwnerStore(url, 1, Scripts())
+    owner = ShardControl(url, 1, Scripts())
     await owner.shut_shard(TERM)
     await owner.certify_shard(TERM, await owner.connect(), 10**9)
     rules = {"tenant_id": str(TENANT_ID), "status": "active", "starts_at_ms": "", "expires_at_ms": "", "ack": "redis"}
@@ -61,7 +61,7 @@ def _codes(number: int) -> list[str]:
 
 def _measure(pipe: _Pipe, rounds: int, say: Callable[[str], None]) -> list[Figure]:
     keys = ShardKeys(0, 1)
-    sha = Scripts()["assign_coupon"].sha
+    script = Scripts()["assign_coupon"]
     bare_sha = pipe.ask("SCRIPT", "LOAD", BARE)
     pool = _codes((rounds + 1) * CALLS_A_TURN)
     for begin in range(0, len(pool), 1_000):
@@ -71,8 +71,8 @@ def _measure(pipe: _Pipe, rounds: int, say: Callable[[str], None]) -> list[Figur
         users = range(number * CALLS_A_TURN, (number + 1) * CALLS_A_TURN)
         turns: dict[str, list[tuple[str | int, ...]]] = {
             "bare": [("EVALSHA", bare_sha, 4, *_BARE_KEYS, BOOK_ID, f"user-{u}") for u in users],
-            "plain": [assign_command(sha, keys, 1, TENANT_ID, BOOK_ID, f"user-p{u}") for u in users],
-            "keyed": [assign_command(sha, keys, 1, TENANT_ID, BOOK_ID, f"user-k{u}", f"key-{u}") for u in users],
+            "plain": [assign_command(script, keys, 1, TENANT_ID, BOOK_ID, f"user-p{u}") for u in users],
+            "keyed": [assign_command(script, keys, 1, TENANT_ID, BOOK_ID, f"user-k{u}", f"key-{u}") for u in users],
         }
         for name, commands in turns.items():
             rate = pipe.time(pack(commands), CALLS_A_TURN)

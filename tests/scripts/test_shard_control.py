@@ -1,4 +1,4 @@
-"""OwnerStore's recovery methods: more than one call may hold is sent in several, and nothing is lost between them."""
+"""ShardControl's recovery methods: more than one call may hold is sent in several, and nothing is lost between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from redis import Redis
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.redis.control import KEYS_PER_CALL_MAX, OwnerStore, Term
+from coupon_svc.domain.holding import Holding
+from coupon_svc.redis.control import KEYS_PER_CALL_MAX, ShardControl, Term
 from coupon_svc.redis.errors import ShardNotUsable
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
@@ -25,7 +26,7 @@ NUMBERS = itertools.count()
 class Owned(NamedTuple):
     """A shard of this test's own that is shut, and a client that may do anything."""
 
-    store: OwnerStore
+    store: ShardControl
     term: Term
     keys: ShardKeys
     redis: Any
@@ -34,7 +35,7 @@ class Owned(NamedTuple):
 @pytest.fixture(params=["plain_redis", "cluster_redis"])
 async def owned(request: pytest.FixtureRequest) -> AsyncIterator[Owned]:
     embedded: EmbeddedRedis = request.getfixturevalue(request.param)
-    store = OwnerStore(embedded.url, SHARDS, Scripts(), "inst-1")
+    store = ShardControl(embedded.url, SHARDS, Scripts(), "inst-1")
     term = Term(next(NUMBERS), epoch=2, generation=3)
     await store.shut_shard(term)
     with Redis.from_url(embedded.admin_url, decode_responses=True) as client:
@@ -81,13 +82,11 @@ async def test_a_wipe_takes_every_key_of_the_shard_but_its_meta_and_no_other(own
 
 async def test_a_rebuilt_shard_is_certified_and_taken_over(owned: Owned) -> None:
     store, term, keys, redis = owned
-    coupons = [
-        (f"A-{number}", f"user {number}", f"1-{number} 0 1 user {number}") for number in range(KEYS_PER_CALL_MAX)
-    ]
+    coupons = [(f"A-{number}", Holding.parse(f"1-{number} 0 1 user {number}")) for number in range(KEYS_PER_CALL_MAX)]
     await store.restore_book(term, BOOK, fields(lent=len(coupons)), [])
     await store.restore_coupons(term, 1, BOOK, coupons)
     await store.restore_idem(term, 1, BOOK, [("key 1", '["f1"]', 60_000)])
-    assert redis.hgetall(keys.holders(BOOK)) == {code: holder for code, _, holder in coupons}
+    assert redis.hgetall(keys.holders(BOOK)) == {code: holding.format() for code, holding in coupons}
     assert redis.zrange(keys.coupons(1, "user 7"), 0, -1) == [f"{BOOK}:A-7"]
     assert redis.get(keys.idem(1, BOOK, "key 1")) == '["f1"]'
     await store.certify_shard(term, await store.connect(), 1000)
@@ -110,7 +109,7 @@ async def test_nothing_is_wiped_or_restored_in_a_shard_that_is_not_shut(owned: O
     with pytest.raises(ShardNotUsable):
         await store.restore_book(term, BOOK, fields(), ["Q-1"])
     with pytest.raises(ShardNotUsable):
-        await store.restore_coupons(term, 1, BOOK, [("A-1", "u", "1-1 0 1 u")])
+        await store.restore_coupons(term, 1, BOOK, [("A-1", Holding.parse("1-1 0 1 u"))])
     with pytest.raises(ShardNotUsable):
         await store.restore_idem(term, 1, BOOK, [("key 1", "[]", 1000)])
     with pytest.raises(ShardNotUsable):

@@ -1,0 +1,61 @@
+"""The one way to run a script: EVALSHA, once more when the script was not loaded, and every refusal as an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from coupon_svc.redis.connection import Connection, replies_within
+from coupon_svc.redis.contract import Command, Reply
+from coupon_svc.redis.errors import (
+    Fenced,
+    OutOfMemory,
+    ReplyError,
+    WrongKeyType,
+    shard_not_usable,
+)
+from coupon_svc.redis.scripts import Script
+
+
+async def run_script(
+    script: Script,
+    prepare: Callable[[], tuple[Connection, Command]],
+    load: Callable[[], Awaitable[None]],
+    *,
+    reply_timeout_s: float | None = None,
+) -> Reply:
+    """Run a script and return its reply.
+
+    `prepare` gives the connection and the command, anew for each attempt; what it raises is raised. There is a second
+    attempt only after NOSCRIPT, which promises that nothing ran: before it, `load` makes the scripts known to the server.
+    Without `reply_timeout_s` somebody else gives up a connection on which no reply comes.
+
+    Raises NotSent and OutcomeUnknown; OutOfMemory and every other ReplyError, which did nothing; ShardNotUsable when the
+    script found that the shard must not be used.
+    """
+    for last in (False, True):
+        connection, command = prepare()
+        if reply_timeout_s is None:
+            raw = await connection.send(*command)
+        else:
+            async with replies_within(reply_timeout_s):
+                raw = await connection.send(*command)
+        if not isinstance(raw, ReplyError):
+            reply = script.reply(raw)
+            if reply.outcome == "suspect":
+                raise shard_not_usable(script.name, reply.why)
+            if reply.outcome == "fenced":
+                raise Fenced(script.name)
+            return reply
+        if last or raw.word != "NOSCRIPT":
+            raise _error(script, raw)
+        await load()
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _error(script: Script, raw: ReplyError) -> Exception:
+    """An error reply as an exception whose message holds no more than its first word: the rest may name a key."""
+    if raw.word == "OOM":
+        return OutOfMemory(f"{script.name}: OOM")
+    if raw.word == "WRONGTYPE":
+        return WrongKeyType(f"{script.name}: a key has another type")
+    return ReplyError(f"{raw.word} in {script.name}")
