@@ -21,7 +21,12 @@ schemathesis.openapi.format(
 
 @schemathesis.hook
 def before_call(context: schemathesis.HookContext, case: schemathesis.Case[Any], kwargs: dict[str, Any]) -> None:
-    """Let patterns that are valid have room for the codes that are asked for."""
+    """Let patterns that are valid have room for the codes that are asked for, and an address keep all its parts.
+
+    An upload's answer repeats a rejected code as it was sent. Used as `{code}`, an empty one would name another address.
+    """
+    for name, value in case.path_parameters.items():
+        case.path_parameters[name] = value if value != "" else "-"
     body: Any = case.body
     generate = body.get("generate") if isinstance(body, dict) else None
     if _is_valid(case) and isinstance(generate, dict):

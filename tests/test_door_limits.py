@@ -64,7 +64,9 @@ async def wire(stack: Stack) -> AsyncIterator[Wire]:
 def problem(answer: Answered, status: int, code: str) -> None:
     assert (answer.status, answer.headers["content-type"]) == (status, "application/problem+json")
     assert answer.headers["connection"] == "close"
-    assert json.loads(answer.body)["code"] == code
+    body = json.loads(answer.body)
+    assert body["code"] == code
+    assert body["request_id"] == answer.headers["x-request-id"]
 
 
 async def drip(wire: Wire, data: bytes, pause: float) -> None:
@@ -332,6 +334,7 @@ async def test_beyond_its_connections_a_process_says_so_and_that_it_lives(stack:
                     if status == 503:
                         problem(answer, 503, "too_many_connections")
                         assert answer.headers["retry-after"] == "1"
+                        assert answer.headers["x-request-id"] in (stack.folder / "api.log").read_text()
                     assert await wire.ended()
             async with wired(stack) as wire:
                 wire.writer.write(post("/coupons/assign", b"{}"))

@@ -6,7 +6,6 @@ second."""
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,17 +13,17 @@ from typing import Any, NamedTuple
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from coupon_svc.domain.errors import CouponError, error_location
+from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.call import Answer, Call, Handler
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.operations import Operation
-from coupon_svc.http.problems import Headers, problem_response
-from coupon_svc.http.validation import check_media_type, decode_body, decode_query, parse_idempotency_key
+from coupon_svc.http.problems import log_failure, problem_response
+from coupon_svc.http.request_id import request_id_of
+from coupon_svc.http.response import Response, send_response
+from coupon_svc.http.validation import check_request
 from coupon_svc.postgres.errors import LedgerUnavailable
-
-log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX = 2 * 1024 * 1024
 ENCODED_SLASH = "\udc2f"
@@ -33,12 +32,12 @@ _JSON = (b"content-type", b"application/json")
 _encode = msgspec.json.Encoder().encode
 
 
-class Response(NamedTuple):
-    """What goes out, but for Content-Length, which whoever sends it adds."""
+class _Method(NamedTuple):
+    """An operation with what answers it."""
 
-    status: int
-    headers: Headers
-    body: bytes
+    operation: Operation
+    handler: Handler
+    decoder: msgspec.json.Decoder[Any] | None
 
 
 class Endpoint:
@@ -47,100 +46,87 @@ class Endpoint:
     def __init__(self, keys: KeyRing, metrics: Metrics) -> None:
         self._keys = keys
         self._metrics = metrics
-        self._methods: dict[str, tuple[Operation, Handler, msgspec.json.Decoder[Any] | None]] = {}
+        self._methods: dict[str, _Method] = {}
 
     def add(self, operation: Operation, handler: Handler) -> None:
+        """Answer the operation's method by `handler`; HEAD is answered as GET."""
         decoder = msgspec.json.Decoder(operation.body) if operation.body is not None else None
-        self._methods[operation.method] = (operation, handler, decoder)
+        self._methods[operation.method] = _Method(operation, handler, decoder)
         if operation.method == "GET":
             self._methods["HEAD"] = self._methods["GET"]
 
+    @property
+    def methods(self) -> list[str]:
+        """The methods that are answered, in alphabetical order."""
+        return sorted(self._methods)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that came by ASGI."""
         path = {name: value.replace(ENCODED_SLASH, "/") for name, value in scope["path_params"].items()}
-        response = await self.respond(scope["method"], path, scope["query_string"], dict(scope["headers"]), receive)
+        response = await self.respond(
+            request_id_of(scope), scope["method"], path, scope["query_string"], dict(scope["headers"]), receive
+        )
         if response is not None:
-            await send_response(send, *response)
+            await send_response(send, response)
 
     async def respond(
         self,
+        request_id: bytes,
         method: str,
         path: Mapping[str, str],
         query_string: bytes,
         headers: Mapping[bytes, bytes],
         body: bytes | Receive,
     ) -> Response | None:
-        """The response to one request. `headers` have lower-case names; `body` is whole, or to be received yet. Raises
-        nothing; None when the caller hung up before its request was complete."""
+        """The response to one request. `headers` have lower-case names; `body` is whole, or still to be received.
+
+        Raises nothing. None when the caller hung up before its request was complete.
+        """
         started = time.perf_counter()
         found = self._methods.get(method)
-        name = found[0].name if found else "none"
+        name = "none"
+        refused: Refused | None = None
+        failure: Exception | None = None
         response: Response | None = None
         try:
             if found is None:
                 raise Refused(Outcome.METHOD_NOT_ALLOWED)
-            response = _encoded(await self._answer(*found, path, query_string, headers, body))
+            operation, handler, decoder = found
+            name = operation.name
+            key = await self._keys.authenticate(headers.get(b"authorization", b""))
+            if key.scopes.isdisjoint(operation.scopes):
+                raise Refused(Outcome.MISSING_SCOPE, scopes=list(operation.scopes))
+            content = b""
+            if decoder is not None:
+                content = body if isinstance(body, bytes) else await read_body(headers, body)
+            call = Call(key, method, path)
+            call.query, call.body, call.idempotency_key = check_request(
+                operation, decoder, query_string, headers, content
+            )
+            response = _encoded(await handler(call))
             outcome = "ok"
         except ClientGone:
             outcome = "client_gone"
         except asyncio.CancelledError:  # the server stops, and has waited for this long enough
-            outcome = Outcome.OUTCOME_UNKNOWN.value
-            response, _ = self._refuse(Refused(Outcome.OUTCOME_UNKNOWN))
-        except Refused as refused:
-            outcome = refused.outcome.value
-            response, _ = self._refuse(refused)
+            refused = Refused(Outcome.OUTCOME_UNKNOWN)
+        except Refused as error:
+            refused = error
         except LedgerUnavailable as error:
-            unavailable = Outcome.OUTCOME_UNKNOWN if error.may_have_happened else Outcome.STORE_UNAVAILABLE
-            outcome = unavailable.value
-            response, _ = self._refuse(Refused(unavailable))
+            refused = Refused(Outcome.OUTCOME_UNKNOWN if error.may_have_happened else Outcome.STORE_UNAVAILABLE)
         except Exception as error:
-            outcome = Outcome.INTERNAL_ERROR.value
-            response, request_id = self._refuse(Refused(Outcome.INTERNAL_ERROR))
-            log.error("%s in %s, request %s, at %s", type(error).__name__, name, request_id, error_location(error))
+            refused, failure = Refused(Outcome.INTERNAL_ERROR), error
+        if refused is not None:
+            outcome = refused.outcome.value
+            response = self._refuse(refused, request_id)
+            log_failure(refused.outcome, name, request_id, failure)
         self._metrics.count(name, outcome, time.perf_counter() - started)
         return response
 
-    async def _answer(
-        self,
-        operation: Operation,
-        handler: Handler,
-        decoder: msgspec.json.Decoder[Any] | None,
-        path: Mapping[str, str],
-        query_string: bytes,
-        headers: Mapping[bytes, bytes],
-        body: bytes | Receive,
-    ) -> Answer:
-        key = await self._keys.authenticate(headers.get(b"authorization", b""))
-        if key.scopes.isdisjoint(operation.scopes):
-            raise Refused(Outcome.MISSING_SCOPE, scopes=list(operation.scopes))
-        call = Call(key, operation.method, path)
-        wrong: Refused | None = None
-        if query_string or operation.query is not None:
-            try:
-                call.query = decode_query(operation.query, query_string)
-            except Refused as refused:
-                wrong = refused
-        if decoder is not None:
-            content = body if isinstance(body, bytes) else await read_body(headers, body)
-            if content:
-                check_media_type(headers)
-            try:
-                call.body = decode_body(decoder, content)
-            except Refused as refused:
-                if refused.outcome is not Outcome.INVALID_REQUEST:
-                    raise
-                wrong = wrong or refused
-            if operation.method == "POST" and b"idempotency-key" in headers:
-                call.idempotency_key = parse_idempotency_key(headers[b"idempotency-key"])
-        if wrong is not None:
-            raise wrong
-        return await handler(call)
-
-    def _refuse(self, refused: Refused) -> tuple[Response, str]:
-        extra: Headers = []
-        if refused.outcome is Outcome.METHOD_NOT_ALLOWED:
-            extra.append((b"allow", ", ".join(sorted(self._methods)).encode()))
-        status, headers, body, request_id = problem_response(refused, extra)
-        return Response(status, headers, body), request_id
+    def _refuse(self, refused: Refused, request_id: bytes) -> Response:
+        allow = (
+            [(b"allow", ", ".join(self.methods).encode())] if refused.outcome is Outcome.METHOD_NOT_ALLOWED else None
+        )
+        return problem_response(refused, request_id, allow)
 
 
 def _encoded(answer: Answer) -> Response:
@@ -154,18 +140,6 @@ def _encoded(answer: Answer) -> Response:
 
 class ClientGone(CouponError):
     """The caller has hung up before its request was complete."""
-
-
-async def send_response(send: Send, status: int, headers: Headers, body: bytes) -> None:
-    """Send a whole response."""
-    await send(
-        {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [*headers, (b"content-length", str(len(body)).encode())] if status != 204 else headers,
-        }
-    )
-    await send({"type": "http.response.body", "body": body})
 
 
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive) -> bytes:

@@ -14,7 +14,7 @@ from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.http.endpoint import BODY_BYTES_MAX
 from coupon_svc.http.operations import ANY_OPERATION, ANY_REQUEST, Operation
 from coupon_svc.http.problems import PROBLEMS, problem_body
-from coupon_svc.http.schemas import Problem, UploadCodes, UserId
+from coupon_svc.http.schemas import ProblemBody, UploadCodes, UserId
 
 _REF = "#/components/schemas/{name}"
 _TAGS = {
@@ -46,6 +46,20 @@ _IDEMPOTENCY_KEY = {
     "description": "1..255 printable ASCII characters, bare or quoted. The same key with the same request has one effect.",
     "example": "order-4711",
 }
+_REQUEST_ID_SENT = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "schema": {"type": "string"},
+    "description": "Your own id of this request: 1..64 of `A-Za-z0-9._-`. Any other is replaced. It is logged, so put no"
+    " code or key in it.",
+}
+_REQUEST_ID = {
+    "required": True,
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+    "description": "the request's id: the one that was sent, or one of the service's",
+}
+_HEADERS_OF_ALL = {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}}
+"""What every response carries."""
 _REPLAYED = {"Idempotent-Replayed": {"schema": {"const": "true"}, "description": "present on an answer given before"}}
 _LOCATION = {
     "Location": {
@@ -200,9 +214,9 @@ def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
     """The whole document, ready to be encoded."""
     types = {t for operation in operations for t in (operation.body, *operation.answers.values()) if t is not None}
     ordered = sorted(types, key=lambda t: t.__name__)
-    schemas, components = msgspec.json.schema_components([*ordered, Problem], ref_template=_REF)
+    schemas, components = msgspec.json.schema_components([*ordered, ProblemBody], ref_template=_REF)
     components[UploadCodes.__name__] |= _EITHER_CODES_OR_GENERATE
-    refs = dict(zip([*ordered, Problem], schemas, strict=True))
+    refs = dict(zip([*ordered, ProblemBody], schemas, strict=True))
     paths: dict[str, Any] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, refs)
@@ -221,6 +235,7 @@ def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
         "paths": {**paths, **_public_paths()},
         "components": {
             "schemas": components,
+            "headers": {"X-Request-Id": _REQUEST_ID},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "An API key"}},
         },
     }
@@ -232,6 +247,7 @@ def _operation(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
         parameters += _query_parameters(operation.query)
     if operation.method == "POST":
         parameters.append(_IDEMPOTENCY_KEY)
+    parameters.append(_REQUEST_ID_SENT)
     described: dict[str, Any] = {
         "operationId": operation.name,
         "tags": [operation.tag],
@@ -264,11 +280,11 @@ def _query_parameters(query: type[msgspec.Struct]) -> list[dict[str, Any]]:
 def _responses(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     responses: dict[str, Any] = {}
     for status, answer in operation.answers.items():
-        response: dict[str, Any] = {"description": HTTPStatus(status).phrase}
+        response: dict[str, Any] = {"description": HTTPStatus(status).phrase, "headers": _HEADERS_OF_ALL}
         if answer is not None:
             response["content"] = {"application/json": {"schema": refs[answer], "example": _ANSWERS[operation.name]}}
         if operation.method == "POST":
-            response["headers"] = _REPLAYED | (_LOCATION if operation.name == "create_book" else {})
+            response["headers"] = _HEADERS_OF_ALL | _REPLAYED | (_LOCATION if operation.name == "create_book" else {})
         responses[str(status)] = response
     return responses | _problems((*operation.outcomes, *ANY_OPERATION))
 
@@ -289,31 +305,38 @@ def _problem(status: int, outcomes: list[Outcome]) -> dict[str, Any]:
         properties |= _NUMBERS.get(outcome, {})
     schema = {
         "allOf": [
-            {"$ref": _REF.format(name="Problem")},
+            {"$ref": _REF.format(name="ProblemBody")},
             {"properties": properties},
         ]
     }
     lines = [f"`{outcome.value}`: {PROBLEMS[outcome].detail}" for outcome in outcomes]
     examples = {
-        outcome.value: {"value": problem_body(outcome, "req_5f0c3f2a9d1e4b67", **_NUMBERS_TOLD.get(outcome, {}))}
+        outcome.value: {
+            "value": problem_body(outcome, "req_5f0c3f2a9d1e4b670000001a", **_NUMBERS_TOLD.get(outcome, {}))
+        }
         for outcome in outcomes
     }
-    response: dict[str, Any] = {
+    return {
         "description": "\n\n".join(lines),
+        "headers": _HEADERS_OF_ALL | _HEADERS.get(status, {}),
         "content": {"application/problem+json": {"schema": schema, "examples": examples}},
     }
-    if status in _HEADERS:
-        response["headers"] = _HEADERS[status]
-    return response
 
 
 def _public_paths() -> dict[str, Any]:
     def get(
         name: str, summary: str, media_type: str, schema: dict[str, Any], outcomes: tuple[Outcome, ...] = ()
     ) -> dict[str, Any]:
-        answer = {"200": {"description": "OK", "content": {media_type: {"schema": schema}}}}
+        content = {media_type: {"schema": schema}}
+        answer = {"200": {"description": "OK", "headers": _HEADERS_OF_ALL, "content": content}}
         problems = _problems((*ANY_REQUEST, *outcomes))
-        described = {"operationId": name, "tags": ["Service"], "summary": summary, "security": []}
+        described = {
+            "operationId": name,
+            "tags": ["Service"],
+            "summary": summary,
+            "security": [],
+            "parameters": [_REQUEST_ID_SENT],
+        }
         return {"get": {**described, "responses": answer | problems}}
 
     def status(word: str, **more: dict[str, Any]) -> dict[str, Any]:
@@ -345,7 +368,7 @@ def _public_paths() -> dict[str, Any]:
         "required": ["code", "status", "title", "detail", "retry_after_s"],
     }
     read_problem = get("read_problem", "What a problem is about", "application/json", explained, (Outcome.NOT_FOUND,))
-    read_problem["get"]["parameters"] = [_path_parameter("outcome")]
+    read_problem["get"]["parameters"].insert(0, _path_parameter("outcome"))
     read_readiness = get(
         "read_readiness",
         "Every shard is certified, below its backlog cap, and its ledger was seen of late",

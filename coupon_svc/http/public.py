@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from coupon_svc.domain.errors import error_location
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.http.endpoint import send_response
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.openapi import openapi_document
 from coupon_svc.http.operations import OPERATIONS
-from coupon_svc.http.problems import PROBLEMS, Headers, problem_response
+from coupon_svc.http.problems import PROBLEMS, log_failure, problem_response
+from coupon_svc.http.request_id import request_id_of
+from coupon_svc.http.response import Headers, Response, send_response
 from coupon_svc.redis.data_plane import LEDGER_UNSEEN_MAX_S, Store
-
-log = logging.getLogger(__name__)
 
 _JSON, _HTML, _TEXT = b"application/json", b"text/html; charset=utf-8", b"text/plain; version=0.0.4; charset=utf-8"
 _DOCS_HEADERS = [
@@ -89,26 +86,35 @@ class PublicEndpoint:
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a GET or HEAD; whatever the query."""
         try:
             if scope["method"] not in ("GET", "HEAD"):
-                await send_problem(send, Refused(Outcome.METHOD_NOT_ALLOWED), [(b"allow", b"GET, HEAD")])
+                await send_problem(scope, send, Refused(Outcome.METHOD_NOT_ALLOWED), headers=[(b"allow", b"GET, HEAD")])
                 return
             content_type, body = self._answer(scope)
         except Refused as refused:
-            await send_problem(send, refused)
+            await send_problem(scope, send, refused)
             return
         except Exception as error:
-            log.error("%s at %s", type(error).__name__, error_location(error))
-            await send_problem(send, Refused(Outcome.INTERNAL_ERROR))
+            await send_problem(scope, send, Refused(Outcome.INTERNAL_ERROR), failure=error)
             return
         headers: Headers = [(b"content-type", content_type), (b"cache-control", b"no-store")]
-        await send_response(send, 200, headers + (_DOCS_HEADERS if content_type == _HTML else []), body)
+        headers += _DOCS_HEADERS if content_type == _HTML else []
+        await send_response(send, Response(200, headers, body))
 
 
-async def send_problem(send: Send, refused: Refused, headers: Headers | None = None) -> None:
-    """Answer with a refusal."""
-    status, all_headers, body, _ = problem_response(refused, headers)
-    await send_response(send, status, all_headers, body)
+async def send_problem(
+    scope: Scope,
+    send: Send,
+    refused: Refused,
+    *,
+    headers: Headers | None = None,
+    failure: Exception | None = None,
+) -> None:
+    """Refuse a request that came by ASGI and belongs to no operation. `failure` is what was not foreseen."""
+    request_id = request_id_of(scope)
+    await send_response(send, problem_response(refused, request_id, headers))
+    log_failure(refused.outcome, "no operation", request_id, failure)
 
 
 async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,4 +122,4 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1000})
         return
-    await send_problem(send, Refused(Outcome.NOT_FOUND))
+    await send_problem(scope, send, Refused(Outcome.NOT_FOUND))

@@ -21,6 +21,7 @@ from coupon_svc.http.limits import Limits
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.operations import OPERATIONS
 from coupon_svc.http.public import Public, PublicEndpoint, not_found
+from coupon_svc.http.request_id import make_request_ids
 
 HOT_PATHS = (
     "/coupons/assign",
@@ -91,6 +92,8 @@ class Api:
     def __init__(self, router: Router, limits: Limits | None = None) -> None:
         self.router = router
         self.limits = limits or Limits()
+        self.request_ids = make_request_ids()
+        """For requests that bring none. Made with the application, so that no two processes share them."""
         self.draining = False
         """Whether each answer is its connection's last: the caller is to connect again, to another process."""
         self._hot_whole: dict[bytes, Endpoint] = {}

@@ -45,7 +45,7 @@ LockToken = Annotated[
     str,
     Meta(min_length=1, max_length=100, pattern=_NO_CONTROLS, description="the `lock_token` that a lock answered"),
 ]
-Receipt = Annotated[
+ReceiptText = Annotated[
     str,
     Meta(
         min_length=1,
@@ -154,7 +154,7 @@ class AssignCoupon(Request, frozen=True):
 
 class AssignCode(Request, frozen=True):
     user_id: UserId
-    receipt: Receipt | None = None
+    receipt: ReceiptText | None = None
 
 
 class LockCoupon(Request, frozen=True):
@@ -165,7 +165,7 @@ class LockCoupon(Request, frozen=True):
     lock_token: (
         Annotated[LockToken, Meta(description="renews the lock that has this token, instead of making one")] | None
     ) = None
-    receipt: Receipt | None = None
+    receipt: ReceiptText | None = None
 
 
 class UnlockCoupon(Request, frozen=True):
@@ -177,7 +177,7 @@ class RedeemCoupon(Request, frozen=True):
     lock_token: LockToken | None = None
     reference: Reference | None = None
     metadata: Metadata | None = None
-    receipt: Receipt | None = None
+    receipt: ReceiptText | None = None
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True):
@@ -327,7 +327,7 @@ class CodeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     locked_until: LockedUntil | None
 
 
-class Problem(msgspec.Struct, kw_only=True):
+class ProblemBody(msgspec.Struct, kw_only=True):
     """RFC 9457, as `application/problem+json`; more members as the outcome has numbers to act on."""
 
     type: Annotated[str, Meta(description="the address at which the outcome is explained: `/problems/<code>`")]
@@ -335,7 +335,9 @@ class Problem(msgspec.Struct, kw_only=True):
     status: Annotated[int, Meta(ge=400, le=599, description="the HTTP status")]
     detail: Annotated[str, Meta(description="what it means, for people")]
     code: Annotated[str, Meta(description="the outcome, to act on")]
-    request_id: Annotated[str, Meta(description="names this request; give it when you ask for help")]
+    request_id: Annotated[
+        str, Meta(description="the request's id, as in `X-Request-Id`; quote it when you ask for help")
+    ]
 
 
 Cursor = tuple[

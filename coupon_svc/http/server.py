@@ -21,9 +21,11 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.http.endpoint import Endpoint, Response, send_response
-from coupon_svc.http.problems import bad_request, problem_response
+from coupon_svc.http.endpoint import Endpoint
+from coupon_svc.http.problems import log_failure, problem_response
 from coupon_svc.http.public import send_problem
+from coupon_svc.http.request_id import HEADER, STATE, choose_request_id
+from coupon_svc.http.response import Response
 from coupon_svc.http.routes import Api
 
 SERVER_SETTINGS: dict[str, Any] = {
@@ -55,16 +57,27 @@ class _HotCycle:
         "body",
         "disconnected",
         "endpoint",
+        "headers",
         "keep_alive",
         "message_event",
         "more_body",
         "path",
+        "request_id",
         "response_complete",
     )
 
-    def __init__(self, endpoint: Endpoint, path: dict[str, str], keep_alive: bool) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        path: dict[str, str],
+        headers: dict[bytes, bytes],
+        request_id: bytes,
+        keep_alive: bool,
+    ) -> None:
         self.endpoint = endpoint
         self.path = path
+        self.headers = headers
+        self.request_id = request_id
         self.keep_alive = keep_alive
         self.body = b""
         self.more_body = True
@@ -94,6 +107,9 @@ class CouponProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = self.app.limits
+        self._request_ids = self.app.request_ids
+        self._request_id = b""
+        """Of the request that is being read, once its head is complete."""
         self._reading = _NOTHING
         self._since = 0.0
         """When the caller began to be waited for: since the connect, the last answer, or the begin of a head or of a
@@ -147,15 +163,22 @@ class CouponProtocol(HttpToolsProtocol):
     # --- from the parser
 
     def on_message_begin(self) -> None:
-        """No scope yet: a hot request needs none."""
+        """A request begins. It gets no ASGI scope yet: a hot one needs none."""
         self._reading, self._bytes = _HEAD, None
+        self._request_id = b""
         self.url = b""
         self.headers = []
         self.expect_100_continue = False
 
     def on_headers_complete(self) -> None:
+        """The request line and all headers are there: the request gets its id and goes the short way, or by ASGI."""
         self._reading, self._bytes = _BODY, None
-        hot = self._hot_cycle()
+        by_name = dict(self.headers)
+        if HEADER in by_name:
+            self._request_id = choose_request_id(by_name[HEADER], self._request_ids)
+        else:
+            self._request_id = next(self._request_ids)
+        hot = self._hot_cycle(by_name)
         if hot is not None:
             self.cycle = hot
             return
@@ -164,22 +187,28 @@ class CouponProtocol(HttpToolsProtocol):
         headers_of_scope: Any = headers
         self.url, self.headers, self.expect_100_continue = url, headers, expects
         self.scope["headers"] = headers_of_scope
+        self.scope["state"][STATE] = self._request_id
         super().on_headers_complete()
+        # uvicorn puts these before those of each response, its own 500 included.
+        self.cycle.default_headers = [*self.server_state.default_headers, (HEADER, self._request_id)]
         if self.app.draining:
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
+        """A piece of a body."""
         if type(self.cycle) is _HotCycle:
             self.cycle.body += body
         else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        """The request is whole. On the short way its task begins now; by ASGI it began with the head."""
         self._reading = _NOTHING
+        self._request_id = b""
         cycle = self.cycle
         if type(cycle) is _HotCycle and cycle.more_body:
             cycle.more_body = False
-            task = self.loop.create_task(self._answer(cycle, dict(self.headers)))
+            task = self.loop.create_task(self._answer(cycle))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
         else:
@@ -187,7 +216,7 @@ class CouponProtocol(HttpToolsProtocol):
 
     # --- the short way
 
-    def _hot_cycle(self) -> _HotCycle | None:
+    def _hot_cycle(self, headers: dict[bytes, bytes]) -> _HotCycle | None:
         """The cycle of a request that may go the short way."""
         if self.cycle is not None and not self.cycle.response_complete:
             return None
@@ -196,26 +225,28 @@ class CouponProtocol(HttpToolsProtocol):
         found = self.app.hot_endpoint(self.url)
         if found is None or self.parser.get_http_version() != "1.1" or self.parser.should_upgrade():
             return None
-        length = next((value for name, value in self.headers if name == b"content-length"), b"")
+        length = headers.get(b"content-length", b"")
         if not length.isdigit() or len(length) > 5 or int(length) > HOT_BODY_BYTES_MAX:
             return None
-        return _HotCycle(*found, self.parser.should_keep_alive() and not self.app.draining)
+        keep_alive = self.parser.should_keep_alive() and not self.app.draining
+        return _HotCycle(*found, headers, self._request_id, keep_alive)
 
-    async def _answer(self, cycle: _HotCycle, headers: dict[bytes, bytes]) -> None:
-        response = await cycle.endpoint.respond("POST", cycle.path, b"", headers, cycle.body)
+    async def _answer(self, cycle: _HotCycle) -> None:
+        response = await cycle.endpoint.respond(cycle.request_id, "POST", cycle.path, b"", cycle.headers, cycle.body)
         cycle.response_complete = True
         if response is None or self.transport.is_closing():
             return
-        self.transport.write(self._bytes_of(response, cycle.keep_alive))
+        self.transport.write(self._bytes_of(response, cycle.request_id, cycle.keep_alive))
         if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()
 
-    def _bytes_of(self, response: Response, keep_alive: bool) -> bytes:
-        if self._default_headers is not self.server_state.default_headers:  # the date: anew each second
+    def _bytes_of(self, response: Response, request_id: bytes, keep_alive: bool) -> bytes:
+        """A response as it goes over the wire."""
+        if self._default_headers is not self.server_state.default_headers:  # the date changes once per second
             self._default_headers = self.server_state.default_headers
             self._default_lines = b"".join(b"%b: %b\r\n" % header for header in self._default_headers)
-        lines = [STATUS_LINE[response.status], self._default_lines]
+        lines = [STATUS_LINE[response.status], self._default_lines, b"x-request-id: %b\r\n" % request_id]
         lines += [b"%b: %b\r\n" % header for header in response.headers]
         if response.status != 204:
             lines.append(b"content-length: %d\r\n" % len(response.body))
@@ -343,8 +374,7 @@ class CouponProtocol(HttpToolsProtocol):
         if self._reading == _BODY and (cycle.response_complete or getattr(cycle, "response_started", False)):
             self.transport.close()
             return
-        status, headers, body, _ = problem_response(Refused(outcome))
-        self._send_last(self._bytes_of(Response(status, headers, body), keep_alive=False))
+        self._refuse(outcome)
 
     def shutdown(self) -> None:
         """Close when nothing is under way; a request that is not complete soon is given up."""
@@ -367,12 +397,14 @@ class CouponProtocol(HttpToolsProtocol):
                 self.pipeline[0] = (cycle, _malformed)
             self.flow.pause_reading()
             return
-        body = bad_request()
-        head = (
-            "HTTP/1.1 400 Bad Request\r\nContent-Type: application/problem+json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        self._send_last(head.encode() + body)
+        self._refuse(Outcome.MALFORMED_HTTP)
+
+    def _refuse(self, outcome: Outcome) -> None:
+        """Refuse the request that is being read, and close the connection."""
+        request_id = self._request_id or next(self._request_ids)
+        response = problem_response(Refused(outcome), request_id)
+        self._send_last(self._bytes_of(response, request_id, keep_alive=False))
+        log_failure(outcome, "no operation", request_id)
 
     def _send_last(self, response: bytes) -> None:
         """Send a response to a request that was not read to its end, and close the connection.
@@ -398,7 +430,7 @@ class CouponProtocol(HttpToolsProtocol):
 
 async def _malformed(scope: Any, receive: Any, send: Any) -> None:
     """Answers, in its turn, a pipelined request whose body turned out to be malformed."""
-    await send_response(send, 400, [(b"content-type", b"application/problem+json")], bad_request())
+    await send_problem(scope, send, Refused(Outcome.MALFORMED_HTTP))
 
 
 class _Lingering(asyncio.Protocol):
@@ -435,4 +467,4 @@ class _Full:
         if scope["path"] == "/healthz":
             await self._api(scope, receive, send)
         else:
-            await send_problem(send, Refused(Outcome.TOO_MANY_CONNECTIONS))
+            await send_problem(scope, send, Refused(Outcome.TOO_MANY_CONNECTIONS))

@@ -11,6 +11,7 @@ import msgspec
 
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.inputs import invalid
+from coupon_svc.http.operations import Operation
 
 PARAMETER_SHOWN_MAX = 100
 """Characters of the name of an unknown query parameter that a refusal repeats."""
@@ -18,6 +19,40 @@ _IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 _AT = re.compile(r" - at `(?:key in )?\$(.*)`$")
 _PLAIN_NAME = re.compile(r"[a-z][a-z_]{0,40}")
 _BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
+
+
+def check_request(
+    operation: Operation,
+    decoder: msgspec.json.Decoder[Any] | None,
+    query_string: bytes,
+    headers: Mapping[bytes, bytes],
+    content: bytes,
+) -> tuple[Any, Any, str | None]:
+    """(query, body, Idempotency-Key) of a request whose body has been read; `decoder` is that of the operation's body.
+
+    Raises Refused for the first that applies: unsupported_media_type, malformed_json, invalid_idempotency_key,
+    invalid_request.
+    """
+    query = body = idempotency_key = wrong = None
+    if query_string or operation.query is not None:
+        try:
+            query = decode_query(operation.query, query_string)
+        except Refused as refused:
+            wrong = refused
+    if decoder is not None:
+        if content:
+            check_media_type(headers)
+        try:
+            body = decode_body(decoder, content)
+        except Refused as refused:
+            if refused.outcome is not Outcome.INVALID_REQUEST:
+                raise
+            wrong = wrong or refused
+        if operation.method == "POST" and b"idempotency-key" in headers:
+            idempotency_key = parse_idempotency_key(headers[b"idempotency-key"])
+    if wrong is not None:
+        raise wrong
+    return query, body, idempotency_key
 
 
 def check_media_type(headers: Mapping[bytes, bytes]) -> None:

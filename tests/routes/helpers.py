@@ -92,7 +92,7 @@ def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
     assert body["type"] == f"/problems/{code}"
     assert body["title"]
     assert body["detail"]
-    assert body["request_id"]
+    assert body["request_id"] == response.headers["x-request-id"]
     assert "idempotent-replayed" not in response.headers
     if status in (423, 429, 503):
         assert int(response.headers["retry-after"]) >= 1
@@ -106,7 +106,7 @@ def alike(one: httpx.Response, other: httpx.Response) -> bool:
     """Whether two refusals tell the same, but for which request they are about."""
 
     def told(response: httpx.Response) -> tuple[Any, ...]:
-        headers = {k: v for k, v in response.headers.items() if k != "date"}
+        headers = {k: v for k, v in response.headers.items() if k not in ("date", "x-request-id")}
         return response.status_code, headers, {k: v for k, v in response.json().items() if k != "request_id"}
 
     return told(one) == told(other)

@@ -12,11 +12,11 @@ import httpx
 import pytest
 import uvicorn
 from starlette.routing import Route, Router
-from starlette.types import Receive, Scope, Send
 
-from coupon_svc.http.endpoint import Endpoint, Response
+from coupon_svc.http.endpoint import Endpoint
 from coupon_svc.http.limits import Limits
 from coupon_svc.http.metrics import Metrics
+from coupon_svc.http.response import Response
 from coupon_svc.http.routes import HOT_PATHS, Api
 from coupon_svc.http.server import HOT_BODY_BYTES_MAX, SERVER_SETTINGS, CouponProtocol
 from tests.harness import Stack
@@ -42,6 +42,7 @@ class Wire:
         """The next response."""
         head = (await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 10)).decode().split("\r\n")
         headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+        assert "x-request-id" in headers
         body = await self.reader.readexactly(int(headers.get("content-length", 0)))
         return Answered(int(head[0].split()[1]), headers, body)
 
@@ -77,8 +78,11 @@ class Told(Endpoint):
     def __init__(self) -> None:
         super().__init__(None, Metrics())  # type: ignore[arg-type]
         self.slow: asyncio.Event | None = None
+        self.request_ids: list[str] = []
 
-    async def respond(self, method: str, path: Any, query_string: bytes, headers: Any, body: Any) -> Response:
+    async def respond(
+        self, request_id: bytes, method: str, path: Any, query_string: bytes, headers: Any, body: Any
+    ) -> Response:
         by_asgi = not isinstance(body, bytes)
         if by_asgi:
             message = await body()
@@ -86,10 +90,8 @@ class Told(Endpoint):
         if self.slow is not None and b"slow" in body:
             await self.slow.wait()
         told = {"asgi": by_asgi, "path": dict(path), "query": query_string.decode(), "body": body.decode()}
+        self.request_ids.append(request_id.decode())
         return Response(200, [(b"content-type", b"application/json")], json.dumps(told).encode())
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await super().__call__(scope, receive, send)
 
 
 class Served(NamedTuple):
@@ -182,6 +184,32 @@ async def test_pipelined_requests_are_answered_in_their_order(served: Served) ->
     wire.writer.close()
 
 
+async def test_each_of_pipelined_requests_has_its_own_id_whichever_way_it_goes(served: Served) -> None:
+    """The first is slow: meanwhile the heads of all others are read."""
+    served.endpoint.slow = asyncio.Event()
+    wire = await dial(served.base_url)
+    sent = [f"X-Request-Id: caller-{number}" for number in range(4)]
+    bad = (
+        b"POST /coupons/assign HTTP/1.1\r\nHost: t\r\nX-Request-Id: bad\r\nTransfer-Encoding: chunked\r\n\r\nno hex\r\n"
+    )
+    wire.writer.write(
+        post("/coupons/assign", b"slow", sent[0])
+        + chunked("/coupons/assign", b"1", sent[1])
+        + post("/coupons/assign", b"2", sent[2])
+        + post("/coupons/assign", b"3")
+        + bad
+    )
+    await asyncio.sleep(0.1)
+    served.endpoint.slow.set()
+    answers = [await wire.answer() for _ in range(5)]
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    assert ids[:3] == ["caller-0", "caller-1", "caller-2"]
+    assert ids[3].startswith("req_")
+    assert served.endpoint.request_ids == ids[:4]
+    assert (answers[4].status, ids[4], json.loads(answers[4].body)["request_id"]) == (400, "bad", "bad")
+    wire.writer.close()
+
+
 async def test_a_connection_is_closed_when_the_caller_asks_for_it(served: Served) -> None:
     wire = await dial(served.base_url)
     wire.writer.write(post("/coupons/assign", b"{}", "Connection: close"))
@@ -263,7 +291,8 @@ async def test_both_ways_lead_to_the_same_answers(service: Stack, client: httpx.
             answer = await wire.answer()
             shown = json.loads(answer.body or b"{}")
             shown.pop("request_id", None)
-            told = {name: value for name, value in answer.headers.items() if name not in ("date", "content-length")}
+            own = ("date", "content-length", "x-request-id")
+            told = {name: value for name, value in answer.headers.items() if name not in own}
             if first:  # the second of these is a replay of the first
                 told["idempotent-replayed"] = "true"
             answers.append((answer.status, told, shown))

@@ -91,7 +91,7 @@ async def test_metrics_are_well_formed_and_tell_nothing_of_one_tenant(
     assert re.search(r'coupon_requests_total\{[^}]*operation="lock_coupon",outcome="ok"\} [1-9]', text)
 
 
-async def test_an_unexpected_error_is_a_problem_here_too() -> None:
+async def test_an_unexpected_error_is_a_problem_here_too(caplog: pytest.LogCaptureFixture) -> None:
     sent: list[MutableMapping[str, Any]] = []
 
     async def send(message: MutableMapping[str, Any]) -> None:
@@ -103,7 +103,10 @@ async def test_an_unexpected_error_is_a_problem_here_too() -> None:
     def fails(_: Any) -> tuple[bytes, bytes]:
         raise KeyError("a telling value")
 
-    await PublicEndpoint(fails)({"type": "http", "method": "GET", "path": "/metrics"}, receive, send)
+    scope = {"type": "http", "method": "GET", "path": "/metrics", "state": {"request_id": b"its-id"}}
+    await PublicEndpoint(fails)(scope, receive, send)
     assert sent[0]["status"] == 500
     assert b"internal_error" in sent[1]["body"]
-    assert b"telling" not in sent[1]["body"]
+    assert b'"request_id":"its-id"' in sent[1]["body"]
+    assert "request its-id" in caplog.text
+    assert "telling" not in caplog.text + sent[1]["body"].decode()
