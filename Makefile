@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+QUICK  := tests/unit tests/scripts tests/test_model.py tests/test_lua_headers.py tests/test_docs.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install run demo test chaos load bench check clean
+.PHONY: help install run demo check quick test chaos load bench clean
 
 help: ## Print the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +26,15 @@ run: install ## The whole service on 127.0.0.1:8080, embedded servers included; 
 demo: install ## The life of a coupon, step by step, without a human
 	@exec $(BIN)/coupon-svc demo
 
+check: install ## Style, types, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+quick: check ## `check`, and the tests that take half a minute: units, the model, scripts, docs
+	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist worksteal -m 'not chaos and not long' $(QUICK)
+
 test: install ## All tests, against servers they start themselves
 	$(BIN)/python -m pytest -n $(or $(JOBS),3) --dist loadfile
 
@@ -37,13 +47,6 @@ load: install ## Load a service of its own, time it and audit every answer; make
 
 bench: install ## The figures of docs/benchmarks.md, about ten minutes on a quiet machine; make bench ARGS=--quick, ARGS=--growth
 	@exec $(BIN)/python -m coupon_svc.ops.bench $(ARGS)
-
-check: install ## Style, types, import direction, Lua headers
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest tests/test_lua_headers.py
 
 clean: ## Remove the environment and the data of `make run`
 	rm -rf $(VENV) .data

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,10 +27,21 @@ ONE_MODE = {
     "interrupted": "redis",
 } | dict.fromkeys(LEDGER_ONLY, "ledger")
 """Scopes that tests walk in one mode: they take longest, or hold in that mode alone."""
+LONG = {
+    "failovers-redis", "interrupted-redis", "swaps-ledger", "tampering-redis", "two_recoverers-ledger", "redeems-redis",
+    "delays-ledger",  # scopes
+    "attempt", "late", "late_epoch", "mark", "publish_term", "redemption_user",  # safeguards
+}  # fmt: skip
+"""Walks through so many states that `make quick` leaves them out."""
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(*name.split("-"), id=name, marks=pytest.mark.long if name in LONG else ()) for name in names]
 
 
 @pytest.mark.parametrize(
-    ("scope", "mode"), [(scope, mode) for scope in SCOPES for mode in MODES if ONE_MODE.get(scope, mode) == mode]
+    ("scope", "mode"),
+    cases(f"{scope}-{mode}" for scope in SCOPES for mode in MODES if ONE_MODE.get(scope, mode) == mode),
 )
 def test_the_protocol_keeps_its_promises(scope: str, mode: str) -> None:
     walked = walk(SCOPES[scope]._replace(mode=mode))
@@ -36,7 +49,7 @@ def test_the_protocol_keeps_its_promises(scope: str, mode: str) -> None:
     assert walked.states > 500
 
 
-@pytest.mark.parametrize("name", [name for name in SAFEGUARDS if name not in BY_HAND])
+@pytest.mark.parametrize("name", cases(name for name in SAFEGUARDS if name not in BY_HAND))
 def test_without_a_safeguard_a_promise_is_broken(name: str) -> None:
     safeguard = SAFEGUARDS[name]
     off = {name, safeguard.also} - {""}
@@ -45,7 +58,7 @@ def test_without_a_safeguard_a_promise_is_broken(name: str) -> None:
     assert walked.history
 
 
-@pytest.mark.parametrize("name", [name for name, safeguard in SAFEGUARDS.items() if safeguard.also])
+@pytest.mark.parametrize("name", cases(name for name, safeguard in SAFEGUARDS.items() if safeguard.also))
 def test_a_safeguard_that_another_covers_is_missed_by_nobody_alone(name: str) -> None:
     walked = walk(SAFEGUARDS[name].bounds._replace(off=frozenset({name})))
     assert walked.broken == ""
@@ -56,6 +69,7 @@ def test_a_known_limit_is_one(name: str) -> None:
     assert walk(LIMITS[name]).broken
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_from_every_state_a_recovery_can_finish(mode: str) -> None:
     bounds = Bounds(mode=mode, kinds=frozenset((*RESTARTS, *TAMPERING)), users=1, tries=1)
