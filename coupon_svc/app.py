@@ -9,40 +9,54 @@ from typing import Any
 
 from coupon_svc.config import Settings, load_settings
 from coupon_svc.http.auth import KeyRing
-from coupon_svc.http.books import Books
+from coupon_svc.http.books import BookAnswers, Books
 from coupon_svc.http.coupons import Coupons
 from coupon_svc.http.limits import Limits, drain_at_sigterm
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.public import Public
-from coupon_svc.http.registration import Registration
 from coupon_svc.http.routes import Api, make_app
-from coupon_svc.http.runner import BookRunner
 from coupon_svc.postgres.database import Database
-from coupon_svc.postgres.resolve import Resolver
 from coupon_svc.postgres.uploads import Uploads
-from coupon_svc.redis.data_plane import Store
-from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
+from coupon_svc.service import books
+from coupon_svc.service.api_keys import ApiKeys
+from coupon_svc.service.assign import Assigning
+from coupon_svc.service.code_directory import CodeDirectory
+from coupon_svc.service.durability import Durability
+from coupon_svc.service.health import Health
+from coupon_svc.service.reading import Reading
+from coupon_svc.service.receipt_rescue import ReceiptRescue
+from coupon_svc.service.redeem import Redeeming
+from coupon_svc.service.registration import Registration
+from coupon_svc.service.waiting import Waiting
 
 
 def make_api(settings: Settings | None = None) -> Api:
     """The API as an ASGI application. It connects when it starts, and starts whether or not the stores are there."""
     settings = settings or load_settings()
-    positions = Positions(settings.shards, settings.ledger_wait_ms)
-    store = Store(settings.redis_url, settings.shards, positions, Scripts())
+    plane = DataPlane(settings.redis_url, settings.shards, Scripts())
     database = Database(settings.database_url, "coupon-api")
     lookups = Database(settings.database_url, "coupon-api-lookups", size=4)  # they must not stand behind uploads
     bulk = Database(settings.database_url, "coupon-api-uploads", size=4)  # what is slow has connections of its own
     uploads = Uploads(bulk)
-    resolver = Resolver(lookups)
-    runner = BookRunner(store, resolver, database, settings.shards)
+    registration = Registration(settings.database_url, plane)
+
+    directory = CodeDirectory(lookups)
+    durability = Durability(plane, settings.ledger_wait_ms)
+    rescue = ReceiptRescue(plane, database, durability, registration)
+    waiting = Waiting(plane, directory, database, durability, rescue)
+    assigning = Assigning(plane, directory, waiting, durability, registration)
+    redeeming = Redeeming(plane, directory, waiting, durability)
+    reading = Reading(plane, directory, waiting, durability)
+    book_service = books.Books(plane, waiting, database, uploads, settings.shards, BookAnswers())
+
     metrics = Metrics()
-    public = Public(store, metrics)
-    registration = Registration(settings.database_url, store)
+    public = Public(Health(plane), metrics)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
-        await store.start()
+        await plane.start()
         await registration.start()
         await uploads.start()
         try:
@@ -51,16 +65,16 @@ def make_api(settings: Settings | None = None) -> Api:
         finally:
             await uploads.stop()
             await registration.stop()
-            await store.stop()
+            await plane.stop()
             await database.close()
             await lookups.close()
             await bulk.close()
 
     api = make_app(
-        Books(runner, database, uploads, settings.shards),
-        Coupons(store, runner, resolver, database, registration),
+        Books(book_service),
+        Coupons(assigning, redeeming, reading),
         public,
-        KeyRing(resolver, settings.key_cache_ms),
+        KeyRing(ApiKeys(lookups).find, settings.key_cache_ms),
         metrics,
         lifespan,
         Limits.of(settings),

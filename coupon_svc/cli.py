@@ -18,6 +18,7 @@ import msgspec
 from asyncpg import InvalidCatalogNameError, UndefinedColumnError, UndefinedTableError
 
 from coupon_svc.config import Settings, SettingsError, load_settings
+from coupon_svc.domain.api_keys import ApiKey
 from coupon_svc.domain.errors import CouponError
 from coupon_svc.postgres import keys, quarantine
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, open_connection
@@ -433,7 +434,7 @@ def _store_key(args: argparse.Namespace, key: str) -> str:
             raise UsageError("--expires-in-days must be between 0 and 36500.")
         expires_at = datetime.now(UTC) + timedelta(days=args.expires_in_days)
 
-    async def store(connection: LedgerConnection) -> tuple[str, keys.KeyRow | None]:
+    async def store(connection: LedgerConnection) -> tuple[str, ApiKey | None]:
         try:
             async with connection.transaction():  # or a refused key would leave its tenant behind
                 key_id = await keys.create_key(connection, args.tenant, key, scopes, args.label, expires_at)

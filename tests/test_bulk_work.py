@@ -14,17 +14,19 @@ import pytest
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.books import Ack, BookStatus
 from coupon_svc.domain.chain import CHAIN_START
-from coupon_svc.domain.codes import Pattern
+from coupon_svc.domain.codes import Generated, Pattern
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.http.books import Books
-from coupon_svc.http.call import Call
-from coupon_svc.http.schemas import UpdateBook
+from coupon_svc.http.books import BookAnswers
 from coupon_svc.postgres.catalogue import NewBook, insert_book, insert_codes, places_end
 from coupon_svc.postgres.database import Database
-from coupon_svc.postgres.keys import KeyRow
 from coupon_svc.postgres.lending import lease_block
 from coupon_svc.postgres.shards import OwnedShard
-from coupon_svc.postgres.uploads import Generated, Uploads
+from coupon_svc.postgres.uploads import Uploads
+from coupon_svc.redis.contract import Reply
+from coupon_svc.redis.data_plane import DataPlane
+from coupon_svc.redis.scripts import Scripts
+from coupon_svc.redis.shard_view import ShardView
+from coupon_svc.service.books import BookChanges, Books, UpdateBook
 from tests.harness import Stack, fresh_database, until
 from tests.routes.helpers import counters, make_book, refused, upload
 from tests.test_verify import report_of
@@ -399,34 +401,26 @@ async def test_a_replayed_creation_waits_for_its_codes(stack: Stack, count: int)
         assert assigned.status_code == 201, assigned.text
 
 
-class GoneAfter:
-    """A runner whose Redis has the change, and is gone when it is asked again."""
+class GoneAfter(DataPlane):
+    """A data plane whose Redis has the change, and is gone when it is asked again."""
 
     def __init__(self, version: int) -> None:
-        self._replies: list[Any] = [["ok", str(version)]]
+        super().__init__("redis://127.0.0.1:1", 1, Scripts())
+        self._versions = [version]
 
-    def place(self, _: str) -> Any:
-        class Place:
-            class view:
-                class keys:
-                    book = holders = free = staticmethod(lambda _: "key")
-
-        return Place
-
-    async def run(self, *_: object, **__: object) -> Any:
-        if not self._replies:
+    async def call(self, name: str, view: ShardView, *, read_only: bool = False, **parameters: Any) -> Reply:
+        if not self._versions:
             raise Refused(Outcome.STORE_UNAVAILABLE)
-        return self._replies.pop()
+        return self._calls[name].reply(["ok", str(self._versions.pop()), "{}", 0, 0, 0, 0, 0])
 
 
 async def test_a_change_that_was_made_is_never_answered_as_nothing_was_done(
     ledger: Ledger, pool: Callable[[], Database]
 ) -> None:
     database = pool()
-    books = Books(GoneAfter(2), database, Uploads(database), 1)  # type: ignore[arg-type]
-    call = Call(KeyRow("key", 1, "t", frozenset(), "", None, False), "PATCH", {"book_id": BOOK})
-    call.body = UpdateBook(status=BookStatus.PAUSED)
+    waiting: Any = None
+    books = Books(GoneAfter(2), waiting, database, Uploads(database), 1, BookAnswers())
     with pytest.raises(Refused) as refusal:
-        await books.update_book(call)
+        await books.update_book(UpdateBook(1, BOOK, BookChanges(status=BookStatus.PAUSED)))
     assert refusal.value.outcome is Outcome.OUTCOME_UNKNOWN
     assert await ledger.connection.fetchval("SELECT status FROM books") == "paused"

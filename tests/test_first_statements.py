@@ -8,22 +8,21 @@ from typing import Any, cast
 import pytest
 
 from coupon_svc.config import load_settings
-from coupon_svc.http import registration
 from coupon_svc.postgres import database
 from coupon_svc.postgres.database import open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.redis.control import ShardControl
-from coupon_svc.redis.data_plane import Store
-from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
+from coupon_svc.service.registration import Registration
 from coupon_svc.writer import lend, writer
 from tests.conftest import SHARDS
 from tests.harness import fresh_database
 
 
 async def of_registration(url: str) -> Any:
-    store = Store("redis://127.0.0.1:1", SHARDS, Positions(SHARDS, 1000), Scripts())
-    return await registration.Registration(url, store)._connected()
+    plane = DataPlane("redis://127.0.0.1:1", SHARDS, Scripts())
+    return await Registration(url, plane).session.connection()
 
 
 async def of_lender(url: str) -> Any:
@@ -49,7 +48,6 @@ async def test_one_that_breaks_at_once_is_the_ledger_being_unavailable(
         connection.terminate()
         return connection
 
-    for module in (registration, database):
-        monkeypatch.setattr(module, "open_connection", open_and_break)
+    monkeypatch.setattr(database, "open_connection", open_and_break)
     with pytest.raises(LedgerUnavailable):
         await connected(url)

@@ -13,27 +13,27 @@ import httpx
 import pytest
 
 from coupon_svc.dev.servers import EmbeddedRedis
+from coupon_svc.domain.api_keys import ApiKey
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.receipts import Receipt
-from coupon_svc.http import registration as registration_module
 from coupon_svc.http.auth import KeyRing
-from coupon_svc.http.coupons import Coupons
-from coupon_svc.http.registration import Registration
-from coupon_svc.http.runner import BookRunner
 from coupon_svc.postgres import recovery
 from coupon_svc.postgres.catalogue import lease_code
 from coupon_svc.postgres.errors import LedgerUnavailable
-from coupon_svc.postgres.keys import KeyRow
 from coupon_svc.postgres.marks import Mark
 from coupon_svc.postgres.quarantine import redeem_receipt
 from coupon_svc.postgres.recovery import NewEpoch
 from coupon_svc.postgres.shards import OwnedShard
 from coupon_svc.redis.control import ShardControl, Term
-from coupon_svc.redis.data_plane import Store
+from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.keys import ShardKeys
-from coupon_svc.redis.positions import Positions
 from coupon_svc.redis.scripts import Scripts
+from coupon_svc.redis.shard_view import Certificate
+from coupon_svc.service import registration as registration_module
+from coupon_svc.service.durability import Durability
+from coupon_svc.service.reading import Reading
+from coupon_svc.service.registration import Registration
 from tests.harness import Stack, fresh_database, until
 from tests.routes.helpers import make_book, refused
 
@@ -48,8 +48,8 @@ async def ledger(postgres_url: str) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
-def nowhere(shards: int) -> Store:
-    return Store("redis://127.0.0.1:1", shards, Positions(shards, 1000), Scripts())
+def nowhere(shards: int) -> DataPlane:
+    return DataPlane("redis://127.0.0.1:1", shards, Scripts())
 
 
 # --- what another installation's ledger holds
@@ -58,14 +58,14 @@ def nowhere(shards: int) -> Store:
 async def test_positions_of_another_installation_of_the_server_wake_nobody(plain_redis: EmbeddedRedis) -> None:
     """A channel is heard in all numbered databases of a server."""
     shards = 83  # of no other test on this server
-    store = Store(plain_redis.url, shards, Positions(shards, 3000), Scripts())
+    plane = DataPlane(plain_redis.url, shards, Scripts())
     owners = [
         ShardControl(plain_redis.url, shards, Scripts(), "inst-1"),
         ShardControl(plain_redis.url + "/1", shards, Scripts(), "inst-2"),
     ]
     term = Term(0, epoch=1, generation=1)
-    store.join("inst-1")
-    await store.start()
+    plane.join("inst-1")
+    await plane.start()
     try:
         for owner in owners:
             await owner.shut_shard(term)
@@ -73,14 +73,14 @@ async def test_positions_of_another_installation_of_the_server_wake_nobody(plain
 
         async def heard() -> bool:
             await owners[0].tell_position(0, 1, 5)
-            return store.positions.committed(0) == (1, 5)
+            return plane.waiters.committed(0) == (1, 5)
 
         await until(heard)
         await owners[1].tell_position(0, 1, 77)
         await asyncio.sleep(0.2)
-        assert store.positions.committed(0) == (1, 5)
+        assert plane.waiters.committed(0) == (1, 5)
     finally:
-        await store.stop()
+        await plane.stop()
         for owner in owners:
             owner.close()
 
@@ -168,8 +168,8 @@ async def test_an_entry_put_into_the_stream_by_hand_is_passed_over(make_stack: M
 class Talk:
     """A connection to a server whose shard 0 has gone back, while shard 1 goes on at full speed."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, plane: DataPlane) -> None:
+        self.plane = plane
         self.doubted: list[str] = []
 
     async def ask(self, *command: str) -> Any:
@@ -185,7 +185,7 @@ class Talk:
             self.doubted.append(command[3])
 
             def answer() -> None:
-                self.store.views[1].seen_seq += 1  # the answer to an assign came meanwhile
+                self.plane.views[1].observe(1, 11)  # the reply to an assign came meanwhile
                 future.set_result(["ok"])
 
             asyncio.get_running_loop().call_soon(answer)
@@ -193,35 +193,44 @@ class Talk:
 
 
 async def test_a_shard_that_goes_on_is_not_doubted_because_another_went_back() -> None:
-    store = nowhere(2)
-    talk: Any = Talk(store)
-    store._connection = talk
-    store.join("i")
-    for view, seen in zip(store.views, (20, 10), strict=True):
-        view.epoch, view.seen_seq = 1, seen
-    await store._verify(talk)
-    assert talk.doubted == [store.views[0].keys.meta]
-    assert [view.certified for view in store.views] == [False, True]
+    plane = nowhere(2)
+    talk: Any = Talk(plane)
+    plane._connection = talk
+    plane.join("i")
+    for view, seen_seq in zip(plane.views, (20, 10), strict=True):
+        view.certify(Certificate(1, seen_seq, 0, 100), view.seen)
+    await plane._verify(talk)
+    assert talk.doubted == [plane.views[0].keys.meta]
+    assert [view.is_open for view in plane.views] == [False, True]
+
+
+class Replies:
+    """A connection to a server whose next reply is known."""
+
+    def __init__(self, *replies: Any) -> None:
+        self.replies = list(replies)
+
+    def send(self, *_: Any) -> asyncio.Future[Any]:
+        future = asyncio.get_running_loop().create_future()
+        future.set_result(self.replies.pop(0))
+        return future
 
 
 async def test_a_list_is_not_durable_because_its_epoch_ended_while_it_was_waited_for() -> None:
     """The first coupon becomes durable, and before the list's turn comes Redis is in a new epoch, without the second."""
-    store = nowhere(1)
-    view = store.views[0]
-    view.epoch, view.certified = 1, True
-    resolver: Any = None
-    runner = BookRunner(store, resolver, resolver, 1)
-    coupons = Coupons(store, runner, resolver, resolver, Registration("", store))
-
-    async def run(*_: Any, **__: Any) -> list[Any]:
-        return ["ok", "1000", "ledger", "1", ["1-1 0 1 u", "1-2 0 1 u"], [-2, -2], "active"]
-
-    store.run = run  # type: ignore[method-assign]
-    asked = asyncio.create_task(coupons._read_codes(runner.place(BOOK), 1, ["A-1", "A-2"]))
+    plane = nowhere(1)
+    view = plane.views[0]
+    view.certify(Certificate(1, 0, 0, 100), view.seen)
+    replies: Any = Replies(["ok", "1000", "ledger", "1", ["1-1 0 1 u", "1-2 0 1 u"], [-2, -2], "active"])
+    plane._connection = replies
+    nothing: Any = None
+    reading = Reading(plane, nothing, nothing, Durability(plane, 1_000))
+    asked = asyncio.create_task(reading._read_codes(1, BOOK, ["A-1", "A-2"], time.monotonic()))
     await asyncio.sleep(0.01)
-    store.positions.advance(0, 1, 1)
-    view.enter(2)
-    store.positions.advance(0, 2, 0)
+    assert view.seen == (1, 2), "it was observed before anything was waited for"
+    plane.waiters.advance(0, 1, 1)
+    view.certify(Certificate(2, 0, 0, 100), view.seen)
+    plane.waiters.advance(0, 2, 0)
     with pytest.raises(Refused) as refusal:
         await asked
     assert refusal.value.outcome is Outcome.LEDGER_BEHIND
@@ -231,14 +240,12 @@ async def test_a_list_is_not_durable_because_its_epoch_ended_while_it_was_waited
 
 
 async def test_a_revoked_key_is_refused_in_time_though_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = KeyRow("key_1", 1, "t", frozenset(), "", None, False)
+    row = ApiKey("key_1", 1, "t", frozenset(), "", None, False)
 
-    class Rows:
-        async def find_key(self, _: bytes) -> KeyRow:
-            return row
+    async def find_key(_: bytes) -> ApiKey:
+        return row
 
-    rows: Any = Rows()
-    ring = KeyRing(rows, kept_ms=20)
+    ring = KeyRing(find_key, kept_ms=20)
     assert await ring.authenticate(b"Bearer k") is row
     row = row._replace(revoked=True)
     hour_ago = time.time_ns() - 3600 * 10**9
@@ -255,10 +262,10 @@ async def test_a_report_that_did_not_arrive_is_made_again(
     ledger: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or the process counts as one that cannot be asked, and all codes that were lent as given away."""
-    store = nowhere(1)
-    store.views[0].epoch, store.views[0].seen_seq = 3, 7
+    plane = nowhere(1)
+    plane.views[0].certify(Certificate(3, 7, 0, 100), plane.views[0].seen)
     await ledger.execute("UPDATE shards SET epoch = 4, certified_epoch = 3")
-    registration = Registration("", store)
+    registration = Registration("", plane)
 
     async def fail(*_: Any) -> None:
         raise LedgerUnavailable("slow")

@@ -12,9 +12,8 @@ import pytest
 from coupon_svc.postgres.database import open_connection
 from coupon_svc.postgres.quarantine import want_recovery
 from coupon_svc.redis.control import ShardControl
-from coupon_svc.redis.data_plane import Store
+from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.errors import StoreError
-from coupon_svc.redis.positions import Positions
 from coupon_svc.redis.scripts import Scripts
 from tests.chaos.network import Network, direct, network_stage, promote
 from tests.harness import until
@@ -83,8 +82,8 @@ async def test_the_api_gives_up_a_redis_that_does_not_say_who_it_is(
     taciturn: tuple[str, list[asyncio.StreamWriter]],
 ) -> None:
     url, came = taciturn
-    store = Store(url, 1, Positions(1, 1000), Scripts())
-    await store.start()
+    plane = DataPlane(url, 1, Scripts())
+    await plane.start()
 
     async def came_again() -> bool:
         return len(came) > 2  # one connection listens
@@ -92,8 +91,8 @@ async def test_the_api_gives_up_a_redis_that_does_not_say_who_it_is(
     try:
         await until(came_again, GIVEN_UP_S)
     finally:
-        await store.stop()
-    assert not store.connected
+        await plane.stop()
+    assert not plane.connected
 
 
 async def test_a_redis_that_is_not_fit_is_asked_again_on_one_connection(network: Network) -> None:
@@ -160,10 +159,10 @@ async def test_the_api_gives_up_a_listener_that_carries_nothing() -> None:
         writer.close()
 
     server = await asyncio.start_server(talk, "127.0.0.1", 0)
-    store = Store(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", 1, Positions(1, 1000), Scripts())
-    store.join("inst-1")
-    await store.start()
+    plane = DataPlane(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}", 1, Scripts())
+    plane.join("inst-1")
+    await plane.start()
     await asyncio.wait_for(silent.wait(), GIVEN_UP_S)
     await asyncio.wait_for(over.wait(), GIVEN_UP_S)
-    await store.stop()
+    await plane.stop()
     server.close()

@@ -14,10 +14,9 @@ import pytest
 
 from coupon_svc.postgres.errors import DatabaseUnfit
 from coupon_svc.postgres.migrations import check_installation, migrate
-from coupon_svc.redis.data_plane import Store
+from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
-from coupon_svc.redis.positions import Positions
 from coupon_svc.redis.scripts import Scripts
 from tests.conftest import SHARDS
 from tests.harness import Stack, fresh_database, until
@@ -165,15 +164,17 @@ def certified(**changes: str) -> dict[str, str]:
     return meta | numbers | changes
 
 
-async def open_shards(*metas: dict[str, str], joined: bool = True, registered: bool = True) -> tuple[Store, list[bool]]:
-    store = Store("redis://127.0.0.1:1", len(metas), Positions(len(metas), 1000), Scripts())
+async def open_shards(
+    *metas: dict[str, str], joined: bool = True, registered: bool = True
+) -> tuple[DataPlane, list[bool]]:
+    plane = DataPlane("redis://127.0.0.1:1", len(metas), Scripts())
     if joined:
-        store.join("inst-1")
+        plane.join("inst-1")
     if registered:
-        store.answer_early_until = float("inf")
+        plane.register_until(float("inf"))
     server: object = Server(list(metas))
-    await store._verify(server)  # type: ignore[arg-type]
-    return store, [view.certified for view in store.views]
+    await plane._verify(server)  # type: ignore[arg-type]
+    return plane, [view.is_open for view in plane.views]
 
 
 async def test_what_does_not_parse_shuts_its_own_shard_alone() -> None:
@@ -196,18 +197,8 @@ async def test_a_process_cut_off_from_postgres_leaves_a_redis_to_which_no_owner_
 
 async def test_every_process_has_seen_what_the_ledger_has() -> None:
     """An event at or below it is none that this process can have made: keys of a moment ago were put back."""
-    store, _ = await open_shards(certified())
-    store._on_message(["message", "cb:positions:inst-1", "0 3 14"])
-    assert store.views[0].seen_seq == 14
-    store._on_message(["message", "cb:positions:inst-1", "0 2 77"])
-    assert store.views[0].seen_seq == 14
-
-
-def test_a_report_is_of_the_epoch_that_is_to_be_settled_however_far_the_numbers_are_apart() -> None:
-    store = Store("redis://127.0.0.1:1", 1, Positions(1, 1000), Scripts())
-    view = store.views[0]
-    view.epoch, view.seen_seq = 3, 7
-    assert store.end_epochs(0, 1_800_000_000_000, live=3) == [(3, 7)]
-    assert store.end_epochs(0, 1_800_000_000_000, live=3) == []
-    assert store.end_epochs(0, 1_900_000_000_000, live=1_800_000_000_000) == [(1_800_000_000_000, 0)]
-    assert store.end_epochs(0, 1_900_000_000_001, live=0) == []
+    plane, _ = await open_shards(certified())
+    plane._listener.on_message(["message", "cb:positions:inst-1", "0 3 14"])
+    assert plane.seen() == [(0, (3, 14))]
+    plane._listener.on_message(["message", "cb:positions:inst-1", "0 2 77"])
+    assert plane.seen() == [(0, (3, 14))]

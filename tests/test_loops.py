@@ -10,11 +10,10 @@ import pytest
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.postgres.database import Database, open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable
-from coupon_svc.postgres.resolve import Resolver
-from coupon_svc.redis import data_plane, server
-from coupon_svc.redis.data_plane import Store
-from coupon_svc.redis.positions import Positions
+from coupon_svc.redis import server, verification
+from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
+from coupon_svc.service.code_directory import CodeDirectory
 from tests.conftest import SHARDS
 from tests.harness import until
 
@@ -30,17 +29,17 @@ async def test_a_loop_that_fails_unforeseen_begins_again(
             raise KeyError("a secret")
         return server.judge(info)
 
-    monkeypatch.setattr(data_plane, "judge", fails_once)
-    store = Store(plain_redis.url, SHARDS, Positions(SHARDS, 1000), Scripts())
-    await store.start()
+    monkeypatch.setattr(verification, "judge", fails_once)
+    plane = DataPlane(plain_redis.url, SHARDS, Scripts())
+    await plane.start()
 
     async def connected() -> bool:
-        return store.connected
+        return plane.connected
 
     try:
         await until(connected)
     finally:
-        await store.stop()
+        await plane.stop()
     assert "_keep_connected failed and begins again: KeyError at " in caplog.text
     assert "secret" not in caplog.text
 
@@ -49,12 +48,12 @@ async def test_who_asks_for_a_code_is_told_whatever_goes_wrong(monkeypatch: pyte
     async def fails(*_: Any) -> Any:
         raise KeyError
 
-    resolver = Resolver(Database("postgresql://127.0.0.1:1/none", "test"))
+    directory = CodeDirectory(Database("postgresql://127.0.0.1:1/none", "test"))
     monkeypatch.setattr(Database, "fetch", fails)
     for code in ("A", "B"):  # the second shows that the first has left nothing behind
         async with asyncio.timeout(5):
             with pytest.raises(KeyError):
-                await resolver.book_of_code(1, code)
+                await directory.book_of_code(1, code, 5.0)
 
 
 async def test_a_postgres_that_falls_silent_once_connected_is_given_up() -> None:

@@ -8,11 +8,10 @@ import asyncpg
 import pytest
 
 from coupon_svc.domain.clock import boot_s
-from coupon_svc.http.registration import Registration
 from coupon_svc.postgres.processes import PROCESS_TTL_S, count_as_gone, gone_processes, process_beats
-from coupon_svc.redis.data_plane import Store
-from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
+from coupon_svc.service.registration import Registration
 from tests.harness import fresh_database
 
 
@@ -24,14 +23,16 @@ async def ledger(postgres_url: str) -> AsyncIterator[asyncpg.Connection]:
 
 
 @pytest.fixture
-def store() -> Store:
+def plane() -> DataPlane:
     """Of an API process that has no Redis yet."""
-    return Store("redis://127.0.0.1:1", 1, Positions(1, 1000), Scripts())
+    return DataPlane("redis://127.0.0.1:1", 1, Scripts())
 
 
-async def test_a_registration_that_has_lapsed_is_not_taken_up_again(ledger: asyncpg.Connection, store: Store) -> None:
+async def test_a_registration_that_has_lapsed_is_not_taken_up_again(
+    ledger: asyncpg.Connection, plane: DataPlane
+) -> None:
     """The shards' owners may have reported for the old one already; what is answered now must be asked of a new one."""
-    registration = Registration("", store)
+    registration = Registration("", plane)
     await registration._renew(ledger)
     ((old, beat),) = (await process_beats(ledger)).items()
     assert await count_as_gone(ledger, old, beat)
@@ -41,9 +42,9 @@ async def test_a_registration_that_has_lapsed_is_not_taken_up_again(ledger: asyn
 
 
 async def test_a_registration_that_was_renewed_meanwhile_is_not_counted_as_gone(
-    ledger: asyncpg.Connection, store: Store
+    ledger: asyncpg.Connection, plane: DataPlane
 ) -> None:
-    registration = Registration("", store)
+    registration = Registration("", plane)
     await registration._renew(ledger)
     ((process_id, beat),) = (await process_beats(ledger)).items()
     await registration._renew(ledger)
@@ -52,15 +53,25 @@ async def test_a_registration_that_was_renewed_meanwhile_is_not_counted_as_gone(
     assert list(await process_beats(ledger)) == [process_id]
 
 
-async def test_early_answers_end_a_second_before_the_row_does(ledger: asyncpg.Connection, store: Store) -> None:
+async def test_early_answers_end_a_second_before_the_row_does(
+    ledger: asyncpg.Connection, plane: DataPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Measured from before the row was asked for, so that a slow Postgres shortens it."""
     asked_at = boot_s()
-    assert not store.may_answer_early(store.views[0], 1), "it was never registered"
-    await Registration("", store)._renew(ledger)
-    assert store.may_answer_early(store.views[0], 1)
-    assert asked_at < store.answer_early_until - (PROCESS_TTL_S - 1) < boot_s()
+    assert not plane.may_answer_early(plane.views[0], 1), "it was never registered"
+    registered_until: list[float] = []
+    register_until = plane.register_until
+
+    def note(until_s: float) -> None:
+        registered_until.append(until_s)
+        register_until(until_s)
+
+    monkeypatch.setattr(plane, "register_until", note)
+    await Registration("", plane)._renew(ledger)
+    assert plane.may_answer_early(plane.views[0], 1)
+    assert asked_at < registered_until[0] - (PROCESS_TTL_S - 1) < boot_s()
 
 
-async def test_nothing_is_answered_early_when_the_time_is_over(store: Store) -> None:
-    store.answer_early_until = boot_s() - 0.001
-    assert not store.may_answer_early(store.views[0], 1)
+async def test_nothing_is_answered_early_when_the_time_is_over(plane: DataPlane) -> None:
+    plane.register_until(boot_s() - 0.001)
+    assert not plane.may_answer_early(plane.views[0], 1)

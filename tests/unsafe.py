@@ -19,12 +19,12 @@ from coupon_svc.postgres import events, lending, recovery
 from coupon_svc.redis import scripts as store_scripts
 from coupon_svc.redis import server
 from coupon_svc.redis.connection import Connection, Reply
-from coupon_svc.redis.positions import Positions
 from coupon_svc.redis.scripts import Script
+from coupon_svc.redis.waiters import DurabilityWaiters
 from coupon_svc.resources import resource_folder
 
 if TYPE_CHECKING:
-    from coupon_svc.redis.data_plane import Store
+    from coupon_svc.redis.data_plane import DataPlane
 
 _read_script = store_scripts.read_script
 
@@ -73,11 +73,11 @@ def record_epoch() -> None:
 
 def told_position() -> None:
     """Nobody learns from the position messages which positions are taken: they only wake whoever waits for the ledger."""
-    waiting: list[Positions] = []
+    waiting: list[DurabilityWaiters] = []
 
-    def positions(self: Positions, *args: Any, **named: Any) -> None:
+    def waiters(self: DurabilityWaiters, *args: Any, **named: Any) -> None:
         waiting.append(self)
-        honest_positions(self, *args, **named)
+        honest_waiters(self, *args, **named)
 
     def connection(self: Connection, on_message: Callable[[Reply], None] | None = None) -> None:
         honest_connection(self, on_message and on_message_untold)
@@ -87,8 +87,8 @@ def told_position() -> None:
             for one in waiting:
                 one.advance(*map(int, message[2].split()))
 
-    honest_positions, honest_connection = Positions.__init__, Connection.__init__
-    Positions.__init__, Connection.__init__ = positions, connection  # type: ignore[method-assign]
+    honest_waiters, honest_connection = DurabilityWaiters.__init__, Connection.__init__
+    DurabilityWaiters.__init__, Connection.__init__ = waiters, connection  # type: ignore[method-assign]
 
 
 def installation() -> None:
@@ -184,25 +184,25 @@ def epoch() -> None:
 def seen_position() -> None:
     """Neither a script nor the look at Redis once a second compares the position with what was seen."""
     _without_text("fence", "if meta.seq < tonumber(seen_seq) then", "if false then")
-    stores: list[Store] = []
+    planes: list[DataPlane] = []
 
     async def read_info(connection: Connection) -> dict[str, str]:
-        for store in stores:
-            for view in store.views:
+        for plane in planes:
+            for view in plane.views:
                 view.seen_seq = 0
         return await honest(connection)
 
     honest = server.read_info
     server.read_info = read_info
 
-    from coupon_svc.redis.data_plane import Store
+    from coupon_svc.redis.data_plane import DataPlane
 
-    def init(self: Store, *args: Any, **named: Any) -> None:
-        stores.append(self)
+    def init(self: DataPlane, *args: Any, **named: Any) -> None:
+        planes.append(self)
         honest_init(self, *args, **named)
 
-    honest_init = Store.__init__
-    Store.__init__ = init  # type: ignore[method-assign]
+    honest_init = DataPlane.__init__
+    DataPlane.__init__ = init  # type: ignore[method-assign]
 
 
 def fenced_load() -> None:
@@ -246,15 +246,15 @@ def position_and_epoch() -> None:
 def own_epoch() -> None:
     """Whoever waits for the ledger takes a position of a newer epoch for his own."""
 
-    async def wait(self: Positions, shard: int, epoch: int, seq: int) -> None:
+    async def wait(self: DurabilityWaiters, shard: int, epoch: int, seq: int, until: float) -> None:
         try:
-            await honest(self, shard, epoch, seq)
+            await honest(self, shard, epoch, seq, until)
         except Refused:
             if self.committed(shard)[0] <= epoch:
                 raise
 
-    honest = Positions.wait
-    Positions.wait = wait  # type: ignore[method-assign]
+    honest = DurabilityWaiters.wait
+    DurabilityWaiters.wait = wait  # type: ignore[method-assign]
 
 
 def registration() -> None:

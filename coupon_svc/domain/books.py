@@ -6,6 +6,8 @@ from enum import StrEnum
 
 import msgspec
 
+from coupon_svc.domain.errors import CouponError
+
 
 class Ack(StrEnum):
     """When an assign is answered: once the ledger has it, or as soon as Redis has decided."""
@@ -50,3 +52,17 @@ class Book(msgspec.Struct, frozen=True, kw_only=True):
     def unlent(self) -> int:
         """Codes that are still to be lent."""
         return self.total - self.lent - self.quarantined
+
+
+class InvalidPeriod(CouponError):
+    """A book would end before it begins. `reason` says what to change."""
+
+    def __init__(self) -> None:
+        self.reason = "must be later than starts_at"
+        super().__init__(f"expires_at {self.reason}")
+
+
+def check_period(starts_at_ms: int | None, expires_at_ms: int | None) -> None:
+    """Raises InvalidPeriod when a book would end before it begins."""
+    if starts_at_ms is not None and expires_at_ms is not None and starts_at_ms >= expires_at_ms:
+        raise InvalidPeriod

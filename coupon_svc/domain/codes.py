@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import msgspec
 
+from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.outcomes import Outcome, Refused
 
 CODE_LENGTH_MIN, CODE_LENGTH_MAX = 3, 64
@@ -90,8 +92,24 @@ class Pattern(msgspec.Struct, frozen=True):
         return drawn[:count].decode("ascii")
 
 
+class Generated(NamedTuple):
+    """Codes that are still to be drawn."""
+
+    pattern: Pattern
+    total: int
+
+
+class InvalidPattern(CouponError):
+    """No codes can be made by this pattern. `field` is `pattern` or `alphabet`; `reason` says what to give."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
 def parse_pattern(text: str, alphabet: str) -> Pattern:
-    """A pattern from its text and the name or symbols of its alphabet. Raises Refused(invalid_request).
+    """A pattern from its text and the name or symbols of its alphabet. Raises InvalidPattern.
 
     Every code the pattern can make must be a legal code; so the symbols must be, too.
     """
@@ -99,14 +117,12 @@ def parse_pattern(text: str, alphabet: str) -> Pattern:
     symbols = ALPHABETS.get(alphabet) or alphabet.upper()
     if len(symbols) < 2 or len(set(symbols)) != len(symbols) or not all(map(_SYMBOL.fullmatch, symbols)):
         names = ", ".join(ALPHABETS)
-        raise _invalid(
-            "/generate/alphabet", f"give one of {names}, or 2 or more different symbols of A-Z 0-9 . _ ~ + @ -"
-        )
+        raise InvalidPattern("alphabet", f"give one of {names}, or 2 or more different symbols of A-Z 0-9 . _ ~ + @ -")
     if not CODE_LENGTH_MIN <= len(text) <= CODE_LENGTH_MAX or not all(c == "#" or _SYMBOL.fullmatch(c) for c in text):
-        raise _invalid("/generate/pattern", "give 3 to 64 characters of A-Z 0-9 . _ ~ + @ - and # for a random symbol")
+        raise InvalidPattern("pattern", "give 3 to 64 characters of A-Z 0-9 . _ ~ + @ - and # for a random symbol")
     first = symbols if text[0] == "#" else text[0]
     if not first.isalnum():
-        raise _invalid("/generate/pattern", "a code must begin with a letter or a digit")
+        raise InvalidPattern("pattern", "a code must begin with a letter or a digit")
     return Pattern(text, "".join(sorted(symbols)))
 
 
@@ -131,7 +147,3 @@ def check_capacity(pattern: Pattern, requested: int, used: int) -> None:
 
 def _escaped(char: str) -> str:
     return char if char.isalnum() else "\\" + char
-
-
-def _invalid(pointer: str, detail: str) -> Refused:
-    return Refused(Outcome.INVALID_REQUEST, errors=[{"pointer": pointer, "detail": detail}])

@@ -10,6 +10,15 @@ class CouponError(Exception):
     """
 
 
+class Unavailable(CouponError):
+    """A store that was needed could not be reached or did not answer in time.
+
+    `may_have_happened` tells whether a transaction was under way, which may have been committed all the same.
+    """
+
+    may_have_happened = False
+
+
 def error_location(error: BaseException) -> str:
     """File and line where an error was raised, for the log. Its message is left out: it may hold a code or a key."""
     trace = error.__traceback__

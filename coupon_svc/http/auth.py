@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
+from coupon_svc.domain.api_keys import ApiKey
 from coupon_svc.domain.clock import now_ms
+from coupon_svc.domain.errors import Unavailable
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.postgres.errors import LedgerUnavailable
-from coupon_svc.postgres.keys import KeyRow
-from coupon_svc.postgres.resolve import Resolver
 
 KEYS_KEPT_MAX = 10_000
 UNKNOWN_KEPT_MS = 1_000
@@ -21,8 +21,12 @@ PATIENCE_S = 0.25
 """How long a request with a key that was good waits for Postgres to say so again."""
 
 
+FindKey = Callable[[bytes], Awaitable[ApiKey | None]]
+"""Asks for the key with this hash. Raises Unavailable."""
+
+
 class _Kept(NamedTuple):
-    row: KeyRow | None
+    row: ApiKey | None
     asked_at_ms: int
     """By a clock that nobody can set: a key revoked before the wall clock was set back must not go on until then."""
 
@@ -30,14 +34,14 @@ class _Kept(NamedTuple):
 class KeyRing:
     """One process's memory of keys, by hash: the keys themselves are not kept."""
 
-    def __init__(self, resolver: Resolver, kept_ms: int) -> None:
-        self._resolver = resolver
+    def __init__(self, find_key: FindKey, kept_ms: int) -> None:
+        self._find_key = find_key
         self._kept_ms = kept_ms
         self._kept: dict[bytes, _Kept] = {}
         self._unknown: dict[bytes, _Kept] = {}  # apart, so that made-up keys push no good one out
         self._asking: dict[bytes, asyncio.Task[_Kept]] = {}
 
-    async def authenticate(self, authorization: bytes) -> KeyRow:
+    async def authenticate(self, authorization: bytes) -> ApiKey:
         """The key in an Authorization header. Raises Refused: unauthenticated; store_unavailable when only Postgres
         could tell and it is away."""
         scheme, _, key = authorization.partition(b" ")
@@ -67,8 +71,8 @@ class KeyRing:
 
     async def _ask(self, key_hash: bytes, kept: _Kept | None, now: int) -> _Kept:
         try:
-            fresh = _Kept(await self._resolver.find_key(key_hash), now)
-        except LedgerUnavailable:
+            fresh = _Kept(await self._find_key(key_hash), now)
+        except Unavailable:
             if kept is not None and kept.row is not None and now - kept.asked_at_ms < KEPT_WHILE_AWAY_MS:
                 return kept
             raise Refused(Outcome.STORE_UNAVAILABLE) from None

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from coupon_svc.postgres.idempotency import IdempotentCall, Remembered
-from coupon_svc.postgres.keys import KeyRow
+from coupon_svc.domain.api_keys import ApiKey
+from coupon_svc.service.idempotency import NO_IDEMPOTENCY, Idempotency
 
 _encode_in_order = msgspec.json.Encoder(order="deterministic").encode
 
@@ -19,7 +19,7 @@ class Call:
 
     __slots__ = ("body", "idempotency_key", "key", "method", "path", "query")
 
-    def __init__(self, key: KeyRow, method: str, path: Mapping[str, str]) -> None:
+    def __init__(self, key: ApiKey, method: str, path: Mapping[str, str]) -> None:
         self.key = key
         self.method = method
         self.path = path
@@ -34,11 +34,11 @@ class Call:
         seen.update(_encode_in_order(self.body))
         return seen.hexdigest()
 
-    def idempotent(self, scope: str, path: str) -> IdempotentCall | None:
-        """The Idempotency-Key of a request whose effect is in Postgres."""
+    def idempotency(self, path: str) -> Idempotency:
+        """The Idempotency-Key, with the fingerprint of this request under `path`; NO_IDEMPOTENCY without one."""
         if self.idempotency_key is None:
-            return None
-        return IdempotentCall(scope, self.idempotency_key, self.fingerprint(path))
+            return NO_IDEMPOTENCY
+        return Idempotency(self.idempotency_key, self.fingerprint(path))
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -48,10 +48,6 @@ class Answer(msgspec.Struct, frozen=True):
     body: Any = None
     replayed: bool = False
     location: str | None = None
-
-    @classmethod
-    def again(cls, remembered: Remembered, location: str | None = None) -> Answer:
-        return cls(remembered.status, msgspec.Raw(remembered.answer), True, location)
 
 
 Handler = Callable[[Call], Awaitable[Answer]]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from coupon_svc.domain.errors import CouponError
+from coupon_svc.domain.errors import CouponError, Unavailable
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.call import Answer, Call, Handler
@@ -23,7 +23,6 @@ from coupon_svc.http.problems import log_failure, problem_response
 from coupon_svc.http.request_id import request_id_of
 from coupon_svc.http.response import Response, send_response
 from coupon_svc.http.validation import check_request
-from coupon_svc.postgres.errors import LedgerUnavailable
 
 BODY_BYTES_MAX = 2 * 1024 * 1024
 ENCODED_SLASH = "\udc2f"
@@ -111,7 +110,7 @@ class Endpoint:
             refused = Refused(Outcome.OUTCOME_UNKNOWN)
         except Refused as error:
             refused = error
-        except LedgerUnavailable as error:
+        except Unavailable as error:
             refused = Refused(Outcome.OUTCOME_UNKNOWN if error.may_have_happened else Outcome.STORE_UNAVAILABLE)
         except Exception as error:
             refused, failure = Refused(Outcome.INTERNAL_ERROR), error

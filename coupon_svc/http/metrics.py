@@ -6,8 +6,9 @@ import math
 import os
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Sequence
 
-from coupon_svc.redis.data_plane import Store
+from coupon_svc.service.health import ShardHealth
 
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -26,7 +27,7 @@ class Metrics:
         self._seconds[operation] += seconds
         self._buckets[operation][bisect_left(_BUCKETS_S, seconds)] += 1
 
-    def render(self, store: Store) -> bytes:
+    def render(self, shards: Sequence[ShardHealth]) -> bytes:
         """All of it in Prometheus's text format."""
         process = os.getpid()
         lines = ["# TYPE coupon_requests_total counter"]
@@ -45,10 +46,10 @@ class Metrics:
             lines.append(f"coupon_request_seconds_count{{{labels}}} {total}")
         lines += ["# TYPE coupon_shard_certified gauge", "# TYPE coupon_shard_backlog_events gauge"]
         lines.append("# TYPE coupon_shard_ledger_unseen_seconds gauge")
-        for shard, view in enumerate(store.views):
-            labels = f'process="{process}",shard="{shard:02d}"'
-            lines.append(f"coupon_shard_certified{{{labels}}} {int(view.certified)}")
-            lines.append(f"coupon_shard_backlog_events{{{labels}}} {store.backlog(shard)}")
-            unseen = "+Inf" if math.isinf(view.ledger_unseen_s) else f"{view.ledger_unseen_s:.3f}"
+        for shard in shards:
+            labels = f'process="{process}",shard="{shard.shard:02d}"'
+            lines.append(f"coupon_shard_certified{{{labels}}} {int(shard.is_open)}")
+            lines.append(f"coupon_shard_backlog_events{{{labels}}} {shard.backlog_events}")
+            unseen = "+Inf" if math.isinf(shard.ledger_unseen_s) else f"{shard.ledger_unseen_s:.3f}"
             lines.append(f"coupon_shard_ledger_unseen_seconds{{{labels}}} {unseen}")
         return ("\n".join(lines) + "\n").encode()

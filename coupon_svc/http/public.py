@@ -15,7 +15,7 @@ from coupon_svc.http.operations import OPERATIONS
 from coupon_svc.http.problems import PROBLEMS, log_failure, problem_response
 from coupon_svc.http.request_id import request_id_of
 from coupon_svc.http.response import Headers, Response, send_response
-from coupon_svc.redis.data_plane import LEDGER_UNSEEN_MAX_S, Store
+from coupon_svc.service.health import Health
 
 _JSON, _HTML, _TEXT = b"application/json", b"text/html; charset=utf-8", b"text/plain; version=0.0.4; charset=utf-8"
 _DOCS_HEADERS = [
@@ -26,8 +26,8 @@ _DOCS_HEADERS = [
 class Public:
     """Each method answers one path, as (content type, body), or raises Refused."""
 
-    def __init__(self, store: Store, metrics: Metrics) -> None:
-        self._store = store
+    def __init__(self, health: Health, metrics: Metrics) -> None:
+        self._health = health
         self._metrics = metrics
         self.draining = False
         """Whether the process was told to stop, and goes on only until load balancers have seen it."""
@@ -39,8 +39,8 @@ class Public:
 
     def readyz(self, _: Scope) -> tuple[bytes, bytes]:
         """200 or 503, and in either how many shards are open: certified in the Redis that this process speaks to."""
-        views = self._store.views
-        shards = {"open": sum(view.certified for view in views), "of": len(views)}
+        of_shards = self._health.shards()
+        shards = {"open": sum(shard.is_open for shard in of_shards), "of": len(of_shards)}
         unready = self._unready()
         if unready is not None:
             raise Refused(unready, shards=shards)
@@ -50,19 +50,10 @@ class Public:
         """Why this process should be sent no requests, if there is a reason."""
         if self.draining:
             return Outcome.SHUTTING_DOWN
-        store = self._store
-        if not store.connected or store.refuses_writes:
-            return Outcome.STORE_UNAVAILABLE
-        if not all(view.certified for view in store.views):
-            return Outcome.RECOVERING
-        if any(store.backlog(shard) >= view.backlog_max for shard, view in enumerate(store.views)):
-            return Outcome.BACKLOG_FULL
-        if any(view.ledger_unseen_s > LEDGER_UNSEEN_MAX_S for view in store.views):
-            return Outcome.LEDGER_BEHIND
-        return None
+        return self._health.why_unready()
 
     def metrics(self, _: Scope) -> tuple[bytes, bytes]:
-        return _TEXT, self._metrics.render(self._store)
+        return _TEXT, self._metrics.render(self._health.shards())
 
     def openapi(self, _: Scope) -> tuple[bytes, bytes]:
         return _JSON, self._openapi

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import asyncpg
 import msgspec
 
-from coupon_svc.domain.books import Ack, Book, BookStatus
+from coupon_svc.domain.books import Ack, Book, BookStatus, check_period
 from coupon_svc.domain.codes import Pattern, check_capacity, fits
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row
@@ -124,8 +124,7 @@ async def list_books(
 async def update_book(connection: asyncpg.Connection, tenant_id: int, book_id: str, changes: dict[str, object]) -> Book:
     """Change columns of a book and raise its version.
 
-    Raises Refused: book_not_found; book_closed when a closed book is to be opened again; invalid_request when it would
-    end before it begins.
+    Raises Refused: book_not_found; book_closed when a closed book is to be opened again. Raises InvalidPeriod.
     """
     row = await connection.fetchrow(
         f"SELECT {BOOK_COLUMNS} FROM books WHERE book_id = $1 AND tenant_id = $2 FOR UPDATE", book_id, tenant_id
@@ -147,14 +146,6 @@ async def update_book(connection: asyncpg.Connection, tenant_id: int, book_id: s
         )
         await tell_owner(connection, row["shard"])
     return book_from_row(row)
-
-
-def check_period(starts_at_ms: int | None, expires_at_ms: int | None) -> None:
-    """Raises Refused(invalid_request) when a book would end before it begins."""
-    if starts_at_ms is not None and expires_at_ms is not None and starts_at_ms >= expires_at_ms:
-        raise Refused(
-            Outcome.INVALID_REQUEST, errors=[{"pointer": "/expires_at", "detail": "must be later than starts_at"}]
-        )
 
 
 async def insert_codes(

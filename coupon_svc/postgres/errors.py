@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from coupon_svc.domain.errors import CouponError
+from coupon_svc.domain.errors import CouponError, Unavailable
 
 
 class LedgerError(CouponError):
     """The ledger could not be used, or refused what it was given."""
 
 
-class LedgerUnavailable(LedgerError):
-    """Postgres could not be reached or did not answer in time.
-
-    `may_have_happened` tells whether a transaction was under way, which may have been committed all the same.
-    """
-
-    may_have_happened = False
+class LedgerUnavailable(LedgerError, Unavailable):
+    """Postgres could not be reached or did not answer in time."""
 
 
 class DatabaseUnfit(LedgerError):

@@ -5,23 +5,12 @@ from __future__ import annotations
 import hashlib
 import secrets
 from datetime import UTC, datetime
-from typing import NamedTuple
 
 import asyncpg
 
+from coupon_svc.domain.api_keys import ApiKey
+
 SCOPES = ("books:write", "books:read", "codes:write", "coupons:assign", "coupons:redeem", "coupons:read")
-
-
-class KeyRow(NamedTuple):
-    """What is known of a key. `expires_at_ms` is None when it lives until it is revoked."""
-
-    key_id: str
-    tenant_id: int
-    tenant: str
-    scopes: frozenset[str]
-    label: str
-    expires_at_ms: int | None
-    revoked: bool
 
 
 _SELECT = """
@@ -41,10 +30,10 @@ def new_key() -> str:
     return "cbk_" + secrets.token_urlsafe(32)
 
 
-async def find_key(connection: asyncpg.Connection, key_hash: bytes) -> KeyRow | None:
+async def find_key(connection: asyncpg.Connection, key_hash: bytes) -> ApiKey | None:
     """The key with this hash, or None. Revoked and expired ones are found, too."""
     row = await connection.fetchrow(_SELECT + " WHERE key_hash = $1", key_hash)
-    return _key_row(row) if row is not None else None
+    return _api_key(row) if row is not None else None
 
 
 async def create_key(
@@ -79,12 +68,12 @@ async def create_key(
         return stored.key_id
 
 
-async def list_keys(connection: asyncpg.Connection, tenant: str | None = None) -> list[KeyRow]:
+async def list_keys(connection: asyncpg.Connection, tenant: str | None = None) -> list[ApiKey]:
     """All keys, or those of a tenant, oldest first."""
     rows = await connection.fetch(
         _SELECT + " WHERE $1::text IS NULL OR tenants.name = $1 ORDER BY api_keys.created_at", tenant
     )
-    return [_key_row(row) for row in rows]
+    return [_api_key(row) for row in rows]
 
 
 async def revoke_key(connection: asyncpg.Connection, key_id: str) -> bool:
@@ -95,8 +84,8 @@ async def revoke_key(connection: asyncpg.Connection, key_id: str) -> bool:
     return bool(done == "UPDATE 1")
 
 
-def _key_row(row: asyncpg.Record) -> KeyRow:
-    return KeyRow(
+def _api_key(row: asyncpg.Record) -> ApiKey:
+    return ApiKey(
         row["key_id"],
         row["tenant_id"],
         row["tenant"],

@@ -7,7 +7,7 @@ import asyncpg
 
 PROCESS_TTL_S = 5
 """For so long an observer must have seen a row unchanged before it counts the process as gone; a process stops to answer
-early before that (coupon_svc/http/registration.py)."""
+early before that (coupon_svc/service/registration.py)."""
 
 # A row that somebody has counted as gone stays so: its shards' owners may have reported for it already.
 _RENEW = "UPDATE api_processes SET beat = nextval('beats') WHERE process_id = $1 AND NOT gone"

@@ -14,13 +14,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import asyncpg
 
 from coupon_svc.domain.books import Book
-from coupon_svc.domain.codes import Pattern
+from coupon_svc.domain.codes import Generated
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.loops import keep_running
 from coupon_svc.postgres import catalogue
@@ -41,13 +41,6 @@ _TURN_LOCK = 0x7475726E  # "turn"; the advisory lock of a tenant's uploads in pi
 
 # A process that is stopped or cut off must not keep its turn until TCP gives it up.
 _TRY_TURN = "SELECT set_config('idle_session_timeout', '30s', false), pg_try_advisory_lock($1, $2) AS mine"
-
-
-class Generated(NamedTuple):
-    """Codes that are still to be drawn."""
-
-    pattern: Pattern
-    total: int
 
 
 Decide = Callable[[asyncpg.Connection, int, dict[str, str]], Awaitable[T]]

@@ -1,6 +1,6 @@
 """The data plane: what API processes do, each with its own view of the shard, and the scripts that decide.
 
-In step with coupon_svc/redis/data_plane.py, coupon_svc/http/{runner,coupons,registration}.py and lua/.
+In step with coupon_svc/redis/data_plane.py, coupon_svc/redis/shard_view.py, coupon_svc/service/ and lua/.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def seen_seq(state: State, process: Process, bounds: Bounds) -> int:
 
 
 def verify(process: Process, node: Node, bounds: Bounds, seen: int) -> Process:
-    """`Store._verify`: open the shard where the server is the certified one, and has all that was seen; else shut it."""
+    """`ShardView.certify`: open the shard where the server is the certified one, and has all that was seen; else shut it."""
     same_run = node.certified[0] == node.run or "certification" in bounds.off
     same_replid = node.certified[1] == node.replid or bool({"certification", "replid"} & bounds.off)
     newer = (node.epoch, node.seq) >= (process.epoch, 0 if "seen" in bounds.off else seen)
@@ -106,7 +106,7 @@ def verify(process: Process, node: Node, bounds: Bounds, seen: int) -> Process:
 
 
 def end_epochs(state: State, place: int, process: Process) -> State:
-    """`Store.end_epochs` and the report: nothing of an older epoch is answered early from now on.
+    """`ShardView.begin_epoch` and the report: nothing of an older epoch is answered early from now on.
 
     Only the epoch that is live yet over is reported. Older ones are settled: a process enters an epoch after that.
     """

@@ -57,7 +57,7 @@ SAFEGUARDS = {
     ),
     "replid": Safeguard(
         "certified is a replid and not a run_id alone, wherever it is looked at",
-        "coupon_svc/redis/data_plane.py, coupon_svc/redis/control.py",
+        "coupon_svc/redis/verification.py, coupon_svc/redis/control.py",
         _EARLY._replace(kinds=frozenset({"swap"}), processes=2),
     ),
     "certification": Safeguard(
@@ -103,7 +103,7 @@ SAFEGUARDS = {
     ),
     "own_epoch": Safeguard(
         "a request waits for a position of its own epoch",
-        "coupon_svc/redis/positions.py",
+        "coupon_svc/redis/waiters.py",
         _SMALL._replace(users=2, kinds=frozenset({"empty"})),
     ),
     "replay": Safeguard(
@@ -123,7 +123,7 @@ SAFEGUARDS = {
     ),
     "registered": Safeguard(
         "only a registered process answers early, and only of an epoch that is not over",
-        "coupon_svc/http/coupons.py, coupon_svc/redis/data_plane.py",
+        "coupon_svc/service/durability.py, coupon_svc/redis/data_plane.py",
         _EARLY._replace(kinds=frozenset({"empty"})),
     ),
     "shut": Safeguard(

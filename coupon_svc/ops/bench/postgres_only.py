@@ -24,24 +24,31 @@ from typing import Any
 import asyncpg
 import uvicorn
 
-from coupon_svc.domain.clock import now_ms, rfc3339
+from coupon_svc.domain.clock import now_ms
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.http.auth import KeyRing
-from coupon_svc.http.books import Books
-from coupon_svc.http.call import Answer, Call
+from coupon_svc.http.books import BookAnswers, Books
 from coupon_svc.http.coupons import Coupons
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.public import Public
 from coupon_svc.http.routes import Api, make_app
-from coupon_svc.http.runner import BookRunner
-from coupon_svc.http.schemas import AssignAnswer, AssignCoupon
 from coupon_svc.http.server import SERVER_SETTINGS, CouponProtocol
 from coupon_svc.postgres.database import Database, open_connection
-from coupon_svc.postgres.resolve import Resolver
 from coupon_svc.postgres.uploads import Uploads
-from coupon_svc.redis.data_plane import Store
-from coupon_svc.redis.positions import Positions
+from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
+from coupon_svc.service import books
+from coupon_svc.service.api_keys import ApiKeys
+from coupon_svc.service.assign import AssignCode, AssignCoupon, Assigned
+from coupon_svc.service.code_directory import CodeDirectory
+from coupon_svc.service.durability import Durability
+from coupon_svc.service.health import Health
+from coupon_svc.service.reading import Reading
+from coupon_svc.service.receipt_rescue import ReceiptRescue
+from coupon_svc.service.redeem import Redeeming
+from coupon_svc.service.registration import Registration
+from coupon_svc.service.waiting import Waiting
 
 POOL_SIZE = 32
 BOOK_ID = "bk_00" + "p" * 16
@@ -103,40 +110,44 @@ async def fill(url: str, codes: int) -> None:
     await connection.close()
 
 
-class PostgresOnly(Coupons):
-    """The one verb that is compared; the others stay what they are, and are not to be called."""
+class PostgresOnly:
+    """The one use case that is compared, in the place of `service.assign.Assigning`."""
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
-    async def assign_coupon(self, call: Call) -> Answer:
-        body: AssignCoupon = call.body
-        at_ms = now_ms()
-        arguments: list[Any] = [body.book_id, call.key.tenant_id, body.user_id, at_ms, call.idempotency_key]
-        statement, more = _WITHOUT_KEY, []
-        if call.idempotency_key is not None:
-            statement, more = _WITH_KEY, [call.fingerprint("/coupons/assign")]
+    async def assign_coupon(self, wanted: AssignCoupon) -> Assigned:
+        at_ms, idempotency = now_ms(), wanted.idempotency
+        statement, more = _WITHOUT_KEY, list[Any]()
+        key = idempotency.key or None
+        if key is not None:
+            statement, more = _WITH_KEY, [idempotency.fingerprint]
+        arguments: list[Any] = [wanted.book_id, wanted.tenant_id, wanted.user_id, at_ms, key]
         try:
             code = await self._pool.fetchval(statement, *arguments, secrets.randbelow(_DRAW_MAX), *more)
             if code is None:  # nothing is free above that place: from the beginning, then
                 code = await self._pool.fetchval(statement, *arguments, 0, *more)
         except asyncpg.UniqueViolationError:
-            return await self._replay(body, call, more[0])
+            return await self._replay(wanted)
         if code is None:
-            raise Refused(await self._why_none(body.book_id, call.key.tenant_id, at_ms))
-        return _answer(body, code, at_ms, replayed=False)
+            raise Refused(await self._why_none(wanted.book_id, wanted.tenant_id, at_ms))
+        return _assigned(wanted, code, at_ms, replayed=False)
 
-    async def _replay(self, body: AssignCoupon, call: Call, fingerprint: str) -> Answer:
+    async def assign_code(self, wanted: AssignCode) -> Assigned:
+        """Is not compared."""
+        raise Refused(Outcome.CODE_NOT_FOUND)
+
+    async def _replay(self, wanted: AssignCoupon) -> Assigned:
         row = await self._pool.fetchrow(
             "SELECT fingerprint, convert_from(answer, 'UTF8') AS answer FROM idempotency_keys WHERE scope = $1 AND key = $2",
-            body.book_id,
-            call.idempotency_key,
+            wanted.book_id,
+            wanted.idempotency.key,
         )
         assert row is not None
-        if row["fingerprint"] != fingerprint:
+        if row["fingerprint"] != wanted.idempotency.fingerprint:
             raise Refused(Outcome.IDEMPOTENCY_KEY_REUSED)
         at_ms, _, code = row["answer"].partition(" ")
-        return _answer(body, code, int(at_ms), replayed=True)
+        return _assigned(wanted, code, int(at_ms), replayed=True)
 
     async def _why_none(self, book_id: str, tenant_id: int, at_ms: int) -> Outcome:
         row = await self._pool.fetchrow(
@@ -155,24 +166,25 @@ class PostgresOnly(Coupons):
         return Outcome.BOOK_EXHAUSTED
 
 
-def _answer(body: AssignCoupon, code: str, at_ms: int, *, replayed: bool) -> Answer:
-    answer = AssignAnswer(
+def _assigned(wanted: AssignCoupon, code: str, at_ms: int, *, replayed: bool) -> Assigned:
+    return Assigned(
         code=code,
-        book_id=body.book_id,
-        user_id=body.user_id,
-        assigned_at=rfc3339(at_ms),
+        book_id=wanted.book_id,
+        user_id=wanted.user_id,
+        shard=0,
+        position=Position(Epoch(1), Seq(0)),
+        at_ms=at_ms,
         redemptions_left=1,
-        position="00:1-0",
         durable=True,
+        receipt=None,
+        replayed=replayed,
+        already_yours=False,
     )
-    return Answer(201, answer, replayed)
 
 
 def postgres_only_app(url: str) -> Api:
-    """The API with its assign replaced. There is no Redis."""
+    """The API with its assign replaced. There is no Redis, so every other verb is refused."""
     database = Database(url, "coupon-bench")
-    resolver = Resolver(database)
-    store = Store("redis://unused", 16, Positions(16, 5_000), Scripts())
     metrics = Metrics()
     # Its connections are nobody else's and hold no state between statements: the pool need not reset them.
     pool = asyncpg.create_pool(url, min_size=POOL_SIZE, max_size=POOL_SIZE, reset=_nothing)
@@ -186,12 +198,21 @@ def postgres_only_app(url: str) -> Api:
             pool.terminate()
             await database.close()
 
-    runner = BookRunner(store, resolver, database, 16)
+    plane = DataPlane("redis://unused", 16, Scripts())
+    registration = Registration(url, plane)
+    durability = Durability(plane, 5_000)
+    directory = CodeDirectory(database)
+    waiting = Waiting(plane, directory, database, durability, ReceiptRescue(plane, database, durability, registration))
+    book_service = books.Books(plane, waiting, database, Uploads(database), 16, BookAnswers())
     return make_app(
-        Books(runner, database, Uploads(database), 16),
-        PostgresOnly(pool),
-        Public(store, metrics),
-        KeyRing(resolver, 5_000),
+        Books(book_service),
+        Coupons(
+            PostgresOnly(pool),
+            Redeeming(plane, directory, waiting, durability),
+            Reading(plane, directory, waiting, durability),
+        ),
+        Public(Health(plane), metrics),
+        KeyRing(ApiKeys(database).find, 5_000),
         metrics,
         lifespan,
     )

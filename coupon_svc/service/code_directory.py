@@ -1,4 +1,4 @@
-"""The data plane's one way to Postgres: which book a code belongs to, whose a key is, whether a book exists.
+"""Which book a code belongs to, and whether a book exists: what Redis is not asked, and Postgres once.
 
 Questions of one moment go out as one statement. What can never change (the book of a code) is kept; what can is asked
 again. When Postgres is away the answer is LedgerUnavailable, never "there is none".
@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import asyncio
 
+from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.postgres.books import find_codes, is_loaded
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.errors import LedgerUnavailable
-from coupon_svc.postgres.keys import KeyRow, find_key
 
 CODES_KEPT_MAX = 200_000
 QUESTIONS_MAX = 5_000
 
-_FIND_CODES = """
-    SELECT tenant_id, code, book_id FROM codes
-    JOIN unnest($1::int[], $2::text[]) AS asked (tenant_id, code) USING (tenant_id, code)
-    WHERE place >= -1 -- others are of an upload that may still come to nothing
-"""
 
-
-class Resolver:
+class CodeDirectory:
     """One process's memory of codes, and its questions under way."""
 
     def __init__(self, database: Database) -> None:
@@ -37,8 +32,12 @@ class Resolver:
             del self._books[next(iter(self._books))]
         self._books[tenant_id, code] = book_id
 
-    async def book_of_code(self, tenant_id: int, code: str) -> str | None:
-        """The id of the book that holds the code, or None when the tenant has no such code. Raises LedgerUnavailable."""
+    async def book_of_code(self, tenant_id: int, code: str, within_s: float) -> str:
+        """The id of the book that has the code.
+
+        Raises Refused(code_not_found) when the tenant has no such code; LedgerUnavailable, also when Postgres does not say
+        so `within_s`.
+        """
         known = self._books.get((tenant_id, code))
         if known is not None:
             return known
@@ -50,36 +49,34 @@ class Resolver:
             self._asked[tenant_id, code] = future
             if self._asking is None or self._asking.done():
                 self._asking = asyncio.create_task(self._ask())
-        return await asyncio.shield(future)
+        try:
+            async with asyncio.timeout(within_s):
+                book_id = await asyncio.shield(future)
+        except TimeoutError:
+            raise LedgerUnavailable("the code was not found in time") from None
+        if book_id is None:
+            raise Refused(Outcome.CODE_NOT_FOUND)
+        return book_id
 
-    async def find_key(self, key_hash: bytes) -> KeyRow | None:
-        """The API key with this hash, or None. Raises LedgerUnavailable."""
-        async with self._database.connection(only_reads=True) as connection:
-            return await find_key(connection, key_hash)
-
-    async def book_loaded(self, tenant_id: int, book_id: str) -> bool | None:
+    async def book_loaded(self, tenant_id: int, book_id: str, within_s: float) -> bool | None:
         """Whether the tenant's book was ever brought to Redis; None when there is no such book. Raises LedgerUnavailable."""
-        rows = await self._database.fetch(
-            "SELECT loaded FROM books WHERE book_id = $1 AND tenant_id = $2", book_id, tenant_id
-        )
-        return rows[0]["loaded"] if rows else None
+        async with self._database.connection(within_s, only_reads=True, wait_s=within_s) as connection:
+            return await is_loaded(connection, tenant_id, book_id)
 
     async def _ask(self) -> None:
         """Ask everything that is asked now with one statement, until nothing is asked any more."""
         while self._asked:
             asked, self._asked = self._asked, {}
             try:
-                rows = await self._database.fetch(
-                    _FIND_CODES, [tenant_id for tenant_id, _ in asked], [code for _, code in asked]
-                )
+                found = await find_codes(self._database, asked)
             except Exception as error:  # whatever it is, nobody may be left waiting
                 for future in asked.values():
                     if not future.done():
                         future.set_exception(error)
                         future.exception()  # it may be that nobody waits any more
                 continue
-            for row in rows:
-                self.learn_code(row["tenant_id"], row["code"], row["book_id"])
+            for (tenant_id, code), book_id in found.items():
+                self.learn_code(tenant_id, code, book_id)
             for (tenant_id, code), future in asked.items():
                 if not future.done():
-                    future.set_result(self._books.get((tenant_id, code)))
+                    future.set_result(found.get((tenant_id, code)))

@@ -1,6 +1,6 @@
 """Tells Postgres that this process lives, and learns from it which epochs are over.
 
-Only while registered may an answer of an `ack = redis` book leave before the ledger knows: see `Store.may_answer_early`.
+Only while registered may an answer of an `ack = redis` book leave before the ledger knows: see `DataPlane.may_answer_early`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from typing import Any
 
 from coupon_svc.domain.clock import boot_s
 from coupon_svc.loops import keep_running
-from coupon_svc.postgres.database import bounded, open_connection
+from coupon_svc.postgres.database import LedgerConnection, LedgerSession
 from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
 from coupon_svc.postgres.migrations import check_installation
 from coupon_svc.postgres.processes import (
@@ -25,7 +24,7 @@ from coupon_svc.postgres.processes import (
     report_seen,
 )
 from coupon_svc.postgres.recovery import EPOCH_CHANNEL
-from coupon_svc.redis.data_plane import Store
+from coupon_svc.redis.data_plane import DataPlane
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +34,13 @@ MARGIN_S = 1.0
 
 
 class Registration:
-    """Runs in the background of an API process; `start` and `stop` it with the store."""
+    """Runs in the background of an API process; `start` and `stop` it with the data plane."""
 
-    def __init__(self, url: str, store: Store) -> None:
-        self._url = url
-        self._store = store
+    def __init__(self, url: str, plane: DataPlane) -> None:
+        self._plane = plane
+        self.session = LedgerSession(url, "coupon-api-registration", on_open=self._join)
         self._process_id = ""
         """New with every registration: one that has lapsed cannot be taken up again."""
-        self._connection: Any = None
         self._reports: list[tuple[int, int, int]] = []
         """(shard, epoch, seen seq) of epochs that are over, until Postgres has them."""
         self.receipt_secret: bytes | None = None
@@ -58,23 +56,23 @@ class Registration:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        self._store.answer_early_until = 0.0
+        self._plane.register_until(0.0)
         if not self._process_id:
             return
         try:
-            connection = await self._connected()
-            now = [(shard, view.epoch, view.seen_seq) for shard, view in enumerate(self._store.views) if view.epoch]
-            await bounded(connection, report_seen(connection, self._process_id, [*self._reports, *now]), TIMEOUT_S)
-            await bounded(connection, end_process(connection, self._process_id), TIMEOUT_S)
-            connection.terminate()
+            async with self.session.work(TIMEOUT_S) as connection:
+                now = [(shard, *seen) for shard, seen in self._plane.seen()]
+                await report_seen(connection, self._process_id, [*self._reports, *now])
+                await end_process(connection, self._process_id)
+            self.session.close()
         except LedgerUnavailable:
             log.warning("postgres is away: what this process has answered is not reported")
 
     async def _run(self) -> None:
         while True:
             try:
-                connection = await self._connected()
-                await bounded(connection, self._renew(connection), TIMEOUT_S)
+                async with self.session.work(TIMEOUT_S) as connection:
+                    await self._renew(connection)
             except LedgerUnavailable:
                 pass
             except DatabaseUnfit as error:
@@ -86,7 +84,7 @@ class Registration:
                 pass
             self._wake.clear()
 
-    async def _renew(self, connection: Any) -> None:
+    async def _renew(self, connection: LedgerConnection) -> None:
         if self.receipt_secret is None:
             self.receipt_secret = await receipt_secret(connection)
         asked_at = boot_s()
@@ -94,22 +92,16 @@ class Registration:
             self._process_id = "api_" + secrets.token_hex(8)
             await begin_process(connection, self._process_id)
         for shard, (epoch, live) in enumerate(await epochs_of_shards(connection)):
-            # From this line on nothing of an older epoch is answered early; so what was seen of it is all there is.
-            self._reports += [(shard, over, seen) for over, seen in self._store.end_epochs(shard, epoch, live)]
+            # It stops early answers of older epochs, so what it returns is final and can be reported.
+            seen = self._plane.begin_epoch(shard, epoch, live)
+            if seen is not None:
+                self._reports.append((shard, *seen))
         if self._reports:
             await report_seen(connection, self._process_id, self._reports)
             self._reports = []
-        self._store.answer_early_until = asked_at + PROCESS_TTL_S - MARGIN_S
+        self._plane.register_until(asked_at + PROCESS_TTL_S - MARGIN_S)
 
-    async def _connected(self) -> Any:
-        if self._connection is None or self._connection.is_closed():
-            connection = await open_connection(self._url, "coupon-api-registration")
-            await bounded(connection, connection.add_listener(EPOCH_CHANNEL, lambda *_: self._wake.set()), TIMEOUT_S)
-            shards = len(self._store.views)
-            try:
-                self._store.join(await bounded(connection, check_installation(connection, shards), TIMEOUT_S))
-            except DatabaseUnfit:
-                connection.terminate()
-                raise
-            self._connection = connection
-        return self._connection
+    async def _join(self, connection: LedgerConnection) -> None:
+        """Listen on a new connection, and learn whose database this is. Raises DatabaseUnfit."""
+        await connection.add_listener(EPOCH_CHANNEL, lambda *_: self._wake.set())
+        self._plane.join(await check_installation(connection, len(self._plane.views)))

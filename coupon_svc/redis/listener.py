@@ -1,0 +1,65 @@
+"""Hears how far the ledger is: the writers publish it, one message per commit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from time import monotonic
+
+from coupon_svc.redis.connection import Connection, Reply, connect
+from coupon_svc.redis.errors import NotSent, ReplyError, StoreError
+
+PING_EVERY_S = 1.0
+
+
+class PositionListener:
+    """A subscription that is made again whenever its connection breaks.
+
+    `on_position` is called with (shard, epoch, committed) for each message.
+    """
+
+    def __init__(self, url: str, on_position: Callable[[int, int, int], None]) -> None:
+        self._url = url
+        self._on_position = on_position
+        self._connection: Connection | None = None
+        self._pinged_at = 0.0
+
+    async def listen(self, channel: str) -> None:
+        """Subscribe and hear, for ever."""
+        while True:
+            try:
+                self._connection = connection = await connect(self._url, "coupon-api-positions", self.on_message)
+                await connection.ask("SUBSCRIBE", channel)
+                await connection.closed
+            except StoreError:
+                pass
+            self._connection = None
+            await asyncio.sleep(0.2)
+
+    def watch(self, reply_timeout_s: float) -> None:
+        """Drop a half-open connection; to be called often. Without it positions would be learnt by polling alone."""
+        connection, now = self._connection, monotonic()
+        if connection is None:
+            return
+        if connection.stalled_for() > reply_timeout_s:
+            connection.abort()
+        elif now - self._pinged_at >= PING_EVERY_S:
+            self._pinged_at = now
+            with contextlib.suppress(NotSent):
+                connection.send("PING").add_done_callback(self._on_pong)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.abort()
+
+    def on_message(self, message: Reply) -> None:
+        """Take what the subscription received."""
+        if not isinstance(message, ReplyError) and message[0] == "message":
+            shard, epoch, committed = map(int, message[2].split())
+            self._on_position(shard, epoch, committed)
+
+    def _on_pong(self, pong: asyncio.Future[Reply]) -> None:
+        """A message that was on its way before the answer to PING came in its place."""
+        if not pong.cancelled() and pong.exception() is None:
+            self.on_message(pong.result())

@@ -1,0 +1,110 @@
+"""What a script that could not decide yet is waited for: a book or codes on their way to Redis, a receipt's record.
+
+The usual reply never comes here. A use case calls its script, and hands over what is not in DECIDED.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+from typing import Any
+
+from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.postgres.catalogue import lease_code
+from coupon_svc.postgres.database import Database
+from coupon_svc.redis.contract import Reply
+from coupon_svc.redis.data_plane import DataPlane
+from coupon_svc.redis.shard_view import ShardView
+from coupon_svc.service.code_directory import CodeDirectory
+from coupon_svc.service.durability import PATIENCE_S, Durability
+from coupon_svc.service.receipt_rescue import ReceiptRescue
+
+DECIDED = frozenset({"ok", "replayed", "already_yours", "renewed"})
+"""Outcomes of a script that are no refusal."""
+_ON_THE_WAY = frozenset({"book_not_loaded", "refilling", "not_lent"})
+
+
+class Waiting:
+    """Runs a book's script again until it decides."""
+
+    def __init__(
+        self,
+        plane: DataPlane,
+        directory: CodeDirectory,
+        database: Database,
+        durability: Durability,
+        rescue: ReceiptRescue,
+    ) -> None:
+        self._plane = plane
+        self._directory = directory
+        self._database = database
+        self._durability = durability
+        self._rescue = rescue
+
+    async def decide(
+        self,
+        reply: Reply,
+        script: str,
+        view: ShardView,
+        parameters: dict[str, Any],
+        begun: float,
+        *,
+        receipt: str | None = None,
+        read_only: bool = False,
+    ) -> Reply:
+        """The reply that decides, where `reply` did not.
+
+        `parameters` are those of the script: tenant_id, book_id and, where a code may have to be lent or to leave the
+        quarantine, code. A code in quarantine whose `receipt` is shown leaves it first.
+
+        Raises Refused: the script's own refusal; what `DataPlane.call` raises; book_not_found; recovering or refilling when
+        PATIENCE_S are over.
+        """
+        tenant_id, book_id = parameters["tenant_id"], parameters["book_id"]
+        pause, lent, rescued = 0.004, False, False
+        while reply.outcome not in DECIDED:
+            outcome = reply.outcome
+            if outcome in _ON_THE_WAY:
+                if monotonic() >= begun + PATIENCE_S:
+                    raise Refused(Outcome.RECOVERING if outcome == "book_not_loaded" else Outcome.REFILLING)
+                if outcome == "book_not_loaded" and await self._was_loaded(tenant_id, book_id, begun):
+                    reply = await self._plane.call(script, view, read_only=read_only, **parameters)
+                    if reply.outcome == "book_not_loaded":  # it was here and is gone
+                        await self._plane.doubt(view)
+                        raise Refused(Outcome.RECOVERING)
+                    continue
+                if outcome == "not_lent" and not lent:
+                    await self._lend(tenant_id, book_id, parameters["code"], begun)
+                    lent = True
+                await asyncio.sleep(pause)
+                pause *= 1.5
+            elif outcome == "code_quarantined" and receipt is not None and not rescued:
+                rescued = await self._rescue.restore(view, tenant_id, book_id, parameters["code"], receipt, begun)
+                if not rescued:
+                    raise refusal(reply)
+            else:
+                raise refusal(reply)
+            reply = await self._plane.call(script, view, read_only=read_only, **parameters)
+        return reply
+
+    async def _was_loaded(self, tenant_id: int, book_id: str, begun: float) -> bool:
+        loaded = await self._directory.book_loaded(tenant_id, book_id, self._durability.left_s(begun))
+        if loaded is None:
+            raise Refused(Outcome.BOOK_NOT_FOUND)
+        return loaded
+
+    async def _lend(self, tenant_id: int, book_id: str, code: str, begun: float) -> None:
+        """Lend the code alone, before its turn."""
+        left_s = self._durability.left_s(begun)
+        async with self._database.connection(left_s, wait_s=left_s) as connection, connection.transaction():
+            await lease_code(connection, tenant_id, book_id, code)
+
+
+def refusal(reply: Reply) -> Refused:
+    """A script's refusal as the exception that tells it."""
+    outcome = Outcome(reply.outcome)
+    if outcome is Outcome.USER_CODE_LIMIT:
+        return Refused(outcome, limit=reply.limit, held=reply.held)
+    if outcome is Outcome.LOCKED:
+        return Refused(outcome, retry_after_seconds=max(1, -(-reply.retry_after_ms // 1000)))
+    return Refused(outcome)
