@@ -17,7 +17,7 @@ from tests.chaos.suite import FAULTS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 SQL = "\n".join(path.read_text() for path in sorted((ROOT / "sql").glob("*.sql")))
 
 _PATH = re.compile(r"\.?[\w-]+(/[\w.-]+)*(\.(py|lua|sql|md|toml|yaml|txt)|/)|Dockerfile|Makefile|LICENSE")
