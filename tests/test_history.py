@@ -15,7 +15,7 @@ import pytest
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.ops.history import Head, walk_history
-from coupon_svc.ops.verify import _LEDGER_CHECKS
+from coupon_svc.ops.verify import LEDGER_CHECKS
 from coupon_svc.postgres.errors import LedgerEdited, NotOwner
 from coupon_svc.postgres.events import Batch, DeadLetter, write_batches
 from coupon_svc.postgres.migrations import migrate
@@ -189,11 +189,11 @@ async def test_a_receipt_for_a_dead_letter_leaves_it_in_the_chain(ledger: asyncp
     history = await walk_history(ledger, 0)
     assert (history.findings, history.head.position, history.head.late_events) == ([], "00:1-8", 3)
     checks = ("a position is missing or doubled", "a late event is not the same in both places that have it")
-    assert [await ledger.fetchval(_LEDGER_CHECKS[check], 0) for check in checks] == [0, 0]
+    assert [await ledger.fetchval(LEDGER_CHECKS[check], 0) for check in checks] == [0, 0]
     await ledger.execute("UPDATE events SET user_id = 'thief' WHERE chain IS NULL AND seq = 4")
-    assert [await ledger.fetchval(_LEDGER_CHECKS[check], 0) for check in checks] == [0, 1]
+    assert [await ledger.fetchval(LEDGER_CHECKS[check], 0) for check in checks] == [0, 1]
     await ledger.execute("DELETE FROM events WHERE seq = 5")
-    assert [await ledger.fetchval(_LEDGER_CHECKS[check], 0) for check in checks] == [1, 1]
+    assert [await ledger.fetchval(LEDGER_CHECKS[check], 0) for check in checks] == [1, 1]
 
 
 async def test_a_batch_behind_another_last_hash_is_not_taken(ledger: asyncpg.Connection) -> None:

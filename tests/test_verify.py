@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import NamedTuple
 
+import asyncpg
 import pytest
 from redis.asyncio import Redis
 
 from coupon_svc.config import load_settings
+from coupon_svc.domain.holding import Holding
+from coupon_svc.domain.position import Epoch
 from coupon_svc.ops import verify as verify_module
-from coupon_svc.ops.verify import Report, Verifier
+from coupon_svc.ops.verify import LEDGER_CHECKS, Report, Verifier
 from coupon_svc.postgres.database import open_connection
-from tests.harness import Stack
+from tests.conftest import SHARDS
+from tests.harness import Stack, running_stack
 
-Damage = Callable[[Stack, Redis], Awaitable[None]]
+
+class Damaged(NamedTuple):
+    """Where damage can be done."""
+
+    ledger: asyncpg.Connection
+    redis: Redis
 
 
 async def report_of(stack: Stack) -> Report:
@@ -27,122 +39,156 @@ async def report_of(stack: Stack) -> Report:
         connection.terminate()
 
 
-@pytest.fixture
-async def stack(make_stack: Callable[[], Awaitable[Stack]]) -> Stack:
+TABLES = ("events", "coupons", "redemptions", "books", "codes", "shards", "quarantine", "late_events")
+
+
+@pytest.fixture(scope="module")
+async def stack(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[Stack]:
     """A service at rest, with coupons held, redeemed and free; its writer is stopped, so that nothing mends the damage."""
-    stack = await make_stack()
-    writer = stack.writer()
-    stack.api()
-    await stack.ready()
-    async with await stack.client() as http:
-        rules = {"name": "b", "max_codes_per_user": 2, "generate": {"pattern": "V-########", "total": 20}}
-        book_id = (await http.post("/coupons", json=rules)).json()["book_id"]
-        for number in range(6):
-            answer = await http.post("/coupons/assign", json={"book_id": book_id, "user_id": f"u{number}"})
-            if number < 3:
-                await http.post(f"/coupons/redeem/{answer.json()['code']}")
-    await stack.drained()
-    writer.stop()
-    return stack
+    async with running_stack(tmp_path_factory.mktemp("verify"), postgres_url, SHARDS) as stack:
+        async with await stack.client() as http:
+            rules = {"name": "b", "max_codes_per_user": 2, "generate": {"pattern": "V-########", "total": 20}}
+            book_id = (await http.post("/coupons", json=rules)).json()["book_id"]
+            for number in range(6):
+                answer = await http.post("/coupons/assign", json={"book_id": book_id, "user_id": f"u{number}"})
+                if number < 3:
+                    await http.post(f"/coupons/redeem/{answer.json()['code']}")
+        await stack.drained()
+        for part in stack.parts:
+            part.stop()
+        yield stack
 
 
-async def one(redis: Redis, pattern: str) -> str:
-    key: str = [key async for key in redis.scan_iter(pattern)][0]  # noqa: RUF015  # an async comprehension
-    return key
-
-
-async def another_holder(stack: Stack, redis: Redis) -> None:
-    key = await one(redis, "cb:*:holders:*")
-    code, holder = next(iter((await redis.hgetall(key)).items()))
-    await redis.hset(key, code, str(holder).rpartition(" ")[0] + " thief")
-
-
-async def a_held_code_free(stack: Stack, redis: Redis) -> None:
-    code = str(next(iter(await redis.hkeys(await one(redis, "cb:*:holders:*")))))
-    await redis.zadd(await one(redis, "cb:*:free:*"), {code: 1})
-
-
-async def a_users_list_gone(stack: Stack, redis: Redis) -> None:
-    await redis.delete(await one(redis, "cb:*:coupons:*"))
-
-
-async def a_foreign_code_free(stack: Stack, redis: Redis) -> None:
-    await redis.zadd(await one(redis, "cb:*:free:*"), {"NOBODYS-CODE": 1})
-
-
-async def a_free_code_gone(stack: Stack, redis: Redis) -> None:
-    await redis.zpopmin(await one(redis, "cb:*:free:*"))
-
-
-async def a_redemption_miscounted(stack: Stack, redis: Redis) -> None:
-    await redis.hincrby(await one(redis, "cb:*:book:*"), "partly_redeemed", 1)
-
-
-async def an_event_gone(stack: Stack, redis: Redis) -> None:
-    await stack.ledger("DELETE FROM events WHERE seq = 2")
-
-
-async def a_coupon_moved(stack: Stack, redis: Redis) -> None:
-    await stack.ledger("UPDATE coupons SET user_id = 'thief' WHERE user_id = 'u5'")
-
-
-async def a_use_forgotten(stack: Stack, redis: Redis) -> None:
-    await stack.ledger("UPDATE coupons SET uses = 0 WHERE user_id = 'u0'")
-
-
-async def a_use_too_many(stack: Stack, redis: Redis) -> None:
-    await stack.ledger("UPDATE coupons SET uses = 2 WHERE user_id = 'u0'")
-
-
-async def a_count_wrong(stack: Stack, redis: Redis) -> None:
-    await stack.ledger("UPDATE books SET total = total + 1")
-
-
-async def a_code_deleted(stack: Stack, redis: Redis) -> None:
-    await stack.ledger("DELETE FROM codes WHERE code IN (SELECT code FROM coupons LIMIT 1)")
-
-
-async def a_code_never_placed(stack: Stack, redis: Redis) -> None:
-    await stack.ledger("INSERT INTO codes SELECT tenant_id, 'LEFT-BEHIND', book_id, -2 FROM books")
-
-
-async def a_position_moved(stack: Stack, redis: Redis) -> None:
-    await stack.ledger("UPDATE shards SET committed = committed + 1 WHERE committed > 0")
-
-
-DAMAGES = (
-    another_holder, a_held_code_free, a_users_list_gone, a_foreign_code_free, a_free_code_gone, a_redemption_miscounted,
-    an_event_gone,     a_coupon_moved, a_use_forgotten, a_use_too_many, a_count_wrong, a_code_deleted, a_position_moved,
-    a_code_never_placed,
-)  # fmt: skip
-
-
-async def test_each_damage_is_found(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify_module, "ARRIVAL_WAIT_S", 0.3)
-    assert (await report_of(stack)).holds
+@pytest.fixture
+async def damaged(stack: Stack) -> AsyncIterator[Damaged]:
+    """Both stores, to be damaged: they are as they were when the test is over."""
+    ledger = await asyncpg.connect(stack.database_url)
+    await ledger.execute("SET session_replication_role = replica")  # foreign keys are whole again in the end
+    for table in TABLES:
+        await ledger.execute(f"CREATE TABLE saved_{table} AS TABLE {table}")
     async with stack.redis() as redis, Redis.from_url(stack.redis_admin_url) as raw:
-        for damage in DAMAGES:
-            dumps = {key: await raw.dump(key) async for key in redis.scan_iter()}
-            tables = ("events", "coupons", "books", "codes", "shards")
-            for table in tables:
-                await stack.ledger(f"CREATE TABLE saved_{table} AS TABLE {table}")
-            await damage(stack, redis)
-            report = await report_of(stack)
-            assert report.findings, f"{damage.__name__} was not found"
-            await redis.flushall()
-            for key, dump in dumps.items():
-                await redis.restore(key, 0, dump or b"")
-            await _restore(stack, tables)
-        assert (await report_of(stack)).holds
+        dumps = {key: await raw.dump(key) async for key in redis.scan_iter()}
+        yield Damaged(ledger, redis)
+        await redis.flushall()
+        for key, dump in dumps.items():
+            await redis.restore(key, 0, dump or b"")
+    for table in TABLES:
+        await ledger.execute(f"DELETE FROM {table}; INSERT INTO {table} TABLE saved_{table}; DROP TABLE saved_{table}")
+    await ledger.close()
 
 
-async def _restore(stack: Stack, tables: tuple[str, ...]) -> None:
-    import asyncpg
+async def _key(redis: Redis, pattern: str) -> str:
+    """The first of the keys that a pattern finds."""
+    return min([str(key) async for key in redis.scan_iter(pattern)])
 
-    connection = await asyncpg.connect(stack.database_url)
-    await connection.execute("SET session_replication_role = replica")  # foreign keys are whole again in the end
-    for table in tables:
-        await connection.execute(
-            f"DELETE FROM {table}; INSERT INTO {table} TABLE saved_{table}; DROP TABLE saved_{table}"
-        )
-    await connection.close()
+
+async def _holder(redis: Redis) -> tuple[str, str, Holding]:
+    """A key of holders, a code in it, and who holds the code."""
+    key = await _key(redis, "cb:*:holders:*")
+    code, holder = min((await redis.hgetall(key)).items())
+    return key, str(code), Holding.parse(str(holder))
+
+
+async def another_holder(redis: Redis) -> None:
+    key, code, holder = await _holder(redis)
+    await redis.hset(key, code, holder._replace(user_id="thief").format())
+
+
+async def a_free_code_held(redis: Redis, epochs_ago: int = 0) -> None:
+    """By an event that the ledger never gets."""
+    key, _, holder = await _holder(redis)
+    position = holder.last._replace(epoch=Epoch(holder.last.epoch - epochs_ago))
+    code = (await redis.zpopmin(await _key(redis, "cb:*:free:*")))[0][0]
+    await redis.hset(key, code, holder._replace(assigned=position, last=position, uses=0).format())
+
+
+async def a_free_code_held_since_an_older_epoch(redis: Redis) -> None:
+    await a_free_code_held(redis, epochs_ago=1)
+
+
+async def a_held_code_free(redis: Redis) -> None:
+    _, code, _ = await _holder(redis)
+    await redis.zadd(await _key(redis, "cb:*:free:*"), {code: 1})
+
+
+async def a_users_list_gone(redis: Redis) -> None:
+    await redis.delete(await _key(redis, "cb:*:coupons:*"))
+
+
+async def a_foreign_code_free(redis: Redis) -> None:
+    await redis.zadd(await _key(redis, "cb:*:free:*"), {"NOBODYS-CODE": 1})
+
+
+async def a_free_code_gone(redis: Redis) -> None:
+    await redis.zpopmin(await _key(redis, "cb:*:free:*"))
+
+
+async def a_redemption_miscounted(redis: Redis) -> None:
+    await redis.hincrby(await _key(redis, "cb:*:book:*"), "partly_redeemed", 1)
+
+
+IN_LEDGER = {
+    "a position is missing or doubled": "DELETE FROM events WHERE seq = 2",
+    "a late event is not the same in both places that have it": """
+        INSERT INTO late_events (shard, epoch, seq, link, event, book_id, code, user_id, at_ms, recorded)
+        SELECT shard, epoch, seq, NULL, event, book_id, code, user_id, at_ms, true FROM events WHERE seq = 1""",
+    "the ledger's position is not where its events end": "UPDATE shards SET committed = committed + 1 WHERE committed > 0",
+    "a code was assigned twice, or its coupon is not what its event says": """
+        UPDATE coupons SET user_id = 'thief' WHERE user_id = 'u5'""",
+    "a coupon's uses are not its redemptions": "UPDATE coupons SET uses = 0 WHERE user_id = 'u0'",
+    "a redemption has no coupon": "DELETE FROM coupons WHERE user_id = 'u0'",
+    "a code was redeemed more often than its book allows": "UPDATE coupons SET uses = 2 WHERE user_id = 'u0'",
+    "a book's counts are not those of its codes": "UPDATE books SET total = total + 1",
+    "codes have no place in their book, and no upload is at work on it": """
+        INSERT INTO codes SELECT tenant_id, 'LEFT-BEHIND', book_id, -2 FROM books""",
+    "a code in somebody's hands was not lent": "DELETE FROM codes WHERE code IN (SELECT code FROM coupons LIMIT 1)",
+    "a code that was lent is neither assigned nor known to be outstanding": "UPDATE books SET accounted_upto = leased_upto",
+    "the quarantine's list is not what its codes say": """
+        INSERT INTO quarantine (book_id, code, shard, epoch) SELECT book_id, code, 0, 1 FROM codes LIMIT 1""",
+}
+IN_REDIS: dict[str, Callable[[Redis], Awaitable[None]]] = {
+    "a coupon of the ledger is not in Redis, or another's there": another_holder,
+    "a coupon of an older epoch is in Redis and not in the ledger": a_free_code_held_since_an_older_epoch,
+    "an event was made and has not arrived in the ledger": a_free_code_held,
+    "a book counts other redemptions than its coupons have": a_redemption_miscounted,
+    "a code is free that somebody holds": a_held_code_free,
+    "a coupon is not in its user's list": a_users_list_gone,
+    "a free code was not lent": a_foreign_code_free,
+    "codes are missing from Redis": a_free_code_gone,
+}
+"""What is found, and the damage that it is found by."""
+
+
+async def test_a_service_at_rest_is_in_order(stack: Stack) -> None:
+    report = await report_of(stack)
+    assert report.holds, report
+    assert (report.shards, report.books, report.codes_held, report.codes_free) == (SHARDS, 1, 6, 14)
+
+
+@pytest.mark.parametrize("finding", IN_LEDGER)
+async def test_damage_in_the_ledger_is_found(stack: Stack, damaged: Damaged, finding: str) -> None:
+    await damaged.ledger.execute(IN_LEDGER[finding])
+    assert finding in found_in(await report_of(stack))
+
+
+@pytest.mark.parametrize("finding", IN_REDIS)
+async def test_damage_in_redis_is_found(
+    stack: Stack, damaged: Damaged, finding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_module, "ARRIVAL_WAIT_S", 0.3)
+    await IN_REDIS[finding](damaged.redis)
+    assert finding in found_in(await report_of(stack))
+
+
+def found_in(report: Report) -> set[str]:
+    return {finding.what for finding in report.findings}
+
+
+def test_every_check_of_the_ledger_has_its_damage() -> None:
+    assert IN_LEDGER.keys() == LEDGER_CHECKS.keys()
+
+
+def test_every_check_of_redis_has_its_damage() -> None:
+    """Those that are made book by book, in Python."""
+    source = Path(verify_module.__file__).read_text()
+    assert set(re.findall(r'_find\(shard, "([^"]+)"', source)) == IN_REDIS.keys()

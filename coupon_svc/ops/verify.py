@@ -39,7 +39,7 @@ ARRIVAL_WAIT_S = 10.0
 CHUNK = 500
 SHOWN_MAX = 20
 
-_LEDGER_CHECKS = {
+LEDGER_CHECKS = {
     "a position is missing or doubled": """
         SELECT count(*) FROM (
             SELECT epoch, max(seq) AS last, count(*) AS number FROM (
@@ -157,7 +157,7 @@ class Verifier:
         """Look at every shard. Raises LedgerUnavailable, RedisError."""
         for shard in range(self._settings.shards):
             self._progress(shard)
-            for what, statement in _LEDGER_CHECKS.items():
+            for what, statement in LEDGER_CHECKS.items():
                 self._find(shard, what, await self._connection.fetchval(statement, shard))
             history = await walk_history(
                 self._connection, shard, self._earlier.get(shard), partial(self._progress, shard)
