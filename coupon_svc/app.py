@@ -13,8 +13,9 @@ from coupon_svc.http.books import BookAnswers, Books
 from coupon_svc.http.coupons import Coupons
 from coupon_svc.http.limits import Limits, drain_at_sigterm
 from coupon_svc.http.metrics import Metrics
+from coupon_svc.http.openapi import openapi_document
 from coupon_svc.http.public import Public
-from coupon_svc.http.routes import Api, make_app
+from coupon_svc.http.routes import OPERATIONS, PUBLIC_PATHS, Api, make_app
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.uploads import Uploads
 from coupon_svc.redis.data_plane import DataPlane
@@ -52,7 +53,7 @@ def make_api(settings: Settings | None = None) -> Api:
     book_service = books.Books(plane, waiting, database, uploads, settings.shards, BookAnswers())
 
     metrics = Metrics()
-    public = Public(Health(plane), metrics)
+    public = Public(Health(plane), metrics, openapi_document(OPERATIONS, PUBLIC_PATHS))
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:

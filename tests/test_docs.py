@@ -11,7 +11,8 @@ import pytest
 
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.domain.shards import shard_tag
-from coupon_svc.http.operations import OPERATIONS, Operation
+from coupon_svc.http.operations import Operation
+from coupon_svc.http.routes import OPERATIONS
 from coupon_svc.redis.keys import POSITIONS_CHANNEL, ShardKeys
 from tests.chaos.suite import FAULTS
 

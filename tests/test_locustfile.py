@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coupon_svc.http.openapi import openapi_document
-from coupon_svc.http.operations import OPERATIONS
+from coupon_svc.http.routes import OPERATIONS, PUBLIC_PATHS
 
 FILE = Path(__file__).parent.parent / "examples" / "locustfile.py"
 
@@ -25,7 +25,7 @@ def constants() -> dict[str, Any]:
 
 
 def test_its_paths_are_those_of_the_operations_they_are_named_after() -> None:
-    document = openapi_document(OPERATIONS)
+    document = openapi_document(OPERATIONS, PUBLIC_PATHS)
     paths = {
         operation["operationId"]: path
         for path, methods in document["paths"].items()

@@ -12,9 +12,11 @@ from msgspec import UNSET
 from coupon_svc.domain.books import InvalidPeriod
 from coupon_svc.domain.clock import rfc3339, to_ms
 from coupon_svc.domain.codes import Generated, InvalidPattern, parse_pattern
+from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http import schemas
 from coupon_svc.http.call import Answer, Call
 from coupon_svc.http.inputs import decode_cursor, encode_cursor, encode_metadata, invalid
+from coupon_svc.http.operations import operation
 from coupon_svc.service.books import (
     BookChanges,
     CreateBook,
@@ -44,6 +46,17 @@ class Books:
     def __init__(self, service: BookService) -> None:
         self._service = service
 
+    @operation(
+        "POST",
+        "/coupons",
+        summary="Create a coupon book, with generated codes if wanted",
+        tag="Books",
+        scopes=("books:write",),
+        body=schemas.CreateBook,
+        answers={201: schemas.BookAnswer},
+        refusals=(Outcome.PATTERN_CAPACITY, Outcome.OUTCOME_UNKNOWN),
+        location="/coupons/{book_id}",
+    )
     async def create_book(self, call: Call) -> Answer:
         """Make a book, with generated codes if wanted. Made in Postgres; answered once Redis has it. Repeat it with the same
         Idempotency-Key; without one it makes another book."""
@@ -65,6 +78,16 @@ class Books:
             done = await self._service.create_book(wanted)
         return _kept(done, f"/coupons/{done.book.book_id}")
 
+    @operation(
+        "POST",
+        "/coupons/codes",
+        summary="Add codes to a book: a list, or more generated ones",
+        tag="Codes",
+        scopes=("codes:write",),
+        body=schemas.UploadCodes,
+        answers={200: schemas.UploadAnswer},
+        refusals=(Outcome.BOOK_NOT_FOUND, Outcome.BOOK_CLOSED, Outcome.PATTERN_CAPACITY, Outcome.OUTCOME_UNKNOWN),
+    )
     async def upload_codes(self, call: Call) -> Answer:
         """Add codes to a book, from a list or by a pattern. Added in Postgres; answered once Redis knows of them. It may be
         repeated with a list; codes by a pattern are new ones each time, unless the Idempotency-Key is the same."""
@@ -76,11 +99,29 @@ class Books:
         done = await self._service.upload_codes(UploadCodes(call.key.tenant_id, body.book_id, codes, idempotency))
         return _kept(done)
 
+    @operation(
+        "GET",
+        "/coupons/{book_id}",
+        summary="Read a book with its live counters",
+        tag="Books",
+        scopes=("books:read", "books:write"),
+        answers={200: schemas.BookAnswer},
+        refusals=(Outcome.BOOK_NOT_FOUND,),
+    )
     async def read_book(self, call: Call) -> Answer:
         """Show a book. Read from Redis, and so as it is in force; answered at once. It may be repeated at will."""
         live = await self._service.read_book(ReadBook(call.key.tenant_id, call.path["book_id"]))
         return Answer(200, book_answer(live))
 
+    @operation(
+        "GET",
+        "/coupons",
+        summary="List the books, newest first",
+        tag="Books",
+        scopes=("books:read", "books:write"),
+        query=schemas.Page,
+        answers={200: schemas.BooksPage},
+    )
     async def list_books(self, call: Call) -> Answer:
         """List the books, newest first. Which there are is read from Postgres, each of them from Redis; answered at once. It
         may be repeated at will."""
@@ -90,6 +131,29 @@ class Books:
         books = [book_answer(live) for live in page.books]
         return Answer(200, schemas.BooksPage(books, encode_cursor(*page.next) if page.next else None))
 
+    @operation(
+        "GET",
+        "/coupons/jobs/{job_id}",
+        summary="Read an upload's job; no upload makes one yet, so there is none to read",
+        tag="Codes",
+        scopes=("codes:write",),
+        answers={},
+        refusals=(Outcome.JOB_NOT_FOUND,),
+    )
+    async def read_job(self, call: Call) -> Answer:
+        """Refuse: no upload makes a job yet."""
+        raise Refused(Outcome.JOB_NOT_FOUND)
+
+    @operation(
+        "PATCH",
+        "/coupons/{book_id}",
+        summary="Change a book; what was answered is in force",
+        tag="Books",
+        scopes=("books:write",),
+        body=schemas.UpdateBook,
+        answers={200: schemas.BookAnswer},
+        refusals=(Outcome.BOOK_NOT_FOUND, Outcome.BOOK_CLOSED, Outcome.OUTCOME_UNKNOWN),
+    )
     async def update_book(self, call: Call) -> Answer:
         """Change a book's rules. Changed in Postgres; answered once Redis has them. It may be repeated."""
         wanted = UpdateBook(call.key.tenant_id, call.path["book_id"], _changes(call.body))

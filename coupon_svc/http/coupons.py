@@ -12,6 +12,7 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http import schemas
 from coupon_svc.http.call import Answer, Call
 from coupon_svc.http.inputs import check_user_id, decode_cursor, encode_cursor, encode_metadata, invalid
+from coupon_svc.http.operations import BOOK_SHUT, NO_ROOM, NOT_REDEEMABLE, operation
 from coupon_svc.service.assign import AssignCode, AssignCoupon, Assigned
 from coupon_svc.service.reading import Coupon, ListCoupons, ListPlace, ReadCode, Reading
 from coupon_svc.service.redeem import LockCoupon, RedeemCoupon, Redeeming, UnlockCoupon
@@ -33,6 +34,25 @@ class Coupons:
         self._redeeming = redeeming
         self._reading = reading
 
+    @operation(
+        "POST",
+        "/coupons/assign",
+        summary="Assign a random code of a book to a user",
+        tag="Coupons",
+        scopes=("coupons:assign",),
+        body=schemas.AssignCoupon,
+        answers={201: schemas.AssignAnswer},
+        refusals=(
+            Outcome.BOOK_NOT_FOUND,
+            *BOOK_SHUT,
+            Outcome.USER_CODE_LIMIT,
+            Outcome.BOOK_EXHAUSTED,
+            Outcome.REFILLING,
+            *NO_ROOM,
+            Outcome.OUTCOME_UNKNOWN,
+        ),
+        hot=True,
+    )
     async def assign_coupon(self, call: Call) -> Answer:
         """Give a user a random code. Decided in Redis; answered once the ledger has it, or in an `ack = redis` book at once.
         Repeat it with the same Idempotency-Key; without one it gives another code."""
@@ -44,6 +64,26 @@ class Coupons:
             )
         )
 
+    @operation(
+        "POST",
+        "/coupons/assign/{code}",
+        summary="Assign a given code to a user; 200 when it is this user's already",
+        tag="Coupons",
+        scopes=("coupons:assign",),
+        body=schemas.AssignCode,
+        answers={201: schemas.AssignAnswer, 200: schemas.AssignAnswer},
+        refusals=(
+            Outcome.CODE_NOT_FOUND,
+            *BOOK_SHUT,
+            Outcome.ALREADY_ASSIGNED,
+            Outcome.CODE_QUARANTINED,
+            Outcome.USER_CODE_LIMIT,
+            Outcome.REFILLING,
+            *NO_ROOM,
+            Outcome.OUTCOME_UNKNOWN,
+        ),
+        hot=True,
+    )
     async def assign_code(self, call: Call) -> Answer:
         """Give a user the code in the path. Decided in Redis, lent by Postgres where Redis does not have it; answered as
         `assign_coupon`. It may be repeated: a code that is the user's already stays so."""
@@ -56,6 +96,17 @@ class Coupons:
             )
         )
 
+    @operation(
+        "POST",
+        "/coupons/lock/{code}",
+        summary="Hold a coupon for one redemption attempt; 200 when the hold is renewed with its token",
+        tag="Coupons",
+        scopes=("coupons:redeem",),
+        body=schemas.LockCoupon,
+        answers={201: schemas.LockAnswer, 200: schemas.LockAnswer},
+        refusals=(Outcome.CODE_NOT_FOUND, *BOOK_SHUT, *NOT_REDEEMABLE, *NO_ROOM, Outcome.OUTCOME_UNKNOWN),
+        hot=True,
+    )
     async def lock_coupon(self, call: Call) -> Answer:
         """Hold a coupon for one redemption attempt, or renew the hold. Kept in Redis alone; answered once the ledger has the
         coupon, or in an `ack = redis` book at once. Repeat it with the same Idempotency-Key, or renew with the token."""
@@ -82,6 +133,17 @@ class Coupons:
         )
         return Answer(200 if locked.renewed else 201, answer, locked.replayed)
 
+    @operation(
+        "POST",
+        "/coupons/unlock/{code}",
+        summary="Give up the hold whose token is shown",
+        tag="Coupons",
+        scopes=("coupons:redeem",),
+        body=schemas.UnlockCoupon,
+        answers={204: None},
+        refusals=(Outcome.CODE_NOT_FOUND, Outcome.LOCK_NOT_HELD, Outcome.OUTCOME_UNKNOWN),
+        hot=True,
+    )
     async def unlock_coupon(self, call: Call) -> Answer:
         """End a lock. Done in Redis and answered at once. Repeat it with the same Idempotency-Key; without one a second call
         finds no lock."""
@@ -93,6 +155,17 @@ class Coupons:
         )
         return Answer(204, None, unlocked.replayed)
 
+    @operation(
+        "POST",
+        "/coupons/redeem/{code}",
+        summary="Spend one use of a coupon, for good",
+        tag="Coupons",
+        scopes=("coupons:redeem",),
+        body=schemas.RedeemCoupon,
+        answers={201: schemas.RedeemAnswer},
+        refusals=(Outcome.CODE_NOT_FOUND, *BOOK_SHUT, *NOT_REDEEMABLE, *NO_ROOM, Outcome.OUTCOME_UNKNOWN),
+        hot=True,
+    )
     async def redeem_coupon(self, call: Call) -> Answer:
         """Spend one use of a coupon. Decided in Redis; answered once the ledger has it, in every book. Repeat it with the
         same Idempotency-Key; without one it may spend another use."""
@@ -125,6 +198,15 @@ class Coupons:
         )
         return Answer(201, answer, redeemed.replayed)
 
+    @operation(
+        "GET",
+        "/coupons/codes/{code}",
+        summary="Read the state of one code",
+        tag="Codes",
+        scopes=("coupons:read",),
+        answers={200: schemas.CodeAnswer},
+        refusals=(Outcome.CODE_NOT_FOUND, Outcome.LEDGER_BEHIND),
+    )
     async def read_code(self, call: Call) -> Answer:
         """Show a code. Read from Redis; answered once the ledger has what is shown, or in an `ack = redis` book at once. It
         may be repeated at will."""
@@ -156,6 +238,16 @@ class Coupons:
             )
         return Answer(200, answer)
 
+    @operation(
+        "GET",
+        "/users/{user_id}/coupons",
+        summary="List what a user holds",
+        tag="Coupons",
+        scopes=("coupons:read",),
+        query=schemas.ListCoupons,
+        answers={200: schemas.CouponsPage},
+        refusals=(Outcome.BOOK_NOT_FOUND, Outcome.LEDGER_BEHIND),
+    )
     async def list_coupons(self, call: Call) -> Answer:
         """List what a user holds. Read from Redis, of every shard; answered as `read_code`. It may be repeated at will."""
         query: schemas.ListCoupons = call.query

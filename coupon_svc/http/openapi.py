@@ -12,7 +12,7 @@ import msgspec
 from coupon_svc import __version__
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.http.endpoint import BODY_BYTES_MAX
-from coupon_svc.http.operations import ANY_OPERATION, ANY_REQUEST, Operation
+from coupon_svc.http.operations import ANY_OPERATION, ANY_REQUEST, Operation, PublicPath
 from coupon_svc.http.problems import PROBLEMS, problem_body
 from coupon_svc.http.schemas import ProblemBody, UploadCodes, UserId
 
@@ -61,13 +61,6 @@ _REQUEST_ID = {
 _HEADERS_OF_ALL = {"X-Request-Id": {"$ref": "#/components/headers/X-Request-Id"}}
 """What every response carries."""
 _REPLAYED = {"Idempotent-Replayed": {"schema": {"const": "true"}, "description": "present on an answer given before"}}
-_LOCATION = {
-    "Location": {
-        "required": True,
-        "schema": {"type": "string", "pattern": "^/coupons/bk_"},
-        "description": "the book's address",
-    }
-}
 _NUMBER = {"type": "integer"}
 _RETRY_AFTER = {
     "Retry-After": {
@@ -111,96 +104,6 @@ _NUMBERS_TOLD: dict[Outcome, dict[str, Any]] = {
     Outcome.LOCKED: {"retry_after_seconds": 42},
 }
 """An example of each."""
-_BOOK_ID, _CODE, _USER, _MOMENT = "bk_08wazn8pg1mwcdvjs8", "SUMMER-9SJG-2HF7", "user-1", "2026-11-22T14:48:57.476Z"
-_BODIES: dict[str, Any] = {
-    "create_book": {
-        "name": "Summer 2026",
-        "max_codes_per_user": 1,
-        "generate": {"pattern": "SUMMER-####-####", "total": 1000},
-        "metadata": {"campaign": "s26"},
-    },
-    "update_book": {"status": "paused"},
-    "upload_codes": {"book_id": _BOOK_ID, "codes": ["WELCOME-1", "WELCOME-2"]},
-    "assign_coupon": {"book_id": _BOOK_ID, "user_id": _USER},
-    "assign_code": {"user_id": _USER},
-    "lock_coupon": {"user_id": _USER, "ttl_seconds": 60},
-    "unlock_coupon": {"lock_token": "lk_50kkcqIRntRxrmigCOPKjESC"},
-    "redeem_coupon": {"user_id": _USER, "reference": "order-4711"},
-}
-"""Bodies to begin with."""
-_BOOK = {
-    "book_id": _BOOK_ID,
-    "name": "Summer 2026",
-    "max_codes_per_user": 1,
-    "max_redemptions_per_code": 1,
-    "lock_ttl_seconds": 120,
-    "starts_at": None,
-    "expires_at": None,
-    "ack": "ledger",
-    "metadata": {"campaign": "s26"},
-    "status": "active",
-    "created_at": _MOMENT,
-    "redemptions": 0,
-    "codes": {"total": 1000, "available": 1000, "assigned": 0, "redeemed": 0, "quarantined": 0},
-}
-_ASSIGNED = {
-    "code": _CODE,
-    "book_id": _BOOK_ID,
-    "user_id": _USER,
-    "assigned_at": _MOMENT,
-    "redemptions_left": 1,
-    "position": "08:1-1",
-    "durable": True,
-}
-_COUPON = {
-    "code": _CODE,
-    "book_id": _BOOK_ID,
-    "user_id": _USER,
-    "status": "assigned",
-    "assigned_at": _MOMENT,
-    "redemptions_used": 0,
-    "redemptions_left": 1,
-    "locked_until": None,
-}
-_ANSWERS: dict[str, Any] = {
-    "create_book": _BOOK,
-    "list_books": {"books": [_BOOK], "next_cursor": None},
-    "read_book": _BOOK,
-    "update_book": {**_BOOK, "status": "paused"},
-    "upload_codes": {
-        "book_id": _BOOK_ID,
-        "received": 2,
-        "inserted": 2,
-        "duplicates": 0,
-        "invalid": 0,
-        "rejected": [],
-        "rejected_truncated": False,
-    },
-    "assign_coupon": _ASSIGNED,
-    "assign_code": _ASSIGNED,
-    "lock_coupon": {
-        "code": _CODE,
-        "book_id": _BOOK_ID,
-        "user_id": _USER,
-        "lock_token": "lk_50kkcqIRntRxrmigCOPKjESC",
-        "locked_until": _MOMENT,
-        "ttl_seconds": 60,
-    },
-    "redeem_coupon": {
-        "redemption_id": "rd_08_1_3",
-        "code": _CODE,
-        "book_id": _BOOK_ID,
-        "user_id": _USER,
-        "redeemed_at": _MOMENT,
-        "redemptions_used": 1,
-        "redemptions_left": 0,
-        "position": "08:1-3",
-        "durable": True,
-    },
-    "list_coupons": {"coupons": [_COUPON], "next_cursor": None},
-    "read_code": {**_COUPON, "book_status": "active"},
-}
-"""What each operation answers when all is well."""
 _EITHER_CODES_OR_GENERATE = {
     "oneOf": [
         {"required": [given], "properties": {given: {"type": kind}, other: {"type": "null"}}}
@@ -210,8 +113,9 @@ _EITHER_CODES_OR_GENERATE = {
 """What no struct can say of an upload."""
 
 
-def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
+def openapi_document(operations: Iterable[Operation], public_paths: Iterable[PublicPath]) -> dict[str, Any]:
     """The whole document, ready to be encoded."""
+    operations = list(operations)
     types = {t for operation in operations for t in (operation.body, *operation.answers.values()) if t is not None}
     ordered = sorted(types, key=lambda t: t.__name__)
     schemas, components = msgspec.json.schema_components([*ordered, ProblemBody], ref_template=_REF)
@@ -232,7 +136,7 @@ def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
         "servers": [{"url": "/"}],
         "security": [{"key": []}],
         "tags": [{"name": name, "description": description} for name, description in _TAGS.items()],
-        "paths": {**paths, **_public_paths()},
+        "paths": paths | {public.path: {"get": _public_path(public)} for public in public_paths},
         "components": {
             "schemas": components,
             "headers": {"X-Request-Id": _REQUEST_ID},
@@ -242,7 +146,7 @@ def openapi_document(operations: tuple[Operation, ...]) -> dict[str, Any]:
 
 
 def _operation(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
-    parameters = [_path_parameter(name) for name in re.findall(r"{(\w+)", operation.path)]
+    parameters = _path_parameters(operation.path)
     if operation.query is not None:
         parameters += _query_parameters(operation.query)
     if operation.method == "POST":
@@ -259,14 +163,16 @@ def _operation(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     if operation.body is not None:
         described["requestBody"] = {
             "required": any(field.required for field in msgspec.structs.fields(operation.body)),
-            "content": {"application/json": {"schema": refs[operation.body], "example": _BODIES[operation.name]}},
+            "content": {"application/json": {"schema": refs[operation.body], "example": _example(operation.body)}},
         }
     return described
 
 
-def _path_parameter(name: str) -> dict[str, Any]:
-    schema, description = _PATH[name]
-    return {"name": name, "in": "path", "required": True, "schema": schema, "description": description}
+def _path_parameters(path: str) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": "path", "required": True, "schema": _PATH[name][0], "description": _PATH[name][1]}
+        for name in re.findall(r"{(\w+)", path)
+    ]
 
 
 def _query_parameters(query: type[msgspec.Struct]) -> list[dict[str, Any]]:
@@ -282,9 +188,9 @@ def _responses(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     for status, answer in operation.answers.items():
         response: dict[str, Any] = {"description": HTTPStatus(status).phrase, "headers": _HEADERS_OF_ALL}
         if answer is not None:
-            response["content"] = {"application/json": {"schema": refs[answer], "example": _ANSWERS[operation.name]}}
+            response["content"] = {"application/json": {"schema": refs[answer], "example": _example(answer)}}
         if operation.method == "POST":
-            response["headers"] = _HEADERS_OF_ALL | _REPLAYED | (_LOCATION if operation.name == "create_book" else {})
+            response["headers"] = _HEADERS_OF_ALL | _REPLAYED | _location(operation.location)
         responses[str(status)] = response
     return responses | _problems((*operation.outcomes, *ANY_OPERATION))
 
@@ -323,69 +229,31 @@ def _problem(status: int, outcomes: list[Outcome]) -> dict[str, Any]:
     }
 
 
-def _public_paths() -> dict[str, Any]:
-    def get(
-        name: str, summary: str, media_type: str, schema: dict[str, Any], outcomes: tuple[Outcome, ...] = ()
-    ) -> dict[str, Any]:
-        content = {media_type: {"schema": schema}}
-        answer = {"200": {"description": "OK", "headers": _HEADERS_OF_ALL, "content": content}}
-        problems = _problems((*ANY_REQUEST, *outcomes))
-        described = {
-            "operationId": name,
-            "tags": ["Service"],
-            "summary": summary,
-            "security": [],
-            "parameters": [_REQUEST_ID_SENT],
-        }
-        return {"get": {**described, "responses": answer | problems}}
+def _location(address: str | None) -> dict[str, Any]:
+    if address is None:
+        return {}
+    schema = {"type": "string", "pattern": "^" + address.partition("{")[0]}
+    return {"Location": {"required": True, "schema": schema, "description": f"`{address}`"}}
 
-    def status(word: str, **more: dict[str, Any]) -> dict[str, Any]:
-        properties = {"status": {"const": word}, **more}
-        return {"type": "object", "properties": properties, "required": list(properties)}
 
-    shards = {
-        "type": "object",
-        "properties": {"open": {"type": "integer"}, "of": {"type": "integer"}},
-        "required": ["open", "of"],
-        "description": "how many shards this process can use",
+def _example(body: type[msgspec.Struct]) -> Any:
+    return body.EXAMPLE  # type: ignore[attr-defined]  # a test requires it of each
+
+
+def _public_path(public: PublicPath) -> dict[str, Any]:
+    content = {public.media_type: {"schema": public.schema}}
+    responses = {
+        "200": {"description": "OK", "headers": _HEADERS_OF_ALL, "content": content},
+        **_problems((*ANY_REQUEST, *public.outcomes)),
     }
-    unready = (
-        Outcome.SHUTTING_DOWN,
-        Outcome.STORE_UNAVAILABLE,
-        Outcome.RECOVERING,
-        Outcome.BACKLOG_FULL,
-        Outcome.LEDGER_BEHIND,
-    )
-    explained = {
-        "type": "object",
-        "properties": {
-            "code": {"type": "string", "description": "the outcome"},
-            "status": {"type": "integer", "description": "the HTTP status it is answered with"},
-            "title": {"type": "string", "description": "the outcome in a few words"},
-            "detail": {"type": "string", "description": "what it means"},
-            "retry_after_s": {"type": ["integer", "null"], "description": "when to try again, in seconds"},
-        },
-        "required": ["code", "status", "title", "detail", "retry_after_s"],
-    }
-    read_problem = get("read_problem", "What a problem is about", "application/json", explained, (Outcome.NOT_FOUND,))
-    read_problem["get"]["parameters"].insert(0, _path_parameter("outcome"))
-    read_readiness = get(
-        "read_readiness",
-        "Every shard is certified, below its backlog cap, and its ledger was seen of late",
-        "application/json",
-        status("ready", shards=shards),
-        unready,
-    )
-    refusal = read_readiness["get"]["responses"]["503"]["content"]["application/problem+json"]["schema"]
-    refusal["allOf"][1]["properties"]["shards"] = shards
-    parts = ("openapi", "info", "servers", "security", "tags", "paths", "components")
-    document = {"type": "object", "properties": {part: {} for part in parts}, "required": ["openapi", "info", "paths"]}
-    text = {"type": "string"}
+    for status in {str(PROBLEMS[outcome].status) for outcome in public.outcomes}:
+        refusal = responses[status]["content"]["application/problem+json"]["schema"]
+        refusal["allOf"][1]["properties"] |= public.problem_schema
     return {
-        "/healthz": get("read_health", "The process lives", "application/json", status("alive")),
-        "/readyz": read_readiness,
-        "/metrics": get("read_metrics", "Counters for Prometheus", "text/plain", text),
-        "/openapi.json": get("read_openapi", "This document", "application/json", document),
-        "/docs": get("read_docs", "This document, for people", "text/html", text),
-        "/problems/{outcome}": read_problem,
+        "operationId": public.name,
+        "tags": ["Service"],
+        "summary": public.summary,
+        "security": [],
+        "parameters": [*_path_parameters(public.path), _REQUEST_ID_SENT],
+        "responses": responses,
     }

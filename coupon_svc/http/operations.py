@@ -1,43 +1,21 @@
-"""Every operation of the service: its path, what it needs, what it takes, and each answer it can give."""
+"""Declares operations: `@operation` stands on the function that answers one, and is the only place that describes it.
+
+Routes, hot paths, checks, the OpenAPI document and the tests all follow from the declaration. What any operation can be
+refused with is added here: nobody has to list it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import msgspec
 
 from coupon_svc.domain.outcomes import Outcome
-from coupon_svc.http import schemas
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    """One method of one path. The routes, the checks and the OpenAPI document are all made from it."""
-
-    name: str
-    method: str
-    path: str
-    summary: str
-    tag: str
-    """The group of operations that it is shown in."""
-    scopes: tuple[str, ...] = ()
-    """Any of them is enough; none means that no key is needed."""
-    query: type[msgspec.Struct] | None = None
-    """The query parameters that are known; None: none is."""
-    body: type[msgspec.Struct] | None = None
-    answers: dict[int, Any] = {}
-    """Status -> type of the body, None for an empty one."""
-    outcomes: tuple[Outcome, ...] = ()
-    """Refusals that are this operation's own; those that any operation can meet are added."""
-
-
-_BOOK_SHUT = (Outcome.BOOK_CLOSED, Outcome.BOOK_PAUSED, Outcome.BOOK_NOT_STARTED, Outcome.BOOK_EXPIRED)
-_IDEMPOTENT = (Outcome.INVALID_IDEMPOTENCY_KEY, Outcome.IDEMPOTENCY_KEY_REUSED, Outcome.IDEMPOTENCY_IN_PROGRESS)
-_BODY = (
-    Outcome.BODY_TOO_LARGE,
-    Outcome.UNSUPPORTED_MEDIA_TYPE,
-    Outcome.MALFORMED_JSON,
-)
-_READ_SCOPES = ("books:read", "books:write")
+_DECLARATION = "__declared__"
 
 ANY_REQUEST = (
     Outcome.TOO_MANY_CONNECTIONS,
@@ -59,202 +37,140 @@ ANY_OPERATION = (
 )
 """What every operation that needs a key can be refused with."""
 
-OPERATIONS = (
-    Operation(
-        name="create_book",
-        method="POST",
-        path="/coupons",
-        tag="Books",
-        summary="Create a coupon book, with generated codes if wanted",
-        scopes=("books:write",),
-        body=schemas.CreateBook,
-        answers={201: schemas.BookAnswer},
-        outcomes=(*_BODY, *_IDEMPOTENT, Outcome.PATTERN_CAPACITY, Outcome.OUTCOME_UNKNOWN),
-    ),
-    Operation(
-        name="list_books",
-        method="GET",
-        path="/coupons",
-        tag="Books",
-        summary="List the books, newest first",
-        scopes=_READ_SCOPES,
-        query=schemas.Page,
-        answers={200: schemas.BooksPage},
-    ),
-    Operation(
-        name="assign_coupon",
-        method="POST",
-        path="/coupons/assign",
-        tag="Coupons",
-        summary="Assign a random code of a book to a user",
-        scopes=("coupons:assign",),
-        body=schemas.AssignCoupon,
-        answers={201: schemas.AssignAnswer},
-        outcomes=(
-            *_BODY,
-            *_IDEMPOTENT,
-            Outcome.BOOK_NOT_FOUND,
-            *_BOOK_SHUT,
-            Outcome.USER_CODE_LIMIT,
-            Outcome.BOOK_EXHAUSTED,
-            Outcome.REFILLING,
-            Outcome.BACKLOG_FULL,
-            Outcome.LEDGER_BEHIND,
-            Outcome.OUTCOME_UNKNOWN,
-        ),
-    ),
-    Operation(
-        name="assign_code",
-        method="POST",
-        path="/coupons/assign/{code}",
-        tag="Coupons",
-        summary="Assign a given code to a user; 200 when it is this user's already",
-        scopes=("coupons:assign",),
-        body=schemas.AssignCode,
-        answers={201: schemas.AssignAnswer, 200: schemas.AssignAnswer},
-        outcomes=(
-            *_BODY,
-            *_IDEMPOTENT,
-            Outcome.CODE_NOT_FOUND,
-            *_BOOK_SHUT,
-            Outcome.ALREADY_ASSIGNED,
-            Outcome.CODE_QUARANTINED,
-            Outcome.USER_CODE_LIMIT,
-            Outcome.REFILLING,
-            Outcome.BACKLOG_FULL,
-            Outcome.LEDGER_BEHIND,
-            Outcome.OUTCOME_UNKNOWN,
-        ),
-    ),
-    Operation(
-        name="lock_coupon",
-        method="POST",
-        path="/coupons/lock/{code}",
-        tag="Coupons",
-        summary="Hold a coupon for one redemption attempt; 200 when the hold is renewed with its token",
-        scopes=("coupons:redeem",),
-        body=schemas.LockCoupon,
-        answers={201: schemas.LockAnswer, 200: schemas.LockAnswer},
-        outcomes=(
-            *_BODY,
-            *_IDEMPOTENT,
-            Outcome.CODE_NOT_FOUND,
-            *_BOOK_SHUT,
-            Outcome.CODE_QUARANTINED,
-            Outcome.NOT_ASSIGNED,
-            Outcome.NOT_HOLDER,
-            Outcome.ALREADY_REDEEMED,
-            Outcome.LOCK_NOT_HELD,
-            Outcome.LOCKED,
-            Outcome.BACKLOG_FULL,
-            Outcome.LEDGER_BEHIND,
-            Outcome.OUTCOME_UNKNOWN,
-        ),
-    ),
-    Operation(
-        name="unlock_coupon",
-        method="POST",
-        path="/coupons/unlock/{code}",
-        tag="Coupons",
-        summary="Give up the hold whose token is shown",
-        scopes=("coupons:redeem",),
-        body=schemas.UnlockCoupon,
-        answers={204: None},
-        outcomes=(*_BODY, *_IDEMPOTENT, Outcome.CODE_NOT_FOUND, Outcome.LOCK_NOT_HELD, Outcome.OUTCOME_UNKNOWN),
-    ),
-    Operation(
-        name="redeem_coupon",
-        method="POST",
-        path="/coupons/redeem/{code}",
-        tag="Coupons",
-        summary="Spend one use of a coupon, for good",
-        scopes=("coupons:redeem",),
-        body=schemas.RedeemCoupon,
-        answers={201: schemas.RedeemAnswer},
-        outcomes=(
-            *_BODY,
-            *_IDEMPOTENT,
-            Outcome.CODE_NOT_FOUND,
-            *_BOOK_SHUT,
-            Outcome.CODE_QUARANTINED,
-            Outcome.NOT_ASSIGNED,
-            Outcome.NOT_HOLDER,
-            Outcome.ALREADY_REDEEMED,
-            Outcome.LOCK_NOT_HELD,
-            Outcome.LOCKED,
-            Outcome.BACKLOG_FULL,
-            Outcome.LEDGER_BEHIND,
-            Outcome.OUTCOME_UNKNOWN,
-        ),
-    ),
-    Operation(
-        name="list_coupons",
-        method="GET",
-        path="/users/{user_id}/coupons",
-        tag="Coupons",
-        summary="List what a user holds",
-        scopes=("coupons:read",),
-        query=schemas.ListCoupons,
-        answers={200: schemas.CouponsPage},
-        outcomes=(Outcome.BOOK_NOT_FOUND, Outcome.LEDGER_BEHIND),
-    ),
-    Operation(
-        name="upload_codes",
-        method="POST",
-        path="/coupons/codes",
-        tag="Codes",
-        summary="Add codes to a book: a list, or more generated ones",
-        scopes=("codes:write",),
-        body=schemas.UploadCodes,
-        answers={200: schemas.UploadAnswer},
-        outcomes=(
-            *_BODY,
-            *_IDEMPOTENT,
-            Outcome.BOOK_NOT_FOUND,
-            Outcome.BOOK_CLOSED,
-            Outcome.PATTERN_CAPACITY,
-            Outcome.OUTCOME_UNKNOWN,
-        ),
-    ),
-    Operation(
-        name="read_code",
-        method="GET",
-        path="/coupons/codes/{code}",
-        tag="Codes",
-        summary="Read the state of one code",
-        scopes=("coupons:read",),
-        answers={200: schemas.CodeAnswer},
-        outcomes=(Outcome.CODE_NOT_FOUND, Outcome.LEDGER_BEHIND),
-    ),
-    Operation(
-        name="read_job",
-        method="GET",
-        path="/coupons/jobs/{job_id}",
-        tag="Codes",
-        summary="Read an upload's job; no upload makes one yet, so there is none to read",
-        scopes=("codes:write",),
-        outcomes=(Outcome.JOB_NOT_FOUND,),
-    ),
-    Operation(
-        name="read_book",
-        method="GET",
-        path="/coupons/{book_id}",
-        tag="Books",
-        summary="Read a book with its live counters",
-        scopes=_READ_SCOPES,
-        answers={200: schemas.BookAnswer},
-        outcomes=(Outcome.BOOK_NOT_FOUND,),
-    ),
-    Operation(
-        name="update_book",
-        method="PATCH",
-        path="/coupons/{book_id}",
-        tag="Books",
-        summary="Change a book; what was answered is in force",
-        scopes=("books:write",),
-        body=schemas.UpdateBook,
-        answers={200: schemas.BookAnswer},
-        outcomes=(*_BODY, Outcome.BOOK_NOT_FOUND, Outcome.BOOK_CLOSED, Outcome.OUTCOME_UNKNOWN),
-    ),
+BOOK_SHUT = (Outcome.BOOK_CLOSED, Outcome.BOOK_PAUSED, Outcome.BOOK_NOT_STARTED, Outcome.BOOK_EXPIRED)
+"""How a book that is not open refuses."""
+
+NOT_REDEEMABLE = (
+    Outcome.CODE_QUARANTINED,
+    Outcome.NOT_ASSIGNED,
+    Outcome.NOT_HOLDER,
+    Outcome.ALREADY_REDEEMED,
+    Outcome.LOCK_NOT_HELD,
+    Outcome.LOCKED,
 )
-"""In the order in which their paths are matched: the hot ones first."""
+"""How a code refuses to be locked or redeemed."""
+
+NO_ROOM = (Outcome.BACKLOG_FULL, Outcome.LEDGER_BEHIND)
+"""How what needs the ledger is refused while that is too far behind."""
+
+_ANY_BODY = (Outcome.BODY_TOO_LARGE, Outcome.UNSUPPORTED_MEDIA_TYPE, Outcome.MALFORMED_JSON)
+_ANY_POST = (Outcome.INVALID_IDEMPOTENCY_KEY, Outcome.IDEMPOTENCY_KEY_REUSED, Outcome.IDEMPOTENCY_IN_PROGRESS)
+
+
+class Operation(msgspec.Struct, frozen=True, kw_only=True):
+    """One method of one path, for callers with a key."""
+
+    name: str
+    """That of its function."""
+    method: str
+    path: str
+    summary: str
+    tag: str
+    """The group of operations that the documents show it in."""
+    scopes: tuple[str, ...]
+    """Any of them is enough."""
+    query: type[msgspec.Struct] | None
+    """The query parameters that are known; None: none is."""
+    body: type[msgspec.Struct] | None
+    answers: dict[int, type[msgspec.Struct] | None]
+    """Status -> type of the body, None for an empty one."""
+    outcomes: tuple[Outcome, ...]
+    """What it is refused with, beyond ANY_OPERATION."""
+    location: str | None
+    """The address that an answer's Location header names."""
+    hot: bool
+    """Whether it takes the short way past ASGI: a POST whose code, if there is one, is the last part of the path."""
+
+
+class PublicPath(msgspec.Struct, frozen=True, kw_only=True):
+    """One path for GET and HEAD that needs no key and ignores its query."""
+
+    name: str
+    path: str
+    summary: str
+    media_type: str
+    schema: dict[str, Any]
+    """JSON Schema of the answer."""
+    outcomes: tuple[Outcome, ...]
+    """What it is refused with, beyond ANY_REQUEST."""
+    problem_schema: dict[str, Any]
+    """JSON Schema of what its problems say beyond the usual."""
+
+
+def operation(
+    method: str,
+    path: str,
+    *,
+    summary: str,
+    tag: str,
+    scopes: tuple[str, ...],
+    answers: dict[int, type[msgspec.Struct] | None],
+    refusals: tuple[Outcome, ...] = (),
+    query: type[msgspec.Struct] | None = None,
+    body: type[msgspec.Struct] | None = None,
+    location: str | None = None,
+    hot: bool = False,
+) -> Callable[[F], F]:
+    """Declare that a handler, `async (self, Call) -> Answer`, answers `method` of `path`. Its name is the operation's.
+
+    `refusals` leaves out what follows from the method and from having a body.
+    """
+
+    def declare(handler: F) -> F:
+        outcomes = (*(_ANY_BODY if body is not None else ()), *(_ANY_POST if method == "POST" else ()), *refusals)
+        declared = Operation(
+            name=handler.__name__,
+            method=method,
+            path=path,
+            summary=summary,
+            tag=tag,
+            scopes=scopes,
+            query=query,
+            body=body,
+            answers=answers,
+            outcomes=outcomes,
+            location=location,
+            hot=hot,
+        )
+        setattr(handler, _DECLARATION, declared)
+        return handler
+
+    return declare
+
+
+def public_path(
+    path: str,
+    *,
+    name: str,
+    summary: str,
+    media_type: str,
+    schema: dict[str, Any],
+    refusals: tuple[Outcome, ...] = (),
+    problem_schema: dict[str, Any] | None = None,
+) -> Callable[[F], F]:
+    """Declare that a method of Public answers GET and HEAD of `path`."""
+
+    def declare(handler: F) -> F:
+        declared = PublicPath(
+            name=name,
+            path=path,
+            summary=summary,
+            media_type=media_type,
+            schema=schema,
+            outcomes=refusals,
+            problem_schema=problem_schema or {},
+        )
+        setattr(handler, _DECLARATION, declared)
+        return handler
+
+    return declare
+
+
+def declared_in(handlers: object) -> Iterator[tuple[Any, Callable[..., Any]]]:
+    """(declaration, function) of each that a class declares, or (declaration, bound method) of an instance; in the order
+    in which they stand in the class."""
+    cls = handlers if isinstance(handlers, type) else type(handlers)
+    for name, function in vars(cls).items():
+        declaration = getattr(function, _DECLARATION, None)
+        if declaration is not None:
+            yield declaration, getattr(handlers, name)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.metrics import Metrics
-from coupon_svc.http.openapi import openapi_document
-from coupon_svc.http.operations import OPERATIONS
+from coupon_svc.http.operations import public_path
 from coupon_svc.http.problems import PROBLEMS, log_failure, problem_response
 from coupon_svc.http.request_id import request_id_of
 from coupon_svc.http.response import Headers, Response, send_response
@@ -23,20 +23,71 @@ _DOCS_HEADERS = [
 ]
 
 
+def _object(properties: dict[str, Any], required: Iterable[str] | None = None) -> dict[str, Any]:
+    """JSON Schema of an object; all properties are required unless it is said which are."""
+    return {"type": "object", "properties": properties, "required": list(properties if required is None else required)}
+
+
+def _status(word: str, **more: dict[str, Any]) -> dict[str, Any]:
+    return _object({"status": {"const": word}, **more})
+
+
+_SHARDS = _object({"open": {"type": "integer"}, "of": {"type": "integer"}}) | {
+    "description": "how many shards this process can use"
+}
+_EXPLANATION = _object(
+    {
+        "code": {"type": "string", "description": "the outcome"},
+        "status": {"type": "integer", "description": "the HTTP status it is answered with"},
+        "title": {"type": "string", "description": "the outcome in a few words"},
+        "detail": {"type": "string", "description": "what it means"},
+        "retry_after_s": {"type": ["integer", "null"], "description": "when to try again, in seconds"},
+    }
+)
+_DOCUMENT = _object(
+    {part: {} for part in ("openapi", "info", "servers", "security", "tags", "paths", "components")},
+    required=("openapi", "info", "paths"),
+)
+_ANY_TEXT = {"type": "string"}
+
+
 class Public:
     """Each method answers one path, as (content type, body), or raises Refused."""
 
-    def __init__(self, health: Health, metrics: Metrics) -> None:
+    def __init__(self, health: Health, metrics: Metrics, openapi: dict[str, Any]) -> None:
         self._health = health
         self._metrics = metrics
         self.draining = False
         """Whether the process was told to stop, and goes on only until load balancers have seen it."""
-        self._openapi = msgspec.json.encode(openapi_document(OPERATIONS))
+        self._openapi = msgspec.json.encode(openapi)
         self._docs = (Path(__file__).parent / "docs.html").read_bytes()
 
+    @public_path(
+        "/healthz",
+        name="read_health",
+        summary="The process lives",
+        media_type="application/json",
+        schema=_status("alive"),
+    )
     def healthz(self, _: Scope) -> tuple[bytes, bytes]:
+        """200 whenever the process answers at all; asks nobody."""
         return _JSON, b'{"status":"alive"}'
 
+    @public_path(
+        "/readyz",
+        name="read_readiness",
+        summary="Every shard is certified, below its backlog cap, and its ledger was seen of late",
+        media_type="application/json",
+        schema=_status("ready", shards=_SHARDS),
+        refusals=(
+            Outcome.SHUTTING_DOWN,
+            Outcome.STORE_UNAVAILABLE,
+            Outcome.RECOVERING,
+            Outcome.BACKLOG_FULL,
+            Outcome.LEDGER_BEHIND,
+        ),
+        problem_schema={"shards": _SHARDS},
+    )
     def readyz(self, _: Scope) -> tuple[bytes, bytes]:
         """200 or 503, and in either how many shards are open: certified in the Redis that this process speaks to."""
         of_shards = self._health.shards()
@@ -52,15 +103,39 @@ class Public:
             return Outcome.SHUTTING_DOWN
         return self._health.why_unready()
 
+    @public_path(
+        "/metrics", name="read_metrics", summary="Counters for Prometheus", media_type="text/plain", schema=_ANY_TEXT
+    )
     def metrics(self, _: Scope) -> tuple[bytes, bytes]:
+        """Counters of this process, in Prometheus's text format."""
         return _TEXT, self._metrics.render(self._health.shards())
 
+    @public_path(
+        "/openapi.json",
+        name="read_openapi",
+        summary="This document",
+        media_type="application/json",
+        schema=_DOCUMENT,
+    )
     def openapi(self, _: Scope) -> tuple[bytes, bytes]:
+        """The OpenAPI document."""
         return _JSON, self._openapi
 
+    @public_path(
+        "/docs", name="read_docs", summary="This document, for people", media_type="text/html", schema=_ANY_TEXT
+    )
     def docs(self, _: Scope) -> tuple[bytes, bytes]:
+        """A page that shows the OpenAPI document."""
         return _HTML, self._docs
 
+    @public_path(
+        "/problems/{outcome}",
+        name="read_problem",
+        summary="What a problem is about",
+        media_type="application/json",
+        schema=_EXPLANATION,
+        refusals=(Outcome.NOT_FOUND,),
+    )
     def problem(self, scope: Scope) -> tuple[bytes, bytes]:
         """What the `type` of a problem points at."""
         name = scope["path_params"]["outcome"]

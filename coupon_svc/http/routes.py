@@ -1,9 +1,9 @@
-"""Which function answers which operation, and the router over all of them."""
+"""The router over all declared operations."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 from urllib.parse import unquote
@@ -11,33 +11,23 @@ from urllib.parse import unquote
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.books import Books
-from coupon_svc.http.call import Answer, Call, Handler
 from coupon_svc.http.coupons import Coupons
 from coupon_svc.http.endpoint import ENCODED_SLASH, Endpoint
 from coupon_svc.http.limits import Limits
 from coupon_svc.http.metrics import Metrics
-from coupon_svc.http.operations import OPERATIONS
+from coupon_svc.http.operations import Operation, PublicPath, declared_in
 from coupon_svc.http.public import Public, PublicEndpoint, not_found
 from coupon_svc.http.request_id import make_request_ids
 
-HOT_PATHS = (
-    "/coupons/assign",
-    "/coupons/assign/{code}",
-    "/coupons/lock/{code}",
-    "/coupons/unlock/{code}",
-    "/coupons/redeem/{code}",
+OPERATIONS: tuple[Operation, ...] = tuple(
+    declaration for handlers in (Books, Coupons) for declaration, _ in declared_in(handlers)
 )
-"""What a flash sale is made of: POST only, and the code is the last part."""
+"""Every operation of the service, as its handler declares it."""
+PUBLIC_PATHS: tuple[PublicPath, ...] = tuple(declaration for declaration, _ in declared_in(Public))
 _PLAIN = re.compile(rb"[A-Za-z0-9._~-]+")
 """Parts of a path that stand for themselves (RFC 3986, unreserved)."""
-
-
-async def read_job(call: Call) -> Answer:
-    """Streamed uploads, and so their jobs, are still to come: no job exists."""
-    raise Refused(Outcome.JOB_NOT_FOUND)
 
 
 def make_app(
@@ -50,37 +40,17 @@ def make_app(
     limits: Limits | None = None,
 ) -> Api:
     """The whole HTTP application. A path has one endpoint for all its methods, so that a wrong one is answered 405."""
-    handlers: dict[str, Handler] = {
-        "create_book": books.create_book,
-        "list_books": books.list_books,
-        "read_book": books.read_book,
-        "update_book": books.update_book,
-        "upload_codes": books.upload_codes,
-        "assign_coupon": coupons.assign_coupon,
-        "assign_code": coupons.assign_code,
-        "lock_coupon": coupons.lock_coupon,
-        "unlock_coupon": coupons.unlock_coupon,
-        "redeem_coupon": coupons.redeem_coupon,
-        "list_coupons": coupons.list_coupons,
-        "read_code": coupons.read_code,
-        "read_job": read_job,
-    }
     endpoints: dict[str, Endpoint] = {}
-    for operation in OPERATIONS:
-        endpoint = endpoints.setdefault(operation.path, Endpoint(keys, metrics))
-        endpoint.add(operation, handlers[operation.name])
-    ordered = sorted(endpoints, key=lambda path: (path not in HOT_PATHS, "{book_id}" in path))
-    routes = [Route(path, endpoints[path]) for path in ordered]
-    open_to_all = {
-        "/healthz": public.healthz,
-        "/readyz": public.readyz,
-        "/metrics": public.metrics,
-        "/openapi.json": public.openapi,
-        "/docs": public.docs,
-        "/problems/{outcome}": public.problem,
-    }
-    routes += [Route(path, PublicEndpoint(answer)) for path, answer in open_to_all.items()]
-    return Api(Router(routes, redirect_slashes=False, default=not_found, lifespan=lifespan), limits)
+    hot_paths = set()
+    for operation, handler in (*declared_in(books), *declared_in(coupons)):
+        endpoints.setdefault(operation.path, Endpoint(keys, metrics)).add(operation, handler)
+        if operation.hot:
+            hot_paths.add(operation.path)
+    # A path is matched before those that have a parameter in its place.
+    routes = [Route(path, endpoints[path]) for path in sorted(endpoints, key=lambda path: path.count("{"))]
+    routes += [Route(path.path, PublicEndpoint(answer)) for path, answer in declared_in(public)]
+    hot = {path: endpoints[path] for path in hot_paths}
+    return Api(Router(routes, redirect_slashes=False, default=not_found, lifespan=lifespan), hot, limits)
 
 
 class Api:
@@ -89,7 +59,7 @@ class Api:
     A percent-encoded slash stays within its part of the path; servers decode it before anybody can route by it.
     """
 
-    def __init__(self, router: Router, limits: Limits | None = None) -> None:
+    def __init__(self, router: Router, hot: Mapping[str, Endpoint], limits: Limits | None = None) -> None:
         self.router = router
         self.limits = limits or Limits()
         self.request_ids = make_request_ids()
@@ -97,14 +67,15 @@ class Api:
         self.draining = False
         """Whether each answer is its connection's last: the caller is to connect again, to another process."""
         self._hot_whole: dict[bytes, Endpoint] = {}
+        """Endpoints of hot paths without a parameter."""
         self._hot_folders: dict[bytes, Endpoint] = {}
-        for route in router.routes:
-            if isinstance(route, Route) and route.path in HOT_PATHS:
-                assert isinstance(route.app, Endpoint)
-                folder, code, _ = route.path.partition("/{code}")
-                (self._hot_folders if code else self._hot_whole)[folder.encode()] = route.app
+        """Those of hot paths that end with `/{code}`, by what stands before it."""
+        for path, endpoint in hot.items():
+            folder, code, _ = path.partition("/{code}")
+            (self._hot_folders if code else self._hot_whole)[folder.encode()] = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Route a request that came by ASGI."""
         raw: bytes = scope.get("raw_path") or b""
         if b"%2" in raw:
             parts = re.split("%2[Ff]", raw.decode("latin-1"))

@@ -1,9 +1,12 @@
-"""What requests and answers look like. The structs that validate are the ones the OpenAPI document is made of."""
+"""What requests and answers look like. The structs that validate are the ones the OpenAPI document is made of.
+
+`EXAMPLE` is shown in the document, for each body of a request or an answer.
+"""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -81,6 +84,8 @@ UsesLeft = Annotated[int, Meta(ge=0, description="how often the code may still b
 UsesMade = Annotated[int, Meta(ge=0, description="how often the code was redeemed")]
 LockedUntil = Annotated[Time, Meta(description="when its lock ends by itself; null without a lock")]
 NextCursor = Annotated[str, Meta(description="the `cursor` of the next page; null on the last one")]
+_BOOK_ID, _CODE, _USER = "bk_08wazn8pg1mwcdvjs8", "SUMMER-9SJG-2HF7", "user-1"
+_TOKEN, _MOMENT = "lk_50kkcqIRntRxrmigCOPKjESC", "2026-11-22T14:48:57.476Z"
 CodeBookStatus = Literal["active", "paused", "closed", "not_started", "expired"]
 
 
@@ -113,6 +118,8 @@ class Generate(Request, frozen=True):
 
 
 class CreateBook(Request, frozen=True):
+    """A new book: its rules, and codes to be generated."""
+
     name: Name
     max_codes_per_user: CodesPerUser | None = None
     max_redemptions_per_code: RedemptionsPerCode | None = 1
@@ -125,6 +132,12 @@ class CreateBook(Request, frozen=True):
     ] = Ack.LEDGER
     generate: Generate | None = None
     metadata: Metadata | None = None
+    EXAMPLE: ClassVar[dict[str, Any]] = {
+        "name": "Summer 2026",
+        "max_codes_per_user": 1,
+        "generate": {"pattern": "SUMMER-####-####", "total": 1000},
+        "metadata": {"campaign": "s26"},
+    }
 
 
 class UpdateBook(Request, frozen=True):
@@ -137,6 +150,7 @@ class UpdateBook(Request, frozen=True):
     max_codes_per_user: CodesPerUser | UnsetType | None = UNSET
     lock_ttl_seconds: TtlSeconds | UnsetType = UNSET
     metadata: Metadata | UnsetType | None = UNSET
+    EXAMPLE: ClassVar[dict[str, Any]] = {"status": "paused"}
 
 
 class UploadCodes(Request, frozen=True):
@@ -145,19 +159,28 @@ class UploadCodes(Request, frozen=True):
     book_id: BookId
     codes: Annotated[list[str], Meta(max_length=CODES_PER_UPLOAD_MAX, description="a list of codes")] | None = None
     generate: Generate | None = None
+    EXAMPLE: ClassVar[dict[str, Any]] = {"book_id": _BOOK_ID, "codes": ["WELCOME-1", "WELCOME-2"]}
 
 
 class AssignCoupon(Request, frozen=True):
+    """Which book a code is wanted of, and for whom."""
+
     book_id: BookId
     user_id: UserId
+    EXAMPLE: ClassVar[dict[str, Any]] = {"book_id": _BOOK_ID, "user_id": _USER}
 
 
 class AssignCode(Request, frozen=True):
+    """Whom the code in the path is for."""
+
     user_id: UserId
     receipt: ReceiptText | None = None
+    EXAMPLE: ClassVar[dict[str, Any]] = {"user_id": _USER}
 
 
 class LockCoupon(Request, frozen=True):
+    """How to hold the coupon in the path."""
+
     user_id: UserId | None = None
     ttl_seconds: (
         Annotated[int, Meta(ge=1, le=3600, description="how long the lock is to last; default: the book's")] | None
@@ -166,18 +189,25 @@ class LockCoupon(Request, frozen=True):
         Annotated[LockToken, Meta(description="renews the lock that has this token, instead of making one")] | None
     ) = None
     receipt: ReceiptText | None = None
+    EXAMPLE: ClassVar[dict[str, Any]] = {"user_id": _USER, "ttl_seconds": 60}
 
 
 class UnlockCoupon(Request, frozen=True):
+    """Which hold to give up."""
+
     lock_token: LockToken
+    EXAMPLE: ClassVar[dict[str, Any]] = {"lock_token": _TOKEN}
 
 
 class RedeemCoupon(Request, frozen=True):
+    """What to note of a redemption."""
+
     user_id: UserId | None = None
     lock_token: LockToken | None = None
     reference: Reference | None = None
     metadata: Metadata | None = None
     receipt: ReceiptText | None = None
+    EXAMPLE: ClassVar[dict[str, Any]] = {"user_id": _USER, "reference": "order-4711"}
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True):
@@ -185,6 +215,8 @@ class Query(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Page(Query, frozen=True):
+    """Which part of a list."""
+
     limit: Annotated[int, Meta(ge=1, le=1000, description="how many entries a page has at most")] = 50
     cursor: (
         Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]*(?![\s\S])", description="`next_cursor` of the page before")]
@@ -193,6 +225,8 @@ class Page(Query, frozen=True):
 
 
 class ListCoupons(Page, frozen=True):
+    """Which of a user's coupons."""
+
     book_id: Annotated[str, Meta(description="only coupons of this book")] | UnsetType = UNSET
     status: (
         Annotated[Literal["assigned", "locked", "redeemed"], Meta(description="only coupons of this status")]
@@ -213,6 +247,8 @@ class CodeCounters(msgspec.Struct, frozen=True):
 
 
 class BookAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """A book as it is in force."""
+
     book_id: BookId
     name: Annotated[str, Meta(description="your name for it")]
     max_codes_per_user: CodesPerUser | None
@@ -228,14 +264,34 @@ class BookAnswer(msgspec.Struct, frozen=True, kw_only=True):
     created_at: Time
     redemptions: Annotated[int, Meta(ge=0, description="every use made of any code")]
     codes: CodeCounters
+    EXAMPLE: ClassVar[dict[str, Any]] = {
+        "book_id": _BOOK_ID,
+        "name": "Summer 2026",
+        "max_codes_per_user": 1,
+        "max_redemptions_per_code": 1,
+        "lock_ttl_seconds": 120,
+        "starts_at": None,
+        "expires_at": None,
+        "ack": "ledger",
+        "metadata": {"campaign": "s26"},
+        "status": "active",
+        "created_at": _MOMENT,
+        "redemptions": 0,
+        "codes": {"total": 1000, "available": 1000, "assigned": 0, "redeemed": 0, "quarantined": 0},
+    }
 
 
 class BooksPage(msgspec.Struct, frozen=True):
+    """A part of the tenant's books, newest first."""
+
     books: list[BookAnswer]
     next_cursor: NextCursor | None
+    EXAMPLE: ClassVar[dict[str, Any]] = {"books": [BookAnswer.EXAMPLE], "next_cursor": None}
 
 
 class RejectedCode(msgspec.Struct, frozen=True):
+    """An entry of an upload that was not inserted."""
+
     row: Annotated[int, Meta(ge=1, description="its place in the list, from 1")]
     code: Annotated[str, Meta(description="the code; of an invalid one the first 64 characters, as sent")]
     reason: Literal["invalid", "duplicate_in_upload", "duplicate_in_book", "duplicate_in_other_book"]
@@ -249,6 +305,8 @@ class RejectedCode(msgspec.Struct, frozen=True):
 
 
 class UploadAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of an upload."""
+
     book_id: BookId
     received: Annotated[int, Meta(ge=0, description="codes sent, or asked for")]
     inserted: Annotated[int, Meta(ge=0, description="codes that are new in the book")]
@@ -256,9 +314,20 @@ class UploadAnswer(msgspec.Struct, frozen=True, kw_only=True):
     invalid: Annotated[int, Meta(ge=0, description="entries that cannot be a code")]
     rejected: Annotated[list[RejectedCode], Meta(description="the first 100 entries that were not inserted")]
     rejected_truncated: Annotated[bool, Meta(description="whether more entries were not inserted")]
+    EXAMPLE: ClassVar[dict[str, Any]] = {
+        "book_id": _BOOK_ID,
+        "received": 2,
+        "inserted": 2,
+        "duplicates": 0,
+        "invalid": 0,
+        "rejected": [],
+        "rejected_truncated": False,
+    }
 
 
 class AssignAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The code, and who has it now."""
+
     code: Code
     book_id: BookId
     user_id: HolderId
@@ -269,18 +338,39 @@ class AssignAnswer(msgspec.Struct, frozen=True, kw_only=True):
     receipt: (
         Annotated[str, Meta(description="in `ack = redis` books: brings the record back should it be lost")] | UnsetType
     ) = UNSET
+    EXAMPLE: ClassVar[dict[str, Any]] = {
+        "code": _CODE,
+        "book_id": _BOOK_ID,
+        "user_id": _USER,
+        "assigned_at": _MOMENT,
+        "redemptions_left": 1,
+        "position": "08:1-1",
+        "durable": True,
+    }
 
 
 class LockAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """A hold on a coupon."""
+
     code: Code
     book_id: BookId
     user_id: HolderId
     lock_token: Annotated[str, Meta(description="who shows it may redeem, renew and unlock")]
     locked_until: Annotated[Time, Meta(description="when the lock ends by itself; never after its book")]
     ttl_seconds: Annotated[int, Meta(ge=1, le=3600, description="how many seconds that is from now")]
+    EXAMPLE: ClassVar[dict[str, Any]] = {
+        "code": _CODE,
+        "book_id": _BOOK_ID,
+        "user_id": _USER,
+        "lock_token": _TOKEN,
+        "locked_until": _MOMENT,
+        "ttl_seconds": 60,
+    }
 
 
 class RedeemAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """One use of a code."""
+
     redemption_id: Annotated[str, Meta(description="names this use of the code")]
     code: Code
     book_id: BookId
@@ -290,9 +380,22 @@ class RedeemAnswer(msgspec.Struct, frozen=True, kw_only=True):
     redemptions_left: UsesLeft | None
     position: Position
     durable: Annotated[bool, Meta(description="always true: a redeem waits for the ledger")]
+    EXAMPLE: ClassVar[dict[str, Any]] = {
+        "redemption_id": "rd_08_1_3",
+        "code": _CODE,
+        "book_id": _BOOK_ID,
+        "user_id": _USER,
+        "redeemed_at": _MOMENT,
+        "redemptions_used": 1,
+        "redemptions_left": 0,
+        "position": "08:1-3",
+        "durable": True,
+    }
 
 
 class CouponAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """A code that somebody holds."""
+
     code: Code
     book_id: BookId
     user_id: HolderId
@@ -301,14 +404,29 @@ class CouponAnswer(msgspec.Struct, frozen=True, kw_only=True):
     redemptions_used: UsesMade
     redemptions_left: UsesLeft | None
     locked_until: LockedUntil | None
+    EXAMPLE: ClassVar[dict[str, Any]] = {
+        "code": _CODE,
+        "book_id": _BOOK_ID,
+        "user_id": _USER,
+        "status": "assigned",
+        "assigned_at": _MOMENT,
+        "redemptions_used": 0,
+        "redemptions_left": 1,
+        "locked_until": None,
+    }
 
 
 class CouponsPage(msgspec.Struct, frozen=True):
+    """A part of a user's coupons."""
+
     coupons: list[CouponAnswer]
     next_cursor: NextCursor | None
+    EXAMPLE: ClassVar[dict[str, Any]] = {"coupons": [CouponAnswer.EXAMPLE], "next_cursor": None}
 
 
 class CodeAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """A code, whoever holds it."""
+
     code: Code
     book_id: BookId
     status: Annotated[
@@ -325,6 +443,7 @@ class CodeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     redemptions_used: UsesMade
     redemptions_left: UsesLeft | None
     locked_until: LockedUntil | None
+    EXAMPLE: ClassVar[dict[str, Any]] = {**CouponAnswer.EXAMPLE, "book_status": "active"}
 
 
 class ProblemBody(msgspec.Struct, kw_only=True):

@@ -9,7 +9,8 @@ import asyncpg
 import httpx
 import pytest
 
-from coupon_svc.http.operations import OPERATIONS, Operation
+from coupon_svc.http.operations import Operation
+from coupon_svc.http.routes import OPERATIONS
 from coupon_svc.postgres.keys import SCOPES, create_key, new_key, revoke_key
 from tests.harness import Stack, until
 from tests.routes.helpers import JSON, refused

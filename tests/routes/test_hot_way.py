@@ -17,10 +17,12 @@ from coupon_svc.http.endpoint import Endpoint
 from coupon_svc.http.limits import Limits
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.response import Response
-from coupon_svc.http.routes import HOT_PATHS, Api
+from coupon_svc.http.routes import OPERATIONS, Api
 from coupon_svc.http.server import HOT_BODY_BYTES_MAX, SERVER_SETTINGS, CouponProtocol
 from tests.harness import Stack
 from tests.routes.helpers import make_book
+
+HOT_PATHS = [operation.path for operation in OPERATIONS if operation.hot]
 
 
 class Answered(NamedTuple):
@@ -104,7 +106,8 @@ class Served(NamedTuple):
 async def served() -> AsyncIterator[Served]:
     """All hot paths on one endpoint of the test's."""
     endpoint = Told()
-    api = Api(Router([Route(path, endpoint) for path in HOT_PATHS]), Limits(keep_alive_s=1))
+    hot = dict.fromkeys(HOT_PATHS, endpoint)
+    api = Api(Router([Route(path, endpoint) for path in HOT_PATHS]), hot, Limits(keep_alive_s=1))
     settings = {**SERVER_SETTINGS, "loop": "none", "lifespan": "off"}
     server = uvicorn.Server(uvicorn.Config(api, http=CouponProtocol, **settings))
     listener = socket.create_server(("127.0.0.1", 0))

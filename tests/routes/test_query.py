@@ -7,7 +7,8 @@ import re
 import httpx
 import pytest
 
-from coupon_svc.http.operations import OPERATIONS, Operation
+from coupon_svc.http.operations import Operation
+from coupon_svc.http.routes import OPERATIONS
 from tests.harness import Stack
 from tests.routes.helpers import assign, make_book, refused
 

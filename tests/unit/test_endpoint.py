@@ -12,8 +12,8 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.call import Answer, Call
 from coupon_svc.http.endpoint import Endpoint
 from coupon_svc.http.metrics import Metrics
-from coupon_svc.http.operations import OPERATIONS
 from coupon_svc.http.response import Response
+from coupon_svc.http.routes import OPERATIONS
 
 READ_CODE = next(operation for operation in OPERATIONS if operation.name == "read_code")
 

@@ -211,7 +211,7 @@ def postgres_only_app(url: str) -> Api:
             Redeeming(plane, directory, waiting, durability),
             Reading(plane, directory, waiting, durability),
         ),
-        Public(Health(plane), metrics),
+        Public(Health(plane), metrics, {}),
         KeyRing(ApiKeys(database).find, 5_000),
         metrics,
         lifespan,
