@@ -40,6 +40,7 @@ from coupon_svc.writer.shard import Shard
 from coupon_svc.writer.upkeep import Upkeep
 from coupon_svc.writer.writer import Writer
 from tests.harness import Stack, fresh_database, running_stack, until
+from tests.owned import open_shard
 
 SHARDS = 4
 HOUR_MS = 3_600_000
@@ -138,8 +139,7 @@ async def rows_read(url: str, ledger: asyncpg.Connection, *tables: str) -> int:
 
 
 async def keep_up(bench: Bench, *, sweep: bool) -> None:
-    shard = Shard(await bench.owned())
-    shard.opened_on = await bench.store.connect()
+    shard = open_shard(await bench.owned(), await bench.store.connect())
     upkeep = Upkeep(bench.url, "w", {0: shard})
     await upkeep.turn(sweep=sweep)
     upkeep.session.close()
@@ -507,7 +507,8 @@ async def test_a_book_that_cannot_be_brought_again_now_stays_in_doubt_and_holds_
     await lender._bring_again(bench.ledger)  # the shard is not open yet: the doubt stays
     await transaction.rollback()
     await upload.close()
-    shard.opened_on = await bench.store.connect()
+    shard.opening_begins()
+    shard.opened(await bench.store.connect())
     await lender._bring_again(bench.ledger)
     assert await bench.counts(held_up) == (2, 0, 2)
     assert not lender._in_doubt

@@ -33,7 +33,7 @@ async def of_writer(url: str) -> Any:
     settings = load_settings(
         {"COUPON_REDIS_URL": "redis://127.0.0.1:1", "COUPON_DATABASE_URL": url, "COUPON_SHARDS": str(SHARDS)}
     )
-    return await writer.Writer(settings)._owning.connection()
+    return await writer.Writer(settings).owning.session.connection()
 
 
 @pytest.mark.parametrize("connected", [of_registration, of_lender, of_writer])

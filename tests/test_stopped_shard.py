@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import pytest
-
 from coupon_svc.config import load_settings
-from coupon_svc.postgres.errors import HistoryForked
 from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.writer.shard import Stopped
 from coupon_svc.writer.writer import Writer
 from tests.harness import Stack, until
 
@@ -27,14 +25,14 @@ async def test_a_stopped_shard_is_shut_when_it_would_be_opened(make_stack: Calla
     first.stop()
     await stack.ledger("UPDATE shards SET stopped = 'a person looks' WHERE shard = 0")
     writer = Writer(load_settings(stack.environment))
-    connection = await writer._owning.connection()
-    await writer._renew(connection)
+    connection = await writer.owning.session.connection()
+    await writer.owning.renew(connection)
     try:
-        with pytest.raises(HistoryForked, match="a person looks"):
-            await writer._open(writer._shards[0], connection)
+        await writer.opening.try_to_open(writer.shards[0], writer.owning.session)
+        assert writer.shards[0].state == Stopped("a person looks")
         assert await redis.hget(meta, "epoch") == "recovering", "nobody decides anything there"
-        await writer._open(writer._shards[1], connection)
-        assert writer._shards[1].opened_on is not None, "the others are opened"
+        await writer.opening.try_to_open(writer.shards[1], writer.owning.session)
+        assert writer.shards[1].is_open, "the others are opened"
     finally:
         writer.close()
         await redis.aclose()

@@ -23,9 +23,10 @@ from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.lend import Lender
-from coupon_svc.writer.persist import Hole, Persister, following_batch
-from coupon_svc.writer.shard import Shard, term_of
+from coupon_svc.writer.persist import Persister, following_batch
+from coupon_svc.writer.shard import Hole, Shard, Shut, term_of
 from tests.harness import fresh_database
+from tests.owned import recovered_shard
 from tests.scripts.runner import new_rules
 
 SHARDS = 64
@@ -48,13 +49,11 @@ async def recovered(cluster_redis: EmbeddedRedis) -> AsyncIterator[Recovered]:
     store = ShardControl(cluster_redis.url, SHARDS, Scripts())
     before = OwnedShard(number, 1, 0, 3, CHAIN)
     after = before._replace(epoch=2)
-    shard = Shard(before)
     for owned in (before, after):
         term = term_of(owned)
         await store.shut_shard(term)
         await store.certify_shard(term, await store.connect(), 1000)
-    shard.begin_epoch(after)
-    shard.opened_on = await store.connect()
+    shard = recovered_shard(before, after, await store.connect())
     book_id = f"bk_{number:02d}" + "m" * 16
     rules = {name: str(value) for name, value in new_rules().items()}
     await store.put_book(shard.term, book_id, 1, rules, known=False)
@@ -158,9 +157,10 @@ async def test_work_that_a_recovery_overtook_does_not_shut_the_shard_again(recov
         raise ShardNotUsable
 
     await lender._guarded(shard, before, refused())
-    assert shard.opened_on is not None
+    assert shard.is_open
     await lender._guarded(shard, shard.owned, refused())
-    assert shard.wants_recovery
+    assert not shard.is_open
+    assert shard.recovery_wanted
 
 
 async def test_codes_are_counted_though_their_position_cannot_be_told(recovered: Recovered) -> None:
@@ -190,7 +190,7 @@ async def test_a_shard_that_cannot_be_shut_when_it_is_stopped_is_shut_by_who_wou
     with pytest.raises(StoreError):
         await persister._stop(Batch(before.shard, before.epoch, before.generation, 0, 1, []), "forked")
     assert await connection.fetchval("SELECT stopped FROM shards WHERE shard = $1", before.shard) == "forked"
-    assert (shard.opened_on, shard.stopped) == (None, False)
+    assert shard.state == Shut()
     await connection.close()
     persister.session.close()
 
@@ -199,7 +199,9 @@ def test_what_a_process_can_have_seen_is_asked_anew_in_each_epoch() -> None:
     """Positions begin at 1 again: by the old one its report would come late, and a recovery before it take it for silent."""
     shard = Shard(OwnedShard(0, 1, 0, 3, CHAIN))
     assert shard.answered_by_gone(["api_gone"], 5) == []
-    shard.begin_epoch(shard.owned._replace(epoch=2))
+    shard.opening_begins()
+    shard.recovery_begins("a test")
+    shard.recovered(shard.owned._replace(epoch=2))
     assert shard.answered_by_gone(["api_gone"], 0) == [("api_gone", 0)]
 
 

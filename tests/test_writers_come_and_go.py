@@ -26,12 +26,15 @@ from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import Identity
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.lend import Lender
+from coupon_svc.writer.owning import OUT_OF_TOUCH_S
 from coupon_svc.writer.persist import Persister
 from coupon_svc.writer.shard import Shard
-from coupon_svc.writer.writer import OUT_OF_TOUCH_S, Writer
+from coupon_svc.writer.showing import Showing
+from coupon_svc.writer.writer import Writer
 from tests.chaos.proxy import Proxy
 from tests.conftest import SHARDS
 from tests.harness import Stack, fresh_database, until
+from tests.owned import open_shard
 
 MakeStack = Callable[[], Awaitable[Stack]]
 CHAIN = bytes(32)
@@ -220,7 +223,7 @@ async def test_no_renewal_waits_for_the_row_of_a_shard(make_stack: MakeStack) ->
     """A recovery holds it for as long as it settles. What is locked is taken, and given up, when it can be had."""
     stack = await make_stack()
     writer = Writer(load_settings({**stack.environment, "COUPON_REDIS_URL": "redis://127.0.0.1:1"}))
-    connection = await writer._owning.connection()
+    connection = await writer.owning.session.connection()
     holder = await asyncpg.connect(stack.database_url)
     try:
         for others in ([], ["wr_a", "wr_b"]):
@@ -229,9 +232,9 @@ async def test_no_renewal_waits_for_the_row_of_a_shard(make_stack: MakeStack) ->
             async with holder.transaction():
                 await holder.execute("SELECT FROM shards WHERE shard = 3 FOR UPDATE")
                 async with asyncio.timeout(1.0):
-                    assert await writer._renew(connection) is False
-                assert 3 not in writer._shards
-            assert await writer._renew(connection)
+                    assert await writer.owning.renew(connection) is False
+                assert 3 not in writer.shards
+            assert await writer.owning.renew(connection)
             expected = [writer.writer_id] * 2 + [None] * 2 if others else [writer.writer_id] * SHARDS
             assert await owners(stack) == expected
     finally:
@@ -247,9 +250,7 @@ NO_LEDGER: Any = None
 
 
 def shard(number: int) -> Shard:
-    owned = Shard(OwnedShard(number, 1, 0, 1, CHAIN))
-    owned.opened_on = HERE
-    return owned
+    return open_shard(OwnedShard(number, 1, 0, 1, CHAIN), HERE)
 
 
 @pytest.mark.parametrize("at", ["books_to_load", "lone_leases", "bring_again"])
@@ -309,8 +310,9 @@ async def test_what_goes_wrong_with_one_shard_does_not_end_the_lenders_turn(
     monkeypatch.setattr(lending, "lone_leases", nothing)
     await lender.turn(NO_LEDGER)
     assert refilled == [0, 2]
-    assert (shards[1].opened_on, shards[1].wants_recovery) == (None, True)
-    assert "shard 01 is suspect: ValueError at " in caplog.text
+    assert not shards[1].is_open
+    assert shards[1].recovery_wanted
+    assert "shard 01 is shut: ValueError at " in caplog.text
     assert "secret" not in caplog.text
 
 
@@ -344,13 +346,15 @@ class Answering:
 async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_being_shown(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    writer = Writer(load_settings({"COUPON_REDIS_URL": "redis://x", "COUPON_DATABASE_URL": "postgresql://x"}))
-    writer._store = store = OddStore()
-    writer._shards.update({number: shard(number) for number in range(3)})
-    await writer._show_alive(cast(LedgerConnection, Answering()))
+    store, shards, session = OddStore(), {number: shard(number) for number in range(3)}, LedgerSession("", "test")
+
+    async def show_away() -> None: ...
+
+    showing = Showing(session, store, shards, LedgerClock(), gone=list, show_away=show_away)
+    await showing.show(cast(LedgerConnection, Answering()))
     assert store.told == [0, 2]
-    assert [writer._shards[number].opened_on for number in range(3)] == [HERE, None, HERE]
-    assert "shard 01 is suspect: ValueError at " in caplog.text
+    assert [shards[number].identity for number in range(3)] == [HERE, None, HERE]
+    assert "shard 01 is shut: ValueError at " in caplog.text
 
 
 async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_being_told_that_postgres_is_away() -> None:
@@ -358,7 +362,7 @@ async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_bein
     shards = {number: shard(number) for number in range(3)}
     await Persister("", "wr", store, shards, lambda *_: None, LedgerClock()).show_away()
     assert store.told == [0, 2]
-    assert [shards[number].opened_on for number in range(3)] == [HERE, None, HERE]
+    assert [shards[number].identity for number in range(3)] == [HERE, None, HERE]
 
 
 async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_being_opened(
@@ -366,26 +370,26 @@ async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_bein
 ) -> None:
     caplog.set_level(logging.ERROR)
     writer = Writer(load_settings({"COUPON_REDIS_URL": "redis://x", "COUPON_DATABASE_URL": "postgresql://x"}))
-    writer._shards.update({number: Shard(OwnedShard(number, 1, 0, 1, CHAIN)) for number in range(3)})
+    writer.shards.update({number: Shard(OwnedShard(number, 1, 0, 1, CHAIN)) for number in range(3)})
 
-    async def open_shard(one: Shard, _: Any) -> None:
-        if one.owned.shard == 1:
+    async def open_unless_torn(one: Shard, _: Any) -> None:
+        if one.number == 1:
             int("a torn field")
-        one.opened_on = HERE
+        one.opened(HERE)
 
     async def connection(_: LedgerSession) -> None: ...
 
-    monkeypatch.setattr(writer, "_open", open_shard)
+    monkeypatch.setattr(writer.opening, "_open", open_unless_torn)
     monkeypatch.setattr(LedgerSession, "connection", connection)
-    opening = asyncio.create_task(writer._keep_open())
+    opening = asyncio.create_task(writer.opening.run())
 
     async def others_opened() -> bool:
-        return writer._shards[2].opened_on is HERE
+        return writer.shards[2].identity is HERE
 
     await until(others_opened)
     opening.cancel()
-    assert writer._shards[1].wants_recovery, "what cannot be read is to be rebuilt"
-    assert "shard 01 cannot be opened: ValueError at " in caplog.text
+    assert writer.shards[1].recovery_wanted, "what cannot be read is to be rebuilt"
+    assert "shard 01 is not opened: ValueError at " in caplog.text
 
 
 @pytest.fixture
@@ -410,7 +414,7 @@ async def test_a_shard_that_another_writer_took_throws_no_other_shards_batch_awa
     ]
     committed = await persister._commit(batches)
     assert [batch.shard for batch, _ in committed] == [0, 2]
-    assert [shards[number].opened_on for number in range(3)] == [HERE, None, HERE]
+    assert [shards[number].identity for number in range(3)] == [HERE, None, HERE]
     rows = await connection.fetch("SELECT shard FROM events ORDER BY shard")
     assert [row["shard"] for row in rows] == [0, 2]
     persister.session.close()
@@ -425,7 +429,7 @@ async def test_a_store_that_cannot_be_reached_is_the_trouble_of_all_shards(monke
 
     with pytest.raises(StoreError):
         await lender._guarded(shards[0], shards[0].owned, away())
-    assert shards[0].opened_on is HERE
+    assert shards[0].identity is HERE
 
 
 async def test_a_stream_of_another_type_is_its_own_shards_trouble(make_stack: MakeStack) -> None:

@@ -76,12 +76,6 @@ async def within(
             watchdog.cancel()
 
 
-async def bounded(connection: LedgerConnection, work: Awaitable[T], seconds: float) -> T:
-    """Await `work` on `connection` `within` so many seconds."""
-    async with within(connection, seconds):
-        return await work
-
-
 async def one_row(connection: LedgerConnection, statement: str, *args: Any) -> asyncpg.Record:
     """The first row of a statement that always returns one."""
     row = await connection.fetchrow(statement, *args)

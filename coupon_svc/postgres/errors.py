@@ -30,6 +30,9 @@ class TakeTurns(LedgerError):
 class NotOwner(LedgerError):
     """A shard has another owner, epoch or position by now. A batch for it must be thrown away."""
 
+    def __init__(self) -> None:
+        super().__init__("the shard has another owner, epoch or position")
+
 
 class LedgerEdited(LedgerError):
     """The position of these shards is right, and their last hash is not the one that was written: history was edited."""

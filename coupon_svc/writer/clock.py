@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import time
 
+from coupon_svc.postgres.database import LedgerConnection
+
 KNOWN_FOR_S = 10.0
+_CLOCK = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+
+
+async def ledger_clock_ms(connection: LedgerConnection) -> int:
+    """Unix milliseconds by Postgres's clock, now."""
+    now_ms: int = await connection.fetchval(_CLOCK)
+    return now_ms
 
 
 class LedgerClock:

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Awaitable, Mapping
 
 from coupon_svc.domain.books import Book
-from coupon_svc.domain.errors import error_location
 from coupon_svc.postgres import lending, outstanding
 from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.catalogue import WRITER_CHANNEL
@@ -18,9 +17,10 @@ from coupon_svc.postgres.idempotency import forget_old
 from coupon_svc.postgres.shards import OwnedShard, connection_name
 from coupon_svc.redis.codec import encode_book
 from coupon_svc.redis.control import ShardControl
-from coupon_svc.redis.errors import CountsDiffer, OutOfMemory, ShardNotUsable, StoreError
+from coupon_svc.redis.errors import CountsDiffer, OutOfMemory, StoreError
 from coupon_svc.writer.crash import crash_point
-from coupon_svc.writer.shard import Pool, Shard, term_of
+from coupon_svc.writer.pool import Pool
+from coupon_svc.writer.shard import Shard, term_of
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Lender:
         url: str,
         writer_id: str,
         store: ShardControl,
-        shards: dict[int, Shard],
+        shards: Mapping[int, Shard],
         lease_min: int,
         lease_max: int,
     ) -> None:
@@ -94,18 +94,18 @@ class Lender:
     async def turn(self, connection: LedgerConnection) -> None:
         """Everything there is to lend now. Raises StoreError, LedgerUnavailable."""
         # The shards themselves, not their numbers: meanwhile one may be given up, or be taken anew as another object.
-        open_shards = {n: shard for n, shard in self._shards.items() if shard.opened_on is not None}
+        open_shards = {n: shard for n, shard in self._shards.items() if shard.is_open}
         await self._load_changed(connection, open_shards)
-        # What is lent in an epoch is brought in that epoch: a recovery that comes between may give the code to another.
+        # What is lent in a term is brought in that term: a recovery that comes between may give the code to another.
         lent_in = {number: (shard, shard.owned) for number, shard in open_shards.items()}
         for book_id, lease in (await lending.lone_leases(connection, list(open_shards))).items():
             shard, owned = lent_in[int(book_id[3:5])]
             if self._shard_of(book_id) is shard:
                 await self._guarded(shard, owned, self._bring_lone(connection, shard, owned, book_id, lease))
         for book_id, shard in list(self._low.items()):
-            if self._shards.get(shard.owned.shard) is not shard:
+            if self._shards.get(shard.number) is not shard:
                 del self._low[book_id]  # it is another writer's by now, or was taken anew
-            elif shard.opened_on is not None:  # else it is being opened: look again then
+            elif shard.is_open:  # else it is being opened: look again then
                 await self._guarded(shard, shard.owned, self._refill(connection, shard, book_id))
                 # A book that was paused must not wait for the refills of all others.
                 await self._load_changed(connection, open_shards)
@@ -136,10 +136,10 @@ class Lender:
     async def _bring_again(self, connection: LedgerConnection) -> None:
         """Bring what books in doubt were lent, each by itself: however long that takes, it holds up no turn."""
         for book_id, shard in list(self._in_doubt.items()):
-            if self._shards.get(shard.owned.shard) is not shard:
+            if self._shards.get(shard.number) is not shard:
                 if self._in_doubt.get(book_id) is shard:
                     del self._in_doubt[book_id]  # whoever opens the shard now looks at all its books
-            elif shard.opened_on is not None:  # else it is being opened: look again then
+            elif shard.is_open:  # else it is being opened: look again then
                 await self._guarded(shard, shard.owned, self._bring_outstanding(connection, shard, book_id))
 
     async def _bring_outstanding(self, connection: LedgerConnection, shard: Shard, book_id: str) -> None:
@@ -161,27 +161,20 @@ class Lender:
         self._in_doubt.pop(book_id, None)
 
     async def _guarded(self, shard: Shard, owned: OwnedShard, work: Awaitable[None]) -> None:
-        """Do one piece of work for a shard, as it was `owned` when that began. A shard that is suspect is shut and
-        recovered, and does not hold up the others; one that was recovered meanwhile has settled what the work was about.
+        """Do one piece of work for a shard, as it was `owned` when that began. What is found amiss shuts that shard, and
+        holds up no other.
 
         Raises StoreError, LedgerUnavailable, which are the trouble of all shards."""
         try:
             await work
         except OutOfMemory as error:  # the rules of other books need no memory, and are to be in force all the same
-            log.warning("shard %02d: codes have to wait: %s", shard.owned.shard, error)
-        except ShardNotUsable as error:
-            if shard.owned != owned:
-                return
-            log.error("shard %02d is suspect: %s", shard.owned.shard, error)
-            shard.opened_on, shard.wants_recovery = None, True
-        except NotOwner:
-            if shard.owned == owned:
-                shard.opened_on = None  # the owner's loop looks afresh
+            log.warning("shard %02d: codes have to wait: %s", shard.number, error)
         except (StoreError, LedgerUnavailable, *UNAVAILABLE):
             raise
-        except Exception as error:
-            log.error("shard %02d is suspect: %s at %s", shard.owned.shard, type(error).__name__, error_location(error))
-            shard.opened_on, shard.wants_recovery = None, True
+        except NotOwner as error:
+            shard.report(term_of(owned), error)
+        except Exception as error:  # to take the shard over again would not mend a book that cannot be brought
+            shard.report(term_of(owned), error, recover=True)
 
     def _kept_back(self, book_id: str, unlent: int, lone: int) -> int:
         """How many codes Redis is told to be still on their way: those that were lent alone are, and so may be a block whose
@@ -255,13 +248,13 @@ class Lender:
             except OutOfMemory:
                 raise
             except StoreError:
-                if shard.opened_on is None:
+                if not shard.is_open:
                     raise  # whoever opens the shard again settles what is outstanding
                 await asyncio.sleep(0.1)
 
     def _shard_of(self, book_id: str) -> Shard | None:
         shard = self._shards.get(int(book_id[3:5]))
-        return shard if shard is not None and shard.opened_on is not None else None
+        return shard if shard is not None and shard.is_open else None
 
     async def _listen(self, connection: LedgerConnection) -> None:
         await connection.add_listener(WRITER_CHANNEL, lambda *_: self._work.set())

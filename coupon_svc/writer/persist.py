@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coupon_svc.domain.books import Ack
-from coupon_svc.domain.errors import CouponError, error_location
+from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_entry_id, parse_event
 from coupon_svc.postgres.database import LedgerSession
 from coupon_svc.postgres.errors import LedgerEdited, LedgerUnavailable, NotOwner
@@ -26,10 +27,10 @@ from coupon_svc.postgres.events import (
 from coupon_svc.postgres.recovery import stop_shard
 from coupon_svc.postgres.shards import connection_name
 from coupon_svc.redis.control import ShardControl, Term, entry_digest
-from coupon_svc.redis.errors import ClocksApart, ShardNotUsable, StoreError
+from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.crash import crash_point
-from coupon_svc.writer.shard import Shard
+from coupon_svc.writer.shard import Hole, Shard, Unrecorded
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +43,6 @@ ENOUGH_EVENTS = 500
 HEAD_CHANGED = "the last hash of its chain was changed: `coupon-svc verify` shows what else was"
 
 
-class Hole(CouponError):
-    """Events are missing from the stream: they were trimmed by somebody, or this Redis is not the one we know."""
-
-
 class Rewritten(CouponError):
     """In these shards the stream has another event where the ledger ends: what follows is of another history."""
 
@@ -55,14 +52,14 @@ class Rewritten(CouponError):
 
 
 class Persister:
-    """The writer's main loop. `shards` is shared with the rest of the writer, which adds and removes entries."""
+    """The writer's main loop. `shards` is shared with `Owning`, which adds and removes entries."""
 
     def __init__(
         self,
         url: str,
         writer_id: str,
         store: ShardControl,
-        shards: dict[int, Shard],
+        shards: Mapping[int, Shard],
         on_assigned: Callable[[Shard, str, int], None],
         clock: LedgerClock,
     ) -> None:
@@ -88,7 +85,8 @@ class Persister:
 
     async def turn(self) -> None:
         """One batch of all shards that have events. Raises StoreError, LedgerUnavailable."""
-        open_shards = {n: s for n, s in self._shards.items() if s.opened_on is not None and not s.stopped}
+        open_shards = {n: s for n, s in self._shards.items() if s.is_open}
+        terms = {n: s.term for n, s in open_shards.items()}
         if not open_shards:
             await asyncio.sleep(0.05)
             return
@@ -103,12 +101,8 @@ class Persister:
         for number, shard_entries in entries.items():
             try:
                 batches.append(following_batch(open_shards[number], shard_entries))
-            except Hole as error:
-                log.error("shard %02d is suspect: %s", number, error)
-                open_shards[number].opened_on = None
             except Exception as error:
-                log.error("shard %02d is suspect: %s at %s", number, type(error).__name__, error_location(error))
-                open_shards[number].opened_on = None
+                open_shards[number].report(terms[number], error)
         if not batches:
             return
         crash_point("persist.read")
@@ -128,11 +122,11 @@ class Persister:
     async def _shut_unreadable(self, open_shards: Mapping[int, Shard]) -> None:
         """Shut shards whose stream cannot be read: one is enough to fail the command that reads all. Raises StoreError."""
         for number, shard in open_shards.items():
+            term = shard.term
             try:
-                await self._store.stream_after(number, shard.owned.epoch, shard.committed, count=1)
+                await self._store.stream_after(number, term.epoch, shard.committed, count=1)
             except ShardNotUsable as error:
-                log.error("shard %02d is suspect: its stream cannot be read: %s", number, error)
-                shard.opened_on = None
+                shard.report(term, error)
 
     def _waited_for(self, batches: Sequence[Batch]) -> bool:
         """Whether a caller waits for one of these events; if so, others are likely to follow."""
@@ -160,21 +154,18 @@ class Persister:
             except DATA_ERRORS:
                 healthy = await self._without_poison(batch)
                 return [] if healthy is None else await self._transact([healthy])
-        except NotOwner:
+        except NotOwner as error:
             log.warning("a batch of shard %02d is thrown away: it has another owner, epoch or position", batch.shard)
-            if (shard := self._shards.get(batch.shard)) is not None:
-                shard.opened_on = None  # the owner's loop looks afresh
-        except ShardNotUsable as error:
-            log.error("shard %02d is suspect: %s", batch.shard, error)
-            if (shard := self._shards.get(batch.shard)) is not None:
-                shard.opened_on = None
-        except Rewritten:
-            log.error("shard %02d is suspect: its stream has another event where the ledger ends", batch.shard)
-            if (shard := self._shards.get(batch.shard)) is not None:
-                shard.opened_on = None
+            self._report(batch, error)
+        except (ShardNotUsable, Rewritten) as error:
+            self._report(batch, error)
         except LedgerEdited:
             await self._stop(batch, HEAD_CHANGED)
         return []
+
+    def _report(self, batch: Batch, error: Exception) -> None:
+        if (shard := self._shards.get(batch.shard)) is not None:
+            shard.report(term_of_batch(batch), error)
 
     async def _transact(self, batches: Sequence[Batch]) -> list[tuple[Batch, bytes]]:
         async with self.session.work(COMMIT_TIMEOUT_S) as connection:
@@ -232,32 +223,27 @@ class Persister:
 
     async def _stop(self, batch: Batch, reason: str) -> None:
         """History has forked: nothing of the shard is decided or persisted until a person has looked."""
-        log.critical("shard %02d is stopped: %s", batch.shard, reason)
         shard = self._shards.get(batch.shard)
         if shard is not None:
-            shard.stopped, shard.opened_on = True, None
-        async with self.session.work(COMMIT_TIMEOUT_S) as connection:
-            await stop_shard(connection, batch.shard, reason)
+            shard.stopped(reason)
         try:
-            await self._store.shut_shard(Term(batch.shard, batch.epoch, batch.generation))
-        except ShardNotUsable:
-            pass
-        except StoreError:
+            async with self.session.work(COMMIT_TIMEOUT_S) as connection:
+                await stop_shard(connection, batch.shard, reason)
+            with contextlib.suppress(ShardNotUsable):
+                await self._store.shut_shard(term_of_batch(batch))
+        except (LedgerUnavailable, StoreError):
             if shard is not None:
-                shard.stopped = False  # who would open it finds that it is stopped, and shuts it
+                shard.stop_failed()
             raise
 
     async def _publish(self, shard: Shard, batch: Batch, head: bytes, entry: str) -> None:
-        if (shard.owned.epoch, shard.owned.generation) != (batch.epoch, batch.generation):
-            return  # it was recovered meanwhile: a position of the epoch before says nothing in the new one
-        shard.committed, shard.chain, shard.entry = batch.upto, head, entry
+        term = term_of_batch(batch)
+        if not shard.advanced(term, batch.upto, head, entry):
+            return
         if batch.dead:
             # Nobody may be told that these are durable. The shard is recovered: whoever waits learns that the outcome is
             # unknown, and what Redis shows of them goes.
-            log.error(
-                "shard %02d is to be recovered: the ledger could not take %d events", batch.shard, len(batch.dead)
-            )
-            shard.opened_on = None
+            shard.report(term, Unrecorded(f"the ledger could not take {len(batch.dead)} events"))
             return
         # First, whatever becomes of the rest: a pool that is thought fuller than it is runs dry and is never refilled.
         assigned = Counter(event.book_id for event in batch.events if event.event == COUPON_ASSIGNED)
@@ -267,35 +253,29 @@ class Persister:
         shard.mark(now)
         try:
             await self._store.publish_position(
-                shard.term, batch.upto, "committed",
-                entry=entry, ledger_ms=self._clock.now_ms(), trim_seq=shard.trim_seq(now),
-            )  # fmt: skip
-        except ShardNotUsable as error:
-            log.error("shard %02d is suspect: %s", batch.shard, error)
-            shard.clocks_were_apart = isinstance(error, ClocksApart)
-            shard.opened_on = None
+                term, batch.upto, "committed", entry=entry, ledger_ms=self._clock.now_ms(), trim_seq=shard.trim_seq(now)
+            )
         except StoreError:
             raise
         except Exception as error:
-            log.error("shard %02d is suspect: %s at %s", batch.shard, type(error).__name__, error_location(error))
-            shard.opened_on = None
+            shard.report(term, error)
 
     async def show_away(self) -> None:
         """Let Redis refuse at once what would wait for the ledger."""
         for shard in list(self._shards.values()):
-            if shard.opened_on is not None:
+            if shard.is_open:
+                term = shard.term
                 try:
-                    await self._store.publish_position(shard.term, shard.committed, "away", entry=shard.entry)
+                    await self._store.publish_position(term, shard.committed, "away", entry=shard.entry)
                 except StoreError:
                     return
                 except Exception as error:
-                    log.error(
-                        "shard %02d is suspect: %s at %s",
-                        shard.owned.shard,
-                        type(error).__name__,
-                        error_location(error),
-                    )
-                    shard.opened_on = None
+                    shard.report(term, error)
+
+
+def term_of_batch(batch: Batch) -> Term:
+    """The term in which the batch's events were read."""
+    return Term(batch.shard, batch.epoch, batch.generation)
 
 
 def following_batch(shard: Shard, entries: Sequence[Sequence[Any]]) -> Batch:

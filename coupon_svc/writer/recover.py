@@ -88,7 +88,6 @@ class Recoverer:
                 )
             drained, whole = await self._drain(connection, begun, meta)
         except HistoryForked as error:
-            log.critical("shard %02d is stopped: %s", shard, error)
             await _step(connection, recovery.stop_shard(connection, shard, str(error)))
             raise
         crash_point("recover.drained")

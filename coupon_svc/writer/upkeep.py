@@ -49,7 +49,7 @@ class Upkeep:
         """Everything there is to do now, in pieces. Raises LedgerUnavailable."""
         async with self.session.work(STATEMENTS_TIMEOUT_S) as connection:
             await note_marks(connection, self._writer_id)
-        shards = [number for number, shard in self._shards.items() if shard.opened_on is not None]
+        shards = [number for number, shard in self._shards.items() if shard.is_open]
         async with self.session.work(STATEMENTS_TIMEOUT_S) as connection:
             due = await outstanding.books_to_account(connection, shards, 0 if sweep else ENOUGH_CODES)
         for book_id in due:

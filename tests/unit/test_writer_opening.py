@@ -1,0 +1,115 @@
+"""The opener survives whatever happens to a shard under its hands."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from coupon_svc.domain.chain import CHAIN_START
+from coupon_svc.postgres.database import LedgerSession
+from coupon_svc.postgres.errors import HistoryForked, LedgerUnavailable, NotOwner
+from coupon_svc.postgres.shards import OwnedShard
+from coupon_svc.redis.errors import ClocksApart, CountsDiffer, Fenced, NotSent
+from coupon_svc.redis.meta import ShardMeta, meta_of
+from coupon_svc.redis.server import Identity
+from coupon_svc.writer.opening import Opening, went_back
+from coupon_svc.writer.shard import Open, Shard, Shut, State, Stopped
+
+HERE = Identity("run", "history")
+TAKEN = OwnedShard(3, 4, 7, 2, CHAIN_START)
+
+
+@pytest.fixture
+def opening(monkeypatch: pytest.MonkeyPatch) -> Opening:
+    async def connection(_: LedgerSession) -> None: ...
+
+    monkeypatch.setattr(LedgerSession, "connection", connection)
+    nothing = cast(Any, None)
+    return Opening([], "wr", nothing, {}, nothing, nothing, 1000)
+
+
+SESSION = LedgerSession("", "test")
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "wants_recovery", "done"),
+    [
+        (None, Open(HERE), False, True),
+        (LedgerUnavailable("away"), Shut(), False, False),
+        (NotSent("away"), Shut(), False, False),
+        (NotOwner(), Shut(), False, False),
+        (Fenced("open_shard"), Shut(), False, False),
+        (ClocksApart("90 s"), Shut(), False, False),
+        (CountsDiffer("book b is gone"), Shut(), True, False),
+        (ValueError("torn"), Shut(), True, False),
+        (HistoryForked("went back"), Stopped("went back"), False, True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_what_becomes_of_a_shard_by_what_its_opening_met(
+    opening: Opening,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception | None,
+    state: State,
+    wants_recovery: bool,
+    done: bool,
+) -> None:
+    async def open_it(shard: Shard, _: object) -> None:
+        if error is not None:
+            raise error
+        shard.opened(HERE)
+
+    monkeypatch.setattr(opening, "_open", open_it)
+    shard = Shard(TAKEN)
+
+    assert await opening.try_to_open(shard, SESSION) is done
+
+    assert shard.state == state
+    assert (shard.recovery_wanted is not None) is wants_recovery
+
+
+async def test_a_shard_that_is_stopped_and_released_meanwhile_is_tried_again(
+    opening: Opening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def open_it(shard: Shard, _: object) -> None:
+        shard.stopped("forked")
+        shard.superseded()
+        shard.opened(HERE)
+
+    monkeypatch.setattr(opening, "_open", open_it)
+    shard = Shard(TAKEN)
+
+    assert not await opening.try_to_open(shard, SESSION)
+
+    assert shard.state == Shut()
+
+
+async def test_a_shard_that_was_stopped_before_its_turn_is_left_alone(opening: Opening) -> None:
+    shard = Shard(TAKEN)
+    shard.stopped("forked")
+
+    assert await opening.try_to_open(shard, SESSION)
+
+    assert shard.state == Stopped("forked")
+
+
+def meta(**fields: str) -> ShardMeta:
+    return meta_of(fields)
+
+
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [
+        (meta(), None),
+        (meta(generation="2", epoch="4", recovery="2-4"), None),
+        (meta(generation="3", epoch="4"), "redis knows of generation 3"),
+        (meta(generation="2", epoch="5"), "redis knows of epoch 5"),
+        (meta(generation="2", epoch="doubt", was="5"), "redis knows of epoch 5"),
+        (meta(generation="2", epoch="recovering", recovery="2-6"), "redis knows of epoch 6"),
+    ],
+)
+def test_a_ledger_that_knows_less_than_redis_has_gone_back(known: ShardMeta, says: str | None) -> None:
+    reason = went_back(TAKEN, known)
+
+    assert reason is None if says is None else reason is not None and reason.startswith(says)
