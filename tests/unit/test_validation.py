@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.http.operations import OPERATIONS
+from coupon_svc.http.routes import OPERATIONS
 from coupon_svc.http.validation import (
     check_media_type,
     check_request,
