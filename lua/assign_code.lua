@@ -55,7 +55,6 @@ Event
 -- include: counts
 -- include: room
 -- include: event
--- include: holding_text
 -- include: assigned
 local refusal, meta = fence(meta_key, epoch, seen_seq)
 if refusal then
@@ -70,14 +69,17 @@ if refusal then
   return refusal
 end
 local now_ms, at_ms = read_clock()
-local held = redis.call("HGET", holders_key, code)
-local holding = held and parse_holding(held)
+local held, holding = redis.call("HGET", holders_key, code), nil
+if held then
+  holding = parse_holding(held)
+end
 if holding and holding.user_id == user_id then
-  local left = redemptions_left(book, holding.uses)
+  local left = redemptions_left(book, tonumber(holding.uses))
+  local positions = positions_of(holding)
   if idem_key then
-    remember(idem_key, {fingerprint, code, holding.at_ms, holding.positions, book.ack, left, "already_yours"})
+    remember(idem_key, {fingerprint, code, holding.at_ms, positions, book.ack, left, "already_yours"})
   end
-  return {"already_yours", code, holding.at_ms, holding.positions, book.ack, left}
+  return {"already_yours", code, holding.at_ms, positions, book.ack, left}
 end
 refusal = refuse_unless_open(book, now_ms)
 if refusal then
@@ -94,8 +96,8 @@ if refusal then
   return refusal
 end
 if not redis.call("ZSCORE", free_key, code) then
-  return refuse_if_codes_missing(book.lent, redis.call("ZCARD", free_key), redis.call("HLEN", holders_key))
-    or {"not_lent"}
+  refusal = refuse_if_codes_missing(book.lent, redis.call("ZCARD", free_key), redis.call("HLEN", holders_key))
+  return refusal or {"not_lent"}
 end
 refusal = refuse_without_room(meta, now_ms, 1, book.ack == "ledger")
 if refusal then

@@ -52,7 +52,7 @@ Event
 -- include: counts
 -- include: room
 -- include: event
--- include: holding_text
+-- include: holding
 -- include: assigned
 local refusal, meta = fence(meta_key, epoch, seen_seq)
 if refusal then
@@ -67,13 +67,17 @@ if refusal then
   return refusal
 end
 local now_ms, at_ms = read_clock()
-refusal = refuse_unless_open(book, now_ms) or refuse_over_limit(book, coupons_key, book_id)
+refusal = refuse_unless_open(book, now_ms)
+if refusal then
+  return refusal
+end
+refusal = refuse_over_limit(book, coupons_key, book_id)
 if refusal then
   return refusal
 end
 if redis.call("ZCARD", free_key) == 0 then
-  return refuse_if_codes_missing(book.lent, 0, redis.call("HLEN", holders_key))
-    or {tonumber(book.unlent) == 0 and "book_exhausted" or "refilling"}
+  refusal = refuse_if_codes_missing(book.lent, 0, redis.call("HLEN", holders_key))
+  return refusal or {tonumber(book.unlent) == 0 and "book_exhausted" or "refilling"}
 end
 refusal = refuse_without_room(meta, now_ms, 1, book.ack == "ledger")
 if refusal then

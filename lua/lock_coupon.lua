@@ -93,7 +93,8 @@ end
 local token = held_token or new_token
 local until_ms = string.format("%d", now_ms + tonumber(ttl_ms))
 redis.call("SET", lock_key, token, "PX", ttl_ms)
+local positions = positions_of(holding)
 if idem_key then
-  remember(idem_key, {fingerprint, holding.user_id, token, until_ms, ttl_ms, holding.positions, book.ack})
+  remember(idem_key, {fingerprint, holding.user_id, token, until_ms, ttl_ms, positions, book.ack})
 end
-return {held_token and "renewed" or "ok", holding.user_id, token, until_ms, ttl_ms, holding.positions, book.ack}
+return {held_token and "renewed" or "ok", holding.user_id, token, until_ms, ttl_ms, positions, book.ack}

@@ -62,7 +62,6 @@ Event
 -- include: lock
 -- include: room
 -- include: event
--- include: holding_text
 -- include: left
 local refusal, meta = fence(meta_key, epoch, seen_seq)
 if refusal then
@@ -97,13 +96,14 @@ end
 if held_token then
   redis.call("DEL", lock_key)
 end
-local uses, left = string.format("%d", holding.uses + 1), redemptions_left(book, holding.uses + 1)
+local uses = string.format("%d", tonumber(holding.uses) + 1)
+local left = redemptions_left(book, tonumber(uses))
 local position = make_event(meta_key, events_key, epoch, "event", "coupon_redeemed", "book", book_id, "code", code,
   "user", holding.user_id, "at_ms", at_ms, "uses", uses, "reference", reference, "metadata", metadata,
   "idem", idempotency_key, "fingerprint", fingerprint)
 -- The position of the assignment stays in front: it is answered again when the code is assigned to its holder again.
-redis.call("HSET", holders_key, code,
-  format_holding(holding.assigned .. "/" .. position, uses, holding.at_ms, holding.user_id))
+local redeemed = format_holding(holding.assigned .. "/" .. position, uses, holding.at_ms, holding.user_id)
+redis.call("HSET", holders_key, code, redeemed)
 -- Each use is counted once: as its code's last, or as one that leaves more. Both together are the book's redemptions.
 redis.call("HINCRBY", book_key, left == "0" and "redeemed" or "partly_redeemed", 1)
 if idem_key then

@@ -26,7 +26,11 @@ Replies, the first that applies
 ]]
 -- include: fence
 -- include: book
-local refusal = fence(meta_key, epoch, seen_seq) or read_book(book_key, tenant_id)
+local refusal = fence(meta_key, epoch, seen_seq)
+if refusal then
+  return refusal
+end
+refusal = read_book(book_key, tenant_id)
 if refusal then
   return refusal
 end

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from coupon_svc.domain.outcomes import Outcome
-from coupon_svc.redis.contract import Contract, preamble
+from coupon_svc.redis.contract import Contract
+from coupon_svc.redis.inline import Function, functions_of, inside_brackets, split_list, without_comments
 from coupon_svc.redis.scripts import Script
 
 INTERNAL_WORDS = {
@@ -74,30 +75,23 @@ MANY_KEYS_COMMANDS = ("DEL", "EXISTS", "UNLINK")
 FORBIDDEN_COMMANDS = ("EVAL", "EVALSHA", "KEYS", "SCAN")
 
 _STRING = r'"(?:[^"\\\n]|\\.)*"'
-_COMMENT = re.compile(rf"({_STRING})|--[^\n]*")
-_FUNCTION = re.compile(
-    r"^local function (?P<name>\w+)\((?P<params>[^)]*)\)\n(?P<text>.*?)^end$", re.MULTILINE | re.DOTALL
-)
 _REPLAYED = r'\b\w+\[1\] = "(?P<replayed>\w+)"'
 
 
 class Body(NamedTuple):
-    """A script's Lua without comments: its functions, each as (parameters, text), and what stands outside of them."""
+    """A script's Lua without comments: its functions, and what stands outside of them."""
 
-    functions: dict[str, tuple[list[str], str]]
+    functions: dict[str, Function]
     main: str
 
     @property
     def texts(self) -> list[str]:
-        return [*(text for _, text in self.functions.values()), self.main]
+        return [*(function.text for function in self.functions.values()), self.main]
 
 
 def body_of(script: Script) -> Body:
-    """The part of the script that was written by hand, taken apart."""
-    text = script.source.partition(preamble(script.contract))[2]
-    text = _COMMENT.sub(lambda match: match[1] or "", text)
-    functions = {match["name"]: (match["params"].split(", "), match["text"]) for match in _FUNCTION.finditer(text)}
-    return Body(functions, _FUNCTION.sub("", text))
+    """The script as it was written, taken apart."""
+    return Body(*functions_of(without_comments(script.body)))
 
 
 def complaints(script: Script) -> list[str]:
@@ -109,7 +103,7 @@ def complaints(script: Script) -> list[str]:
         return [str(error)]
     body = body_of(script)
     found = [f"the header is about {contract.name}"] if contract.name != script.name else []
-    if "-- include:" in script.source:
+    if "-- include:" in script.body:
         found.append("an include was not replaced: it must stand at the beginning of its line")
     found += _compare_names(contract, body)
     found += _compare_calls(body)
@@ -133,12 +127,9 @@ def _compare_names(contract: Contract, body: Body) -> Iterator[str]:
 
 
 def _compare_calls(body: Body) -> Iterator[str]:
-    """Every function is called, and gets under a key's name that very key."""
+    """Every function gets under a key's name that very key."""
     for name, (params, _) in body.functions.items():
-        calls = [args for text in body.texts for args in _calls(text, name)]
-        if not calls:
-            yield f"{name} is never called"
-        for args in calls:
+        for args in (args for text in body.texts for args in _calls(text, name)):
             for param, arg in zip(params, args, strict=False):
                 if param.endswith("_key") != arg.endswith("_key") or (param.endswith("_key") and param != arg):
                     yield f"{name} is called with {arg} as its {param}"
@@ -191,9 +182,9 @@ def _words(body: Body, text: str) -> Iterator[str | None]:
         if match["replayed"]:
             yield match["replayed"]
         elif match["name"]:
-            yield from _words(body, body.functions[match["name"]][1])
+            yield from _words(body, body.functions[match["name"]].text)
         else:
-            first = _split(_balanced(text, match.end() - 1))[0]
+            first = split_list(inside_brackets(text, match.end() - 1))[0]
             if not re.match(r"\w+ = ", first):  # else it is a table with names, and no reply
                 yield from re.findall(r'"([^"]*)"', first) or [None]
 
@@ -202,7 +193,7 @@ def _replies(body: Body) -> Iterator[tuple[list[str], list[str]]]:
     """Every reply that stands in the text as a table: its possible outcomes, and the expressions behind them."""
     for text in body.texts:
         for match in re.finditer(r"\b(?:return|or)\s+(?=\{)", text):
-            first, *rest = _split(_balanced(text, match.end()))
+            first, *rest = split_list(inside_brackets(text, match.end()))
             yield re.findall(r'"([^"]*)"', first), rest
 
 
@@ -313,31 +304,4 @@ def _calls(text: str, *names: str) -> Iterator[list[str]]:
     """The arguments of every call of these functions."""
     pattern = "|".join(map(re.escape, names))
     for match in re.finditer(rf"(?<![\w.])(?:{pattern})\(", text):
-        yield _split(_balanced(text, match.end() - 1))
-
-
-def _balanced(text: str, start: int) -> str:
-    """What stands between the bracket at `start` and the one that closes it."""
-    depth = 0
-    for match in re.compile(rf"{_STRING}|[(){{}}\[\]]").finditer(text, start):
-        if match[0] in "({[":
-            depth += 1
-        elif match[0] in ")}]":
-            depth -= 1
-        if depth == 0:
-            return text[start + 1 : match.start()]
-    raise ValueError(f"a bracket is never closed: {text[start : start + 40]}")
-
-
-def _split(text: str) -> list[str]:
-    """The parts between the commas that no bracket and no string encloses."""
-    parts, depth, last = [], 0, 0
-    for match in re.finditer(rf"{_STRING}|[(){{}}\[\],]", text):
-        if match[0] in "({[":
-            depth += 1
-        elif match[0] in ")}]":
-            depth -= 1
-        elif match[0] == "," and depth == 0:
-            parts.append(text[last : match.start()].strip())
-            last = match.end()
-    return [*parts, text[last:].strip()]
+        yield split_list(inside_brackets(text, match.end() - 1))

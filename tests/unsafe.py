@@ -37,7 +37,7 @@ def _without_lines(name: str, lines: str, instead: str = "") -> None:
         script = read_before(path)
         if path.stem != name:
             return script
-        assert lines in script.source, f"{name}.lua has changed: the safeguard is not where it was"
+        assert lines in script.body, f"{name}.lua has changed: the safeguard is not where it was"
         return _cut(script, lines, instead)
 
     store_scripts.read_script = read_script
@@ -55,8 +55,8 @@ def _without_text(include: str, text: str, instead: str = "") -> None:
 
 
 def _cut(script: Script, text: str, instead: str = "") -> Script:
-    source = script.source.replace(text, instead)
-    return store_scripts.bind_script(script.name, script.contract, source)
+    body = script.body.replace(text, instead)
+    return store_scripts.bind_script(script.name, script.first_line, script.contract, body)
 
 
 def record_epoch() -> None:
@@ -177,8 +177,8 @@ def lease() -> None:
 
 def epoch() -> None:
     """Scripts do not compare the epoch."""
-    compared = 'if kept_epoch ~= epoch then\n    return {"suspect", "epoch"}\n  end\n  local meta'
-    _without_text("fence", compared, "local meta")
+    compared = 'if meta.epoch ~= epoch then\n    return {"suspect", "epoch"}\n  end\n  meta.seq'
+    _without_text("fence", compared, "meta.seq")
 
 
 def seen_position() -> None:

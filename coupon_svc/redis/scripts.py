@@ -21,6 +21,7 @@ from coupon_svc.redis.contract import (
     preamble,
     split_source,
 )
+from coupon_svc.redis.inline import inline, number_fields
 from coupon_svc.resources import resource_folder
 
 _INCLUDE = re.compile(r"^-- include: (\w+)\n", re.MULTILINE)
@@ -34,10 +35,13 @@ CONSTANTS = {
 
 
 class Script(msgspec.Struct, frozen=True):
-    """A script and its binding. `source` is what is sent to Redis, and `sha` is what EVALSHA names it by."""
+    """A script and its binding. `source` is what is sent to Redis; `sha` is what EVALSHA names it by."""
 
     name: str
+    first_line: str
     contract: Contract
+    body: str
+    """The Lua as it was written, with the functions that it includes in front."""
     source: str
     sha: str
     pack: Callable[..., Command]
@@ -53,16 +57,15 @@ def read_script(path: Path) -> Script:
         return (path.parent / "include" / f"{match[1]}.lua").read_text()
 
     first_line, header, body = split_source(path.stem, path.read_text())
-    contract = parse_contract(header)
-    body = _INCLUDE.sub(included, body)
+    return bind_script(path.stem, first_line, parse_contract(header), _INCLUDE.sub(included, body))
+
+
+def bind_script(name: str, first_line: str, contract: Contract, body: str) -> Script:
+    """The script of this body, and its binding."""
     constants = [f"local {name} = {value}\n" for name, value in CONSTANTS.items() if re.search(rf"\b{name}\b", body)]
-    return bind_script(path.stem, contract, f"{first_line}\n{''.join(constants)}{preamble(contract)}{body}")
-
-
-def bind_script(name: str, contract: Contract, source: str) -> Script:
-    """The script of this source, with a binding of its own."""
+    source = f"{first_line}\n{''.join(constants)}{preamble(contract)}{inline(number_fields(body))}"
     sha = hashlib.sha1(source.encode()).hexdigest()
-    return Script(name, contract, source, sha, packer(contract, sha), ReplyReader(contract))
+    return Script(name, first_line, contract, body, source, sha, packer(contract, sha), ReplyReader(contract))
 
 
 class Scripts:

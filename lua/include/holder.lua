@@ -6,15 +6,15 @@ local function find_holding(book, holders_key, free_key, quarantine_key, code, u
     if redis.call("SISMEMBER", quarantine_key, code) == 1 then
       return {"code_quarantined"}
     end
-    return refuse_if_codes_missing(book.lent, redis.call("ZCARD", free_key), redis.call("HLEN", holders_key))
-      or {"not_assigned"}
+    local refusal = refuse_if_codes_missing(book.lent, redis.call("ZCARD", free_key), redis.call("HLEN", holders_key))
+    return refusal or {"not_assigned"}
   end
   local holding = parse_holding(text)
   if user_id ~= "" and user_id ~= holding.user_id then
     return {"not_holder"}
   end
   local max = book.max_redemptions_per_code
-  if max ~= "" and holding.uses >= tonumber(max) then
+  if max ~= "" and tonumber(holding.uses) >= tonumber(max) then
     return {"already_redeemed"}
   end
   return nil, holding
