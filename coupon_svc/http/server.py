@@ -246,13 +246,17 @@ class CouponProtocol(HttpToolsProtocol):
         if self._default_headers is not self.server_state.default_headers:  # the date changes once per second
             self._default_headers = self.server_state.default_headers
             self._default_lines = b"".join(b"%b: %b\r\n" % header for header in self._default_headers)
-        lines = [STATUS_LINE[response.status], self._default_lines, b"x-request-id: %b\r\n" % request_id]
-        lines += [b"%b: %b\r\n" % header for header in response.headers]
-        if response.status != 204:
-            lines.append(b"content-length: %d\r\n" % len(response.body))
-        lines.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
-        lines.append(response.body)
-        return b"".join(lines)
+        return b"".join(
+            [
+                STATUS_LINE[response.status],
+                self._default_lines,
+                b"x-request-id: %b\r\n" % request_id,
+                *[b"%b: %b\r\n" % header for header in response.headers],
+                b"content-length: %d\r\n" % len(response.body) if response.status != 204 else b"",
+                b"\r\n" if keep_alive else b"connection: close\r\n\r\n",
+                response.body,
+            ]
+        )
 
     def on_response_complete(self) -> None:
         if self.pipeline or self.transport.is_closing():

@@ -40,8 +40,9 @@ def check_request(
         except Refused as refused:
             wrong = refused
     if decoder is not None:
-        if content:
-            check_media_type(headers)
+        media_type = headers.get(b"content-type", b"")
+        if content and media_type != b"application/json" and not is_json(media_type):
+            raise Refused(Outcome.UNSUPPORTED_MEDIA_TYPE)
         try:
             body = decode_body(decoder, content)
         except Refused as refused:
@@ -55,11 +56,9 @@ def check_request(
     return query, body, idempotency_key
 
 
-def check_media_type(headers: Mapping[bytes, bytes]) -> None:
-    """Raises Refused(unsupported_media_type) unless the body is said to be JSON."""
-    media_type = headers.get(b"content-type", b"")
-    if media_type != b"application/json" and media_type.partition(b";")[0].strip().lower() != b"application/json":
-        raise Refused(Outcome.UNSUPPORTED_MEDIA_TYPE)
+def is_json(content_type: bytes) -> bool:
+    """Whether a Content-Type header, whatever its parameters, is that of JSON."""
+    return content_type.partition(b";")[0].strip().lower() == b"application/json"
 
 
 def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
@@ -70,41 +69,45 @@ def decode_body(decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
         wrong = error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Refused(Outcome.MALFORMED_JSON) from None
-    parsed = _parsed(body or b"{}")  # the decoder found what is wrong before it saw the end
+    # The decoder stopped at the first wrong field. What follows may be malformed, which is judged first.
+    parsed = _parsed(body or b"{}")
     if "got `float`" in str(wrong):
         try:
-            return msgspec.convert(_whole_numbers(parsed), decoder.type)
+            return msgspec.convert(whole_numbers(parsed), decoder.type)
         except msgspec.ValidationError as error:
             wrong = error
     raise _invalid(str(wrong))
 
 
 def _parsed(body: bytes) -> Any:
-    """The body as JSON, whatever it says. Raises Refused(malformed_json)."""
+    """The body as JSON, without a schema. Raises Refused(malformed_json)."""
     try:
         return msgspec.json.decode(body)
     except msgspec.ValidationError:
-        return None  # a number too large for anything is JSON all the same
+        return None  # a number that is too large is JSON all the same
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Refused(Outcome.MALFORMED_JSON) from None
 
 
-def _whole_numbers(body: Any) -> Any:
-    """The same body with `1.0` as `1`: for JSON Schema it is an integer. The caller's metadata stays as it is."""
+def whole_numbers(body: Any) -> Any:
+    """The same body with `1.0` as `1`, which JSON Schema takes for an integer. The caller's metadata stays as it is."""
     if not isinstance(body, dict):
         return body
-    whole = {name: _whole_numbers(value) if name != "metadata" else value for name, value in body.items()}
+    whole = {name: whole_numbers(value) if name != "metadata" else value for name, value in body.items()}
     return {n: int(v) if isinstance(v, float) and v.is_integer() else v for n, v in whole.items()}
 
 
 def decode_query(known: type[msgspec.Struct] | None, query_string: bytes) -> Any:
-    """The query as its struct, None where no parameter is known. Raises Refused(invalid_request) for a parameter that is
-    unknown, given twice, not percent-encoded UTF-8 or out of bounds."""
+    """The query as its struct; None if the operation knows no parameter.
+
+    Raises Refused(invalid_request) for a parameter that is unknown, given twice, not percent-encoded UTF-8 or out of
+    bounds.
+    """
     names = known.__struct_fields__ if known is not None else ()
     given: dict[str, str] = {}
     for part in filter(None, query_string.split(b"&")):
         try:
-            name, value = (_unquoted(text) for text in part.split(b"=", 1) + [b""] * (b"=" not in part))
+            name, value = (unquote(text) for text in part.split(b"=", 1) + [b""] * (b"=" not in part))
         except ValueError:
             raise invalid("", "a query is percent-encoded UTF-8") from None
         pointer = "/" + name[:PARAMETER_SHOWN_MAX].replace("~", "~0").replace("/", "~1")
@@ -121,8 +124,8 @@ def decode_query(known: type[msgspec.Struct] | None, query_string: bytes) -> Any
         raise _invalid(str(error).replace(", got `str`", "")) from None
 
 
-def _unquoted(text: bytes) -> str:
-    """Raises ValueError for a broken escape, and for what is not UTF-8."""
+def unquote(text: bytes) -> str:
+    """A name or a value of a query string. Raises ValueError for a broken escape, and for what is not UTF-8."""
     if _BROKEN_ESCAPE.search(text):
         raise ValueError
     return unquote_to_bytes(text.replace(b"+", b" ")).decode()
@@ -131,11 +134,11 @@ def _unquoted(text: bytes) -> str:
 def _invalid(text: str) -> Refused:
     """The refusal of what msgspec says is wrong."""
     at = _AT.search(text)
-    return invalid(json_pointer(at[1] if at else ""), _without_values(text[: at.start()] if at else text))
+    return invalid(json_pointer(at[1] if at else ""), without_values(text[: at.start()] if at else text))
 
 
-def _without_values(detail: str) -> str:
-    """msgspec's sentence without what the caller sent, which may be a code: field names stay where they look like some."""
+def without_values(detail: str) -> str:
+    """msgspec's message without what the caller sent, which may be a code. What looks like a field's name stays."""
     kind, _, value = detail.partition(" `" if "unknown field" in detail else " '")
     if not value or _PLAIN_NAME.fullmatch(value.rstrip("`")):
         return detail
@@ -143,12 +146,12 @@ def _without_values(detail: str) -> str:
 
 
 def json_pointer(path: str) -> str:
-    """msgspec's `.codes[3]` as RFC 6901's `/codes/3`; the whole document is the empty text."""
+    """msgspec's `.codes[3]` as `/codes/3` (RFC 6901). The whole document is the empty string."""
     return re.sub(r"\.|\[", "/", path.replace("[...]", "").replace("]", ""))
 
 
 def parse_idempotency_key(header: bytes) -> str:
-    """The key, bare or as a quoted string of RFC 8941: both spell the same key. Raises Refused."""
+    """The key, bare or as a quoted string of RFC 8941: both spell the same key. Raises Refused(invalid_idempotency_key)."""
     text = header.decode("latin-1").strip()
     if len(text) >= 2 and text[0] == text[-1] == '"':
         text = re.sub(r"\\([\"\\])", r"\1", text[1:-1])
