@@ -11,6 +11,7 @@ from coupon_svc.config import Settings, load_settings
 from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.books import BookAnswers, Books
 from coupon_svc.http.coupons import Coupons
+from coupon_svc.http.cursors import Cursors
 from coupon_svc.http.limits import Limits, drain_at_sigterm
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.openapi import openapi_document
@@ -71,9 +72,10 @@ def make_api(settings: Settings | None = None) -> Api:
             await lookups.close()
             await bulk.close()
 
+    cursors = Cursors(lambda: registration.receipt_secret)
     api = make_app(
-        Books(book_service),
-        Coupons(assigning, redeeming, reading),
+        Books(book_service, cursors),
+        Coupons(assigning, redeeming, reading, cursors),
         public,
         KeyRing(ApiKeys(lookups).find, settings.key_cache_ms),
         metrics,

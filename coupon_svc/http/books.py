@@ -15,7 +15,8 @@ from coupon_svc.domain.codes import Generated, InvalidPattern, parse_pattern
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http import schemas
 from coupon_svc.http.call import Answer, Call
-from coupon_svc.http.inputs import decode_cursor, encode_cursor, encode_metadata, invalid
+from coupon_svc.http.cursors import Cursors
+from coupon_svc.http.inputs import encode_metadata, invalid
 from coupon_svc.http.operations import operation
 from coupon_svc.service.books import (
     BookChanges,
@@ -43,8 +44,9 @@ _encode = msgspec.json.Encoder().encode
 class Books:
     """The control plane. Refusals are raised as Refused."""
 
-    def __init__(self, service: BookService) -> None:
+    def __init__(self, service: BookService, cursors: Cursors) -> None:
         self._service = service
+        self._cursors = cursors
 
     @operation(
         "POST",
@@ -126,10 +128,11 @@ class Books:
         """List the books, newest first. Which there are is read from Postgres, each of them from Redis; answered at once. It
         may be repeated at will."""
         query: schemas.Page = call.query
-        before = decode_cursor(query.cursor) if query.cursor else None
+        list_name = f"books {call.key.tenant_id}"
+        before = self._cursors.open(list_name, query.cursor) if query.cursor else None
         page = await self._service.list_books(ListBooks(call.key.tenant_id, query.limit, before))
         books = [book_answer(live) for live in page.books]
-        return Answer(200, schemas.BooksPage(books, encode_cursor(*page.next) if page.next else None))
+        return Answer(200, schemas.BooksPage(books, self._cursors.seal(list_name, *page.next) if page.next else None))
 
     @operation(
         "GET",

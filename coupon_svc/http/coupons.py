@@ -11,7 +11,8 @@ from coupon_svc.domain.codes import normalise_code
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http import schemas
 from coupon_svc.http.call import Answer, Call
-from coupon_svc.http.inputs import check_user_id, decode_cursor, encode_cursor, encode_metadata, invalid
+from coupon_svc.http.cursors import Cursors
+from coupon_svc.http.inputs import check_user_id, encode_metadata
 from coupon_svc.http.operations import BOOK_SHUT, NO_ROOM, NOT_REDEEMABLE, operation
 from coupon_svc.service.assign import AssignCode, AssignCoupon, Assigned
 from coupon_svc.service.reading import Coupon, ListCoupons, ListPlace, ReadCode, Reading
@@ -29,10 +30,11 @@ class AssignUseCases(Protocol):
 class Coupons:
     """The data plane. Refusals are raised as Refused."""
 
-    def __init__(self, assigning: AssignUseCases, redeeming: Redeeming, reading: Reading) -> None:
+    def __init__(self, assigning: AssignUseCases, redeeming: Redeeming, reading: Reading, cursors: Cursors) -> None:
         self._assigning = assigning
         self._redeeming = redeeming
         self._reading = reading
+        self._cursors = cursors
 
     @operation(
         "POST",
@@ -254,14 +256,14 @@ class Coupons:
         user_id = call.path["user_id"]
         check_user_id(user_id)
         book_id = None if query.book_id is UNSET else query.book_id
-        after = ListPlace(*decode_cursor(query.cursor)) if query.cursor else ListPlace()
-        if book_id is not None and after.member and not after.member.startswith(f"{book_id}:"):
-            raise invalid("/cursor", "this cursor is of another list")
+        list_name = f"coupons {call.key.tenant_id} {book_id or ''} {user_id}"
+        after = ListPlace(*self._cursors.open(list_name, query.cursor)) if query.cursor else ListPlace()
         page = await self._reading.list_coupons(
             ListCoupons(call.key.tenant_id, user_id, query.limit, book_id, query.status or None, after)
         )
         coupons = [_coupon_answer(coupon) for coupon in page.coupons]
-        return Answer(200, schemas.CouponsPage(coupons, encode_cursor(*page.next) if page.next else None))
+        next_cursor = self._cursors.seal(list_name, *page.next) if page.next else None
+        return Answer(200, schemas.CouponsPage(coupons, next_cursor))
 
 
 def _code(call: Call) -> str:

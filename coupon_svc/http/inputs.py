@@ -1,16 +1,14 @@
-"""Parts of requests that a struct alone cannot judge: pages, cursors, metadata."""
+"""Parts of requests that a struct alone cannot judge: user ids, metadata."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.http.schemas import METADATA_BYTES_MAX, METADATA_DEPTH_MAX, USER_ID_RULE, Cursor, UserId
+from coupon_svc.http.schemas import METADATA_BYTES_MAX, METADATA_DEPTH_MAX, USER_ID_RULE, UserId
 
 
 def invalid(pointer: str, detail: str) -> Refused:
@@ -45,19 +43,3 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
-
-
-def encode_cursor(number: int, text: str) -> str:
-    """Where a page ended, URL-safe; for us alone to read."""
-    return base64.urlsafe_b64encode(msgspec.json.encode((number, text))).decode().rstrip("=")
-
-
-def decode_cursor(text: str) -> tuple[int, str]:
-    """What `encode_cursor` was given: a number and a text. Raises Refused(invalid_request)."""
-    try:
-        after: tuple[int, str] = msgspec.json.decode(
-            base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), type=Cursor
-        )
-        return after
-    except (binascii.Error, ValueError, msgspec.MsgspecError):
-        raise invalid("/cursor", "give the next_cursor of the page before, as it was") from None

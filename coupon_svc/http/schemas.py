@@ -457,8 +457,3 @@ class ProblemBody(msgspec.Struct, kw_only=True):
     request_id: Annotated[
         str, Meta(description="the request's id, as in `X-Request-Id`; quote it when you ask for help")
     ]
-
-
-Cursor = tuple[
-    Annotated[int, Meta(ge=0, le=9_007_199_254_740_991)], Annotated[str, Meta(max_length=300, pattern=_NO_CONTROLS)]
-]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 
 import httpx
 import pytest
@@ -67,12 +65,6 @@ async def test_a_limit_out_of_bounds_is_invalid_behind_leading_zeros_too(client:
 
 @pytest.mark.parametrize("cursor", ["!", "x", "e30", "bnVsbA", "é", "a" * 5000, "W10", "WyJhIiwxXQ"])
 async def test_a_cursor_of_ones_own_making_is_invalid(client: httpx.AsyncClient, cursor: str) -> None:
-    refused(await client.get("/coupons", params={"cursor": cursor}), 422, "invalid_request")
-
-
-@pytest.mark.parametrize("parts", [(10**30, "x"), (2**63, "x"), (1, "\0"), (-(2**70), "x")], ids=str)
-async def test_a_cursor_with_impossible_values_is_invalid(client: httpx.AsyncClient, parts: tuple[int, str]) -> None:
-    cursor = base64.urlsafe_b64encode(json.dumps(parts).encode()).decode().rstrip("=")
     refused(await client.get("/coupons", params={"cursor": cursor}), 422, "invalid_request")
 
 

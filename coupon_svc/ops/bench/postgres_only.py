@@ -30,6 +30,7 @@ from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.books import BookAnswers, Books
 from coupon_svc.http.coupons import Coupons
+from coupon_svc.http.cursors import Cursors
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.public import Public
 from coupon_svc.http.routes import Api, make_app
@@ -204,12 +205,14 @@ def postgres_only_app(url: str) -> Api:
     directory = CodeDirectory(database)
     waiting = Waiting(plane, directory, database, durability, ReceiptRescue(plane, database, durability, registration))
     book_service = books.Books(plane, waiting, database, Uploads(database), 16, BookAnswers())
+    cursors = Cursors(lambda: registration.receipt_secret)
     return make_app(
-        Books(book_service),
+        Books(book_service, cursors),
         Coupons(
             PostgresOnly(pool),
             Redeeming(plane, directory, waiting, durability),
             Reading(plane, directory, waiting, durability),
+            cursors,
         ),
         Public(Health(plane), metrics, {}),
         KeyRing(ApiKeys(database).find, 5_000),
