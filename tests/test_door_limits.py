@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import SHARDS
 from tests.harness import Stack, running_stack, until
-from tests.routes.test_hot_way import Answered, Wire, chunked, dial, post
+from tests.routes.test_fast_path import Answered, Wire, chunked, dial, post
 
 WINDOW_S = 1.0
 SHORT = {
@@ -119,7 +119,7 @@ async def test_a_connection_that_never_says_a_word_is_closed(wire: Wire) -> None
     assert 0.8 * WINDOW_S < time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize("path", ["/coupons/assign", "/coupons"], ids=["short way", "ASGI"])
+@pytest.mark.parametrize("path", ["/coupons/assign", "/coupons"], ids=["fast path", "ASGI"])
 async def test_a_body_that_stalls_is_timed_out(stack: Stack, wire: Wire, path: str) -> None:
     request = post(path, b"{" + b" " * 500, f"Authorization: Bearer {await stack.key()}")
     answer, took = await timed(wire, first=request[:-1])

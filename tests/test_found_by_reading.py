@@ -357,7 +357,7 @@ async def test_what_follows_a_request_and_is_no_http_does_not_take_its_answer(
     book_id = await make_book(client)
     parts = urlsplit(service.base_url)
     body = f'{{"book_id": "{book_id}", "user_id": "u"}}'.encode()
-    for path in (b"/coupons/assign", b"/coupons/assign?"):  # the short way, and uvicorn's
+    for path in (b"/coupons/assign", b"/coupons/assign?"):  # the fast path, and ASGI
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         head = f"Authorization: {client.headers['authorization']}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         head = b"POST %b HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n" % path + head

@@ -79,7 +79,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     location: str | None
     """The address that an answer's Location header names."""
     hot: bool
-    """Whether it takes the short way past ASGI: a POST whose code, if there is one, is the last part of the path."""
+    """Whether it takes the fast path past ASGI: a POST whose code, if there is one, is the last part of the path."""
 
 
 class PublicPath(msgspec.Struct, frozen=True, kw_only=True):

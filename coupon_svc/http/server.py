@@ -1,9 +1,11 @@
-"""How the API is served: uvicorn, with a shorter way for the routes that a flash sale is made of.
+"""How the API is served: uvicorn, with a fast path for the hot operations.
 
-ASGI costs a scope, an event, a route's match and three messages a request: more than a decision of Redis does. A POST on
-a hot route whose body is announced and short goes from the parser to its endpoint, and its response leaves in one
-write. Everything else, and whatever is out of the ordinary on a hot route (pipelining, `Expect`, chunks, an escaped
-path, a caller who does not read), takes uvicorn's own way to the same endpoint.
+ASGI costs a scope, an event, a route's match and three messages per request: more than a decision of Redis does. On the
+fast path a POST with a short Content-Length goes from the parser to its endpoint, and its response leaves in one write.
+All other requests go by ASGI to the same endpoints. So do hot operations with something unusual: pipelining, `Expect`,
+chunks, an escaped path, or a caller who does not read.
+
+tests/unit/test_uvicorn.py names what is used of uvicorn beyond its documentation.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from coupon_svc.http.routes import Api
 
 SERVER_SETTINGS: dict[str, Any] = {
     "loop": "uvloop",
-    "ws": "none",  # a connection that was upgraded would be beyond all limits
+    "ws": "none",  # no limit would hold on an upgraded connection
     "access_log": False,  # it would print codes
     "log_config": None,
     "server_header": False,
@@ -38,20 +40,22 @@ SERVER_SETTINGS: dict[str, Any] = {
     "timeout_graceful_shutdown": 5,
 }
 HOT_BODY_BYTES_MAX = 16 * 1024
+"""The largest body on the fast path."""
 HEAD_BYTES_MAX = 64 * 1024
-"""Of a request line and its headers that are not complete yet; the parser itself would keep as many as are sent."""
+"""The largest incomplete request line with headers. The parser alone would keep as much as is sent."""
 PASSED_OVER_BYTES_MAX = 8 * 1024 * 1024
-"""Of a body that was answered before its end, as one that is too large is: callers who send it all before they read the
-answer find it, and the connection, up to here."""
+"""How much is read and dropped of a body that was answered early, e.g. because it is too large. Callers who send all of
+it before they read the answer still find the answer, and keep the connection."""
 STOP_BODY_S = 2.0
-"""For the rest of a body when the server stops: well before it gives up what is under way."""
+"""How long a body may still take when the server stops: well below uvicorn's own limit for requests under way."""
 LINGER_S = 1.0
+"""How long a connection is drained after its last response."""
 _NOTHING, _HEAD, _BODY = range(3)
-"""What the parser is in the middle of."""
+"""What the parser is reading."""
 
 
 class _HotCycle:
-    """A request on the short way, in the place of uvicorn's RequestResponseCycle, which asks these of it."""
+    """A request on the fast path. It has the attributes of RequestResponseCycle that uvicorn's protocol uses."""
 
     __slots__ = (
         "body",
@@ -87,18 +91,20 @@ class _HotCycle:
 
 
 class _NobodyWaits:
+    """Stands for the asyncio.Event of a cycle."""
+
     def set(self) -> None:
-        """Nobody waits for the body of a request on the short way."""
+        """Do nothing: nobody waits for the body of a request on the fast path."""
 
 
 _NOBODY_WAITS = _NobodyWaits()
 
 
 class CouponProtocol(HttpToolsProtocol):
-    """HTTP/1.1 for an Api, within its limits. Malformed HTTP is refused as a problem, and the connection closed.
+    """HTTP/1.1 for an Api, within its limits. Malformed HTTP is refused as a problem, and the connection is closed.
 
-    A connection has one timer. It is looked at when it is due, and moved only when somebody may be late earlier than
-    that: so a request that comes in one piece costs no timer.
+    A connection has one timer. It moves only to an earlier time; when it is due, the connection is checked and the timer
+    set anew. So a request that comes in one piece moves no timer.
     """
 
     app: Api
@@ -109,19 +115,19 @@ class CouponProtocol(HttpToolsProtocol):
         self._limits = self.app.limits
         self._request_ids = self.app.request_ids
         self._request_id = b""
-        """Of the request that is being read, once its head is complete."""
+        """The id of the request that is being read; empty until its headers are complete."""
         self._reading = _NOTHING
         self._since = 0.0
-        """When the caller began to be waited for: since the connect, the last answer, or the begin of a head or of a
-        window of a body."""
+        """When waiting for the caller began: at the connect, the last response, or the start of a head or of a body's
+        window."""
         self._bytes: int | None = None
-        """Read of a head, or of a body in this window; None until the end of the piece in which it began."""
+        """Bytes read of a head, or of a body in this window. None until the piece in which it began has been read."""
         self._passed_over = 0
-        """Bytes of a body that was answered before its end."""
+        """Bytes dropped of a body that was answered early."""
         self._was_paused = False
-        """Whether reading was paused in this window: then it was not the caller who was slow."""
-        self._untaken_before = 0
-        """Bytes of answers that the caller had not taken at the last look."""
+        """Whether the server paused reading in this window; then the caller is not to blame."""
+        self._unsent_before = 0
+        """Bytes of responses that the caller had not taken at the last check."""
         self._timer: TimerHandle | None = None
         self._due = math.inf
         self._stopping = False
@@ -130,6 +136,7 @@ class CouponProtocol(HttpToolsProtocol):
         self._default_lines = b""
 
     def connection_made(self, transport: Any) -> None:
+        """Accept a connection. Beyond `connections_max` it is told so; beyond `connections_refused_max` it is cut."""
         super().connection_made(transport)
         beyond = len(self.connections) - self._limits.connections_max
         if beyond > self._limits.connections_refused_max:
@@ -139,15 +146,16 @@ class CouponProtocol(HttpToolsProtocol):
             stand_in: Any = _Full(self.app)
             self.app = stand_in
         self._since = self.loop.time()
-        self._look_at(self._since + self._limits.head_s)
+        self._check_by(self._since + self._limits.head_s)
 
     def data_received(self, data: bytes) -> None:
+        """Parse a piece, and note when the rest of an incomplete request is due."""
         super().data_received(data)
         if self._reading:
-            self._read_a_part(len(data))
+            self._count_piece(len(data))
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio's own, which uvicorn leaves out
-        """A caller may close its side once it has asked; what it asked for is answered."""
+        """A caller may half-close after its request: it still gets the response, and the connection ends with that."""
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
             return None
@@ -155,6 +163,7 @@ class CouponProtocol(HttpToolsProtocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone: nothing is timed any more."""
         super().connection_lost(exc)
         if self._timer is not None:
             self._timer.cancel()
@@ -163,7 +172,7 @@ class CouponProtocol(HttpToolsProtocol):
     # --- from the parser
 
     def on_message_begin(self) -> None:
-        """A request begins. It gets no ASGI scope yet: a hot one needs none."""
+        """A request begins. It gets no ASGI scope yet, for the fast path needs none."""
         self._reading, self._bytes = _HEAD, None
         self._request_id = b""
         self.url = b""
@@ -171,7 +180,7 @@ class CouponProtocol(HttpToolsProtocol):
         self.expect_100_continue = False
 
     def on_headers_complete(self) -> None:
-        """The request line and all headers are there: the request gets its id and goes the short way, or by ASGI."""
+        """The head is complete: the request gets its id, and takes the fast path or goes by ASGI."""
         self._reading, self._bytes = _BODY, None
         by_name = dict(self.headers)
         if HEADER in by_name:
@@ -195,14 +204,14 @@ class CouponProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """A piece of a body."""
+        """A piece of the body was parsed."""
         if type(self.cycle) is _HotCycle:
             self.cycle.body += body
         else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole. On the short way its task begins now; by ASGI it began with the head."""
+        """The request is complete. On the fast path its task starts now; by ASGI it started with the head."""
         self._reading = _NOTHING
         self._request_id = b""
         cycle = self.cycle
@@ -214,10 +223,10 @@ class CouponProtocol(HttpToolsProtocol):
         else:
             super().on_message_complete()
 
-    # --- the short way
+    # --- the fast path
 
     def _hot_cycle(self, headers: dict[bytes, bytes]) -> _HotCycle | None:
-        """The cycle of a request that may go the short way."""
+        """The cycle of a request that may take the fast path; None for any other."""
         if self.cycle is not None and not self.cycle.response_complete:
             return None
         if self.expect_100_continue or self.flow.write_paused or self.parser.get_method() != b"POST":
@@ -242,7 +251,7 @@ class CouponProtocol(HttpToolsProtocol):
         self.on_response_complete()
 
     def _bytes_of(self, response: Response, request_id: bytes, keep_alive: bool) -> bytes:
-        """A response as it goes over the wire."""
+        """A response as it is written to the socket."""
         if self._default_headers is not self.server_state.default_headers:  # the date changes once per second
             self._default_headers = self.server_state.default_headers
             self._default_lines = b"".join(b"%b: %b\r\n" % header for header in self._default_headers)
@@ -259,10 +268,11 @@ class CouponProtocol(HttpToolsProtocol):
         )
 
     def on_response_complete(self) -> None:
+        """A response was written: start the next pipelined request, or wait for one."""
         if self.pipeline or self.transport.is_closing():
             super().on_response_complete()
-            if self.transport.is_closing():  # not before the answer is sent
-                self._look_at(self.loop.time() + self._limits.body_s)
+            if self.transport.is_closing():  # once the response has been taken, or its time is over
+                self._check_by(self.loop.time() + self._limits.body_s)
             return
         self.server_state.total_requests += 1
         if self.flow.read_paused:
@@ -270,29 +280,29 @@ class CouponProtocol(HttpToolsProtocol):
         self._since = now = self.loop.time()
         due = now + (self._limits.head_s if self._reading == _HEAD else self._limits.keep_alive_s)
         if due < self._due:
-            self._look_at(due)
+            self._check_by(due)
 
     # --- callers who are late
 
-    def _look_at(self, due: float) -> None:
-        """Look at this connection at that time, or before."""
+    def _check_by(self, due: float) -> None:
+        """Check this connection at that time, or earlier."""
         if due >= self._due:
             return
         if self._timer is not None:
             self._timer.cancel()
         self._due = due
-        self._timer = self.loop.call_at(due, self._look)
+        self._timer = self.loop.call_at(due, self._check)
 
-    def _read_a_part(self, number: int) -> None:
-        """More is to come of what was received: note how much there is, and see to it that the rest is in time."""
+    def _count_piece(self, number: int) -> None:
+        """Count a piece of an incomplete request, and set the time for the rest of it."""
         if self._ended or self.transport.is_closing():
             return
         begins = self._bytes is None
         self._bytes = 0 if self._bytes is None else self._bytes + number
         if self._reading == _HEAD:
-            if begins and self.cycle is not None:  # of the first request the connect is the begin
+            if begins and self.cycle is not None:  # the first request has been waited for since the connect
                 self._since = self.loop.time()
-                self._look_at(self._since + self._limits.head_s)
+                self._check_by(self._since + self._limits.head_s)
             if self._bytes > HEAD_BYTES_MAX:
                 self.send_400_response("")
             return
@@ -307,52 +317,56 @@ class CouponProtocol(HttpToolsProtocol):
                 self.transport.close()
 
     def _begin_window(self, now: float) -> None:
-        """Give a body, or what is left of it, its time."""
+        """Start a body's window: a time in which it must end, or keep its minimum rate."""
         self._since, self._bytes, self._was_paused = now, 0, self.flow.read_paused
-        self._look_at(now + self._limits.body_s)
+        self._check_by(now + self._limits.body_s)
 
     def pause_writing(self) -> None:
+        """The caller does not take its responses: give it a time to go on."""
         super().pause_writing()
-        self._untaken_before = 0
-        self._look_at(self.loop.time() + self._limits.body_s)
+        self._unsent_before = 0
+        self._check_by(self.loop.time() + self._limits.body_s)
 
-    def _look(self) -> None:
-        """Act on whoever is late, and look again when the next one may be."""
+    def _check(self) -> None:
+        """The timer is due: end the connection if its caller is late, else set the next time."""
         self._timer, self._due = None, math.inf
         now = self.loop.time()
         if self.transport.is_closing() or self.flow.write_paused:
-            untaken = self._untaken()
-            if untaken and untaken == self._untaken_before:
+            unsent = self._unsent_bytes()
+            if unsent and unsent == self._unsent_before:
                 self.transport.abort()
                 return
-            self._untaken_before = untaken
-            self._look_at(now + self._limits.body_s)
+            self._unsent_before = unsent
+            self._check_by(now + self._limits.body_s)
             if self.transport.is_closing():
                 return
         cycle = self.cycle
         if self._reading == _BODY:
-            self._look_at_body(now)
+            self._check_body(now)
         elif cycle is not None and not cycle.response_complete:
-            pass  # the caller waits for us
+            pass  # the caller waits for its response
         elif self._reading == _HEAD:
             self._end_when_due(self._since + self._limits.head_s, now, Outcome.REQUEST_TIMEOUT)
         else:
             wait = self._limits.head_s if cycle is None else self._limits.keep_alive_s
             self._end_when_due(self._since + wait, now, None)
 
-    def _untaken(self) -> int:
-        """Bytes of answers that the caller has not taken yet: ours, and those that are with the kernel, which asks for
-        more only when much of its buffer is free; a slow reader would seem to stand still."""
+    def _unsent_bytes(self) -> int:
+        """Bytes of responses that the caller has not taken: the transport's and the kernel's.
+
+        The kernel takes more only when much of its buffer is free. By the transport's bytes alone, a slow reader would seem
+        to have stopped.
+        """
         with_kernel = bytearray(4)
-        with contextlib.suppress(OSError, ValueError):  # of a socket that is closed
+        with contextlib.suppress(OSError, ValueError):  # the socket is closed
             fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, with_kernel)
         return self.transport.get_write_buffer_size() + int.from_bytes(with_kernel, sys.byteorder)
 
-    def _look_at_body(self, now: float) -> None:
+    def _check_body(self, now: float) -> None:
         if self._stopping:
             self._end(Outcome.SHUTTING_DOWN)
         elif self._since + self._limits.body_s > now:
-            self._look_at(self._since + self._limits.body_s)
+            self._check_by(self._since + self._limits.body_s)
         elif (
             self._was_paused
             or self.flow.read_paused
@@ -364,16 +378,16 @@ class CouponProtocol(HttpToolsProtocol):
 
     def _end_when_due(self, due: float, now: float, outcome: Outcome | None) -> None:
         if due > now:
-            self._look_at(due)
+            self._check_by(due)
         elif outcome is not None:
             self._end(outcome)
         elif self.transport.get_write_buffer_size():
-            self.transport.abort()  # it has had all this time to take its answer
+            self.transport.abort()  # the caller has had all this time to take its response
         else:
             self.transport.close()
 
     def _end(self, outcome: Outcome) -> None:
-        """Refuse the request that is being read, where that can be told yet, and close the connection."""
+        """Refuse the request that is being read, unless its response has begun, and close the connection."""
         cycle = self.cycle
         if self._reading == _BODY and (cycle.response_complete or getattr(cycle, "response_started", False)):
             self.transport.close()
@@ -381,21 +395,22 @@ class CouponProtocol(HttpToolsProtocol):
         self._refuse(outcome)
 
     def shutdown(self) -> None:
-        """Close when nothing is under way; a request that is not complete soon is given up."""
+        """The server stops: close after the request under way. A body gets STOP_BODY_S to end."""
         if self._ended:
             self.transport.close()
             return
         super().shutdown()
         if self._reading == _BODY and not self.transport.is_closing():
             self._stopping = True
-            self._look_at(self.loop.time() + STOP_BODY_S)
+            self._check_by(self.loop.time() + STOP_BODY_S)
 
-    # --- what is no HTTP
+    # --- refusals
 
     def send_400_response(self, msg: str) -> None:
+        """Refuse malformed HTTP, in its turn, and close the connection. `msg` is uvicorn's, and not shown."""
         cycle = self.cycle
         if self.pipeline or (cycle is not None and not cycle.response_complete and self._reading != _BODY):
-            # What came before is still under way, and its caller would take the refusal for its answer.
+            # An earlier request is still being answered. A 400 written now would be read as its response.
             cycle.keep_alive = False
             if self._reading == _BODY:
                 self.pipeline[0] = (cycle, _malformed)
@@ -411,20 +426,20 @@ class CouponProtocol(HttpToolsProtocol):
         log_failure(outcome, "no operation", request_id)
 
     def _send_last(self, response: bytes) -> None:
-        """Send a response to a request that was not read to its end, and close the connection.
+        """Send the response to a request that was not read to its end, and close the connection.
 
-        What the caller still sends is passed over for a moment: to close a socket with unread bytes resets the connection,
-        and the response might be lost with it.
+        What the caller still sends is read and dropped for LINGER_S. Closing a socket with unread bytes resets the
+        connection, which may lose the response.
         """
         self._ended = True
         cycle = self.cycle
-        if cycle is not None and not cycle.response_complete:  # whoever reads its body need not wait any longer
+        if cycle is not None and not cycle.response_complete:  # wake whoever waits for its body
             cycle.disconnected = True
             cycle.message_event.set()
         if self.transport.get_write_buffer_size():
             self.transport.write(response)
             self.transport.close()
-            self._look_at(self.loop.time() + self._limits.body_s)
+            self._check_by(self.loop.time() + self._limits.body_s)
             return
         self.transport.write(response)
         self.transport.write_eof()
@@ -433,19 +448,19 @@ class CouponProtocol(HttpToolsProtocol):
 
 
 async def _malformed(scope: Any, receive: Any, send: Any) -> None:
-    """Answers, in its turn, a pipelined request whose body turned out to be malformed."""
+    """The ASGI application for a pipelined request whose body is malformed: refuses it when it is its turn."""
     await send_problem(scope, send, Refused(Outcome.MALFORMED_HTTP))
 
 
 class _Lingering(asyncio.Protocol):
-    """Takes the place of a connection's protocol that has said its last, until the caller closes or LINGER_S are over."""
+    """The protocol of a connection after its last response, until the caller closes it or LINGER_S have passed."""
 
     def __init__(self, protocol: CouponProtocol) -> None:
         self._protocol = protocol
         self._timer = protocol.loop.call_later(LINGER_S, protocol.transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """Nobody reads it."""
+        """Drop it."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
@@ -453,19 +468,19 @@ class _Lingering(asyncio.Protocol):
 
 
 class _Full:
-    """In the place of the Api on a connection beyond the bound: says so, in HTTP, and that the process lives.
+    """Stands for the Api on a connection beyond `connections_max`: refuses everything but /healthz.
 
-    A connection that is not accepted, or closed unheard, would look like a process that is dead.
+    A connection that is not accepted, or cut at once, would look like a dead process.
     """
 
     draining = True
-    """Each answer is its connection's last."""
+    """Each response is its connection's last."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
 
     def hot_endpoint(self, url: bytes) -> None:
-        return None
+        """None, whatever the path: nothing takes the fast path."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/healthz":

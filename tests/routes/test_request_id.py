@@ -11,7 +11,7 @@ from coupon_svc.http.operations import Operation
 from coupon_svc.http.routes import OPERATIONS
 from tests.harness import Stack
 from tests.routes.helpers import make_book, refused
-from tests.routes.test_hot_way import chunked, dial, post
+from tests.routes.test_fast_path import chunked, dial, post
 
 OURS = re.compile(r"req_[0-9a-f]{24}")
 PUBLIC = ["/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/problems/locked", "/problems/none", "/nowhere"]

@@ -14,7 +14,7 @@ from coupon_svc.domain.outcomes import Refused
 from coupon_svc.http.inputs import check_user_id
 from tests.harness import Stack
 from tests.routes.helpers import make_book, refused
-from tests.routes.test_hot_way import Answered, Wire, dial
+from tests.routes.test_fast_path import Answered, Wire, dial
 
 ODD = " .\u00a0\u3000\u2028\u200b\ufeff\ufffd\t\n\0\x7f\x85/%+?#&;=:|\\\"'{}~éE🎉日\u0301\u202eA"
 REFUSED = [

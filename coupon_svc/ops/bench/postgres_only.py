@@ -1,6 +1,6 @@
 """Assign with nothing but Postgres: what one would write first, and tuned as well as we could.
 
-Everything but the decision is the service's own, the short way of hot requests included: key, scope, validation,
+Everything but the decision is the service's own, the fast path of hot operations included: key, scope, validation,
 fingerprint, problems, the schema's books and idempotency records. One statement on one connection of a pool checks the
 book, draws a free code, gives it to the user and keeps the Idempotency-Key; it is a transaction of its own, and
 `synchronous_commit` is on, as it is for the writer.

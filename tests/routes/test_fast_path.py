@@ -1,4 +1,4 @@
-"""The short way of the hot routes: the same answers as on uvicorn's own way, whatever a connection does meanwhile."""
+"""The fast path of hot operations answers as ASGI does, whatever the connection does meanwhile."""
 
 from __future__ import annotations
 
@@ -59,19 +59,19 @@ async def dial(base_url: str) -> Wire:
 
 
 def post(path: str, body: bytes, *headers: str, version: str = "1.1") -> bytes:
-    """A request with Content-Length: one for the short way, unless something else about it is out of the ordinary."""
+    """A request with Content-Length: it takes the fast path, unless something else about it is unusual."""
     lines = [f"POST {path} HTTP/{version}", "Host: test", "Content-Type: application/json", *headers]
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
 
 
 def chunked(path: str, body: bytes, *headers: str) -> bytes:
-    """The same request in chunks: it goes uvicorn's own way."""
+    """The same request in chunks: it goes by ASGI."""
     lines = [f"POST {path} HTTP/1.1", "Host: test", "Content-Type: application/json", *headers]
     head = "\r\n".join([*lines, "Transfer-Encoding: chunked", "", ""]).encode()
     return head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
 
 
-# --- the server alone: endpoints that say what they were called with, and by which way
+# --- the server alone: endpoints that answer with what they were called with, and by which way
 
 
 class Told(Endpoint):
@@ -130,7 +130,7 @@ async def ask(served: Served, request: bytes) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", HOT_PATHS)
-async def test_a_plain_post_takes_the_short_way(path: str, served: Served) -> None:
+async def test_a_plain_post_takes_the_fast_path(path: str, served: Served) -> None:
     told = await ask(served, post(path.format(code="A-1"), b'{"a": 1}'))
     assert told == {"asgi": False, "path": {"code": "A-1"} if "{" in path else {}, "query": "", "body": '{"a": 1}'}
 
@@ -147,7 +147,7 @@ async def test_a_plain_post_takes_the_short_way(path: str, served: Served) -> No
     ],
     ids=["chunks", "query", "escaped", "escaped slash", "HTTP/1.0", "long body"],
 )
-async def test_what_is_out_of_the_ordinary_goes_through_asgi(request_bytes: bytes, code: str, served: Served) -> None:
+async def test_what_is_unusual_goes_by_asgi(request_bytes: bytes, code: str, served: Served) -> None:
     told = await ask(served, request_bytes)
     assert (told["asgi"], told["path"]) == (True, {"code": code})
 
@@ -172,7 +172,7 @@ async def test_a_request_may_come_byte_by_byte(served: Served) -> None:
 
 
 async def test_pipelined_requests_are_answered_in_their_order(served: Served) -> None:
-    """The first takes the short way and is slow; those behind it wait, whichever way they go."""
+    """The first takes the fast path and is slow; those behind it wait, whichever way they go."""
     served.endpoint.slow = asyncio.Event()
     wire = await dial(served.base_url)
     bodies = ["slow 0", *map(str, range(1, 6))]
