@@ -328,3 +328,69 @@ def test_a_key_that_makes_no_sense_is_refused(migrated: Cli, args: list[str], sa
 def test_keys_need_a_schema_and_say_so(empty: Cli) -> None:
     assert "run `coupon-svc migrate` first" in empty.refused("keys", "create", "--tenant", "acme")
     assert "run `coupon-svc migrate` first" in empty.refused("keys", "list")
+
+
+# -- rebuild and quarantine -------------------------------------------------------------------------------------------
+
+BOOK_ID = "bk_02" + "q" * 16
+
+
+@pytest.fixture
+async def held_back(migrated: Cli) -> AsyncIterator[Cli]:
+    """With a book of which two codes are in quarantine and one is lent, and shards that were certified once."""
+    connection = await asyncpg.connect(migrated.url)
+    await connection.execute(
+        f"""
+        UPDATE shards SET epoch = 3, generation = 1, committed = 9, certified_epoch = 3, rebuild = false, stopped = NULL;
+        INSERT INTO tenants (tenant_id, name) OVERRIDING SYSTEM VALUE VALUES (1, 'acme');
+        INSERT INTO books (book_id, shard, tenant_id, name, lock_ttl_seconds, ack, metadata, created_at_ms, total, lent,
+                           quarantined, leased_upto, places_upto)
+            VALUES ('{BOOK_ID}', 2, 1, 'Summer', 60, 'redis', '{{}}', 1, 3, 1, 2, 5, 9);
+        INSERT INTO codes VALUES (1, 'LENT', '{BOOK_ID}', 5), (1, 'LOST-1', '{BOOK_ID}', -1), (1, 'LOST-2', '{BOOK_ID}', -1);
+        INSERT INTO quarantine (book_id, code, shard, epoch, at)
+            VALUES ('{BOOK_ID}', 'LOST-1', 2, 2, '2026-11-25 10:00Z'), ('{BOOK_ID}', 'LOST-2', 2, 2, '2026-11-25 11:00Z')
+        """
+    )
+    yield migrated
+    await connection.execute(
+        "TRUNCATE quarantine, quarantine_decisions, codes, tenants CASCADE;"
+        " UPDATE shards SET stopped = NULL, rebuild = false"
+    )
+    await connection.close()
+
+
+def test_every_shard_is_rebuilt_or_the_one_that_is_named(held_back: Cli) -> None:
+    assert held_back("rebuild", "--shard", "2").out.startswith("1 shards are being rebuilt")
+    states = "SELECT shard, epoch, committed, rebuild FROM shards ORDER BY shard"
+    others = [(shard, 3, 9, False) for shard in (0, 1, 3)]
+    assert sorted(held_back.rows(states)) == sorted([*others, (2, 4, 0, True)])
+    assert held_back("rebuild").out.startswith("4 shards are being rebuilt")
+    assert {row[3] for row in held_back.rows(states)} == {True}
+
+
+def test_a_shard_that_is_stopped_or_does_not_exist_is_not_rebuilt(held_back: Cli) -> None:
+    held_back.rows("UPDATE shards SET stopped = 'a person looks' WHERE shard = 1")
+    assert "there is no shard 1 to rebuild" in held_back.refused("rebuild", "--shard", "1")
+    assert "there is no shard 9 to rebuild" in held_back.refused("rebuild", "--shard", "9")
+    assert held_back("rebuild").out.startswith("3 shards")
+    assert held_back.rows("SELECT epoch, rebuild FROM shards WHERE shard = 1") == [(3, False)]
+
+
+def test_books_with_codes_in_quarantine_are_listed(held_back: Cli) -> None:
+    listed = held_back("quarantine", "list")
+    assert listed == Ran(0, f"{BOOK_ID}  2 codes since 2026-11-25 10:00Z  Summer\n", "")
+
+
+def test_codes_leave_the_quarantine_only_when_it_is_said_that_they_are_dealt_again(held_back: Cli) -> None:
+    assert "say --deal-again" in held_back.refused("quarantine", "release", BOOK_ID)
+    assert held_back.rows("SELECT count(*) FROM quarantine") == [(2,)]
+    released = held_back("quarantine", "release", BOOK_ID, "--deal-again")
+    assert released == Ran(0, f"2 codes of {BOOK_ID} are dealt again\n", "")
+    assert held_back.rows("SELECT count(*) FROM quarantine") == [(0,)]
+    decisions = held_back.rows("SELECT code, decision FROM quarantine_decisions ORDER BY code")
+    assert decisions == [("LOST-1", "dealt_again"), ("LOST-2", "dealt_again")]
+    assert held_back.rows("SELECT code FROM codes WHERE place BETWEEN 6 AND 9") != []
+    assert held_back.rows("SELECT quarantined, total - lent - quarantined FROM books") == [(0, 2)]
+    assert held_back.rows("SELECT epoch FROM shards WHERE shard = 2") == [(4,)], "its owner brings them to Redis"
+    assert "no codes in quarantine" in held_back.refused("quarantine", "release", BOOK_ID, "--deal-again")
+    assert "no codes in quarantine" in held_back.refused("quarantine", "release", "bk_none", "--deal-again")

@@ -1,0 +1,63 @@
+"""`coupon-svc rebuild` makes Redis anew from the ledger, also where nothing shows that it differs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable
+
+import httpx
+
+from coupon_svc.domain.holding import Holding
+from tests.harness import Stack, until
+
+MakeStack = Callable[[], Awaitable[Stack]]
+
+
+async def want_rebuild(stack: Stack) -> str:
+    """Type the command. Returns the beginning of what it says."""
+    ran = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "coupon_svc", "rebuild",
+        env={**os.environ, **stack.environment}, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    said, _ = await ran.communicate()
+    assert ran.returncode == 0
+    return said.decode().partition(" by ")[0]
+
+
+async def test_what_was_changed_by_hand_is_put_right_and_what_was_given_stays_given(make_stack: MakeStack) -> None:
+    stack = await make_stack()
+    stack.writer()
+    stack.api()
+    await stack.ready()
+    async with await stack.client() as http, stack.redis() as redis:
+        rules = {"name": "b", "generate": {"pattern": "R-########", "total": 10}}
+        book_id = (await http.post("/coupons", json=rules)).json()["book_id"]
+
+        async def assign(user: str) -> httpx.Response:
+            body, headers = {"book_id": book_id, "user_id": user}, {"Idempotency-Key": user}
+            return await http.post("/coupons/assign", json=body, headers=headers)
+
+        given = (await assign("ann")).json()
+        await stack.drained()
+        (key,) = [key async for key in redis.scan_iter("cb:*:holders:*")]
+        holding = Holding.parse(str(await redis.hget(key, given["code"])))
+        await redis.hset(key, given["code"], holding._replace(user_id="thief").format())  # as many holders as before
+
+        assert await want_rebuild(stack) == f"{stack.shards} shards are being rebuilt"
+
+        async def rebuilt() -> bool:
+            rows = await stack.ledger("SELECT FROM shards WHERE rebuild OR certified_epoch < epoch")
+            return not rows and Holding.parse(str(await redis.hget(key, given["code"]) or "0-0 0 0 ")).user_id == "ann"
+
+        await until(rebuilt)
+        await stack.ready()
+        listed = (await http.get("/users/ann/coupons")).json()["coupons"]
+        assert [coupon["code"] for coupon in listed] == [given["code"]]
+        again = await assign("ann")
+        assert again.headers["idempotent-replayed"] == "true"
+        assert again.json()["code"] == given["code"]
+        other = await assign("bob")
+        assert other.status_code == 201
+        assert other.json()["code"] != given["code"]
