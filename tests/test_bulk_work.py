@@ -411,7 +411,7 @@ class GoneAfter(DataPlane):
     async def call(self, name: str, view: ShardView, *, read_only: bool = False, **parameters: Any) -> Reply:
         if not self._versions:
             raise Refused(Outcome.STORE_UNAVAILABLE)
-        return self._calls[name].reply(["ok", str(self._versions.pop()), "{}", 0, 0, 0, 0, 0])
+        return self._scripts[name].reply(["ok", str(self._versions.pop()), "{}", 0, 0, 0, 0, 0])
 
 
 async def test_a_change_that_was_made_is_never_answered_as_nothing_was_done(

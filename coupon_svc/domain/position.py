@@ -37,7 +37,7 @@ class Position(NamedTuple):
 
     def in_shard(self, shard: int) -> str:
         """The position as callers see it, with its shard: `07:4-17`."""
-        return f"{shard:02d}:{self}"
+        return f"{shard:02d}:{self.epoch}-{self.seq}"
 
 
 def parse_shard_position(text: str) -> tuple[ShardNo, Position]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import re
 import secrets
 from functools import cache
 from itertools import product
@@ -11,6 +12,7 @@ CLUSTER_SLOTS = 16_384
 _SUFFIX_SYMBOLS = "abcdefghijklmnopqrstuvwxyz"
 _ID_SYMBOLS = "0123456789abcdefghjkmnpqrstvwxyz"
 _ID_LENGTH = 16
+_BOOK_ID = re.compile(rf"bk_([0-9]{{2}})[0-9A-Za-z]{{{_ID_LENGTH}}}")
 
 
 def key_slot(tag: str) -> int:
@@ -40,10 +42,8 @@ def new_book_id(shards: int) -> str:
 
 def book_shard(book_id: str, shards: int) -> int | None:
     """The shard a book id names, or None when no book can have this id."""
-    if len(book_id) != 5 + _ID_LENGTH or not book_id.startswith("bk_") or not book_id.isascii():
+    parts = _BOOK_ID.fullmatch(book_id)
+    if parts is None:
         return None
-    digits = book_id[3:5]
-    if not digits.isdigit() or not book_id[5:].isalnum():
-        return None
-    shard = int(digits)
+    shard = int(parts[1])
     return shard if shard < shards else None

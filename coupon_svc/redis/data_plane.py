@@ -14,19 +14,29 @@ import asyncio
 import contextlib
 import logging
 from time import monotonic
-from typing import Any, NoReturn
+from typing import Any
 
 from coupon_svc.domain.clock import boot_s
-from coupon_svc.domain.holding import Holding, parse_positions
+from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.shards import book_shard
 from coupon_svc.loops import keep_running
-from coupon_svc.redis.calls import bind_scripts, read_holders
+from coupon_svc.redis.calls import bind_scripts
 from coupon_svc.redis.connection import Connection, connect, replies_within
-from coupon_svc.redis.contract import Reply
-from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError, StoreError
+from coupon_svc.redis.contract import Command, Reply
+from coupon_svc.redis.errors import (
+    CountsDiffer,
+    NotSent,
+    OutcomeUnknown,
+    OutOfMemory,
+    ReplyError,
+    ShardNotUsable,
+    StoreError,
+    WrongKeyType,
+)
 from coupon_svc.redis.keys import ShardKeys, positions_channel
 from coupon_svc.redis.listener import PositionListener
+from coupon_svc.redis.runner import run_script
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import load_scripts
 from coupon_svc.redis.shard_view import Seen, ShardView, ViewState
@@ -43,14 +53,18 @@ LEDGER_UNSEEN_MAX_S = 3.0
 OWNER_UNHEARD_MAX_S = 15.0
 """A Redis to which no owner has spoken for so long may be one that another has replaced."""
 
+_UNAVAILABLE_WORDS = frozenset({"LOADING", "BUSY", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN"})
+"""First words of error replies that say nothing against the shard: nothing was done."""
+
 
 class DataPlane:
     """Runs scripts on the Redis at `url`. `start` it before use and `stop` it after."""
 
     def __init__(self, url: str, shards: int, scripts: Scripts) -> None:
         self._url = url
-        self._scripts = scripts
-        self._calls = bind_scripts(scripts)
+        self._shards = shards
+        self._to_load = scripts
+        self._scripts = bind_scripts(scripts)
         self._installation: str | None = None
         self._stranger: str | None = None
         self._joined = asyncio.Event()
@@ -91,7 +105,7 @@ class DataPlane:
     def view_of_book(self, book_id: str) -> ShardView:
         """The shard in which a book of this id lives, if there is one. Raises Refused(book_not_found) for what is no book's
         id."""
-        shard = book_shard(book_id, len(self.views))
+        shard = book_shard(book_id, self._shards)
         if shard is None:
             raise Refused(Outcome.BOOK_NOT_FOUND)
         return self.views[shard]
@@ -128,80 +142,77 @@ class DataPlane:
         Refused: recovering, store_unavailable, backlog_full (memory is out), or outcome_unknown when the script was sent
         and nothing came back; with `read_only` that is store_unavailable, too.
         """
-        shard_script = self._calls[name]
-        for _ in range(2):  # a second time only after NOSCRIPT, which is the promise that nothing ran
+        script = self._scripts[name]
+        epoch = 0
+
+        def prepare() -> tuple[Connection, Command]:
+            nonlocal epoch
             if self._connection is None:
                 raise Refused(Outcome.STORE_UNAVAILABLE)
             if view.state is not ViewState.OPEN:
                 raise Refused(Outcome.RECOVERING)
             epoch = view.epoch
-            command = shard_script.pack(view.keys.prefix, epoch, view.seen_seq, **parameters)
-            try:
-                raw = await self._connection.send(*command)
-            except NotSent:
-                raise Refused(Outcome.STORE_UNAVAILABLE) from None
-            except OutcomeUnknown:
-                raise Refused(Outcome.STORE_UNAVAILABLE if read_only else Outcome.OUTCOME_UNKNOWN) from None
-            if isinstance(raw, ReplyError):
-                await self._explain(raw, view)
-                continue
-            outcome = raw[0]
-            if outcome == "suspect":
-                await self._on_suspect(raw, view)
-            if epoch != view.epoch:  # it was over before we came to read the reply, which says nothing any more
-                raise Refused(Outcome.RECOVERING if read_only else Outcome.OUTCOME_UNKNOWN)
-            if outcome in shard_script.position_at:
-                at = shard_script.position_at[outcome]
-                raw[at] = positions = parse_positions(raw[at])
-                view.observe(*positions[1])
-            elif outcome in shard_script.holders_at:
-                at = shard_script.holders_at[outcome]
-                raw[at] = holders = read_holders(raw[at])
-                for holding in holders:
-                    if isinstance(holding, Holding):
-                        view.observe(*holding.last)
-            return shard_script.reply(raw)
-        raise Refused(Outcome.RECOVERING)
+            return self._connection, script.pack(view.keys.prefix, epoch, view.seen_seq, **parameters)
+
+        async def load() -> None:
+            await self._load_again(view)
+
+        try:
+            reply = await run_script(script, prepare, load)
+        except (StoreError, ShardNotUsable) as error:
+            raise await self._refusal(error, view, read_only) from None
+        if epoch != view.epoch:  # it was over before we came to read the reply, which says nothing any more
+            raise Refused(Outcome.RECOVERING if read_only else Outcome.OUTCOME_UNKNOWN)
+        if reply.outcome in script.position_at:
+            view.observe(*reply.position[1])
+        elif reply.outcome in script.holders_at:
+            for holding in reply.holders:
+                if isinstance(holding, Holding):
+                    view.observe(*holding.last)
+        return reply
 
     async def doubt(self, view: ShardView) -> None:
         """Keys of the shard are missing: let nobody decide anything there until its owner has recovered it."""
         log.error("keys of shard %02d are missing from redis: it is to be recovered", view.shard)
         await self._doubt(view, view.seen_seq)
 
-    async def _on_suspect(self, raw: list[Any], view: ShardView) -> NoReturn:
-        if raw[1:] == ["counts"]:
-            await self.doubt(view)
-        else:
-            # If Redis went back behind what was seen here, a process that saw nothing must not be believed for another
-            # moment. In any other epoch, history or state this does nothing.
-            await self._doubt(view, 0)
-        self._suspect(view)
-        raise Refused(Outcome.RECOVERING)
-
-    async def _explain(self, error: ReplyError, view: ShardView) -> None:
-        """Turn an error reply into a refusal; returns only when the script is loaded now and may be sent again."""
-        word = error.word
-        if word == "NOSCRIPT":
-            with contextlib.suppress(StoreError):
-                if self._connection:
-                    await self._verify(self._connection)
-                    if view.is_open:
-                        await load_scripts(self._connection, self._scripts)
-            return
-        if word == "OOM":
-            raise Refused(Outcome.BACKLOG_FULL)
+    async def _refusal(self, error: StoreError | ShardNotUsable, view: ShardView, read_only: bool) -> Refused:
+        """The refusal that tells why a script has not decided."""
+        if isinstance(error, OutcomeUnknown):
+            return Refused(Outcome.STORE_UNAVAILABLE if read_only else Outcome.OUTCOME_UNKNOWN)
+        if isinstance(error, OutOfMemory):
+            return Refused(Outcome.BACKLOG_FULL)
+        if isinstance(error, ShardNotUsable) and not isinstance(error, WrongKeyType):
+            if isinstance(error, CountsDiffer):
+                await self.doubt(view)
+            else:
+                # If Redis went back behind what was seen here, a process that saw nothing must not be believed for another
+                # moment. In any other epoch, history or state this does nothing.
+                await self._doubt(view, 0)
+            self._suspect(view)
+            return Refused(Outcome.RECOVERING)
+        word = error.word if isinstance(error, ReplyError) else ""
         if word in ("READONLY", "MASTERDOWN"):
             self._suspect(view)
-            raise Refused(Outcome.RECOVERING)
-        if word in ("LOADING", "BUSY", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN"):
-            raise Refused(Outcome.STORE_UNAVAILABLE)
-        log.error("a script failed in shard %02d: %s", view.shard, word)
-        raise Refused(Outcome.INTERNAL_ERROR)
+        if word in ("READONLY", "MASTERDOWN", "NOSCRIPT"):
+            return Refused(Outcome.RECOVERING)
+        if isinstance(error, NotSent) or word in _UNAVAILABLE_WORDS:
+            return Refused(Outcome.STORE_UNAVAILABLE)
+        log.error("a script failed in shard %02d: %s", view.shard, error)
+        return Refused(Outcome.INTERNAL_ERROR)
+
+    async def _load_again(self, view: ShardView) -> None:
+        """The server does not know a script: it may be another one. Verify it, and load only where the shard is open."""
+        with contextlib.suppress(StoreError):
+            if self._connection:
+                await self._verify(self._connection)
+                if view.is_open:
+                    await load_scripts(self._connection, self._to_load)
 
     async def _doubt(self, view: ShardView, seen_seq: int) -> None:
         if self._connection is not None:
             with contextlib.suppress(StoreError):
-                command = self._calls["doubt_shard"].pack(view.keys.prefix, view.epoch, seen_seq)
+                command = self._scripts["doubt_shard"].pack(view.keys.prefix, view.epoch, seen_seq)
                 await self._connection.send(*command)
 
     def _suspect(self, view: ShardView) -> None:
@@ -217,7 +228,7 @@ class DataPlane:
                 connection = await connect(self._url, "coupon-api")
                 async with replies_within(REPLY_TIMEOUT_S):  # nobody watches it yet
                     await self._verify(connection)
-                    await load_scripts(connection, self._scripts)
+                    await load_scripts(connection, self._to_load)
                 self._connection = connection
                 await connection.closed
             except StoreError as error:

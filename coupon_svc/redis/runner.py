@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 from coupon_svc.redis.connection import Connection, replies_within
 from coupon_svc.redis.contract import Command, Reply
@@ -13,11 +14,20 @@ from coupon_svc.redis.errors import (
     WrongKeyType,
     shard_not_usable,
 )
-from coupon_svc.redis.scripts import Script
+
+
+class Runnable(Protocol):
+    """A script, as far as it matters here: its name, and how its reply is read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reply(self) -> Callable[[list[Any]], Reply]: ...
 
 
 async def run_script(
-    script: Script,
+    script: Runnable,
     prepare: Callable[[], tuple[Connection, Command]],
     load: Callable[[], Awaitable[None]],
     *,
@@ -52,7 +62,7 @@ async def run_script(
     raise AssertionError("the last attempt returns or raises")
 
 
-def _error(script: Script, raw: ReplyError) -> Exception:
+def _error(script: Runnable, raw: ReplyError) -> Exception:
     """An error reply as an exception whose message holds no more than its first word: the rest may name a key."""
     if raw.word == "OOM":
         return OutOfMemory(f"{script.name}: OOM")
