@@ -18,6 +18,8 @@ import asyncpg
 import httpx
 import msgspec
 
+from coupon_svc.domain.holding import Holding
+from coupon_svc.domain.position import Position
 from coupon_svc.domain.shards import shard_tag
 from tests.harness import Stack, until
 
@@ -96,10 +98,9 @@ class History:
 
 
 class Holder(NamedTuple):
-    """A value of a `holders` hash."""
+    """Who holds a code, and the position of what happened to it last."""
 
-    epoch: int
-    seq: int
+    last: tuple[int, int]
     uses: int
     at_ms: int
     user_id: str
@@ -198,9 +199,8 @@ async def read_redis(stack: Stack) -> Redis:
 
 
 def _holder(value: str) -> Holder:
-    position, uses, at_ms, user_id = value.split(" ", 3)
-    epoch, _, seq = position.rpartition("/")[2].partition("-")
-    return Holder(int(epoch), int(seq), int(uses), int(at_ms), user_id)
+    holding = Holding.parse(value)
+    return Holder(holding.last, holding.uses, holding.at_ms, holding.user_id)
 
 
 async def audit(stack: Stack, history: History | Iterable[Answer] | None = None) -> None:
@@ -363,7 +363,11 @@ async def _audit_history_of_rows(ledger: Any) -> None:
         )
         last = bytes(32)
         for row in rows:
-            what = json.loads(row["event"]) if row["event"] else [row["seq"], *list(row)[3:7]]
+            what = (
+                json.loads(row["event"])
+                if row["event"]
+                else [row[name] for name in ("seq", "fields", "reason", "book_id", "code")]
+            )
             last = _hash(last, end["shard"], row["epoch"], what)
             assert last == row["chain"], f"the row at {row['epoch']}-{row['seq']} is not as it was written"
         assert last == end["chain"], "the chain does not end where the shard says"
@@ -405,7 +409,7 @@ async def _audit_books(ledger: Any, redis: Redis, dead: set[str]) -> None:
                            ORDER BY book_id, code, epoch DESC, seq DESC) AS last USING (book_id, code)
         """
     ):
-        holder = Holder(row["epoch"], row["seq"], row["uses"], row["assigned_at_ms"], row["user_id"])
+        holder = Holder((row["epoch"], row["seq"]), row["uses"], row["assigned_at_ms"], row["user_id"])
         coupons.setdefault(row["book_id"], {})[row["code"]] = holder
     books = await ledger.fetch("SELECT * FROM books")
     assert set(redis.books) == {book["book_id"] for book in books}, "Redis and Postgres know different books"
@@ -445,7 +449,7 @@ async def _audit_streams(ledger: Any, redis: Redis) -> None:
     for shard, entries in redis.streams.items():
         seqs = []
         for entry_id, fields in entries:
-            epoch, seq = map(int, entry_id.split("-"))
+            epoch, seq = Position.parse(entry_id)
             seqs.append(seq)
             if (shard, epoch, seq) in dead:
                 continue

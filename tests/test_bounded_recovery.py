@@ -302,7 +302,7 @@ async def test_a_key_whose_event_came_late_is_restored_though_it_stands_before_t
         "INSERT INTO ledger_marks (shard, at, epoch, seq) VALUES (0, now() - interval '26 hours', 2, 0)"
     )
     begun = NewEpoch(await bench.owned(), 0, False)
-    event = Event(5, COUPON_ASSIGNED, book_id, "LATE", "u", round(time.time() * 1000), None, None, None, "late", "f")
+    event = Event(1, 5, COUPON_ASSIGNED, book_id, "LATE", "u", round(time.time() * 1000), None, None, None, "late", "f")
     await recovery.take_late(bench.ledger, "w", begun, 1, [event])
     await bench.ledger.execute("UPDATE shards SET rebuild = true WHERE shard = 0")
     await bench.recover()
@@ -414,7 +414,7 @@ async def test_a_settlement_that_ended_half_way_is_gone_on_with(bench: Bench) ->
     again = await recovery.begin_epoch(bench.ledger, "w", await bench.owned())
     assert (again.live_epoch, again.verdict) == (0, verdict)
     live = begun.live_epoch
-    event = Event(900, COUPON_ASSIGNED, left, "L-2", "late", 1)
+    event = Event(live, 900, COUPON_ASSIGNED, left, "L-2", "late", 1)
     await recovery.take_late(bench.ledger, "w", again, live, [event])
     await bench.recover()
     rows = [await bench.row(book_id) for book_id in (done, left)]

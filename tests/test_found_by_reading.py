@@ -300,7 +300,7 @@ async def test_late_events_before_one_that_a_receipt_brought_back_are_taken_in(l
     begun = await lose(ledger, ["A-1", "A-2"])
     async with ledger.transaction():
         assert await redeem_receipt(ledger, 0, BOOK, "A-2", Receipt("bob", 5, 2, 1))
-    late = [Event(seq, COUPON_ASSIGNED, BOOK, f"A-{seq}", user, 1) for seq, user in ((1, "ann"), (2, "bob"))]
+    late = [Event(5, seq, COUPON_ASSIGNED, BOOK, f"A-{seq}", user, 1) for seq, user in ((1, "ann"), (2, "bob"))]
     for _ in range(2):
         await recovery.take_late(ledger, "w", begun, 5, late)
     held = await ledger.fetch("SELECT code, user_id FROM coupons ORDER BY code")

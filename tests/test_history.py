@@ -29,12 +29,12 @@ OWNER = "wr_me"
 AT_MS = 1_795_357_061_878
 
 
-def assigned(seq: int) -> Event:
-    return Event(seq, COUPON_ASSIGNED, "bk_00x", f"CODE-{seq}", "ann", AT_MS, idem=f"key-{seq}", fingerprint="f")
+def assigned(seq: int, epoch: int = 1) -> Event:
+    return Event(epoch, seq, COUPON_ASSIGNED, "bk_00x", f"CODE-{seq}", "ann", AT_MS, idem=f"key-{seq}", fingerprint="f")
 
 
 def redeemed(seq: int, of: int) -> Event:
-    return Event(seq, COUPON_REDEEMED, "bk_00x", f"CODE-{of}", "ann", AT_MS, 1, "till 3", '{"a": 1}')
+    return Event(1, seq, COUPON_REDEEMED, "bk_00x", f"CODE-{of}", "ann", AT_MS, 1, "till 3", '{"a": 1}')
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ async def ledger(postgres_url: str) -> AsyncIterator[asyncpg.Connection]:
     await write(connection, events[:3], dead[:1])
     await write(connection, events[3:], dead[1:])
     async with connection.transaction():
-        await note_late(connection, 0, 0, [(assigned(90), True), (assigned(91), False)])
+        await note_late(connection, 0, [(assigned(90, 0), True), (assigned(91, 0), False)])
     yield connection
     await connection.close()
 
@@ -139,7 +139,7 @@ async def test_history_that_was_written_anew_does_not_run_through_an_earlier_hea
     await write(ledger, [assigned(9)])
     assert await findings(ledger, earlier) == []
     rows = await ledger.fetch("SELECT * FROM events WHERE chain IS NOT NULL ORDER BY seq")
-    forged = [Event(*row[2:13])._replace(user_id="thief") for row in rows]
+    forged = [Event(*(row[name] for name in Event._fields))._replace(user_id="thief") for row in rows]
     await ledger.execute("TRUNCATE coupons, redemptions; DELETE FROM events WHERE epoch = 1; DELETE FROM dead_letters")
     await ledger.execute("UPDATE shards SET committed = 0, chain = decode(repeat('00', 32), 'hex')")
     await write(ledger, forged)
@@ -153,7 +153,7 @@ async def test_late_events_that_were_written_anew_do_not_run_through_an_earlier_
     earlier = (await walk_history(ledger, 0)).head
     await ledger.execute("TRUNCATE late_events, late_heads; DELETE FROM events WHERE epoch = 0; DELETE FROM coupons")
     async with ledger.transaction():
-        await note_late(ledger, 0, 0, [(assigned(91), False), (assigned(92), True), (assigned(93), False)])
+        await note_late(ledger, 0, [(assigned(91, 0), False), (assigned(92, 0), True), (assigned(93, 0), False)])
     assert await findings(ledger) == [], "the forged chain fits by itself"
     assert "earlier report, that of late event 2" in (await findings(ledger, earlier))[0]
 
@@ -168,7 +168,7 @@ async def test_the_chain_goes_on_over_a_recovery_that_finds_holes_and_poison(led
     assert await ledger.fetchval("SELECT count(*) FROM dead_letters WHERE seq > 8") == 3
     again = await mark_certified(ledger, OWNER, begun)
     assert again == (await owned_shards(ledger, OWNER))[0]
-    await write(ledger, [assigned(1)._replace(code="CODE-99")])
+    await write(ledger, [assigned(1, 2)._replace(code="CODE-99")])
     history = await walk_history(ledger, 0)
     assert (history.findings, history.head.position) == ([], "00:2-1")
 
@@ -227,7 +227,7 @@ async def test_rows_from_before_the_chain_are_counted_and_the_chain_begins_behin
     assert (await walk_history(connection, 0)).head == Head(0, None, "00" * 32, 0, "00" * 32, 3)
     await write(connection, [assigned(3), assigned(4)])
     async with connection.transaction():
-        await note_late(connection, 0, 0, [(assigned(91), False)])
+        await note_late(connection, 0, [(assigned(91, 0), False)])
     history = await walk_history(connection, 0)
     assert history.findings == []
     assert (history.head.position, history.head.late_events, history.head.unhashed) == ("00:1-4", 2, 3)

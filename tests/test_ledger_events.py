@@ -13,7 +13,7 @@ from coupon_svc.postgres.events import Batch, write_batches
 from tests.harness import fresh_database
 
 OWNER = "wr_me"
-GOOD = Batch(0, 3, 7, 0, 1, [Event(1, COUPON_ASSIGNED, "bk_00x", "CODE-1", "ann", 1_795_357_061_878)])
+GOOD = Batch(0, 3, 7, 0, 1, [Event(3, 1, COUPON_ASSIGNED, "bk_00x", "CODE-1", "ann", 1_795_357_061_878)])
 
 
 @pytest.fixture

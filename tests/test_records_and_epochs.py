@@ -52,11 +52,11 @@ async def holder(ledger: asyncpg.Connection) -> str | None:
 
 
 async def test_a_late_event_gives_a_code_to_its_user_only_in_its_own_epoch(ledger: asyncpg.Connection) -> None:
-    event = Event(1, COUPON_ASSIGNED, BOOK, CODE, "ann", 1)
+    event = Event(1, 1, COUPON_ASSIGNED, BOOK, CODE, "ann", 1)
     for _ in range(2):  # a recovery may die and be run again
         await recovery.take_late(ledger, "w", BEGUN, 1, [event])
         assert await holder(ledger) is None, "P1: the code was answered to bob"
-    await recovery.take_late(ledger, "w", BEGUN, LOST_IN, [event._replace(user_id="bob")])
+    await recovery.take_late(ledger, "w", BEGUN, LOST_IN, [event._replace(epoch=LOST_IN, user_id="bob")])
     assert await holder(ledger) == "bob"
     notes = await ledger.fetch("SELECT epoch, user_id, recorded FROM late_events ORDER BY link")
     assert [tuple(note) for note in notes] == [(1, "ann", False), (2, "bob", True)]
@@ -96,11 +96,11 @@ async def test_an_operator_decides_what_is_in_quarantine_whatever_its_epoch(ledg
 
 
 def redemption(seq: int, user: str, code: str = CODE) -> Event:
-    return Event(seq, COUPON_REDEEMED, BOOK, code, user, 1, uses=1)
+    return Event(4, seq, COUPON_REDEEMED, BOOK, code, user, 1, uses=1)
 
 
 async def test_a_redemption_by_another_than_the_holder_contradicts_the_ledger(ledger: asyncpg.Connection) -> None:
-    assigned = [Event(seq, COUPON_ASSIGNED, BOOK, code, "ann", 1) for seq, code in ((1, CODE), (2, "B-2"))]
+    assigned = [Event(4, seq, COUPON_ASSIGNED, BOOK, code, "ann", 1) for seq, code in ((1, CODE), (2, "B-2"))]
     first = Batch(0, 4, 1, 0, 2, assigned)
     async with ledger.transaction():
         heads = await write_batches(ledger, "w", [first])

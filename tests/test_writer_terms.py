@@ -68,7 +68,7 @@ async def test_a_position_of_the_epoch_before_is_not_told_in_the_next(recovered:
     persister = Persister(
         "", "wr", store, {before.shard: shard}, lambda _, book, number: assigned.append(book), LedgerClock()
     )
-    event = Event(1, COUPON_ASSIGNED, book_id, "A-1", "u", 1)
+    event = Event(before.epoch, 1, COUPON_ASSIGNED, book_id, "A-1", "u", 1)
     old = Batch(before.shard, before.epoch, before.generation, 0, 1, [event])
     await persister._publish(shard, old, b"x" * 32, "")
     assert (shard.committed, shard.chain, assigned) == (0, CHAIN, [])
@@ -172,7 +172,9 @@ async def test_codes_are_counted_though_their_position_cannot_be_told(recovered:
         "", "wr", away, {before.shard: shard}, lambda _, book, number: assigned.append((book, number)), LedgerClock()
     )
     now = shard.owned
-    batch = Batch(now.shard, now.epoch, now.generation, 0, 1, [Event(1, COUPON_ASSIGNED, book_id, "A-1", "u", 1)])
+    batch = Batch(
+        now.shard, now.epoch, now.generation, 0, 1, [Event(now.epoch, 1, COUPON_ASSIGNED, book_id, "A-1", "u", 1)]
+    )
     with pytest.raises(StoreError):
         await persister._publish(shard, batch, b"x" * 32, "")
     assert (shard.committed, assigned) == (1, [(book_id, 1)])

@@ -409,7 +409,7 @@ async def test_a_shard_that_another_writer_took_throws_no_other_shards_batch_awa
     await connection.execute("UPDATE shards SET owner = 'another', generation = 2 WHERE shard = 1")
     persister = Persister(url, "wr", OddStore(), shards, lambda *_: None, LedgerClock())
     batches = [
-        Batch(number, 1, 1, 0, 1, [Event(1, COUPON_ASSIGNED, f"bk_0{number}x", f"A-{number}", "u", 1)])
+        Batch(number, 1, 1, 0, 1, [Event(1, 1, COUPON_ASSIGNED, f"bk_0{number}x", f"A-{number}", "u", 1)])
         for number in range(3)
     ]
     committed = await persister._commit(batches)

@@ -1,7 +1,8 @@
 """The hash chain over a shard's ledger rows: each carries a hash over itself and the one before it.
 
-A hash is the BLAKE2b of 32 bytes over the msgpack of (hash before, shard, epoch, record). The record is an `Event`; a
-dead letter's (seq, fields, reason, book_id, code); or, in the chain of late events, (link, recorded, event). msgpack tells
+A hash is the BLAKE2b of 32 bytes over the msgpack of (hash before, shard, epoch, record). The record is an event's
+`Event.record`; a dead letter's (seq, fields, reason, book_id, code); or, in the chain of late events, (link, recorded,
+the event's). msgpack tells
 texts, bytes, numbers, nulls and lengths apart, so no two rows are the same bytes.
 
 Nothing here is secret: who may write to the tables can compute the chain anew (docs/architecture.md, *The hash chain*).

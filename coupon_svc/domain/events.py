@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 from coupon_svc.domain.errors import CouponError
+from coupon_svc.domain.position import Epoch, Position, Seq
 
 COUPON_ASSIGNED = "coupon_assigned"
 COUPON_REDEEMED = "coupon_redeemed"
 
 
 class Event(NamedTuple):
-    """One event of a shard's epoch. `uses` tells which use of the code a redemption was, from 1."""
+    """One event of a shard. `uses` tells which use of the code a redemption was, from 1."""
 
+    epoch: int
     seq: int
     event: str
     book_id: str
@@ -26,29 +29,42 @@ class Event(NamedTuple):
     idem: str | None = None
     fingerprint: str | None = None
 
+    @property
+    def position(self) -> Position:
+        return Position(Epoch(self.epoch), Seq(self.seq))
+
+    @property
+    def record(self) -> tuple[Any, ...]:
+        """The fields of RECORD_FIELDS: what the event's hash covers beside its shard and epoch."""
+        fields: tuple[Any, ...] = _record(self)
+        return fields
+
+
+RECORD_FIELDS = (
+    "seq", "event", "book_id", "code", "user_id", "at_ms", "uses", "reference", "metadata", "idem", "fingerprint",
+)  # fmt: skip
+_record = itemgetter(*map(Event._fields.index, RECORD_FIELDS))
+
 
 class MalformedEvent(CouponError):
     """A stream entry that no script of ours wrote. The message names what is wrong and holds no value of it."""
 
 
-def parse_entry_id(entry_id: str) -> tuple[int, int]:
-    """(epoch, seq) of a stream entry."""
-    epoch, _, seq = entry_id.partition("-")
-    return int(epoch), int(seq)
-
-
-def parse_event(seq: int, fields: Sequence[str]) -> Event:
+def parse_event(position: Position, fields: Sequence[str]) -> Event:
     """The event in a stream entry's fields, a flat list of names and values. Raises MalformedEvent."""
+    epoch, seq = position
     try:
         if fields[1] == COUPON_ASSIGNED and len(fields) == 14:
             _, event, _, book_id, _, code, _, user_id, _, at_ms, _, idem, _, fingerprint = fields
             return Event(
-                seq, event, book_id, code, user_id, _int(at_ms, 63), idem=idem or None, fingerprint=fingerprint or None
-            )
+                epoch, seq, event, book_id, code, user_id, _int(at_ms, 63), idem=idem or None,
+                fingerprint=fingerprint or None,
+            )  # fmt: skip
         values = dict(zip(fields[::2], fields[1::2], strict=True))
         if values["event"] != COUPON_REDEEMED:
             raise MalformedEvent("an event of no known kind")
         return Event(
+            epoch,
             seq,
             COUPON_REDEEMED,
             values["book"],
@@ -68,7 +84,7 @@ def parse_event(seq: int, fields: Sequence[str]) -> Event:
 def is_event(fields: Sequence[str], event: Event | None) -> bool:
     """Whether a stream entry's fields are those of `event`."""
     try:
-        return event is not None and parse_event(event.seq, fields) == event
+        return event is not None and parse_event(event.position, fields) == event
     except MalformedEvent:
         return False
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from coupon_svc.config import Settings
 from coupon_svc.domain.errors import CouponError
+from coupon_svc.domain.holding import Holding
+from coupon_svc.domain.position import Position
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, one_row, open_connection
 from coupon_svc.postgres.migrations import check_installation
 from coupon_svc.postgres.recovery import EPOCH_CHANNEL, last_seq
@@ -68,7 +70,7 @@ class Stopped(NamedTuple):
     last_seq: int
     """Of the certified epoch."""
     meta: ShardMeta
-    newest_entry: str | None
+    newest_entry: Position | None
     last_hash: bytes | None
     """Of the last row, when the shard's chain does not end with it."""
     held: dict[str, dict[str, int]]
@@ -90,7 +92,7 @@ class Stopped(NamedTuple):
 
     def next_epoch(self) -> int:
         """Above everything that either store knows."""
-        entry = int(self.newest_entry.partition("-")[0]) if self.newest_entry else 0
+        entry = self.newest_entry.epoch if self.newest_entry else 0
         return 1 + max(self.epoch, self.meta.newest_epoch, entry)
 
     def next_generation(self) -> int:
@@ -175,8 +177,11 @@ async def _look(connection: LedgerConnection, store: ShardControl, row: Any) -> 
 
 def _epoch_of(holder: str, otherwise: int) -> int:
     """The epoch in which a code was assigned, by what Redis keeps of its holder: `3-17 0 1795358937476 alice`."""
-    epoch = holder.partition("-")[0]
-    return int(epoch) if epoch.isascii() and epoch.isdigit() and len(epoch) < 16 else otherwise
+    try:
+        epoch = Holding.parse(holder).assigned.epoch
+    except ValueError:
+        return otherwise
+    return epoch if epoch < 10**15 else otherwise
 
 
 async def _go_on(connection: LedgerConnection, found: Stopped) -> int:

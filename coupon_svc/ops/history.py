@@ -7,34 +7,41 @@ in coupon_svc/domain/chain.py. A page of each table is in memory at a time, and 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import msgspec
 
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
+from coupon_svc.domain.events import RECORD_FIELDS
+from coupon_svc.domain.position import parse_shard_position
 from coupon_svc.postgres.database import LedgerConnection, one_row
+from coupon_svc.postgres.events import DeadLetter
 
 PAGE = 2_000
 PROGRESS_ROWS = 50_000
 
 Place = tuple[int, ...]
 
-# The columns as they are hashed come first, `width` of them. Events that came late have their hash in the other chain.
-_EVENTS = """
-    SELECT seq, event, book_id, code, user_id, at_ms, uses, reference, metadata, idem, fingerprint, 11 AS width, epoch,
+# Events that came late have their hash in the other chain.
+_EVENTS = f"""
+    SELECT {", ".join(RECORD_FIELDS)}, epoch,
            chain, CASE WHEN chain IS NULL THEN EXISTS (SELECT FROM late_events l WHERE recorded
                        AND (l.shard, l.epoch, l.seq) = (e.shard, e.epoch, e.seq)) ELSE false END AS late
     FROM events e WHERE shard = $1 ORDER BY epoch, seq
 """
 _DEAD_LETTERS = """
-    SELECT seq, fields, reason, book_id, code, 5 AS width, epoch, chain, false AS late
+    SELECT seq, fields, reason, book_id, code, epoch, chain, false AS late
     FROM dead_letters WHERE shard = $1 ORDER BY epoch, seq
 """
-_LATE_EVENTS = """
-    SELECT seq, event, book_id, code, user_id, at_ms, uses, reference, metadata, idem, fingerprint, 11 AS width, epoch,
+_LATE_EVENTS = f"""
+    SELECT {", ".join(RECORD_FIELDS)}, epoch,
            chain, link, recorded
     FROM late_events WHERE shard = $1 ORDER BY link
 """
+_event_record = itemgetter(*RECORD_FIELDS)
+_letter_record = itemgetter(*DeadLetter._fields)
+"""What is hashed of a row."""
 _ENDS = """
     SELECT shards.chain, late_heads.chain AS late_chain FROM shards LEFT JOIN late_heads USING (shard) WHERE shard = $1
 """
@@ -72,21 +79,21 @@ async def walk_history(
     positions = _Chain("positions", shard, lambda at: f"{shard:02d}:{at[0]}-{at[1]}")
     late = _Chain("late events", shard, lambda at: f"late event {at[0]} of shard {shard:02d}")
     if earlier is not None and earlier.position is not None:
-        epoch, _, seq = earlier.position.partition(":")[2].partition("-")
-        positions.seek((int(epoch), int(seq)), earlier.chain)
+        _, position = parse_shard_position(earlier.position)
+        positions.seek(position, earlier.chain)
     if earlier is not None and earlier.late_events:
         late.seek((earlier.late_events,), earlier.late_chain)
     rows = 0
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         ends = await one_row(connection, _ENDS, shard)
-        async for row in _by_position(connection, shard):
+        async for row, record in _by_position(connection, shard):
             if not row["late"]:
-                positions.add((row["epoch"], row["seq"]), row["epoch"], row[: row["width"]], row["chain"])
+                positions.add((row["epoch"], row["seq"]), row["epoch"], record, row["chain"])
             rows += 1
             if progress is not None and rows % PROGRESS_ROWS == 0:
                 progress(rows)
         async for row in _rows(connection, _LATE_EVENTS, shard):
-            late.add((row["link"],), row["epoch"], (row["link"], row["recorded"], row[: row["width"]]), row["chain"])
+            late.add((row["link"],), row["epoch"], (row["link"], row["recorded"], _event_record(row)), row["chain"])
     head = Head(
         shard,
         positions.name(positions.last) if positions.last else None,
@@ -142,17 +149,17 @@ class _Chain:
         return found
 
 
-async def _by_position(connection: LedgerConnection, shard: int) -> AsyncIterator[Any]:
-    """Events and dead letters, merged in the order of their positions."""
+async def _by_position(connection: LedgerConnection, shard: int) -> AsyncIterator[tuple[Any, tuple[Any, ...]]]:
+    """Events and dead letters, each with what is hashed of it, merged in the order of their positions."""
     dead = _rows(connection, _DEAD_LETTERS, shard)
     letter = await anext(dead, None)
     async for event in _rows(connection, _EVENTS, shard):
         while letter is not None and (letter["epoch"], letter["seq"]) < (event["epoch"], event["seq"]):
-            yield letter
+            yield letter, _letter_record(letter)
             letter = await anext(dead, None)
-        yield event
+        yield event, _event_record(event)
     while letter is not None:
-        yield letter
+        yield letter, _letter_record(letter)
         letter = await anext(dead, None)
 
 

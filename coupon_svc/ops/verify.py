@@ -19,7 +19,6 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import asyncpg
 import msgspec
@@ -28,6 +27,7 @@ from redis.exceptions import RedisError
 
 from coupon_svc.config import Settings
 from coupon_svc.domain.books import Book
+from coupon_svc.domain.holding import Holding
 from coupon_svc.ops.history import Head, walk_history
 from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, open_connection
@@ -127,13 +127,6 @@ class Report(msgspec.Struct):
         return not self.findings and not self.unchecked
 
 
-class _Held(NamedTuple):
-    epoch: int
-    seq: int
-    uses: int
-    user_id: str
-
-
 class Verifier:
     """Verifies with reads alone: it changes nothing in either store."""
 
@@ -186,14 +179,14 @@ class Verifier:
     async def _verify_book(self, shard: int, keys: ShardKeys, book: Book, epoch: int) -> None:
         ledger = await self._ledger_coupons(book)
         counted = await self._redemptions(keys, book.book_id)
-        held = {code: parse_holder(text) async for code, text in self._scan_hash(keys.holders(book.book_id))}
+        held = {code: Holding.parse(text) async for code, text in self._scan_hash(keys.holders(book.book_id))}
         uses = sum(holder.uses for holder in held.values())
         wrong = max(counted - uses, uses - await self._redemptions(keys, book.book_id), 0)
         self._find(shard, "a book counts other redemptions than its coupons have", wrong, book)
         missing = [code for code, (user, uses) in ledger.items() if not _same(held.get(code), user, uses)]
         self._find(shard, "a coupon of the ledger is not in Redis, or another's there", len(missing), book)
         ahead = {code: holder for code, holder in held.items() if code not in ledger or ledger[code][1] < holder.uses}
-        old = sum(1 for holder in ahead.values() if holder.epoch != epoch)
+        old = sum(1 for holder in ahead.values() if holder.last.epoch != epoch)
         self._find(shard, "a coupon of an older epoch is in Redis and not in the ledger", old, book)
         self.report.under_way += len(ahead)
         if ahead and not old:
@@ -217,7 +210,7 @@ class Verifier:
             rows = await coupons_of_book(self._connection, book.book_id, rows[-1]["code"])
         return ledger
 
-    async def _not_arrived(self, shard: int, book: Book, ahead: dict[str, _Held]) -> int:
+    async def _not_arrived(self, shard: int, book: Book, ahead: dict[str, Holding]) -> int:
         """How many of the coupons that were only in Redis are still not in the ledger a moment later."""
         deadline = asyncio.get_running_loop().time() + ARRIVAL_WAIT_S
         while True:
@@ -236,7 +229,7 @@ class Verifier:
                 return len(wrong)
             await asyncio.sleep(0.2)
 
-    async def _unlisted(self, keys: ShardKeys, book: Book, held: dict[str, _Held]) -> int:
+    async def _unlisted(self, keys: ShardKeys, book: Book, held: dict[str, Holding]) -> int:
         unlisted = 0
         codes = list(held.items())
         for start in range(0, len(codes), CHUNK):
@@ -290,14 +283,7 @@ class Verifier:
             print(f"\r\033[K[{bar:30}] {done}/{total} shards{at}", end=end, file=sys.stderr, flush=True)
 
 
-def parse_holder(text: str) -> _Held:
-    """Who holds a code, as `holders` has it: `position uses at_ms user`; of several positions the last counts."""
-    position, uses, _, user_id = text.split(" ", 3)
-    epoch, _, seq = position.rpartition("/")[2].partition("-")
-    return _Held(int(epoch), int(seq), int(uses), user_id)
-
-
-def _same(holder: _Held | None, user_id: str, uses: int) -> bool:
+def _same(holder: Holding | None, user_id: str, uses: int) -> bool:
     return holder is not None and holder.user_id == user_id and holder.uses >= uses
 
 

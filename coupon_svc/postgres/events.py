@@ -11,6 +11,7 @@ import msgspec
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.codes import normalise_code
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
+from coupon_svc.domain.position import Position
 from coupon_svc.postgres.errors import Contradiction, LedgerEdited, NotOwner
 
 DATA_ERRORS = (
@@ -55,7 +56,7 @@ _SPENT_BY_ANOTHER = """
     SELECT EXISTS (SELECT FROM unnest($1::text[], $2::text[], $3::text[]) AS u (book_id, code, user_id)
                    JOIN coupons USING (book_id, code) WHERE coupons.user_id <> u.user_id)
 """
-_EVENT_COLUMNS = ("shard", "epoch", *Event._fields, "chain")
+_EVENT_COLUMNS = ("shard", *Event._fields, "chain")
 _COUPON_COLUMNS = ("book_id", "code", "user_id", "assigned_at_ms", "epoch", "seq")
 _REDEMPTION_COLUMNS = (
     "book_id", "code", "uses", "user_id", "redeemed_at_ms", "reference", "metadata", "epoch", "seq",
@@ -76,13 +77,13 @@ def dead_letter(event: Event, reason: str) -> DeadLetter:
     """An event that the ledger cannot take, with its book and code unless it is they that are wrong with it."""
     known = event.book_id.isascii() and event.book_id.isprintable() and normalise_code(event.code) == event.code
     book_id, code = (event.book_id, event.code) if known else (None, None)
-    return DeadLetter(event.seq, msgspec.json.encode(event), reason, book_id, code)
+    return DeadLetter(event.seq, msgspec.json.encode(event.record), reason, book_id, code)
 
 
-def garbled_letter(seq: int, fields: Sequence[str], reason: str) -> DeadLetter:
+def garbled_letter(position: Position, fields: Sequence[str], reason: str) -> DeadLetter:
     """A stream entry that is no event of ours, with its book and code where they can be told."""
     values = dict(zip(fields[::2], fields[1::2], strict=False))
-    letter = dead_letter(Event(seq, "", values.get("book", ""), values.get("code", ""), "", 0), reason)
+    letter = dead_letter(Event(*position, "", values.get("book", ""), values.get("code", ""), "", 0), reason)
     return letter._replace(fields=msgspec.json.encode(fields))
 
 
@@ -109,11 +110,15 @@ async def write_batches(connection: asyncpg.Connection, writer_id: str, batches:
     Returns each shard's last hash. Raises NotOwner when a shard was taken over, has a new epoch, or is not where its batch
     begins; LedgerEdited; one of DATA_ERRORS when a row cannot be stored.
     """
-    linked = [link_batch(batch) for batch in sorted(batches)]
-    *terms, chains = ([one.batch[i] for one in linked] for i in (0, 1, 2, 3, 4, 7))
-    advanced = await connection.execute(_ADVANCE, writer_id, *terms, chains, [one.head for one in linked])
+    linked = [link_batch(batch) for batch in sorted(batches, key=lambda batch: batch.shard)]
+    shards, epochs, generations, committed, upto, chains = (
+        [getattr(one.batch, name) for one in linked]
+        for name in ("shard", "epoch", "generation", "committed", "upto", "chain")
+    )
+    begins = (shards, epochs, generations, committed)
+    advanced = await connection.execute(_ADVANCE, writer_id, *begins, upto, chains, [one.head for one in linked])
     if advanced != f"UPDATE {len(linked)}":
-        edited = await connection.fetch(_EDITED, writer_id, *terms[:4], chains)
+        edited = await connection.fetch(_EDITED, writer_id, *begins, chains)
         raise LedgerEdited([row["shard"] for row in edited]) if edited else NotOwner
     await write_linked(connection, linked)
     return {one.batch.shard: one.head for one in linked}
@@ -126,6 +131,8 @@ class Linked(NamedTuple):
     rows: Sequence[tuple[Any, ...]]
     dead: Sequence[tuple[Any, ...]]
     head: bytes
+    chains: Sequence[bytes] = ()
+    """The hash of each event of the batch."""
 
 
 def link_batch(batch: Batch) -> Linked:
@@ -136,15 +143,21 @@ def link_batch(batch: Batch) -> Linked:
         records = sorted((*batch.events, *batch.dead), key=lambda record: record.seq)
     rows: list[tuple[Any, ...]] = []
     dead: list[tuple[Any, ...]] = []
+    chains: list[bytes] = []
     for record in records:
-        head = chain_hash(head, shard, epoch, record)
-        (rows if type(record) is Event else dead).append((shard, epoch, *record, head))
-    return Linked(batch, rows, dead, head)
+        if type(record) is Event:
+            head = chain_hash(head, shard, epoch, record.record)
+            rows.append((shard, *record, head))
+            chains.append(head)
+        else:
+            head = chain_hash(head, shard, epoch, record)
+            dead.append((shard, epoch, *record, head))
+    return Linked(batch, rows, dead, head, chains)
 
 
 def unlinked(batch: Batch) -> Linked:
     """The batch as rows without a hash: late events, which stand in the chain of `late_events`."""
-    return Linked(batch, [(batch.shard, batch.epoch, *event, None) for event in batch.events], (), batch.chain)
+    return Linked(batch, [(batch.shard, *event, None) for event in batch.events], (), batch.chain)
 
 
 async def write_linked(connection: asyncpg.Connection, linked: Sequence[Linked]) -> None:
@@ -154,7 +167,7 @@ async def write_linked(connection: asyncpg.Connection, linked: Sequence[Linked])
     if rows:
         await connection.copy_records_to_table("events", records=rows, columns=_EVENT_COLUMNS)
     assigned = [
-        (event.book_id, event.code, event.user_id, event.at_ms, batch.epoch, event.seq)
+        (event.book_id, event.code, event.user_id, event.at_ms, event.epoch, event.seq)
         for batch in batches
         for event in batch.events
         if event.event == COUPON_ASSIGNED
@@ -162,7 +175,7 @@ async def write_linked(connection: asyncpg.Connection, linked: Sequence[Linked])
     if assigned:
         await connection.copy_records_to_table("coupons", records=assigned, columns=_COUPON_COLUMNS)
     redeemed = [
-        (e.book_id, e.code, e.uses, e.user_id, e.at_ms, e.reference, e.metadata, batch.epoch, e.seq)
+        (e.book_id, e.code, e.uses, e.user_id, e.at_ms, e.reference, e.metadata, e.epoch, e.seq)
         for batch in batches
         for e in batch.events
         if e.event == COUPON_REDEEMED

@@ -33,8 +33,8 @@ async def redeem_receipt(connection: asyncpg.Connection, shard: int, book_id: st
     ):
         await connection.execute("UPDATE books SET lent = lent + 1 WHERE book_id = $1", book_id)
         await connection.execute("UPDATE codes SET place = 0 WHERE book_id = $1 AND code = $2", book_id, code)
-        event = Event(receipt.seq, COUPON_ASSIGNED, book_id, code, receipt.user_id, receipt.at_ms)
-        await note_late(connection, shard, receipt.epoch, [(event, True)])
+        event = Event(receipt.epoch, receipt.seq, COUPON_ASSIGNED, book_id, code, receipt.user_id, receipt.at_ms)
+        await note_late(connection, shard, [(event, True)])
         return True
     holder = await connection.fetchval("SELECT user_id FROM coupons WHERE book_id = $1 AND code = $2", book_id, code)
     return bool(holder == receipt.user_id)

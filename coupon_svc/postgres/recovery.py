@@ -64,7 +64,7 @@ _LATE_HEAD = """
     ON CONFLICT (shard) DO UPDATE SET links = known.links RETURNING links, chain
 """
 _NOTE_LATE = """
-    INSERT INTO late_events (shard, epoch, link, recorded, chain, seq, event, book_id, code, user_id, at_ms, uses,
+    INSERT INTO late_events (shard, link, recorded, chain, epoch, seq, event, book_id, code, user_id, at_ms, uses,
                              reference, metadata, idem, fingerprint)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
 """
@@ -138,7 +138,7 @@ async def begin_epoch(connection: asyncpg.Connection, writer_id: str, owned: Own
         await connection.execute("SELECT pg_notify($1, $2)", EPOCH_CHANNEL, str(owned.shard))
     live = row["certified_epoch"] if row["certified_epoch"] > row["settled_epoch"] else 0
     verdict = Verdict(row["settling_epoch"], row["settling_lost"]) if row["settling_epoch"] else None
-    return NewEpoch(OwnedShard(*row[:5]), live, row["rebuild"], verdict)
+    return NewEpoch(OwnedShard(**{name: row[name] for name in OwnedShard._fields}), live, row["rebuild"], verdict)
 
 
 async def last_seq(connection: asyncpg.Connection, shard: int, epoch: int) -> int:
@@ -173,9 +173,10 @@ async def drain(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch,
             epoch,
             [event.seq for event in batch.events],
         )
-        known = {row["seq"]: tuple(row)[1:] for row in rows}
+        known = {row["seq"]: (row["event"], row["book_id"], row["code"], row["user_id"]) for row in rows}
         for event in batch.events:
-            if event.seq in known and known[event.seq] != event[1:5]:
+            recorded = known.get(event.seq)
+            if recorded is not None and recorded != (event.event, event.book_id, event.code, event.user_id):
                 raise HistoryForked(f"event {epoch}-{event.seq} differs from the one in the ledger")
         last = await last_seq(connection, shard, epoch)
         new = [event for event in batch.events if event.seq > last]
@@ -217,7 +218,7 @@ async def _write_all(connection: asyncpg.Connection, batch: Batch) -> bytes:
     linked = link_batch(batch._replace(events=good, dead=dead))
     await connection.executemany(
         "UPDATE events SET chain = $4 WHERE (shard, epoch, seq) = ($1, $2, $3)",
-        [(*row[:3], row[-1]) for row in linked.rows],
+        [(batch.shard, *event.position, chain) for event, chain in zip(good, linked.chains, strict=True)],
     )
     await write_linked(connection, [linked._replace(batch=batch._replace(events=()), rows=())])
     return linked.head
@@ -305,16 +306,16 @@ async def take_late(
                 connection, event.book_id, event.code, epoch, "late_event"
             ):
                 await connection.execute("UPDATE books SET lent = lent + 1 WHERE book_id = $1", event.book_id)
-                await connection.execute("UPDATE codes SET place = 0 WHERE book_id = $1 AND code = $2", *event[2:4])
+                await connection.execute(
+                    "UPDATE codes SET place = 0 WHERE book_id = $1 AND code = $2", event.book_id, event.code
+                )
                 notes.append((event, True))
             elif event.seq not in noted:
                 notes.append((event, False))
-        await note_late(connection, shard, epoch, notes)
+        await note_late(connection, shard, notes)
 
 
-async def note_late(
-    connection: asyncpg.Connection, shard: int, epoch: int, notes: Sequence[tuple[Event, bool]]
-) -> None:
+async def note_late(connection: asyncpg.Connection, shard: int, notes: Sequence[tuple[Event, bool]]) -> None:
     """Add events to the shard's log of late ones, each with whether it is to be recorded in `events` and what follows.
 
     The last thing of a transaction: it holds the shard's `late_heads` until the commit.
@@ -325,10 +326,10 @@ async def note_late(
     links, head = row["links"], row["chain"]
     for event, recorded in notes:
         links += 1
-        head = chain_hash(head, shard, epoch, (links, recorded, event))
-        await connection.execute(_NOTE_LATE, shard, epoch, links, recorded, head, *event)
+        head = chain_hash(head, shard, event.epoch, (links, recorded, event.record))
+        await connection.execute(_NOTE_LATE, shard, links, recorded, head, *event)
         if recorded:
-            await write_linked(connection, [unlinked(Batch(shard, epoch, 0, event.seq - 1, event.seq, [event]))])
+            await write_linked(connection, [unlinked(Batch(shard, event.epoch, 0, event.seq - 1, event.seq, [event]))])
     await connection.execute("UPDATE late_heads SET links = $2, chain = $3 WHERE shard = $1", shard, links, head)
 
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from coupon_svc.domain.holding import Holding
+from coupon_svc.domain.position import Position
 from coupon_svc.redis.connection import Connection, connect, replies_within
 from coupon_svc.redis.connection import Reply as RawReply
 from coupon_svc.redis.contract import Reply
@@ -327,10 +328,10 @@ class ShardControl:
         entries = await self._ask("XRANGE", self._keys[shard].events, f"{epoch}-{seq}", f"{epoch}-{seq}")
         return list(entries[0][1]) if entries else None
 
-    async def newest_entry(self, shard: int, below_epoch: int) -> str | None:
-        """The id of the last entry of the shard's stream in an epoch below this one. Raises StoreError."""
+    async def newest_entry(self, shard: int, below_epoch: int) -> Position | None:
+        """The position of the last entry of the shard's stream in an epoch below this one. Raises StoreError."""
         entries = await self._ask("XREVRANGE", self._keys[shard].events, f"({below_epoch}-0", "-", "COUNT", 1)
-        return str(entries[0][0]) if entries else None
+        return Position.parse(entries[0][0]) if entries else None
 
     async def holders(self, shard: int, book_id: str) -> AsyncIterator[list[tuple[str, str]]]:
         """Every code of a book that somebody holds in Redis, with what is kept of it, some at a time; a code may come

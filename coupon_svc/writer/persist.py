@@ -11,7 +11,8 @@ from typing import Any
 
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.errors import CouponError
-from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_entry_id, parse_event
+from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_event
+from coupon_svc.domain.position import Position
 from coupon_svc.postgres.database import LedgerSession
 from coupon_svc.postgres.errors import LedgerEdited, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.events import (
@@ -285,15 +286,15 @@ def following_batch(shard: Shard, entries: Sequence[Sequence[Any]]) -> Batch:
     dead: list[DeadLetter] = []
     upto = shard.committed
     for entry_id, fields in entries:
-        epoch, seq = parse_entry_id(entry_id)
-        if (epoch, seq) != (shard.owned.epoch, upto + 1):
+        position = Position.parse(entry_id)
+        if position != (shard.owned.epoch, upto + 1):
             if upto > shard.committed:
                 break
-            raise Hole(f"event {shard.owned.epoch}-{upto + 1} is missing, {epoch}-{seq} came instead")
-        upto = seq
+            raise Hole(f"event {shard.owned.epoch}-{upto + 1} is missing, {position} came instead")
+        upto = position.seq
         try:
-            events.append(parse_event(seq, fields))
+            events.append(parse_event(position, fields))
         except MalformedEvent as error:
-            dead.append(garbled_letter(seq, fields, str(error)))
+            dead.append(garbled_letter(position, fields, str(error)))
     owned = shard.owned
     return Batch(owned.shard, owned.epoch, owned.generation, shard.committed, upto, events, dead, shard.chain)

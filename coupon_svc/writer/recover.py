@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from coupon_svc.domain.books import Book
 from coupon_svc.domain.bounds import IDEMPOTENCY_MS
 from coupon_svc.domain.clock import now_ms
-from coupon_svc.domain.events import COUPON_ASSIGNED, MalformedEvent, parse_entry_id, parse_event
+from coupon_svc.domain.events import COUPON_ASSIGNED, MalformedEvent, parse_event
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
 from coupon_svc.postgres import recovery
@@ -131,7 +131,7 @@ class Recoverer:
                 else:
                     late = recovery.take_late(connection, self._writer_id, begun, number, batch.events)
                     await _step(connection, late)
-            epoch, seq = parse_entry_id(entries[-1][0])
+            epoch, seq = Position.parse(entries[-1][0])
         dead = await _step(connection, recovery.first_dead_letter(connection, shard, live))
         if live:  # whoever still waits in that epoch is answered, up to what the ledger could not take
             await self._store.tell_position(shard, live, reached if dead is None else min(reached, dead - 1))
@@ -143,7 +143,7 @@ class Recoverer:
         while reached < told:
             before = reached
             for entry_id, _ in await self._store.stream_after(shard, epoch, reached):
-                if parse_entry_id(entry_id) == (epoch, reached + 1):
+                if Position.parse(entry_id) == (epoch, reached + 1):
                     reached += 1
             if reached == before:
                 raise HistoryForked(
@@ -376,10 +376,11 @@ def _made_up(entry: Sequence[Any], begun: NewEpoch, made: int | None) -> bool:
     of none that is newer, was compared before), or one of the live epoch that follows the last one that a script made in
     it. What is missing before it was never made, and may be more than could ever be noted. It goes with the stream when the
     shard is certified."""
-    epoch, seq = parse_entry_id(entry[0])
+    position = Position.parse(entry[0])
+    epoch, seq = position
     if epoch < begun.owned.epoch and (made is None or epoch != begun.live_epoch or seq <= made):
         return False
-    log.error("entry %d-%d of the stream is none of the service's: it is passed over", epoch, seq)
+    log.error("entry %s of the stream is none of the service's: it is passed over", position)
     return True
 
 
@@ -387,13 +388,14 @@ def _by_epoch(shard: int, entries: Sequence[Sequence[Any]]) -> list[tuple[int, B
     """Stream entries as one batch for each epoch among them."""
     parts: dict[int, tuple[list[Any], list[DeadLetter], list[int]]] = {}
     for entry_id, fields in entries:
-        epoch, seq = parse_entry_id(entry_id)
+        position = Position.parse(entry_id)
+        epoch, seq = position
         events, dead, seqs = parts.setdefault(epoch, ([], [], []))
         seqs.append(seq)
         try:
-            events.append(parse_event(seq, fields))
+            events.append(parse_event(position, fields))
         except MalformedEvent as error:
-            dead.append(garbled_letter(seq, fields, str(error)))
+            dead.append(garbled_letter(position, fields, str(error)))
     return [
         (epoch, Batch(shard, epoch, 0, seqs[0] - 1, seqs[-1], events, dead))
         for epoch, (events, dead, seqs) in parts.items()

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, Self
 from redis import Redis
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.domain.events import Event, parse_entry_id, parse_event
+from coupon_svc.domain.events import Event, parse_event
 from coupon_svc.domain.holding import Holding
+from coupon_svc.domain.position import Position
 from coupon_svc.domain.shards import new_book_id
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
@@ -394,9 +395,7 @@ class Shard:
         """The stream as the ledger reads it."""
         parsed = []
         for entry_id, fields in self.entries():
-            epoch, seq = parse_entry_id(entry_id)
-            assert epoch == EPOCH
-            parsed.append(parse_event(seq, [part for pair in fields.items() for part in pair]))
+            parsed.append(parse_event(Position.parse(entry_id), [part for pair in fields.items() for part in pair]))
         return parsed
 
     def snapshot(self) -> dict[str, tuple[bytes, int]]:

@@ -36,7 +36,7 @@ def test_the_named_code_is_assigned_and_leaves_the_pool(shard: Shard) -> None:
     assert shard.free(book) == ["A-1", "C-3"]
     assert shard.holders(book) == {"B-2": f"4-1 0 {at_ms} u"}
     assert shard.coupons("u") == [f"{book}:B-2"]
-    assert shard.events() == [Event(1, "coupon_assigned", book, "B-2", "u", int(at_ms))]
+    assert shard.events() == [Event(4, 1, "coupon_assigned", book, "B-2", "u", int(at_ms))]
     assert list(shard.entries()[0][1]) == ["event", "book", "code", "user", "at_ms", "idem", "fingerprint"]
 
 

@@ -49,7 +49,7 @@ def test_the_next_code_of_the_pool_is_assigned(shard: Shard) -> None:
             },
         )
     ]
-    assert shard.events() == [Event(1, "coupon_assigned", book, "B-2", "u", int(at_ms))]
+    assert shard.events() == [Event(4, 1, "coupon_assigned", book, "B-2", "u", int(at_ms))]
 
 
 def test_of_the_meta_only_the_seq_moves_and_of_the_book_nothing(shard: Shard) -> None:

@@ -52,7 +52,7 @@ def test_a_coupon_is_redeemed(shard: Shard) -> None:
         },
     )
     assert shard.events()[1] == Event(
-        2, "coupon_redeemed", book, "A-1", "u", int(at_ms), 1, "order 1", '{"a": 1}', None, None
+        4, 2, "coupon_redeemed", book, "A-1", "u", int(at_ms), 1, "order 1", '{"a": 1}', None, None
     )
 
 

@@ -7,30 +7,31 @@ import pytest
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.events import Event
 
-EVENT = Event(17, "coupon_assigned", "bk_07book", "SAVE-10", "ann", 1_795_357_061_878, idem="k", fingerprint="f")
+EVENT = Event(4, 17, "coupon_assigned", "bk_07book", "SAVE-10", "ann", 1_795_357_061_878, idem="k", fingerprint="f")
 
 
 def test_the_hash_of_a_row_is_the_one_that_was_always_written() -> None:
     assert (
-        chain_hash(CHAIN_START, 7, 4, EVENT).hex() == "89a53caa22e556dd5d16c7748cf4d7ae060681dc9273a7c2105c4bd300e7e95a"
+        chain_hash(CHAIN_START, 7, 4, EVENT.record).hex()
+        == "89a53caa22e556dd5d16c7748cf4d7ae060681dc9273a7c2105c4bd300e7e95a"
     )
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        chain_hash(bytes([1]) + bytes(31), 7, 4, EVENT),
-        chain_hash(CHAIN_START, 8, 4, EVENT),
-        chain_hash(CHAIN_START, 7, 5, EVENT),
+        chain_hash(bytes([1]) + bytes(31), 7, 4, EVENT.record),
+        chain_hash(CHAIN_START, 8, 4, EVENT.record),
+        chain_hash(CHAIN_START, 7, 5, EVENT.record),
         *(
-            chain_hash(CHAIN_START, 7, 4, [*EVENT[:number], "other", *EVENT[number + 1 :]])
-            for number in range(len(EVENT))
+            chain_hash(CHAIN_START, 7, 4, [*EVENT.record[:number], "other", *EVENT.record[number + 1 :]])
+            for number in range(len(EVENT.record))
         ),
-        chain_hash(CHAIN_START, 7, 4, EVENT._replace(idem="f", fingerprint="k")),
-        chain_hash(CHAIN_START, 7, 4, EVENT._replace(code="SAVE-1", user_id="0ann")),
-        chain_hash(CHAIN_START, 7, 4, EVENT[:-1]),
+        chain_hash(CHAIN_START, 7, 4, EVENT._replace(idem="f", fingerprint="k").record),
+        chain_hash(CHAIN_START, 7, 4, EVENT._replace(code="SAVE-1", user_id="0ann").record),
+        chain_hash(CHAIN_START, 7, 4, EVENT.record[:-1]),
     ],
 )
 def test_any_other_row_has_another_hash(other: bytes) -> None:
     assert len(other) == 32
-    assert other != chain_hash(CHAIN_START, 7, 4, EVENT)
+    assert other != chain_hash(CHAIN_START, 7, 4, EVENT.record)
