@@ -16,6 +16,7 @@ import logging
 from time import monotonic
 from typing import Any
 
+from coupon_svc.domain.bounds import LEDGER_UNSEEN_MAX_MS
 from coupon_svc.domain.clock import boot_s
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.outcomes import Outcome, Refused
@@ -48,7 +49,7 @@ log = logging.getLogger(__name__)
 REPLY_TIMEOUT_S = 2.0
 VERIFY_EVERY_S = 1.0
 TICK_S = 0.05
-LEDGER_UNSEEN_MAX_S = 3.0
+LEDGER_UNSEEN_MAX_S = LEDGER_UNSEEN_MAX_MS / 1000
 """A ledger that was not seen for so long is behind: the scripts refuse what would wait for it (lua/include/room.lua)."""
 OWNER_UNHEARD_MAX_S = 15.0
 """A Redis to which no owner has spoken for so long may be one that another has replaced."""
