@@ -122,6 +122,20 @@ async def test_calls_go_on_while_postgres_is_silent_on_connections_that_stand(ne
         network.postgres_of["api"].heal()
 
 
+async def test_a_writer_stops_in_time_while_postgres_is_silent(network: Network) -> None:
+    """Its commit is cancelled, and the rollback would wait for a server that confirms nothing."""
+    network.patient = True
+    async with await network.client() as http:
+        book = {"name": "stop", "ack": "redis", "generate": {"pattern": "T-######", "total": 10}}
+        book_id = (await http.post("/coupons", json=book)).json()["book_id"]
+        assert (await http.post("/coupons/assign", json={"book_id": book_id, "user_id": "ann"})).status_code == 201
+        network.postgres_of["writer"].treat(requests="hold", replies="hold")
+        assert (await http.post("/coupons/assign", json={"book_id": book_id, "user_id": "bob"})).status_code == 201
+    await asyncio.sleep(0.5)
+    (writer,) = (part for part in network.parts if part.log.name == "writer.log")
+    assert await asyncio.to_thread(writer.stop, 3.5) == 0, "it asks for a connection for 2 s, to hand its shards over"
+
+
 async def test_a_process_that_falls_silent_within_a_transaction_does_not_hold_up_a_recovery(network: Network) -> None:
     async with await network.client() as http:
         book = {"name": "held", "generate": {"pattern": "S-######", "total": 10}}
