@@ -9,6 +9,7 @@ import msgspec
 
 from coupon_svc.domain.position import Position
 from coupon_svc.domain.receipts import Receipt, make_receipt
+from coupon_svc.redis.codec import ALREADY_YOURS
 from coupon_svc.redis.contract import Reply
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.shard_view import ShardView
@@ -88,29 +89,42 @@ class Assigning:
         reply = await self._plane.call("assign_coupon", view, **parameters)
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "assign_coupon", view, parameters, begun)
-        return await self._assigned(reply, view, wanted.tenant_id, wanted.book_id, wanted.user_id, begun)
+        return await self._assigned(reply, view, wanted, wanted.book_id, begun, already_yours=False)
 
     async def assign_code(self, wanted: AssignCode) -> Assigned:
         """As `assign_coupon`. Raises Refused(code_not_found) for a code that the tenant does not have."""
         begun = monotonic()
-        book_id = await self._directory.book_of_code(wanted.tenant_id, wanted.code, self._durability.left_s(begun))
+        tenant_id, code = wanted.tenant_id, wanted.code
+        book_id = self._directory.known_book(tenant_id, code)
+        if book_id is None:
+            book_id = await self._directory.book_of_code(tenant_id, code, self._durability.left_s(begun))
         view = self._plane.view_of_book(book_id)
         parameters: dict[str, Any] = {
-            "tenant_id": wanted.tenant_id,
+            "tenant_id": tenant_id,
             "book_id": book_id,
             "user_id": wanted.user_id,
-            "code": wanted.code,
+            "code": code,
             "idempotency_key": wanted.idempotency.key,
             "fingerprint": wanted.idempotency.fingerprint,
         }
         reply = await self._plane.call("assign_code", view, **parameters)
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "assign_code", view, parameters, begun, receipt=wanted.receipt)
-        return await self._assigned(reply, view, wanted.tenant_id, book_id, wanted.user_id, begun)
+        already_yours = reply.outcome == ALREADY_YOURS or (reply.outcome == "replayed" and reply.first == ALREADY_YOURS)
+        return await self._assigned(reply, view, wanted, book_id, begun, already_yours=already_yours)
 
     async def _assigned(
-        self, reply: Reply, view: ShardView, tenant_id: int, book_id: str, user_id: str, begun: float
+        self,
+        reply: Reply,
+        view: ShardView,
+        wanted: AssignCoupon | AssignCode,
+        book_id: str,
+        begun: float,
+        *,
+        already_yours: bool,
     ) -> Assigned:
+        """The result of a reply that decided, once it may leave."""
+        tenant_id, user_id = wanted.tenant_id, wanted.user_id
         outcome, code, ack = reply.outcome, reply.code, reply.ack
         assigned, last = reply.position
         at_ms = int(reply.at_ms)
@@ -135,5 +149,5 @@ class Assigning:
             durable,
             receipt,
             outcome == "replayed",
-            "already_yours" in (outcome, reply[-1]),
+            already_yours,
         )

@@ -32,6 +32,10 @@ class CodeDirectory:
             del self._books[next(iter(self._books))]
         self._books[tenant_id, code] = book_id
 
+    def known_book(self, tenant_id: int, code: str) -> str | None:
+        """The id of the book that has the code, if this process has met it."""
+        return self._books.get((tenant_id, code))
+
     async def book_of_code(self, tenant_id: int, code: str, within_s: float) -> str:
         """The id of the book that has the code.
 

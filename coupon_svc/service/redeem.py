@@ -99,12 +99,15 @@ class Redeeming:
         """A lock lives in Redis alone. Returns once the answer may leave: in an `ack = ledger` book the ledger then has the
         coupon's last event."""
         begun = monotonic()
-        book_id = await self._directory.book_of_code(wanted.tenant_id, wanted.code, self._durability.left_s(begun))
+        tenant_id, code = wanted.tenant_id, wanted.code
+        book_id = self._directory.known_book(tenant_id, code)
+        if book_id is None:
+            book_id = await self._directory.book_of_code(tenant_id, code, self._durability.left_s(begun))
         view = self._plane.view_of_book(book_id)
         parameters: dict[str, Any] = {
-            "tenant_id": wanted.tenant_id,
+            "tenant_id": tenant_id,
             "book_id": book_id,
-            "code": wanted.code,
+            "code": code,
             "user_id": wanted.user_id,
             "lock_token": wanted.lock_token,
             "new_token": "lk_" + secrets.token_urlsafe(18),
@@ -121,7 +124,7 @@ class Redeeming:
         outcome, token = reply.outcome, reply.lock_token
         renewed = outcome == "renewed" or (outcome == "replayed" and token == wanted.lock_token)
         return Locked(
-            wanted.code,
+            code,
             book_id,
             reply.user_id,
             token,
@@ -134,12 +137,15 @@ class Redeeming:
     async def unlock_coupon(self, wanted: UnlockCoupon) -> Unlocked:
         """Returns once Redis has ended the lock."""
         begun = monotonic()
-        book_id = await self._directory.book_of_code(wanted.tenant_id, wanted.code, self._durability.left_s(begun))
+        tenant_id, code = wanted.tenant_id, wanted.code
+        book_id = self._directory.known_book(tenant_id, code)
+        if book_id is None:
+            book_id = await self._directory.book_of_code(tenant_id, code, self._durability.left_s(begun))
         view = self._plane.view_of_book(book_id)
         parameters: dict[str, Any] = {
-            "tenant_id": wanted.tenant_id,
+            "tenant_id": tenant_id,
             "book_id": book_id,
-            "code": wanted.code,
+            "code": code,
             "lock_token": wanted.lock_token,
             "idempotency_key": wanted.idempotency.key,
             "fingerprint": wanted.idempotency.fingerprint,
@@ -152,12 +158,15 @@ class Redeeming:
     async def redeem_coupon(self, wanted: RedeemCoupon) -> Redeemed:
         """Returns once the ledger has the redemption, whatever the book's `ack`."""
         begun = monotonic()
-        book_id = await self._directory.book_of_code(wanted.tenant_id, wanted.code, self._durability.left_s(begun))
+        tenant_id, code = wanted.tenant_id, wanted.code
+        book_id = self._directory.known_book(tenant_id, code)
+        if book_id is None:
+            book_id = await self._directory.book_of_code(tenant_id, code, self._durability.left_s(begun))
         view = self._plane.view_of_book(book_id)
         parameters: dict[str, Any] = {
-            "tenant_id": wanted.tenant_id,
+            "tenant_id": tenant_id,
             "book_id": book_id,
-            "code": wanted.code,
+            "code": code,
             "user_id": wanted.user_id,
             "lock_token": wanted.lock_token,
             "reference": wanted.reference,
@@ -173,7 +182,7 @@ class Redeeming:
             await self._durability.wait(view, position, begun)
         left = reply.redemptions_left
         return Redeemed(
-            wanted.code,
+            code,
             book_id,
             reply.user_id,
             view.shard,
