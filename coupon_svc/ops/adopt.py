@@ -7,13 +7,13 @@ Redis knows beyond the ledger cannot be made good; but no code that it shows as 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from coupon_svc.config import Settings
 from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
-from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, one_row, open_connection
+from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, LedgerRow, one_row, open_connection
 from coupon_svc.postgres.migrations import check_installation
 from coupon_svc.postgres.recovery import EPOCH_CHANNEL, last_seq
 from coupon_svc.redis.control import ShardControl, Term
@@ -147,7 +147,7 @@ async def adopt(
         connection.terminate()
 
 
-async def _look(connection: LedgerConnection, store: ShardControl, row: Any) -> Stopped:
+async def _look(connection: LedgerConnection, store: ShardControl, row: LedgerRow) -> Stopped:
     """Both sides of a shard. It is shut in Redis first, so that what is found there stays so. Raises StoreError."""
     number = row["shard"]
     meta = await store.read_meta(number)
@@ -206,7 +206,7 @@ async def _go_on(connection: LedgerConnection, found: Stopped) -> int:
     return held_back
 
 
-async def _hold_back(connection: LedgerConnection, found: Stopped, book: Any) -> int:
+async def _hold_back(connection: LedgerConnection, found: Stopped, book: LedgerRow) -> int:
     """Into quarantine with the codes of a book that Redis shows as somebody's, whether or not the ledger knows that they
     were lent. Returns how many."""
     held = found.held.get(book["book_id"], {})

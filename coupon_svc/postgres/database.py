@@ -17,7 +17,8 @@ from coupon_svc.postgres.errors import LedgerUnavailable
 T = TypeVar("T")
 
 LedgerConnection = asyncpg.Connection
-"""What statements run on, by a name that packages may use which do not speak to Postgres themselves."""
+LedgerRow = asyncpg.Record
+"""What statements run on and return, by names for packages that do not speak to Postgres themselves."""
 
 CONNECT_TIMEOUT_S = 2.0
 PATIENT_S = 15.0

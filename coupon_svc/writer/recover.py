@@ -24,7 +24,7 @@ from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
 from coupon_svc.postgres import recovery
 from coupon_svc.postgres.books import books_of_shard
-from coupon_svc.postgres.database import LedgerConnection, within
+from coupon_svc.postgres.database import LedgerConnection, LedgerRow, within
 from coupon_svc.postgres.errors import BookBusy, HistoryForked
 from coupon_svc.postgres.events import Batch, DeadLetter, garbled_letter
 from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago
@@ -272,7 +272,7 @@ class Recoverer:
     async def _restore_coupons(
         self, connection: LedgerConnection, term: Term, book: Book, progress: _Progress
     ) -> _Counts:
-        async def restore(rows: Sequence[Any]) -> None:
+        async def restore(rows: Sequence[LedgerRow]) -> None:
             for some in _chunks(rows, KEYS_PER_CALL_MAX):
                 coupons = [(row["code"], _holding(row)) for row in some]
                 await self._store.restore_coupons(term, book.tenant_id, book.book_id, coupons)
@@ -281,7 +281,7 @@ class Recoverer:
         return await self._walk_coupons(connection, book, restore)
 
     async def _walk_coupons(
-        self, connection: LedgerConnection, book: Book, use: Callable[[Sequence[Any]], Awaitable[None]]
+        self, connection: LedgerConnection, book: Book, use: Callable[[Sequence[LedgerRow]], Awaitable[None]]
     ) -> _Counts:
         """Hand all coupons of a book to `use`, a page at a time, and count them on the way: a receipt may add one at any
         time, so a count of its own would be of others."""
@@ -301,7 +301,7 @@ class Recoverer:
         events = await _step(connection, recovery.late_idempotent_events(connection, shard, mark, since))
         upto: Mark | None = mark
         while upto is not None:
-            by_book: dict[str, list[Any]] = {}
+            by_book: dict[str, list[LedgerRow]] = {}
             for event in events:
                 by_book.setdefault(event["book_id"], []).append(event)
             for book_id, rows in by_book.items():
@@ -309,7 +309,7 @@ class Recoverer:
                     await self._restore_records(term, book, rows)
             events, upto = await _step(connection, recovery.idempotent_events(connection, shard, upto, since))
 
-    async def _restore_records(self, term: Term, book: Book, rows: Sequence[Any]) -> None:
+    async def _restore_records(self, term: Term, book: Book, rows: Sequence[LedgerRow]) -> None:
         now = now_ms()
         records = [
             (str(row["idem"]), _record(row, book).encode(), max(1, row["at_ms"] + IDEMPOTENCY_MS - now)) for row in rows
@@ -325,7 +325,7 @@ class _Counts:
         self._most_uses = most_uses
         self._held = self._uses = self._spent = 0
 
-    def add(self, rows: Sequence[Any]) -> None:
+    def add(self, rows: Sequence[LedgerRow]) -> None:
         self._held += len(rows)
         self._uses += sum(row["uses"] for row in rows)
         if self._most_uses is not None:
@@ -336,7 +336,7 @@ class _Counts:
         return {"lent": self._held, "redeemed": self._spent, "partly_redeemed": self._uses - self._spent}
 
 
-async def _nowhere(rows: Sequence[Any]) -> None:
+async def _nowhere(rows: Sequence[LedgerRow]) -> None:
     """Coupons that are only to be counted."""
 
 
@@ -365,7 +365,7 @@ def _fields(book: Book, **counts: int) -> dict[str, str]:
     return {**encode_book(book), "version": str(book.version), **{name: str(count) for name, count in counts.items()}}
 
 
-def _holding(row: Any) -> Holding:
+def _holding(row: LedgerRow) -> Holding:
     """Who holds a coupon of the ledger."""
     assigned = Position(row["epoch"], row["seq"])
     return Holding(assigned, assigned, row["uses"], row["assigned_at_ms"], row["user_id"])
@@ -402,7 +402,7 @@ def _by_epoch(shard: int, entries: Sequence[Sequence[Any]]) -> list[tuple[int, B
     ]
 
 
-def _record(row: Any, book: Book) -> AssignRecord | RedeemRecord:
+def _record(row: LedgerRow, book: Book) -> AssignRecord | RedeemRecord:
     """What is answered to a request whose event the ledger has in this row, when it comes again."""
     position = Position(row["epoch"], row["seq"])
     most = book.max_redemptions_per_code
