@@ -8,6 +8,8 @@ import secrets
 from functools import cache
 from itertools import product
 
+from coupon_svc.domain.position import ShardNo
+
 CLUSTER_SLOTS = 16_384
 _SUFFIX_SYMBOLS = "abcdefghijklmnopqrstuvwxyz"
 _ID_SYMBOLS = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -47,3 +49,8 @@ def book_shard(book_id: str, shards: int) -> int | None:
         return None
     shard = int(parts[1])
     return shard if shard < shards else None
+
+
+def shard_of(book_id: str) -> ShardNo:
+    """The shard that the id of an existing book names; `book_shard` judges an id that a caller sent."""
+    return ShardNo(int(book_id[3:5]))

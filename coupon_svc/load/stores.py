@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from coupon_svc.config import load_settings
+from coupon_svc.domain.position import parse_shard_position
 from coupon_svc.load.audit import LOST_NOTE, Verdict
 from coupon_svc.load.history import Book, Coupon, History
 from coupon_svc.load.plan import LoadError
@@ -166,12 +167,11 @@ class _StoresAudit:
         positions += [coupon.position for coupon in answered.values() if coupon.durable]
         if not positions:
             return
-        places = [position.partition(":")[2].split("-") for position in positions]
-        oldest = min((int(epoch), int(seq)) for epoch, seq in places)
+        shard, oldest = min(parse_shard_position(position) for position in positions)
         events = await self._database.fetch(  # from the first on: the key is (shard, epoch, seq)
             "SELECT shard, epoch, seq, event, idem FROM events"
             " WHERE shard = $1 AND (epoch, seq) >= ($2, $3) AND book_id = $4",
-            int(positions[0].partition(":")[0]),
+            shard,
             *oldest,
             book.book_id,
         )

@@ -44,7 +44,7 @@ class DurabilityWaiters:
             return
         self._committed[shard] = (epoch, seq)
         waiting = self._waiting[shard]
-        while waiting and waiting[0][:2] <= (epoch, seq):
+        while waiting and (waiting[0].epoch, waiting[0].seq) <= (epoch, seq):
             waiter = heapq.heappop(waiting)
             if waiter.future.done():
                 continue

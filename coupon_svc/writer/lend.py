@@ -8,6 +8,7 @@ import logging
 from collections.abc import Awaitable, Mapping
 
 from coupon_svc.domain.books import Book
+from coupon_svc.domain.shards import shard_of
 from coupon_svc.postgres import lending, outstanding
 from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.catalogue import WRITER_CHANNEL
@@ -99,7 +100,7 @@ class Lender:
         # What is lent in a term is brought in that term: a recovery that comes between may give the code to another.
         lent_in = {number: (shard, shard.owned) for number, shard in open_shards.items()}
         for book_id, lease in (await lending.lone_leases(connection, list(open_shards))).items():
-            shard, owned = lent_in[int(book_id[3:5])]
+            shard, owned = lent_in[shard_of(book_id)]
             if self._shard_of(book_id) is shard:
                 await self._guarded(shard, owned, self._bring_lone(connection, shard, owned, book_id, lease))
         for book_id, shard in list(self._low.items()):
@@ -253,7 +254,7 @@ class Lender:
                 await asyncio.sleep(0.1)
 
     def _shard_of(self, book_id: str) -> Shard | None:
-        shard = self._shards.get(int(book_id[3:5]))
+        shard = self._shards.get(shard_of(book_id))
         return shard if shard is not None and shard.is_open else None
 
     async def _listen(self, connection: LedgerConnection) -> None:

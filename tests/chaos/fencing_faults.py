@@ -18,6 +18,7 @@ import asyncpg
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from coupon_svc.domain.position import parse_shard_position
 from coupon_svc.postgres.quarantine import want_recovery
 from coupon_svc.redis.keys import ShardKeys
 from tests.chaos.fault import SHARDS, Fault
@@ -165,8 +166,8 @@ def _require_refused(run: Run, given: list[Attempt], later: list[Attempt]) -> No
     assert not again, "P1: a code was answered to two users"
     for attempt in later:
         if attempt.outcome == "ok":
-            shard, _, position = attempt.answer["position"].partition(":")
-            recovered = int(position.partition("-")[0]) > run.epochs[int(shard)]
+            shard, position = parse_shard_position(attempt.answer["position"])
+            recovered = position.epoch > run.epochs[shard]
             assert recovered, "P6: Redis went back, and was believed"
 
 

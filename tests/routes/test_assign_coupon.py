@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from coupon_svc.domain.position import parse_shard_position
 from tests.harness import Stack
 from tests.routes.helpers import (
     NO_SUCH_BOOK,
@@ -55,11 +56,10 @@ async def test_positions_of_a_book_grow_one_by_one(client: httpx.AsyncClient, se
     seen = []
     for _ in range(3):
         made = (await client.post("/coupons/assign", json={"book_id": book, "user_id": "u"})).json()
-        shard, _, place = made["position"].partition(":")
-        epoch, _, seq = place.partition("-")
-        seen.append((shard, epoch, int(seq)))
-    assert len({(shard, epoch) for shard, epoch, _ in seen}) == 1
-    assert seen[0][2] < seen[1][2] < seen[2][2]
+        seen.append(parse_shard_position(made["position"]))
+    assert len({(shard, position.epoch) for shard, position in seen}) == 1
+    first, second, third = (position.seq for _, position in seen)
+    assert first < second < third
 
 
 async def test_no_code_goes_to_two_and_the_book_runs_out_exactly_then(client: httpx.AsyncClient) -> None:

@@ -6,11 +6,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from coupon_svc.domain.holding import Holding, parse_positions
+from coupon_svc.domain.position import Epoch, Position, Seq
 from tests.scripts.runner import DAY_MS, EPOCH, OWNER, Caller, Owner, Reply, Shard
 
 USES_MAX = 2
 NEXT = Owner(EPOCH + 1)
 BEFORE, AFTER = Caller(EPOCH), Caller(EPOCH + 1)
+AFRESH = Position(Epoch(0), Seq(0))
+"""Stands for the position of the last redemption, which a rebuilt shard does not know."""
 CODES = ["A-1", "B-2", "C-3", "D-4", "E-5"]
 
 
@@ -45,13 +49,13 @@ class Ledger:
             if name not in ("lent", "redeemed", "partly_redeemed", "quarantined")
         }
         for event in shard.events():
-            position = f"{EPOCH}-{event.seq}"
+            position = str(event.position)
             if event.uses is None:
                 self.coupons[event.code] = f"{position} 0 {event.at_ms} {event.user_id}"
                 answer = [event.code, str(event.at_ms), position, rules["ack"], str(USES_MAX)]
             else:
-                assigned, _, rest = self.coupons[event.code].partition(" ")
-                self.coupons[event.code] = f"{assigned} {event.uses} {rest.partition(' ')[2]}"
+                held = Holding.parse(self.coupons[event.code])
+                self.coupons[event.code] = held._replace(uses=event.uses).format()
                 self.spent += event.uses == USES_MAX
                 self.uses += 1
                 left = str(USES_MAX - event.uses)
@@ -84,7 +88,10 @@ def answers(shard: Shard, book: str, caller: Caller) -> dict[str, Reply]:
 
     def assigned(user_id: str, code: str) -> Reply:
         reply = shard.assign_code(book, user_id, code, caller)
-        return [*reply[:3], *(position.partition("/")[0] for position in reply[3:4]), *reply[4:]]
+        if reply[0] not in ("ok", "already_yours", "replayed"):
+            return reply
+        outcome, code, at_ms, positions, *rest = reply
+        return [outcome, code, at_ms, parse_positions(positions)[0], *rest]
 
     found: dict[str, Any] = {f"assign {user} {code}": assigned(user, code) for user in ("u", "v") for code in CODES[:4]}
     found["assign B-2"] = assigned("a user: {x}", "B-2")
@@ -104,7 +111,9 @@ def answers(shard: Shard, book: str, caller: Caller) -> dict[str, Reply]:
     *rules_and_counts, _, redemptions = shard.read_book(book, caller)
     found["book"] = [*rules_and_counts, redemptions]
     holders = shard.read_codes(book, CODES, caller)[4]
-    found["codes"] = [holder.split(" ")[1:] for holder in holders]
+    found["codes"] = [
+        text if text in ("", "quarantined") else Holding.parse(text)._replace(last=AFRESH) for text in holders
+    ]
     return found
 
 
@@ -132,8 +141,8 @@ def test_a_rebuilt_shard_holds_what_it_held(shard: Shard) -> None:
     assert shard.book(book) == kept
     assert shard.free(book) == free
     for code, holder in holders.items():
-        positions, _, rest = holder.partition(" ")
-        assert shard.holders(book)[code] == f"{positions.partition('/')[0]} {rest}"
+        held = Holding.parse(holder)
+        assert Holding.parse(shard.holders(book)[code]) == held._replace(last=held.assigned)
     assert {user: shard.coupons(user) for user in lists} == lists
     assert {idem: shard.redis.get(shard.idem_key(book, idem)) for idem in records} == records
     assert shard.snapshot().keys() == (names - {"events"}) | {f"quarantine:{book}"}

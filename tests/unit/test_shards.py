@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coupon_svc.domain.shards import CLUSTER_SLOTS, book_shard, key_slot, new_book_id, shard_tag
+from coupon_svc.domain.shards import CLUSTER_SLOTS, book_shard, key_slot, new_book_id, shard_of, shard_tag
 
 
 def test_a_slot_is_the_cluster_specifications() -> None:
@@ -58,3 +58,9 @@ def test_the_shard_of_an_id() -> None:
 )  # fmt: skip
 def test_no_book_can_have_another_id(text: str) -> None:
     assert book_shard(text, 16) is None
+
+
+@given(st.integers(1, 99))
+def test_the_id_of_a_book_names_its_shard(shards: int) -> None:
+    book_id = new_book_id(shards)
+    assert shard_of(book_id) == book_shard(book_id, shards)
