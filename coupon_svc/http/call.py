@@ -1,4 +1,4 @@
-"""What an operation's function takes and returns: a checked request and an answer, without any transport."""
+"""What a handler takes and returns: a checked request and an answer, without any transport."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ _encode_in_order = msgspec.json.Encoder(order="deterministic").encode
 
 
 class Call:
-    """One request as its function sees it: who calls, with what. Everything here has been checked."""
+    """One request as its handler sees it. Key, scope, query, body and Idempotency-Key have been checked.
+
+    `query` and `body` are of the types that the operation declares, or None. `path` holds the parameters of the path as they
+    were sent, percent-decoded.
+    """
 
     __slots__ = ("body", "idempotency_key", "key", "method", "path", "query")
 
@@ -28,8 +32,10 @@ class Call:
         self.idempotency_key: str | None = None
 
     def fingerprint(self, path: str) -> str:
-        """What tells this request from another with the same Idempotency-Key: method, `path` with its code normalised,
-        and the body as parsed, so that white space and the order of fields do not matter."""
+        """A hash of method, `path` and body, by which a request is the same as another with its Idempotency-Key.
+
+        `path` has its code normalised and the body is hashed as parsed: white space and the order of fields do not count.
+        """
         seen = hashlib.blake2b(f"{self.method} {path}\n".encode(), digest_size=16)
         seen.update(_encode_in_order(self.body))
         return seen.hexdigest()
@@ -42,13 +48,15 @@ class Call:
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What a function returns: a status, and a body to be encoded or (of a replay) already encoded."""
+    """What a handler returns: a status, and a body that msgspec can encode (`msgspec.Raw` if it is encoded already)."""
 
     status: int
     body: Any = None
     replayed: bool = False
+    """Whether it is the first answer to an Idempotency-Key, once more."""
     location: str | None = None
+    """The Location header."""
 
 
 Handler = Callable[[Call], Awaitable[Answer]]
-"""An operation's own function."""
+"""Answers an operation, or raises Refused."""

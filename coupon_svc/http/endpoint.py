@@ -1,4 +1,4 @@
-"""The transport's side of an operation: authenticate, read the body, call the operation's function, send the response.
+"""The transport's side of an operation: authenticate, read the body, check the request, call the handler, respond.
 
 Plain ASGI without a framework's request and response objects: hot routes pass through here tens of thousands of times per
 second."""
@@ -26,13 +26,13 @@ from coupon_svc.http.validation import check_request
 
 BODY_BYTES_MAX = 2 * 1024 * 1024
 ENCODED_SLASH = "\udc2f"
-"""Stands for `%2F` while a path is routed, so that it parts nothing: no decoded UTF-8 holds it."""
+"""Stands for `%2F` while a path is routed, so that it separates nothing. No decoded UTF-8 contains it."""
 _JSON = (b"content-type", b"application/json")
 _encode = msgspec.json.Encoder().encode
 
 
 class _Method(NamedTuple):
-    """An operation with what answers it."""
+    """An operation, its handler, and the decoder of its body."""
 
     operation: Operation
     handler: Handler
@@ -40,7 +40,7 @@ class _Method(NamedTuple):
 
 
 class Endpoint:
-    """The ASGI application of one path: an operation and its function for each method."""
+    """The ASGI application of one path: an operation and its handler for each method."""
 
     def __init__(self, keys: KeyRing, metrics: Metrics) -> None:
         self._keys = keys
@@ -48,7 +48,7 @@ class Endpoint:
         self._methods: dict[str, _Method] = {}
 
     def add(self, operation: Operation, handler: Handler) -> None:
-        """Answer the operation's method by `handler`; HEAD is answered as GET."""
+        """Let `handler` answer the operation's method. HEAD is answered as GET."""
         decoder = msgspec.json.Decoder(operation.body) if operation.body is not None else None
         self._methods[operation.method] = _Method(operation, handler, decoder)
         if operation.method == "GET":
@@ -106,7 +106,7 @@ class Endpoint:
             outcome = "ok"
         except ClientGone:
             outcome = "client_gone"
-        except asyncio.CancelledError:  # the server stops, and has waited for this long enough
+        except asyncio.CancelledError:  # the server stops, and has given this request its time
             refused = Refused(Outcome.OUTCOME_UNKNOWN)
         except Refused as error:
             refused = error
@@ -142,9 +142,9 @@ class ClientGone(CouponError):
 
 
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
-    """The whole body. Raises Refused(body_too_large) beyond BODY_BYTES_MAX; ClientGone."""
+    """The whole body. Raises Refused(body_too_large) beyond BODY_BYTES_MAX, and ClientGone."""
     length = headers.get(b"content-length")
-    # Its zeros first: Python refuses to read a number of thousands of digits.
+    # Python refuses to parse thousands of digits, which leading zeros may be.
     if length is not None and int(length.lstrip(b"0")[:20] or 0) > BODY_BYTES_MAX:
         raise Refused(Outcome.BODY_TOO_LARGE, limit_bytes=BODY_BYTES_MAX)
     message = await receive()

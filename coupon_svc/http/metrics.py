@@ -22,7 +22,7 @@ class Metrics:
         self._buckets: defaultdict[str, list[int]] = defaultdict(lambda: [0] * (len(_BUCKETS_S) + 1))
 
     def count(self, operation: str, outcome: str, seconds: float) -> None:
-        """One request has ended."""
+        """Count a request that has ended, with its duration."""
         self._requests[operation, outcome] += 1
         self._seconds[operation] += seconds
         self._buckets[operation][bisect_left(_BUCKETS_S, seconds)] += 1

@@ -1,4 +1,4 @@
-"""Outcomes as HTTP: the only module that knows which status an outcome has, and what a refusal looks like."""
+"""Outcomes as problems (RFC 9457): the only module that knows the status, the title and the body of a refusal."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ PROBLEMS: dict[Outcome, ProblemText] = {
         408, "Request timeout", "The request was not complete in time. Nothing was done; send it again."
     ),
     Outcome.SHUTTING_DOWN: ProblemText(
-        503, "Shutting down", "This process is being stopped; another one serves. Nothing was done.", 1
+        503, "Shutting down", "This process is stopping. Nothing was done. Try again.", 1
     ),
     Outcome.MALFORMED_HTTP: ProblemText(400, "Malformed HTTP", "The request is not valid HTTP/1.1."),
-    Outcome.NOT_FOUND: ProblemText(404, "Not found", "Nothing has this address. /docs lists what there is."),
+    Outcome.NOT_FOUND: ProblemText(404, "Not found", "There is nothing at this address. /docs lists all addresses."),
     Outcome.METHOD_NOT_ALLOWED: ProblemText(
         405, "Method not allowed", "The Allow header names the methods of this address."
     ),

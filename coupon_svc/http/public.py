@@ -58,7 +58,7 @@ class Public:
         self._health = health
         self._metrics = metrics
         self.draining = False
-        """Whether the process was told to stop, and goes on only until load balancers have seen it."""
+        """Whether the process was told to stop and serves only until load balancers have noticed."""
         self._openapi = msgspec.json.encode(openapi)
         self._docs = (Path(__file__).parent / "docs.html").read_bytes()
 
@@ -70,13 +70,13 @@ class Public:
         schema=_status("alive"),
     )
     def healthz(self, _: Scope) -> tuple[bytes, bytes]:
-        """200 whenever the process answers at all; asks nobody."""
+        """200 whenever the process answers at all. Asks neither Redis nor Postgres."""
         return _JSON, b'{"status":"alive"}'
 
     @public_path(
         "/readyz",
         name="read_readiness",
-        summary="Every shard is certified, below its backlog cap, and its ledger was seen of late",
+        summary="Ready when every shard is certified and below its backlog cap, and the ledger was seen in the last 3 s",
         media_type="application/json",
         schema=_status("ready", shards=_SHARDS),
         refusals=(
@@ -89,7 +89,7 @@ class Public:
         problem_schema={"shards": _SHARDS},
     )
     def readyz(self, _: Scope) -> tuple[bytes, bytes]:
-        """200 or 503, and in either how many shards are open: certified in the Redis that this process speaks to."""
+        """200 or 503. Both say how many shards are open, that is, certified in the Redis of this process."""
         of_shards = self._health.shards()
         shards = {"open": sum(shard.is_open for shard in of_shards), "of": len(of_shards)}
         unready = self._unready()
@@ -98,7 +98,7 @@ class Public:
         return _JSON, msgspec.json.encode({"status": "ready", "shards": shards})
 
     def _unready(self) -> Outcome | None:
-        """Why this process should be sent no requests, if there is a reason."""
+        """Why load balancers should send this process no requests; None if they should."""
         if self.draining:
             return Outcome.SHUTTING_DOWN
         return self._health.why_unready()
@@ -137,7 +137,7 @@ class Public:
         refusals=(Outcome.NOT_FOUND,),
     )
     def problem(self, scope: Scope) -> tuple[bytes, bytes]:
-        """What the `type` of a problem points at."""
+        """Explain an outcome: the page that the `type` of a problem points to."""
         name = scope["path_params"]["outcome"]
         if name not in Outcome.__members__.values():
             raise Refused(Outcome.NOT_FOUND)

@@ -463,6 +463,7 @@ class _Lingering(asyncio.Protocol):
         """Drop it."""
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """The caller has closed: tell the protocol whose place this took."""
         self._timer.cancel()
         self._protocol.connection_lost(exc)
 
