@@ -179,8 +179,8 @@ async def send_problem(
 ) -> None:
     """Refuse a request that came by ASGI and belongs to no operation. `failure` is what was not foreseen."""
     request_id = request_id_of(scope)
-    await send_response(send, problem_response(refused, request_id, headers))
     log_failure(refused.outcome, "no operation", request_id, failure)
+    await send_response(send, problem_response(refused, request_id, headers))
 
 
 async def not_found(scope: Scope, receive: Receive, send: Send) -> None:

@@ -422,8 +422,8 @@ class CouponProtocol(HttpToolsProtocol):
         """Refuse the request that is being read, and close the connection."""
         request_id = self._request_id or next(self._request_ids)
         response = problem_response(Refused(outcome), request_id)
-        self._send_last(self._bytes_of(response, request_id, keep_alive=False))
         log_failure(outcome, "no operation", request_id)
+        self._send_last(self._bytes_of(response, request_id, keep_alive=False))
 
     def _send_last(self, response: bytes) -> None:
         """Send the response to a request that was not read to its end, and close the connection.
