@@ -174,15 +174,15 @@ async def write_linked(connection: asyncpg.Connection, linked: Sequence[Linked])
     ]
     if assigned:
         await connection.copy_records_to_table("coupons", records=assigned, columns=_COUPON_COLUMNS)
-    redeemed = [
-        (e.book_id, e.code, e.uses, e.user_id, e.at_ms, e.reference, e.metadata, e.epoch, e.seq)
-        for batch in batches
-        for e in batch.events
-        if e.event == COUPON_REDEEMED
-    ]
-    if redeemed:
+    redemptions = [event for batch in batches for event in batch.events if event.event == COUPON_REDEEMED]
+    if redemptions:
+        redeemed = [
+            (e.book_id, e.code, e.uses, e.user_id, e.at_ms, e.reference, e.metadata, e.epoch, e.seq)
+            for e in redemptions
+        ]
         await connection.copy_records_to_table("redemptions", records=redeemed, columns=_REDEMPTION_COLUMNS)
-        books, codes, uses, users = ([row[i] for row in redeemed] for i in range(4))
+        books, codes = [event.book_id for event in redemptions], [event.code for event in redemptions]
+        uses, users = [event.uses for event in redemptions], [event.user_id for event in redemptions]
         done = await connection.execute(_SPEND, books, codes, uses, users)
         if done != f"UPDATE {len(set(zip(books, codes, strict=True)))}" and await connection.fetchval(
             _SPENT_BY_ANOTHER, books, codes, users
