@@ -8,6 +8,8 @@ import hmac
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from typing import NamedTuple
 
+from coupon_svc.domain.position import Position
+
 _PREFIX = "rc_"
 _MAC_BYTES = 16
 
@@ -37,8 +39,8 @@ def check_receipt(secret: bytes, tenant_id: int, book_id: str, code: str, text: 
     if not hmac.compare_digest(mac, _mac(secret, tenant_id, book_id, code, payload)):
         return None
     position, at_ms, user_id = payload.decode().split(" ", 2)
-    epoch, _, seq = position.partition("-")
-    return Receipt(user_id, int(epoch), int(seq), int(at_ms))
+    epoch, seq = Position.parse(position)
+    return Receipt(user_id, epoch, seq, int(at_ms))
 
 
 def _mac(secret: bytes, tenant_id: int, book_id: str, code: str, payload: bytes) -> bytes:
