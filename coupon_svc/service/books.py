@@ -25,6 +25,7 @@ from coupon_svc.postgres.database import Database, LedgerConnection
 from coupon_svc.postgres.errors import LedgerUnavailable, TakeTurns
 from coupon_svc.postgres.idempotency import IdempotentCall, recall, remember
 from coupon_svc.postgres.uploads import TenantSlots, Uploads
+from coupon_svc.redis.codec import decode_stored_book
 from coupon_svc.redis.contract import Reply
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.service.durability import IN_FORCE_WAIT_S, SLOT_WAIT_S
@@ -332,7 +333,7 @@ class Books:
         """A book as Redis has it: rules in force, counters of this moment. Raises Refused(book_not_found)."""
         reply = await self._ask(wanted.tenant_id, wanted.book_id)
         counters = (reply.total, reply.held, reply.redeemed, reply.quarantined, reply.redemptions)
-        return LiveBook(msgspec.json.decode(reply.stored, type=Book), *map(int, counters))
+        return LiveBook(decode_stored_book(reply.stored), *map(int, counters))
 
     async def list_books(self, wanted: ListBooks) -> BooksPage:
         """Which books there are, Postgres says, and of each what `read_book` does. May be repeated."""
