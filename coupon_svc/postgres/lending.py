@@ -21,9 +21,9 @@ _STILL_OWNER = """
 """
 
 
-# A book's row that is locked is queued for, behind uploads and changes that hold it for some milliseconds each: who only
-# skipped it would starve beside them. Not for long, since other books wait for this one. The shard's row is locked last, by
-# everybody: who held it while waiting would hold up every commit of the shard.
+# Uploads and changes of a book lock its row for some milliseconds each. The owner queues for it: if it only skipped a
+# locked row, it might never get it. It waits for QUEUE_MS at most, since other books wait meanwhile. Every transaction
+# locks the shard's row last: one that held it while it waited would hold up every commit of the shard.
 _LOCK_BOOK = "SELECT true FROM books WHERE book_id = $1 FOR UPDATE"
 _QUEUE_FOR = "SELECT set_config('lock_timeout', $1, true)"
 QUEUE_MS = 1000

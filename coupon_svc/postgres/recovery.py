@@ -39,8 +39,8 @@ _BEGIN_EPOCH = """
     RETURNING shard, epoch, committed, generation, chain, certified_epoch, settled_epoch, rebuild, settling_epoch,
               settling_lost
 """
-# Of a book: the next codes that may be unaccounted for; whether they are, that is lent and without a coupon; and whether
-# the live epoch has a dead letter of theirs. One of an epoch before was judged when that was settled.
+# The next codes of a book that may have no record. `lost`: the code is lent and has no coupon. `dead`: the epoch that is
+# being settled has a dead letter of it. Dead letters of an epoch before were judged when that one was settled.
 _NAMED = """
     SELECT named.code,
            (SELECT place FROM codes WHERE tenant_id = $2 AND codes.code = named.code) BETWEEN 0 AND $3
@@ -159,7 +159,7 @@ async def event_at(connection: asyncpg.Connection, shard: int, epoch: int, seq: 
 
 
 async def drain(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, batch: Batch) -> int:
-    """Step 2: events of the live epoch into the ledger, though it is over. Those that the ledger has must be the same;
+    """Step 3: events of the live epoch into the ledger, though it is over. Those that the ledger has must be the same;
     those that are missing before or among them are noted as dead letters.
 
     Returns the seq up to which the ledger accounts for the epoch. Raises HistoryForked, NotOwner.
@@ -241,11 +241,11 @@ async def _without_orphans(
     uses = {(row["book_id"], row["code"]): row["uses"] for row in rows}
     good, orphans = [], []
     for event in events:
-        place = (event.book_id, event.code)
+        coupon = (event.book_id, event.code)
         if event.event == COUPON_ASSIGNED:
-            uses[place] = 0
-        elif uses.get(place, -1) + 1 == event.uses:
-            uses[place] = event.uses
+            uses[coupon] = 0
+        elif uses.get(coupon, -1) + 1 == event.uses:
+            uses[coupon] = event.uses
         else:
             orphans.append(dead_letter(event, "follows a lost event"))
             continue
@@ -352,7 +352,7 @@ async def release(connection: asyncpg.Connection, book_id: str, code: str, epoch
 
 
 async def end_live_epoch(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, *, lost: bool) -> Verdict:
-    """Step 3: the live epoch is over for the ledger, and what is to become of its codes is written down.
+    """Step 4: the live epoch is over for the ledger, and what is to become of its codes is written down.
 
     From this commit on every event of the epoch is late, on whichever Redis it turns up. The books are settled one after
     the other then; a recovery that takes over half-way may stand before another Redis, and would judge otherwise. Raises
@@ -418,10 +418,8 @@ async def settle_piece(
                 " places_upto = $4, loaded = true WHERE book_id = $1",
                 book_id, len(lost), len(held), upto,
             )  # fmt: skip
-            for table in (
-                "lone_leases",
-                "outstanding_codes",
-            ):  # in this order: rows of the one become rows of the other
+            # In this order: rows of the first become rows of the second.
+            for table in ("lone_leases", "outstanding_codes"):
                 await connection.execute(
                     f"DELETE FROM {table} WHERE book_id = $1 AND code = ANY ($2)",
                     book_id,

@@ -18,4 +18,5 @@ class Pool:
         self.refilled_at = 0.0
 
     def wants_refill(self) -> bool:
+        """Whether half a block or less is left, and Postgres has more."""
         return self.unlent > 0 and self.in_pool <= self.block // 2

@@ -3,10 +3,13 @@
 Nothing here asks what went wrong. Every recovery takes the same steps, each of which may be killed and run again:
 
 1. the next epoch in Postgres: no batch of an older one can be committed any more, and API processes say what they saw;
-2. the shard is shut in Redis, and what its stream still holds goes into the ledger;
-3. codes that were lent and have no record go back to be dealt, or into quarantine when somebody may have been answered;
-4. Redis is rebuilt from the ledger, or kept when it provably stands where the ledger stands; its pools are emptied;
-5. Redis is certified.
+2. the shard is shut in Redis;
+3. what its stream still holds goes into the ledger;
+4. codes that were lent and have no record go back to be dealt, or into quarantine when somebody may have been answered;
+5. Redis is rebuilt from the ledger, or kept when it provably stands where the ledger stands; its pools are emptied;
+6. Redis is certified.
+
+docs/architecture.md ("Recovery") says why; its steps have the same numbers.
 """
 
 from __future__ import annotations
@@ -86,7 +89,7 @@ class Recoverer:
                 raise HistoryForked(
                     f"redis knows of epoch {meta.newest_epoch}, the ledger was in {begun.owned.epoch - 1}: it went back"
                 )
-            drained, whole = await self._drain(connection, begun, meta)
+            drained, stands = await self._drain(connection, begun, meta)
         except HistoryForked as error:
             await _step(connection, recovery.stop_shard(connection, shard, str(error)))
             raise
@@ -97,7 +100,7 @@ class Recoverer:
         crash_point("recover.settled")
         books = await _step(connection, books_of_shard(connection, shard))
         held = await _step(connection, held_by_book(connection, shard))
-        kept = whole and not begun.rebuild and await self._agrees(shard, held)
+        kept = stands and not begun.rebuild and await self._agrees(shard, held)
         if kept:
             await self._restore_rules(connection, term, books, held)
         else:
@@ -122,6 +125,7 @@ class Recoverer:
         if live in (meta.epoch, meta.was):
             await self._require_told(shard, live, reached, meta.committed or 0)
         now = await self._store.read_meta(shard)  # it is shut: no script adds to it any more
+        # The last event that a script made in the live epoch, where this Redis knows it.
         made = now.seq if now.was == live else None
         epoch, seq = 0, 0
         while entries := await self._store.stream_after(shard, epoch, seq):
@@ -385,7 +389,7 @@ def _made_up(entry: Sequence[Any], begun: NewEpoch, made: int | None) -> bool:
 
 
 def _by_epoch(shard: int, entries: Sequence[Sequence[Any]]) -> list[tuple[int, Batch]]:
-    """Stream entries as one batch for each epoch among them."""
+    """Stream entries as one batch for each epoch among them. Their generation is 0: nobody compares it."""
     parts: dict[int, tuple[list[Any], list[DeadLetter], list[int]]] = {}
     for entry_id, fields in entries:
         position = Position.parse(entry_id)

@@ -196,7 +196,7 @@ def script(state: State, bounds: Bounds, step: str, node: Node, term: Term, iden
 
 
 def drain(state: State, bounds: Bounds, node: Node, work: Recovery) -> tuple[Ledger, int, tuple[int, ...]]:
-    """Step 2: what the stream holds and the ledger does not. The shard is stopped where history contradicts itself.
+    """Step 3: what the stream holds and the ledger does not. The shard is stopped where history contradicts itself.
 
     Returns the ledger, the seq up to which it accounts for the live epoch, and what those who wait are told.
     """
@@ -270,7 +270,7 @@ def without_orphans(ledger: Ledger, events: list[Event]) -> tuple[list[Event], l
 
 
 def decide(state: State, bounds: Bounds, work: Recovery) -> tuple[Ledger, str]:
-    """Step 3 begins: the live epoch is over for the ledger, and the verdict is kept with it, before any book is settled.
+    """Step 4 begins: the live epoch is over for the ledger, and the verdict is kept with it, before any book is settled.
 
     Otherwise a successor that is connected to another Redis would drain the epoch anew, into books that are settled.
     """
