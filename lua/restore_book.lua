@@ -12,7 +12,7 @@ Keys
 Args
   recovery     text  which one shut the shard: generation-epoch
   rules…       text  field, value, field, value …; none with more of the book's codes
-  quarantined… text  codes; at most 4000 with the rules
+  quarantined… text  codes; at most 500
 
 Replies, the first that applies
   fenced     the shard is not shut, or another recovery is at work

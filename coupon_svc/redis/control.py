@@ -64,7 +64,7 @@ class ShardControl:
         self._url = url
         self._scripts = scripts
         self.installation = installation
-        """Whose shards these are (postgres/installation.py); to be known before anything is written."""
+        """Whose shards these are: the id that Postgres drew once. To be known before anything is written."""
         self._keys = [ShardKeys(shard, shards) for shard in range(shards)]
         self._connection: Connection | None = None
         self._reader: Connection | None = None

@@ -165,7 +165,8 @@ class DataPlane:
         if epoch != view.epoch:  # it was over before we came to read the reply, which says nothing any more
             raise Refused(Outcome.RECOVERING if read_only else Outcome.OUTCOME_UNKNOWN)
         if reply.outcome in script.position_at:
-            view.observe(*reply.position[1])
+            _, last = reply.position
+            view.observe(*last)
         elif reply.outcome in script.holders_at:
             for holding in reply.holders:
                 if isinstance(holding, Holding):
@@ -187,8 +188,9 @@ class DataPlane:
             if isinstance(error, CountsDiffer):
                 await self.doubt(view)
             else:
-                # If Redis went back behind what was seen here, a process that saw nothing must not be believed for another
-                # moment. In any other epoch, history or state this does nothing.
+                # Redis may have gone back behind what was seen here. A process that has seen less would not notice, so the
+                # shard is put in doubt for all. As of seq 0, since the fence refuses `doubt_shard` itself with more than
+                # Redis has. In another epoch, on another server or with a torn meta this does nothing.
                 await self._doubt(view, 0)
             self._suspect(view)
             return Refused(Outcome.RECOVERING)
@@ -252,7 +254,7 @@ class DataPlane:
         reading = reading._replace(metas=metas)
         gone_back = [view for view in self.views if self._judge(view, reading, seen[view.shard])]
         for view in gone_back:  # after the loop: awaiting in it would make what was read of the other shards stale
-            await self._doubt(view, 0)
+            await self._doubt(view, 0)  # as of seq 0: the fence would refuse what was seen here
 
     def _judge(self, view: ShardView, reading: ServerReading, seen: Seen) -> bool:
         """Open or shut a shard by what was read. Returns whether Redis has gone back behind what was `seen`."""
@@ -280,7 +282,7 @@ class DataPlane:
         if self._installation is None or meta is None:
             return False
         if meta.installation not in (None, self._installation, self._stranger):
-            self._stranger = meta.installation  # told once, and not sixteen times a second
+            self._stranger = meta.installation  # told once, and not for every shard each second
             log.critical(
                 "shard %02d in this Redis belongs to installation %s, and the database to installation %s: check"
                 " COUPON_REDIS_URL and COUPON_DATABASE_URL",

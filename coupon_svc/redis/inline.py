@@ -24,6 +24,7 @@ _FUNCTION = re.compile(
     r"^local function (?P<name>\w+)\((?P<params>[^)]*)\)\n(?P<text>.*?)^end$", re.MULTILINE | re.DOTALL
 )
 _RETURN = re.compile(r"\breturn\b(?P<values>.*?)(?=\n\s*(?:end|else|elseif)\b|\s*\Z)", re.DOTALL)
+# What stands before a call that is a statement: nothing, names that take its results, or `return`.
 _BEFORE = re.compile(r"(?:^|(?<=\n))[ ]*(?:(?P<local>local )?(?P<targets>\w+(?:, \w+)*) = |(?P<tail>return ))?\Z")
 
 
@@ -84,6 +85,7 @@ def inline(lua: str) -> str:
 
 
 def _expand(text: str, functions: dict[str, Function], numbers: Iterator[int], inside: tuple[str, ...]) -> str:
+    """The text with each call in it replaced. `numbers` name the results, and `inside` are the functions around it."""
     if not functions:
         return text
     call = re.compile(rf"(?<![\w.])({'|'.join(functions)})\(")
@@ -127,6 +129,7 @@ def _place(
     results = [f"_{next(numbers)}" for _ in targets]
     left = ", ".join(results)
 
+    # `repeat … until true` runs once, and `break` leaves it: what `return` does in a function.
     def leave(match: re.Match[str]) -> str:
         return f"{left} = {match['values'].strip() or 'nil'}\nbreak" if results else "break"
 
@@ -139,6 +142,7 @@ def _place(
 
 
 def _assigned(name: str, text: str) -> bool:
+    """Whether the text gives this name another value: then the parameter must not be the caller's own variable."""
     return re.search(rf"(?<![\w.]){name}\s*(?:,[\w, ]*)?=(?!=)", text) is not None
 
 
