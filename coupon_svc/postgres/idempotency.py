@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 import asyncpg
 
+from coupon_svc.domain.bounds import IDEMPOTENCY_MS
 from coupon_svc.domain.outcomes import Outcome, Refused
+
+_KEPT_SINCE = f"now() - interval '{IDEMPOTENCY_MS} milliseconds'"
 
 
 class IdempotentCall(NamedTuple):
@@ -40,7 +43,7 @@ async def recall(
         raise Refused(Outcome.IDEMPOTENCY_IN_PROGRESS)
     row = await connection.fetchrow(
         "SELECT fingerprint, status, answer, EXISTS (SELECT FROM uploads u WHERE u.upload_id = k.upload_id) AS unfinished"
-        " FROM idempotency_keys k WHERE scope = $1 AND key = $2 AND created_at > now() - interval '24 hours'",
+        f" FROM idempotency_keys k WHERE scope = $1 AND key = $2 AND created_at > {_KEPT_SINCE}",
         call.scope,
         call.key,
     )
@@ -68,4 +71,4 @@ async def remember(
 
 async def forget_old(connection: asyncpg.Connection) -> None:
     """Drop what is older than 24 hours."""
-    await connection.execute("DELETE FROM idempotency_keys WHERE created_at <= now() - interval '24 hours'")
+    await connection.execute(f"DELETE FROM idempotency_keys WHERE created_at <= {_KEPT_SINCE}")

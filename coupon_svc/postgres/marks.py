@@ -6,8 +6,12 @@ from typing import NamedTuple
 
 import asyncpg
 
+from coupon_svc.domain.bounds import IDEMPOTENCY_MS
+
 MARGIN_H = 1
-"""What the clocks of Redis, Postgres and the writer may differ by at most."""
+"""More than the clocks of Redis, Postgres and the writer may differ by."""
+_BEGIN_AT = f"now() - interval '{IDEMPOTENCY_MS} milliseconds' - interval '{MARGIN_H} hours'"
+"""A mark from before this moment has every event with an idempotency record behind it."""
 
 # Only while Redis decides in the epoch that the ledger is in: then every event that comes later stands behind the mark.
 _NOTE = """
@@ -22,10 +26,10 @@ _DROP = f"""
     DELETE FROM ledger_marks m USING shards
     WHERE shards.owner = $1 AND m.shard = shards.shard AND m.at < now() - interval '48 hours'
       AND EXISTS (SELECT FROM ledger_marks newer WHERE newer.shard = m.shard AND newer.at > m.at
-                  AND newer.at < now() - interval '{24 + MARGIN_H} hours')
+                  AND newer.at < {_BEGIN_AT})
 """
 _BEFORE = f"""
-    SELECT epoch, seq FROM ledger_marks WHERE shard = $1 AND at < now() - interval '{24 + MARGIN_H} hours'
+    SELECT epoch, seq FROM ledger_marks WHERE shard = $1 AND at < {_BEGIN_AT}
     ORDER BY at DESC LIMIT 1
 """
 
