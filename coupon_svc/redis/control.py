@@ -23,7 +23,7 @@ from coupon_svc.redis.errors import (
     StoreError,
     WrongKeyType,
 )
-from coupon_svc.redis.keys import ShardKeys, positions_channel
+from coupon_svc.redis.keys import ShardKeys, position_message, positions_channel
 from coupon_svc.redis.meta import ShardMeta, meta_of
 from coupon_svc.redis.runner import run_script
 from coupon_svc.redis.scripts import Scripts
@@ -162,7 +162,7 @@ class ShardControl:
         reply = await self._own(
             "publish_position", term, events=self._keys[term.shard].events, committed=committed, ledger=ledger,
             trim_seq=trim_seq, channel=positions_channel(self.installation),
-            message=f"{term.shard} {term.epoch} {committed}" if ledger != "away" else "", entry=entry,
+            message=position_message(term.shard, term.epoch, committed) if ledger != "away" else "", entry=entry,
             ledger_ms="" if ledger_ms is None else ledger_ms, run_id=identity.run_id, installation=self.installation,
         )  # fmt: skip
         if reply.outcome == "clock":
@@ -245,7 +245,7 @@ class ShardControl:
 
     async def tell_position(self, shard: int, epoch: int, committed: int) -> None:
         """Tell those who wait how far the ledger got, without a certified shard. Raises StoreError."""
-        await self._ask("PUBLISH", positions_channel(self.installation), f"{shard} {epoch} {committed}")
+        await self._ask("PUBLISH", positions_channel(self.installation), position_message(shard, epoch, committed))
 
     async def wipe_shard(self, term: Term) -> None:
         """Drop every key of the shard but its meta. Raises StoreError, ShardNotUsable."""

@@ -1,4 +1,5 @@
-"""Every key the service has in Redis, spelled here and nowhere else. `docs/redis.md` is the same for a person.
+"""Every key the service has in Redis, and its channel, spelled here and nowhere else. `docs/redis.md` is the same for a
+person.
 
 All keys of a shard share its hash tag, so a script touches one slot. What follows the tag may hold any character:
 Redis takes the first `{…}` of a key as its tag, and that one is ours.
@@ -16,6 +17,17 @@ def positions_channel(installation: str) -> str:
     """The channel of one installation. A channel, unlike a key, is heard in all numbered databases of a server, and what
     another installation's ledger holds says nothing about ours."""
     return f"{POSITIONS_CHANNEL}:{installation}"
+
+
+def position_message(shard: int, epoch: int, committed: int) -> str:
+    """What is sent on the channel: the ledger has the shard's events up to `committed` of `epoch`."""
+    return f"{shard} {epoch} {committed}"
+
+
+def parse_position_message(text: str) -> tuple[int, int, int]:
+    """(shard, epoch, committed) from a message on the channel. Raises ValueError."""
+    shard, epoch, committed = map(int, text.split())
+    return shard, epoch, committed
 
 
 class ShardKeys:

@@ -9,6 +9,7 @@ from time import monotonic
 
 from coupon_svc.redis.connection import Connection, Reply, connect
 from coupon_svc.redis.errors import NotSent, ReplyError, StoreError
+from coupon_svc.redis.keys import parse_position_message
 
 PING_EVERY_S = 1.0
 
@@ -56,8 +57,7 @@ class PositionListener:
     def on_message(self, message: Reply) -> None:
         """Take what the subscription received."""
         if not isinstance(message, ReplyError) and message[0] == "message":
-            shard, epoch, committed = map(int, message[2].split())
-            self._on_position(shard, epoch, committed)
+            self._on_position(*parse_position_message(message[2]))
 
     def _on_pong(self, pong: asyncio.Future[Reply]) -> None:
         """A message that was on its way before the answer to PING came in its place."""
