@@ -18,6 +18,7 @@ import pytest
 from redis.exceptions import ResponseError
 
 from coupon_svc.dev.servers import ServerError
+from coupon_svc.domain.position import Position
 from tests.chaos.fault import Fault, Strike
 from tests.chaos.fencing_faults import watching
 from tests.chaos.machine import (
@@ -165,7 +166,7 @@ async def _require_whole_scripts(run: Run) -> None:
         async for meta in redis.scan_iter("cb:*:meta"):
             prefix, seq = meta.removesuffix("meta"), await redis.hget(meta, "seq")
             last = await redis.xrevrange(prefix + "events", count=1)
-            assert not last or seq == "0" or last[0][0].partition("-")[2] == seq, (last, seq)
+            assert not last or seq == "0" or str(Position.parse(last[0][0]).seq) == seq, (last, seq)
             async for book in redis.scan_iter(prefix + "book:*"):
                 book_id = book.rpartition(":")[2]
                 there = await redis.zcard(f"{prefix}free:{book_id}") + await redis.hlen(f"{prefix}holders:{book_id}")
