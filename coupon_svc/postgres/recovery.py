@@ -385,7 +385,7 @@ async def settle_piece(
     A recovery that dies half-way leaves books settled and others not. The next one goes on with the same verdict.
 
     Does nothing before all places are accounted for (`account_piece`). The book's row comes first and the shard's last:
-    who waits for a book holds up no commit. Raises BookBusy, NotOwner.
+    a transaction that waits for a book holds up no commit. Raises BookBusy, NotOwner.
     """
     shard, epoch = begun.owned.shard, verdict.epoch
     try:

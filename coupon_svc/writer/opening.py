@@ -178,8 +178,8 @@ class Opening:
 
 
 async def next_event_is_there(store: ShardControl, term: Term, committed: int, *, required: bool = True) -> bool:
-    """Whether the event after this one is in the stream, or none at all unless one is `required`. A trimmed one shows only
-    to who looks, or with the next; an entry made by hand lets no script add its own any more."""
+    """Whether the event after this one is in the stream, or none at all unless one is `required`. If it was trimmed,
+    only a look or the next event shows that. If a hand-made entry stands there, no script can add its own any more."""
     following = await store.stream_after(term.shard, term.epoch, committed, count=1)
     return following[0][0] == f"{term.epoch}-{committed + 1}" if following else not required
 

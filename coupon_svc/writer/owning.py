@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 RENEW_EVERY_S = 1.0
 TAKE_AGAIN_S = 0.1
 OUT_OF_TOUCH_S = 3.0
-"""Who has not reached Redis for so long gives its shards up. Less than WRITER_TTL_S: others need not wait for that."""
+"""A writer that has not reached Redis for so long gives its shards up. Less than WRITER_TTL_S: others need not wait for that."""
 REACH_AGAIN_S = 0.2
 STATEMENTS_TIMEOUT_S = 3.0
 
@@ -52,7 +52,7 @@ class Owning:
         """Whether Postgres may have shards, or a row, of this writer."""
 
     async def keep_in_touch(self) -> None:
-        """Once a second: ask Redis who it is. Who cannot reach it can do nothing for a shard."""
+        """Once a second: ask Redis who it is. A writer that cannot reach it can do nothing for a shard."""
         while True:
             if not self._store.installation:  # Postgres has not said yet whose keys are ours
                 await asyncio.sleep(REACH_AGAIN_S)

@@ -69,7 +69,7 @@ class Recoverer:
         self._store = store
         self._backlog_max = backlog_max
         self._silent: dict[str, float] = {}
-        """When API processes were last waited for in vain: who is silent about one shard is silent about all."""
+        """When API processes were last waited for in vain: one that is silent about a shard is silent about all."""
 
     async def recover(self, connection: LedgerConnection, owned: OwnedShard) -> OwnedShard:
         """Recover the shard and certify Redis for it. Returns the shard in its new epoch.

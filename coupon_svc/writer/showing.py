@@ -70,7 +70,7 @@ class Showing:
                 shard.report(term, error)
 
     async def _show_shard(self, connection: LedgerConnection, shard: Shard, gone: list[str]) -> None:
-        """Tell one shard that the ledger is there, and report for who is gone.
+        """Tell one shard that the ledger is there, and report for API processes that are gone.
 
         Raises StoreError, LedgerUnavailable; ShardNotUsable and Hole, which are about this shard alone.
         """
