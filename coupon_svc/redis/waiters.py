@@ -11,7 +11,8 @@ from typing import NamedTuple
 from coupon_svc.domain.outcomes import Outcome, Refused
 
 OVERDUE_S = 0.1
-"""A position is published within milliseconds of its commit. A request that has waited this long may have missed the message."""
+"""A position is published within milliseconds of its commit. A request that has waited this long may have missed the
+message."""
 
 
 class _Waiter(NamedTuple):

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 RENEW_EVERY_S = 1.0
 TAKE_AGAIN_S = 0.1
 OUT_OF_TOUCH_S = 3.0
-"""A writer that has not reached Redis for so long gives its shards up. Less than WRITER_TTL_S: others need not wait for that."""
+"""A writer that has not reached Redis for so long gives its shards up. Less than WRITER_TTL_S: others need not wait for
+that."""
 REACH_AGAIN_S = 0.2
 STATEMENTS_TIMEOUT_S = 3.0
 
