@@ -28,10 +28,10 @@ async def test_a_stopped_shard_is_shut_when_it_would_be_opened(make_stack: Calla
     connection = await writer.owning.session.connection()
     await writer.owning.renew(connection)
     try:
-        await writer.opening.try_to_open(writer.shards[0], writer.owning.session)
+        await writer.opener.try_to_open(writer.shards[0], writer.owning.session)
         assert writer.shards[0].state == Stopped("a person looks")
         assert await redis.hget(meta, "epoch") == "recovering", "nobody decides anything there"
-        await writer.opening.try_to_open(writer.shards[1], writer.owning.session)
+        await writer.opener.try_to_open(writer.shards[1], writer.owning.session)
         assert writer.shards[1].is_open, "the others are opened"
     finally:
         writer.close()

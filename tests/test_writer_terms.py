@@ -17,6 +17,7 @@ from coupon_svc.postgres import lending
 from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.lending import BookNow, Lease
 from coupon_svc.postgres.shards import OwnedShard
+from coupon_svc.redis.codec import StreamEntry
 from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.redis.keys import ShardKeys
@@ -94,7 +95,8 @@ def test_what_comes_before_a_hole_is_committed() -> None:
         "fingerprint",
         "",
     ]
-    entries = [["3-8", fields], ["3-9", ["by", "hand"]], ["4-7", ["by", "hand"]]]
+    hand_made = ["by", "hand"]
+    entries = [StreamEntry.of(raw) for raw in (["3-8", fields], ["3-9", hand_made], ["4-7", hand_made])]
     batch = following_batch(shard, entries)
     assert (batch.committed, batch.upto, len(batch.events), [letter.seq for letter in batch.dead]) == (7, 9, 1, [9])
     with pytest.raises(Hole, match="event 3-8 is missing, 4-7 came instead"):

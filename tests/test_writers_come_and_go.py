@@ -379,9 +379,9 @@ async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_bein
 
     async def connection(_: LedgerSession) -> None: ...
 
-    monkeypatch.setattr(writer.opening, "_open", open_unless_torn)
+    monkeypatch.setattr(writer.opener, "_open", open_unless_torn)
     monkeypatch.setattr(LedgerSession, "connection", connection)
-    opening = asyncio.create_task(writer.opening.run())
+    opening = asyncio.create_task(writer.opener.run())
 
     async def others_opened() -> bool:
         return writer.shards[2].identity is HERE

@@ -50,10 +50,10 @@ class ShardScript(NamedTuple):
 def bind_scripts(scripts: Scripts) -> dict[str, ShardScript]:
     """Every script that is fenced by `seen_seq`: those of the data plane, by name."""
     bound = (script for script in scripts if any(arg.name == "seen_seq" for arg in script.contract.args))
-    return {script.name: bind_script(script) for script in bound}
+    return {script.name: bind_to_shard(script) for script in bound}
 
 
-def bind_script(script: Script) -> ShardScript:
+def bind_to_shard(script: Script) -> ShardScript:
     """Generate the function that packs a script's command."""
     contract = script.contract
     args = {arg.name: arg for arg in contract.args if arg.name not in _FILLED}

@@ -1,8 +1,9 @@
-"""What Redis keeps, as text and as types: idempotency records and a book's hash. Holdings are in domain/holding.py."""
+"""What Redis keeps, as text and as types: stream entries, idempotency records, books. Holdings: domain/holding.py."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -11,6 +12,20 @@ from coupon_svc.domain.holding import format_positions, parse_positions
 from coupon_svc.domain.position import Position
 
 ALREADY_YOURS = "already_yours"
+
+
+class StreamEntry(NamedTuple):
+    """An entry of a shard's stream. What a script wrote is an event (domain/events.py)."""
+
+    position: Position
+    fields: list[str]
+    """Names and values in turn."""
+
+    @classmethod
+    def of(cls, raw: Sequence[Any]) -> StreamEntry:
+        """The entry in what Redis replies: its id, and its fields."""
+        entry_id, fields = raw
+        return cls(Position.parse(entry_id), fields)
 
 
 class AssignRecord(NamedTuple):

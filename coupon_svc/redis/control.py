@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
+from coupon_svc.redis.codec import StreamEntry
 from coupon_svc.redis.connection import Connection, connect, replies_within
 from coupon_svc.redis.connection import Reply as RawReply
 from coupon_svc.redis.contract import Reply
@@ -316,22 +317,20 @@ class ShardControl:
 
     async def stream_after(
         self, shard: int, epoch: int, seq: int, count: int = EVENTS_PER_READ_MAX
-    ) -> list[list[RawReply]]:
+    ) -> list[StreamEntry]:
         """Up to `count` entries that follow (epoch, seq), without waiting. Raises StoreError."""
-        entries: list[list[RawReply]] = await self._ask(
-            "XRANGE", self._keys[shard].events, f"({epoch}-{seq}", "+", "COUNT", count
-        )
-        return entries
+        entries = await self._ask("XRANGE", self._keys[shard].events, f"({epoch}-{seq}", "+", "COUNT", count)
+        return [StreamEntry.of(entry) for entry in entries]
 
     async def entry_at(self, shard: int, epoch: int, seq: int) -> list[str] | None:
         """The fields of the stream's entry at a position; None when there is none. Raises StoreError."""
         entries = await self._ask("XRANGE", self._keys[shard].events, f"{epoch}-{seq}", f"{epoch}-{seq}")
-        return list(entries[0][1]) if entries else None
+        return StreamEntry.of(entries[0]).fields if entries else None
 
     async def newest_entry(self, shard: int, below_epoch: int) -> Position | None:
         """The position of the last entry of the shard's stream in an epoch below this one. Raises StoreError."""
         entries = await self._ask("XREVRANGE", self._keys[shard].events, f"({below_epoch}-0", "-", "COUNT", 1)
-        return Position.parse(entries[0][0]) if entries else None
+        return StreamEntry.of(entries[0]).position if entries else None
 
     async def holders(self, shard: int, book_id: str) -> AsyncIterator[list[tuple[str, str]]]:
         """Every code of a book that somebody holds in Redis, with what is kept of it, some at a time; a code may come
@@ -377,10 +376,10 @@ class ShardControl:
             )
         return [None if lent is None or partly_redeemed is None else _count(lent) for lent, partly_redeemed in counts]
 
-    async def read_events(self, after: Mapping[int, tuple[int, int]], block_ms: int) -> dict[int, list[list[RawReply]]]:
+    async def read_events(self, after: Mapping[int, tuple[int, int]], block_ms: int) -> dict[int, list[StreamEntry]]:
         """Entries of each shard's stream that follow (epoch, seq), waiting up to `block_ms` for the first.
 
-        Each entry is [id, [name, value, …]]. Raises StoreError.
+        Raises StoreError.
         """
         try:
             if self._reader is None or self._reader.closed.done():
@@ -398,7 +397,7 @@ class ShardControl:
         except StoreError:
             self._close_reader()
             raise
-        return {by_stream[stream]: entries for stream, entries in reply or ()}
+        return {by_stream[stream]: [StreamEntry.of(entry) for entry in entries] for stream, entries in reply or ()}
 
 
 def _flat(fields: Mapping[str, str]) -> list[str]:

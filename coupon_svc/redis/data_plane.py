@@ -258,7 +258,7 @@ class DataPlane:
 
     def _judge(self, view: ShardView, reading: ServerReading, seen: Seen) -> bool:
         """Open or shut a shard by what was read. Returns whether Redis has gone back behind what was `seen`."""
-        view.ledger_unseen_s = reading.ledger_unseen_s(view.shard)
+        view.heard_of_ledger(reading.ledger_unseen_s(view.shard))
         certificate = reading.certificate(view.shard) if self._is_ours(reading, view.shard) else None
         if certificate is None:
             view.refuse()

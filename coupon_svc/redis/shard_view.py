@@ -73,6 +73,10 @@ class ShardView:
         """The highest position that this process was answered, or has heard to be committed."""
         return Seen(self.epoch, self.seen_seq)
 
+    def heard_of_ledger(self, unseen_s: float) -> None:
+        """When Redis was asked, its owner had seen the ledger `unseen_s` seconds before; infinite while it is away."""
+        self.ledger_unseen_s = unseen_s
+
     # --- the transitions
 
     def disconnect(self) -> None:

@@ -117,7 +117,7 @@ class Lender:
             if shard := self._shard_of(book.book_id):
                 await self._guarded(shard, shard.owned, self._load_book(connection, shard, book))
 
-    async def settle(self, connection: LedgerConnection, shard: Shard) -> None:
+    async def bring_outstanding(self, connection: LedgerConnection, shard: Shard) -> None:
         """Bring again what was lent and may not have arrived, and look at every pool: after a take-over.
 
         Raises StoreError, LedgerUnavailable; ShardNotUsable when a book is gone from Redis.
@@ -250,7 +250,7 @@ class Lender:
                 raise
             except StoreError:
                 if not shard.is_open:
-                    raise  # whoever opens the shard again settles what is outstanding
+                    raise  # whoever opens the shard again brings what is outstanding
                 await asyncio.sleep(0.1)
 
     def _shard_of(self, book_id: str) -> Shard | None:

@@ -29,7 +29,7 @@ TRY_AGAIN_S = 0.2
 STATEMENTS_TIMEOUT_S = 3.0
 
 
-class Opening:
+class Opener:
     """Takes shards from `Shut` to `Open`, several at once, each on a session of its own: one that has to wait holds up no
     other."""
 
@@ -130,7 +130,7 @@ class Opening:
         if amiss := shard.recovery_wanted or await self._amiss(shard, connection):
             shard.recovery_begins(amiss)
             shard.recovered(await self._recoverer.recover(connection, shard.owned))
-        await self._lender.settle(connection, shard)
+        await self._lender.bring_outstanding(connection, shard)
         shard.opened(identity)
 
     async def _compare_clocks(self, connection: LedgerConnection, shard: Shard) -> None:
@@ -181,7 +181,7 @@ async def next_event_is_there(store: ShardControl, term: Term, committed: int, *
     """Whether the event after this one is in the stream, or none at all unless one is `required`. If it was trimmed,
     only a look or the next event shows that. If a hand-made entry stands there, no script can add its own any more."""
     following = await store.stream_after(term.shard, term.epoch, committed, count=1)
-    return following[0][0] == f"{term.epoch}-{committed + 1}" if following else not required
+    return following[0].position == (term.epoch, committed + 1) if following else not required
 
 
 def went_back(owned: OwnedShard, meta: ShardMeta) -> str | None:

@@ -7,12 +7,10 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_event
-from coupon_svc.domain.position import Position
 from coupon_svc.postgres.database import LedgerSession
 from coupon_svc.postgres.errors import LedgerEdited, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.events import (
@@ -27,6 +25,7 @@ from coupon_svc.postgres.events import (
 )
 from coupon_svc.postgres.recovery import stop_shard
 from coupon_svc.postgres.shards import connection_name
+from coupon_svc.redis.codec import StreamEntry
 from coupon_svc.redis.control import ShardControl, Term, entry_digest
 from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.writer.clock import LedgerClock
@@ -109,7 +108,7 @@ class Persister:
         crash_point("persist.read")
         read_at = asyncio.get_running_loop().time()
         committed = await self._commit(batches)
-        ends = {batch.shard: entries[batch.shard][batch.upto - batch.committed - 1][1] for batch in batches}
+        ends = {batch.shard: entries[batch.shard][batch.upto - batch.committed - 1].fields for batch in batches}
         await asyncio.gather(
             *(
                 self._publish(open_shards[batch.shard], batch, head, entry_digest(ends[batch.shard]))
@@ -279,14 +278,13 @@ def term_of_batch(batch: Batch) -> Term:
     return Term(batch.shard, batch.epoch, batch.generation)
 
 
-def following_batch(shard: Shard, entries: Sequence[Sequence[Any]]) -> Batch:
+def following_batch(shard: Shard, entries: Sequence[StreamEntry]) -> Batch:
     """The entries of a stream that follow the shard's position, up to the first hole among them. Raises Hole when there is
     none: whoever opens the shard looks at the next entry alone, and would find nothing amiss behind a good one."""
     events: list[Event] = []
     dead: list[DeadLetter] = []
     upto = shard.committed
-    for entry_id, fields in entries:
-        position = Position.parse(entry_id)
+    for position, fields in entries:
         if position != (shard.owned.epoch, upto + 1):
             if upto > shard.committed:
                 break

@@ -35,7 +35,7 @@ from coupon_svc.postgres.outstanding import account_piece, held_by_book
 from coupon_svc.postgres.processes import gone_processes
 from coupon_svc.postgres.recovery import NewEpoch, Settled, Verdict
 from coupon_svc.postgres.shards import OwnedShard
-from coupon_svc.redis.codec import AssignRecord, RedeemRecord, encode_book
+from coupon_svc.redis.codec import AssignRecord, RedeemRecord, StreamEntry, encode_book
 from coupon_svc.redis.control import KEYS_PER_CALL_MAX, ShardControl, Term
 from coupon_svc.redis.meta import ShardMeta
 from coupon_svc.writer.crash import crash_point
@@ -135,7 +135,7 @@ class Recoverer:
                 else:
                     late = recovery.take_late(connection, self._writer_id, begun, number, batch.events)
                     await _step(connection, late)
-            epoch, seq = Position.parse(entries[-1][0])
+            epoch, seq = entries[-1].position
         dead = await _step(connection, recovery.first_dead_letter(connection, shard, live))
         if live:  # whoever still waits in that epoch is answered, up to what the ledger could not take
             await self._store.tell_position(shard, live, reached if dead is None else min(reached, dead - 1))
@@ -146,8 +146,8 @@ class Recoverer:
         """Raises HistoryForked when the ledger had events that it lacks now and the stream has not kept: it went back."""
         while reached < told:
             before = reached
-            for entry_id, _ in await self._store.stream_after(shard, epoch, reached):
-                if Position.parse(entry_id) == (epoch, reached + 1):
+            for entry in await self._store.stream_after(shard, epoch, reached):
+                if entry.position == (epoch, reached + 1):
                     reached += 1
             if reached == before:
                 raise HistoryForked(
@@ -375,24 +375,22 @@ def _holding(row: LedgerRow) -> Holding:
     return Holding(assigned, assigned, row["uses"], row["assigned_at_ms"], row["user_id"])
 
 
-def _made_up(entry: Sequence[Any], begun: NewEpoch, made: int | None) -> bool:
+def _made_up(entry: StreamEntry, begun: NewEpoch, made: int | None) -> bool:
     """Whether an entry was put into the stream by hand: one of an epoch that the ledger never began (the meta, which knows
     of none that is newer, was compared before), or one of the live epoch that follows the last one that a script made in
     it. What is missing before it was never made, and may be more than could ever be noted. It goes with the stream when the
     shard is certified."""
-    position = Position.parse(entry[0])
-    epoch, seq = position
+    epoch, seq = entry.position
     if epoch < begun.owned.epoch and (made is None or epoch != begun.live_epoch or seq <= made):
         return False
-    log.error("entry %s of the stream is none of the service's: it is passed over", position)
+    log.error("entry %s of the stream is none of the service's: it is passed over", entry.position)
     return True
 
 
-def _by_epoch(shard: int, entries: Sequence[Sequence[Any]]) -> list[tuple[int, Batch]]:
+def _by_epoch(shard: int, entries: Sequence[StreamEntry]) -> list[tuple[int, Batch]]:
     """Stream entries as one batch for each epoch among them. Their generation is 0: nobody compares it."""
     parts: dict[int, tuple[list[Any], list[DeadLetter], list[int]]] = {}
-    for entry_id, fields in entries:
-        position = Position.parse(entry_id)
+    for position, fields in entries:
         epoch, seq = position
         events, dead, seqs = parts.setdefault(epoch, ([], [], []))
         seqs.append(seq)

@@ -23,7 +23,7 @@ from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.lend import Lender
-from coupon_svc.writer.opening import Opening
+from coupon_svc.writer.opening import Opener
 from coupon_svc.writer.owning import Owning
 from coupon_svc.writer.persist import Persister
 from coupon_svc.writer.recover import Recoverer
@@ -54,7 +54,7 @@ class Writer:
         self.showing = Showing(
             self._session(), store, shards, clock, lambda: self.watching.gone, self.persister.show_away
         )
-        self.opening = Opening(
+        self.opener = Opener(
             [self._session() for _ in range(OPENED_AT_ONCE)],
             writer_id,
             store,
@@ -72,7 +72,7 @@ class Writer:
             self.owning.keep_owning(),
             self.watching.run(),
             self.showing.run(),
-            self.opening.run(),
+            self.opener.run(),
             self.persister.run(),
             self.lender.run(),
             keep_running(self.upkeep.run),
@@ -99,7 +99,7 @@ class Writer:
 
     def _close_sessions(self) -> None:
         parts = (self.owning, self.watching, self.showing, self.persister, self.lender, self.upkeep)
-        for session in (*(part.session for part in parts), *self.opening.sessions):
+        for session in (*(part.session for part in parts), *self.opener.sessions):
             session.close()
 
     def _session(self) -> LedgerSession:

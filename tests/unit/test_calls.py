@@ -6,7 +6,7 @@ import pytest
 
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Epoch, Position, Seq
-from coupon_svc.redis.calls import QUARANTINED, bind_script, bind_scripts
+from coupon_svc.redis.calls import QUARANTINED, bind_scripts, bind_to_shard
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 
@@ -45,7 +45,7 @@ SPELLED = {
 
 def parameters(name: str) -> set[str]:
     """What the script's generated function takes, but for what the data plane fills in."""
-    pack = bind_script(SCRIPTS[name]).pack
+    pack = bind_to_shard(SCRIPTS[name]).pack
     return {*pack.__code__.co_varnames[: pack.__code__.co_argcount + pack.__code__.co_kwonlyargcount]} - {
         "prefix",
         "epoch",
@@ -58,7 +58,9 @@ def parameters(name: str) -> set[str]:
 def test_the_command_is_the_one_that_its_keys_and_arguments_make(name: str, idempotency_key: str) -> None:
     script, given = SCRIPTS[name], GIVEN | {"idempotency_key": idempotency_key, "epoch": 4, "seen_seq": 17}
     wanted = parameters(name)
-    sent = bind_script(script).pack(KEYS.prefix, 4, 17, **{key: value for key, value in given.items() if key in wanted})
+    sent = bind_to_shard(script).pack(
+        KEYS.prefix, 4, 17, **{key: value for key, value in given.items() if key in wanted}
+    )
     spelled: dict[str, object] = {key.name: SPELLED[key.name] for key in script.contract.keys}
     if "codes" in wanted:
         spelled["lock"] = [KEYS.lock("bk_03x", code) for code in ("A-1", "B-2")]

@@ -13,7 +13,7 @@ from coupon_svc.postgres.shards import OwnedShard
 from coupon_svc.redis.errors import ClocksApart, CountsDiffer, Fenced, NotSent
 from coupon_svc.redis.meta import ShardMeta, meta_of
 from coupon_svc.redis.server import Identity
-from coupon_svc.writer.opening import Opening, went_back
+from coupon_svc.writer.opening import Opener, went_back
 from coupon_svc.writer.shard import Open, Shard, Shut, State, Stopped
 
 HERE = Identity("run", "history")
@@ -21,12 +21,12 @@ TAKEN = OwnedShard(3, 4, 7, 2, CHAIN_START)
 
 
 @pytest.fixture
-def opening(monkeypatch: pytest.MonkeyPatch) -> Opening:
+def opening(monkeypatch: pytest.MonkeyPatch) -> Opener:
     async def connection(_: LedgerSession) -> None: ...
 
     monkeypatch.setattr(LedgerSession, "connection", connection)
     nothing = cast(Any, None)
-    return Opening([], "wr", nothing, {}, nothing, nothing, 1000)
+    return Opener([], "wr", nothing, {}, nothing, nothing, 1000)
 
 
 SESSION = LedgerSession("", "test")
@@ -48,7 +48,7 @@ SESSION = LedgerSession("", "test")
     ids=lambda value: type(value).__name__,
 )
 async def test_what_becomes_of_a_shard_by_what_its_opening_met(
-    opening: Opening,
+    opening: Opener,
     monkeypatch: pytest.MonkeyPatch,
     error: Exception | None,
     state: State,
@@ -70,7 +70,7 @@ async def test_what_becomes_of_a_shard_by_what_its_opening_met(
 
 
 async def test_a_shard_that_is_stopped_and_released_meanwhile_is_tried_again(
-    opening: Opening, monkeypatch: pytest.MonkeyPatch
+    opening: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def open_it(shard: Shard, _: object) -> None:
         shard.stopped("forked")
@@ -85,7 +85,7 @@ async def test_a_shard_that_is_stopped_and_released_meanwhile_is_tried_again(
     assert shard.state == Shut()
 
 
-async def test_a_shard_that_was_stopped_before_its_turn_is_left_alone(opening: Opening) -> None:
+async def test_a_shard_that_was_stopped_before_its_turn_is_left_alone(opening: Opener) -> None:
     shard = Shard(TAKEN)
     shard.stopped("forked")
 
