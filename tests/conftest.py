@@ -11,11 +11,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import httpx
+import hypothesis
 import pytest
 from redis.asyncio import Redis
 
 from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis
 from tests.harness import Stack, fresh_database
+
+# How long an example takes says nothing on a shared machine; the first one of a fresh clone reads all of Unicode.
+hypothesis.settings.register_profile("shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("shared")
 
 SHARDS = 4
 
