@@ -33,7 +33,7 @@ check: install ## Style, types, import direction
 	$(BIN)/lint-imports --no-cache
 
 quick: check ## `check`, and the tests that take half a minute: units, the model, scripts, docs
-	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist worksteal -m 'not chaos and not long' $(QUICK)
+	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist worksteal -m 'not chaos and not long' --hypothesis-profile quick $(QUICK)
 
 test: install ## All tests, against servers they start themselves
 	$(BIN)/python -m pytest -n $(or $(JOBS),3) --dist loadfile

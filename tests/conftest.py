@@ -20,6 +20,7 @@ from tests.harness import Stack, fresh_database
 
 # How long an example takes says nothing on a shared machine; the first one of a fresh clone reads all of Unicode.
 hypothesis.settings.register_profile("shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("quick", hypothesis.settings.get_profile("shared"), max_examples=20)
 hypothesis.settings.load_profile("shared")
 
 SHARDS = 4
