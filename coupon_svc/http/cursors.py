@@ -37,7 +37,7 @@ class Cursors:
             sealed = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
             place = self._cipher().decrypt(sealed, [list_name.encode()])
         except (binascii.Error, ValueError, InvalidTag):
-            raise invalid("/cursor", "give the next_cursor of the page before of this list, as it was") from None
+            raise invalid("/cursor", "give the next_cursor of the previous page of this list, unchanged") from None
         number, text = msgspec.json.decode(place, type=tuple[int, str])
         return number, text
 

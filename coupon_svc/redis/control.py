@@ -35,7 +35,8 @@ LedgerSeen = Literal["committed", "seen", "away"]
 """How the ledger was met just now: by a commit, by a statement that wrote nothing, or not at all."""
 REPLY_TIMEOUT_S = 3.0
 CONNECT_AGAIN_S = 0.2
-"""After a Redis was found unfit or away, nobody tries to connect again for so long: many loops share the connection."""
+"""How long nobody tries to connect again after an attempt failed. The writer's loops share the connection, and each of them
+would try by itself."""
 EVENTS_PER_READ_MAX = 2_000
 
 
@@ -70,9 +71,10 @@ class ShardControl:
         self._connection: Connection | None = None
         self._reader: Connection | None = None
         self._connecting = asyncio.Lock()
-        self._away = ""
-        """Why the last attempt to connect failed; with `_again_at`, by the loop's clock, before which none is made."""
-        self._again_at = 0.0
+        self._failure: StoreError | None = None
+        """Why the last attempt to connect failed."""
+        self._next_attempt_at = 0.0
+        """By the event loop's clock, in seconds."""
         self.identity: Identity | None = None
 
     async def refresh_identity(self) -> Identity:
@@ -93,8 +95,8 @@ class ShardControl:
         async with self._connecting:
             if self.identity is None or self._connection is None or self._connection.closed.done():
                 self.close()
-                if asyncio.get_running_loop().time() < self._again_at:
-                    raise StoreError(self._away)
+                if self._failure is not None and asyncio.get_running_loop().time() < self._next_attempt_at:
+                    raise type(self._failure)(str(self._failure))
                 connection = None
                 try:
                     connection = await connect(self._url, "coupon-writer")
@@ -105,9 +107,8 @@ class ShardControl:
                 except StoreError as error:
                     if connection is not None:
                         connection.abort()
-                    if not isinstance(error, ForeignRedis):
-                        self._away = str(error)
-                        self._again_at = asyncio.get_running_loop().time() + CONNECT_AGAIN_S
+                    self._failure = error
+                    self._next_attempt_at = asyncio.get_running_loop().time() + CONNECT_AGAIN_S
                     raise
                 self.identity = identity
                 self._connection = connection

@@ -39,8 +39,8 @@ async def run_script(
     attempt only after NOSCRIPT, which promises that nothing ran: before it, `load` makes the scripts known to the server.
     Without `reply_timeout_s` somebody else gives up a connection on which no reply comes.
 
-    Raises NotSent and OutcomeUnknown; OutOfMemory and every other ReplyError, which did nothing; ShardNotUsable when the
-    script found that the shard must not be used.
+    Raises NotSent and OutcomeUnknown; OutOfMemory, which did nothing; any other ReplyError, after which a script that writes
+    may have done a part of its work; ShardNotUsable when the script found that the shard must not be used.
     """
     for last in (False, True):
         connection, command = prepare()

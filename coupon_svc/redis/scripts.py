@@ -62,8 +62,9 @@ def read_script(path: Path) -> Script:
 
 def bind_script(name: str, first_line: str, contract: Contract, body: str) -> Script:
     """The script of this body, and its binding."""
-    constants = [f"local {name} = {value}\n" for name, value in CONSTANTS.items() if re.search(rf"\b{name}\b", body)]
-    source = f"{first_line}\n{''.join(constants)}{preamble(contract)}{inline(number_fields(body))}"
+    named = {constant: value for constant, value in CONSTANTS.items() if re.search(rf"\b{constant}\b", body)}
+    constants = "".join(f"local {constant} = {value}\n" for constant, value in named.items())
+    source = f"{first_line}\n{constants}{preamble(contract)}{inline(number_fields(body))}"
     sha = hashlib.sha1(source.encode()).hexdigest()
     return Script(name, first_line, contract, body, source, sha, packer(contract, sha), ReplyReader(contract))
 

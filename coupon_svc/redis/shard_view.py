@@ -74,7 +74,7 @@ class ShardView:
         return Seen(self.epoch, self.seen_seq)
 
     def heard_of_ledger(self, unseen_s: float) -> None:
-        """When Redis was asked, its owner had seen the ledger `unseen_s` seconds before; infinite while it is away."""
+        """The shard's owner saw the ledger `unseen_s` seconds before Redis was asked; infinite when it does not see it."""
         self.ledger_unseen_s = unseen_s
 
     # --- the transitions
