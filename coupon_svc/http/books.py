@@ -74,7 +74,7 @@ class Books:
             expires_at_ms=_moment_ms("/expires_at", body.expires_at),
             ack=body.ack,
             metadata=encode_metadata(body.metadata),
-            idempotency=call.idempotency("/coupons"),
+            idempotency=call.idempotency(),
         )
         with _periods_refused():
             done = await self._service.create_book(wanted)
@@ -97,7 +97,7 @@ class Books:
         if (body.codes is None) == (body.generate is None):
             raise invalid("", "give either codes or generate")
         codes = _listed(body.codes or []) if body.generate is None else _generated(body.generate)
-        idempotency = call.idempotency("/coupons/codes")
+        idempotency = call.idempotency()
         done = await self._service.upload_codes(UploadCodes(call.key.tenant_id, body.book_id, codes, idempotency))
         return _kept(done)
 

@@ -21,30 +21,30 @@ class Call:
     were sent, percent-decoded.
     """
 
-    __slots__ = ("body", "idempotency_key", "key", "method", "path", "query")
+    __slots__ = ("body", "idempotency_key", "key", "method", "path", "query", "template")
 
-    def __init__(self, key: ApiKey, method: str, path: Mapping[str, str]) -> None:
+    def __init__(self, key: ApiKey, method: str, template: str, path: Mapping[str, str]) -> None:
         self.key = key
         self.method = method
+        self.template = template
+        """The operation's declared path, as `/coupons/lock/{code}`."""
         self.path = path
         self.query: Any = None
         self.body: Any = None
         self.idempotency_key: str | None = None
 
-    def fingerprint(self, path: str) -> str:
-        """A hash of method, `path` and body, by which a request is the same as another with its Idempotency-Key.
+    def idempotency(self, code: str = "") -> Idempotency:
+        """The Idempotency-Key, with the fingerprint of this request; NO_IDEMPOTENCY without one.
 
-        `path` has its code normalised and the body is hashed as parsed: white space and the order of fields do not count.
+        The fingerprint tells this request from another with the same key. It covers the method, the declared path with
+        `code` in its one spelling, and the body as parsed: white space and the order of fields do not matter.
         """
-        seen = hashlib.blake2b(f"{self.method} {path}\n".encode(), digest_size=16)
-        seen.update(_encode_in_order(self.body))
-        return seen.hexdigest()
-
-    def idempotency(self, path: str) -> Idempotency:
-        """The Idempotency-Key, with the fingerprint of this request under `path`; NO_IDEMPOTENCY without one."""
         if self.idempotency_key is None:
             return NO_IDEMPOTENCY
-        return Idempotency(self.idempotency_key, self.fingerprint(path))
+        path = self.template.format(code=code)
+        seen = hashlib.blake2b(f"{self.method} {path}\n".encode(), digest_size=16)
+        seen.update(_encode_in_order(self.body))
+        return Idempotency(self.idempotency_key, seen.hexdigest())
 
 
 class Answer(msgspec.Struct, frozen=True):

@@ -59,7 +59,7 @@ class Coupons:
         """Give a user a random code. Decided in Redis; answered once the ledger has it, or in an `ack = redis` book at once.
         Repeat it with the same Idempotency-Key; without one it gives another code."""
         body: schemas.AssignCoupon = call.body
-        idempotency = call.idempotency("/coupons/assign")
+        idempotency = call.idempotency()
         return _assign_answer(
             await self._assigning.assign_coupon(
                 AssignCoupon(call.key.tenant_id, body.book_id, body.user_id, idempotency)
@@ -91,7 +91,7 @@ class Coupons:
         `assign_coupon`. It may be repeated: a code that is the user's already stays so."""
         body: schemas.AssignCode = call.body
         code = _code(call)
-        idempotency = call.idempotency(f"/coupons/assign/{code}")
+        idempotency = call.idempotency(code)
         return _assign_answer(
             await self._assigning.assign_code(
                 AssignCode(call.key.tenant_id, code, body.user_id, body.receipt, idempotency)
@@ -122,7 +122,7 @@ class Coupons:
                 body.lock_token or "",
                 body.ttl_seconds * 1000 if body.ttl_seconds else None,
                 body.receipt,
-                call.idempotency(f"/coupons/lock/{code}"),
+                call.idempotency(code),
             )
         )
         answer = schemas.LockAnswer(
@@ -151,7 +151,7 @@ class Coupons:
         finds no lock."""
         body: schemas.UnlockCoupon = call.body
         code = _code(call)
-        idempotency = call.idempotency(f"/coupons/unlock/{code}")
+        idempotency = call.idempotency(code)
         unlocked = await self._redeeming.unlock_coupon(
             UnlockCoupon(call.key.tenant_id, code, body.lock_token, idempotency)
         )
@@ -183,7 +183,7 @@ class Coupons:
                 body.reference or "",
                 metadata,
                 body.receipt,
-                call.idempotency(f"/coupons/redeem/{code}"),
+                call.idempotency(code),
             )
         )
         position = redeemed.position

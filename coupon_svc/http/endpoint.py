@@ -98,7 +98,7 @@ class Endpoint:
             content = b""
             if decoder is not None:
                 content = body if isinstance(body, bytes) else await read_body(headers, body)
-            call = Call(key, method, path)
+            call = Call(key, method, operation.path, path)
             call.query, call.body, call.idempotency_key = check_request(
                 operation, decoder, query_string, headers, content
             )
