@@ -27,6 +27,15 @@ The header is the first comment of the file, and the only list of them. From it 
 The body finds a key as `<name>_key`, a list of keys as `<name>_keys`, and an argument by its name; a key that was left out
 is nil. Only the last key may be left out or a list. Arguments that are lists come last; each but the last one is sent
 with its length in front.
+
+An operation is a part of a script: many of them run in one call (lua/call.lua). Its file begins with the comment, which
+names its class between the prose and the keys:
+
+    Class: grow
+
+Meta, the events, the epoch and what was seen are the call's, so an operation does not list them. In the call an operation
+is `[name, key, …, argument, …]`, in the order of the header: a key is its number in KEYS, 0 when it is left out, and a
+list is a list.
 """
 
 from __future__ import annotations
@@ -34,6 +43,7 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import StrEnum
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,12 +53,14 @@ Command = tuple[str | int, ...]
 """A command as it is sent to Redis, its name first."""
 
 _SCRIPT = re.compile(r"#!lua(?P<flags> flags=[a-z,-]+)?\n--\[\[\n(?P<header>.*?)\n\]\]\n(?P<body>.*)", re.DOTALL)
+_OPERATION = re.compile(r"--\[\[\n(?P<header>.*?)\n\]\]\n(?P<body>.*)", re.DOTALL)
 _KEY = re.compile(
     r"(?P<name>[a-z]\w*)(?P<mark>[?…])? +(?P<type>hash|zset|set|string|stream|any) +(?P<access>\w+(?:, \w+)*)(?:;.*)?"
 )
 _ARG = re.compile(r"(?P<name>[a-z]\w*)(?P<mark>[?…])? +(?P<type>int|text)(?: .*)?")
 _REPLY = re.compile(r"(?P<word>[a-z_]+)(?:\((?P<fields>\w+\??(?:, \w+\??)*)\))?(?: {2,}(?P<note>.*))?")
 _EVENT = re.compile(r"(?P<word>[a-z_]+)\((?P<fields>\w+(?:, \w+)*)\)")
+_CLASS = re.compile(r"Class: (?P<word>\w+)")
 _SECTIONS = {"Keys": _KEY, "Args": _ARG, "Replies, the first that applies": _REPLY, "Event": _EVENT}
 
 
@@ -58,6 +70,21 @@ class ContractError(CouponError):
 
 class UnexpectedReply(CouponError):
     """A script replied what its header does not list. The message names the script and holds no value of the reply."""
+
+
+class CallClass(StrEnum):
+    """What Redis lets a whole call do, since it judges memory, disk and role once for each script, by its flags."""
+
+    READ = "read"
+    """It writes nothing."""
+    GROW = "grow"
+    """It may take memory, and is refused where there is none."""
+    KEEP = "keep"
+    """It keeps a promise, and so runs without memory, too."""
+
+
+_OF_THE_CALL = ("meta", "events", "epoch", "seen_seq")
+"""What a call has for all its operations."""
 
 
 class Key(NamedTuple):
@@ -98,6 +125,8 @@ class Contract(NamedTuple):
     args: tuple[Arg, ...]
     replies: tuple[ReplyLine, ...]
     events: Mapping[str, tuple[str, ...]]
+    call_class: CallClass | None = None
+    """The class of an operation; None for a script."""
 
 
 def split_source(name: str, text: str) -> tuple[str, str, str]:
@@ -108,14 +137,38 @@ def split_source(name: str, text: str) -> tuple[str, str, str]:
     return f"#!lua{parts['flags'] or ''}", parts["header"], parts["body"]
 
 
+def split_operation(name: str, text: str) -> tuple[str, str]:
+    """(header, body) of the file of an operation. Raises ContractError."""
+    parts = _OPERATION.fullmatch(text)
+    if parts is None:
+        raise ContractError(f"{name}: the file does not begin with a --[[ comment ]]")
+    return parts["header"], parts["body"]
+
+
+def parse_operation(header: str) -> Contract:
+    """The contract in the header of an operation, with its class. Raises ContractError."""
+    contract = parse_contract(header)
+    if contract.call_class is None:
+        raise ContractError(f"{contract.name}: the header of an operation names its class")
+    listed = {key.name for key in contract.keys} | {arg.name for arg in contract.args}
+    for name in _OF_THE_CALL:
+        if name in listed:
+            raise ContractError(f"{contract.name}: {name} is the call's")
+    return contract
+
+
 def parse_contract(header: str) -> Contract:
     """The contract in a header. Raises ContractError."""
     name, _, rest = header.partition(":")
     lines: dict[str, list[re.Match[str]]] = {title: [] for title in _SECTIONS}
-    title = ""
+    title, call_class = "", None
     for line in rest.splitlines()[1:]:
         if line in _SECTIONS:
             title = line
+        elif not title and (match := _CLASS.fullmatch(line)):
+            if call_class or match["word"] not in set(CallClass):
+                raise ContractError(f"{name}: this is not understood: {line}")
+            call_class = CallClass(match["word"])
         elif title and line.startswith("  "):
             match = _SECTIONS[title].fullmatch(line[2:])
             if match is None:
@@ -130,6 +183,7 @@ def parse_contract(header: str) -> Contract:
         tuple(Arg(m["name"], m["mark"] or "", m["type"]) for m in args),
         tuple(_reply_line(m) for m in replies),
         {m["word"]: tuple(m["fields"].split(", ")) for m in events},
+        call_class,
     )
     for complaint in _complaints(contract):
         raise ContractError(f"{name}: {complaint}")
@@ -177,6 +231,25 @@ def preamble(contract: Contract) -> str:
             lines.append(f"local {name} = {{}}")
             lines.append(f"for i = {start}, #{table} do {name}[i - {start} + 1] = {table}[i] end")
     return "".join(line + "\n" for line in lines)
+
+
+def operation_preamble(contract: Contract) -> str:
+    """The Lua that gives the keys and arguments of an operation, which the call has as `op`, their names."""
+    keys, args, loops = [], [], []
+    for at, key in enumerate(contract.keys, 2):
+        if key.mark == "…":
+            loops.append(f"local {key.lua_name} = {{}}")
+            loops.append(f"for i, k in ipairs(op[{at}]) do {key.lua_name}[i] = KEYS[k] end")
+        else:
+            keys.append((key.lua_name, f"KEYS[op[{at}]]"))
+    for at, arg in enumerate(contract.args, 2 + len(contract.keys)):
+        args.append((arg.name, f"op[{at}]"))
+    lines = [
+        f"local {', '.join(name for name, _ in slots)} = {', '.join(value for _, value in slots)}"
+        for slots in (keys, args)
+        if slots
+    ]
+    return "".join(line + "\n" for line in (*lines, *loops))
 
 
 def packer(contract: Contract, sha: str) -> Callable[..., Command]:

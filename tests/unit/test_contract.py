@@ -5,13 +5,17 @@ from __future__ import annotations
 import pytest
 
 from coupon_svc.redis.contract import (
+    CallClass,
     Contract,
     ContractError,
     ReplyReader,
     UnexpectedReply,
+    operation_preamble,
     packer,
     parse_contract,
+    parse_operation,
     preamble,
+    split_operation,
     split_source,
 )
 
@@ -47,6 +51,22 @@ Keys
 Args
   epoch      int
   scores…    int
+  codes…     text
+
+Replies, the first that applies
+  ok
+"""
+OPERATION = """look_up: a sample of an operation.
+
+Class: read
+
+Keys
+  book       hash    read
+  free       zset    read
+  lock…      string  read; one for each code
+
+Args
+  tenant_id  int
   codes…     text
 
 Replies, the first that applies
@@ -127,6 +147,56 @@ def test_lists_become_tables_and_only_the_last_goes_without_its_length() -> None
         "local after_scores = 2 + scores_count + 1\n"
         "local codes = {}\n"
         "for i = after_scores, #ARGV do codes[i - after_scores + 1] = ARGV[i] end\n"
+    )
+
+
+def test_an_operation_says_of_which_class_it_is() -> None:
+    read = parse_operation(OPERATION)
+    assert read.call_class is CallClass.READ
+    assert [key.name for key in read.keys] == ["book", "free", "lock"]
+    assert contract().call_class is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("Class: read\n\n", "", "names its class"),
+        ("Class: read", "Class: write", "not understood: Class: write"),
+        ("Class: read", "Class: read\nClass: grow", "not understood: Class: grow"),
+        ("  book ", "  meta ", "meta is the call's"),
+        ("  book ", "  events ", "events is the call's"),
+        ("  tenant_id", "  epoch", "epoch is the call's"),
+        ("  tenant_id", "  seen_seq", "seen_seq is the call's"),
+        ("Keys\n", "Keys\nClass: read\n", "no section has this title: Class: read"),
+    ],
+)
+def test_an_operation_that_is_not_understood_is_refused(old: str, new: str, complaint: str) -> None:
+    assert old in OPERATION
+    with pytest.raises(ContractError, match=complaint):
+        parse_operation(OPERATION.replace(old, new))
+
+
+def test_the_file_of_an_operation_is_split_at_its_header() -> None:
+    text = f"--[[\n{OPERATION}\n]]\nreturn 1\n"
+    assert split_operation("look_up", text) == (OPERATION, "return 1\n")
+    with pytest.raises(ContractError, match="look_up: the file does not begin"):
+        split_operation("look_up", "#!lua\n" + text)
+
+
+def test_an_operation_finds_its_keys_and_arguments_by_their_names() -> None:
+    assert operation_preamble(parse_operation(OPERATION)) == (
+        "local book_key, free_key = KEYS[op[2]], KEYS[op[3]]\n"
+        "local tenant_id, codes = op[5], op[6]\n"
+        "local lock_keys = {}\n"
+        "for i, k in ipairs(op[4]) do lock_keys[i] = KEYS[k] end\n"
+    )
+
+
+def test_a_key_that_is_left_out_is_number_0_and_so_nil() -> None:
+    text = OPERATION.replace("  lock…      string  read; one for each code", "  idem?      string  read, write")
+    assert operation_preamble(parse_operation(text)) == (
+        "local book_key, free_key, idem_key = KEYS[op[2]], KEYS[op[3]], KEYS[op[4]]\n"
+        "local tenant_id, codes = op[5], op[6]\n"
     )
 
 
