@@ -1,10 +1,14 @@
-"""The Lua scripts: one file per operation in `lua/`, with the functions that several share in `lua/include/`."""
+"""The Lua scripts: those of a shard's owner, one file each in `lua/`, and the three calls of the API.
+
+A call is `lua/call.lua` with the operations of one class in it (`lua/operations/`, one file each). What several files share
+are functions in `lua/include/`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +16,22 @@ import msgspec
 
 from coupon_svc.domain import bounds
 from coupon_svc.redis.contract import (
+    CallClass,
     Command,
     Contract,
     Reply,
     ReplyReader,
+    operation_preamble,
     packer,
     parse_contract,
+    parse_operation,
     preamble,
+    split_operation,
     split_source,
 )
 from coupon_svc.redis.inline import inline, number_fields
 from coupon_svc.resources import resource_folder
 
-_INCLUDE = re.compile(r"^-- include: (\w+)\n", re.MULTILINE)
 CONSTANTS = {
     "IDEMPOTENCY_MS": bounds.IDEMPOTENCY_MS,
     "LEDGER_UNSEEN_MAX_MS": bounds.LEDGER_UNSEEN_MAX_MS,
@@ -32,6 +39,23 @@ CONSTANTS = {
     "REDEEM_BACKLOG_SHARE": bounds.REDEEM_BACKLOG_SHARE,
 }
 """What a script may name without defining it. Only those that it names are put into it."""
+FLAGS: Mapping[CallClass, str] = {
+    CallClass.READ: " flags=no-writes",
+    CallClass.GROW: "",
+    CallClass.KEEP: " flags=allow-oom",
+}
+"""What Redis is told of a call of each class."""
+
+_INCLUDE = re.compile(r"^-- include: (\w+)\n", re.MULTILINE)
+_OPERATIONS_HERE = "-- operations\n"
+
+
+class Operation(msgspec.Struct, frozen=True):
+    """An operation of a call, as it was written."""
+
+    name: str
+    contract: Contract
+    body: str
 
 
 class Script(msgspec.Struct, frozen=True):
@@ -50,31 +74,81 @@ class Script(msgspec.Struct, frozen=True):
     """What Redis sent, with a name for each field. Raises UnexpectedReply."""
 
 
+class Includes:
+    """The files of a folder that others include: each is put in once, behind those that it includes itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def before(self, *bodies: str) -> tuple[str, list[str]]:
+        """(all that the bodies include, the bodies without their `-- include:` lines)."""
+        placed: dict[str, str] = {}
+
+        def place(body: str) -> str:
+            for name in _INCLUDE.findall(body):
+                if name not in placed:
+                    placed[name] = ""  # its place is taken before it is read: two that include each other end
+                    text = place((self._folder / f"{name}.lua").read_text())
+                    del placed[name]
+                    placed[name] = text
+            return _INCLUDE.sub("", body)
+
+        bare = [place(body) for body in bodies]
+        return "".join(placed.values()), bare
+
+
 def read_script(path: Path) -> Script:
     """The script in a file: its constants, the names of its keys and arguments, what it includes, and its body."""
-
-    def included(match: re.Match[str]) -> str:
-        return (path.parent / "include" / f"{match[1]}.lua").read_text()
-
     first_line, header, body = split_source(path.stem, path.read_text())
-    return bind_script(path.stem, first_line, parse_contract(header), _INCLUDE.sub(included, body))
+    included, (bare,) = Includes(path.parent / "include").before(body)
+    return bind_script(path.stem, first_line, parse_contract(header), included + bare)
+
+
+def read_operation(path: Path) -> Operation:
+    """The operation in a file. Raises ContractError."""
+    header, body = split_operation(path.stem, path.read_text())
+    return Operation(path.stem, parse_operation(header), body)
+
+
+def read_call(path: Path, call: CallClass, operations: Sequence[Operation]) -> Script:
+    """The script that runs operations of one class."""
+    header, loop = split_operation(path.stem, path.read_text())
+    included, (loop, *bodies) = Includes(path.parent / "shared").before(
+        loop, *(operation.body for operation in operations)
+    )
+    functions = "local operations = {}\n" + "".join(
+        f"operations.{operation.name} = function(op)\n{operation_preamble(operation.contract)}{body}end\n"
+        for operation, body in zip(operations, bodies, strict=True)
+    )
+    before, here, after = loop.partition(_OPERATIONS_HERE)
+    assert here, "call.lua says where its operations are to stand"
+    body = f'local sections, CLASS = ARGV[1], "{call}"\n{included}{before}{functions}{after}'
+    return bind_script(f"call_{call}", f"#!lua{FLAGS[call]}", parse_contract(header), body)
 
 
 def bind_script(name: str, first_line: str, contract: Contract, body: str) -> Script:
     """The script of this body, and its binding."""
+    lua = body if name.startswith("call_") else preamble(contract) + inline(number_fields(body))
     named = {constant: value for constant, value in CONSTANTS.items() if re.search(rf"\b{constant}\b", body)}
     constants = "".join(f"local {constant} = {value}\n" for constant, value in named.items())
-    source = f"{first_line}\n{constants}{preamble(contract)}{inline(number_fields(body))}"
+    source = f"{first_line}\n{constants}{lua}"
     sha = hashlib.sha1(source.encode()).hexdigest()
     return Script(name, first_line, contract, body, source, sha, packer(contract, sha), ReplyReader(contract))
 
 
 class Scripts:
-    """All scripts by name: `scripts["redeem_coupon"]` is `lua/redeem_coupon.lua`. Raises ContractError."""
+    """All scripts by name: `scripts["load_codes"]` is `lua/load_codes.lua`, `scripts["call_grow"]` one of the calls.
+    `operations` are those of the calls, by name. Raises ContractError."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        paths = sorted((folder or resource_folder("lua")).glob("*.lua"))
-        self._by_name = {path.stem: read_script(path) for path in paths}
+        folder = folder or resource_folder("lua")
+        paths = sorted(folder.glob("*.lua"))
+        self._by_name = {path.stem: read_script(path) for path in paths if path.stem != "call"}
+        self.operations = {path.stem: read_operation(path) for path in sorted((folder / "operations").glob("*.lua"))}
+        for call in CallClass:
+            some = [operation for operation in self.operations.values() if operation.contract.call_class is call]
+            script = read_call(folder / "call.lua", call, some)
+            self._by_name[script.name] = script
 
     def __getitem__(self, name: str) -> Script:
         return self._by_name[name]

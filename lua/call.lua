@@ -1,0 +1,92 @@
+--[[
+call: operations on shards of this server, each decided as if it had come alone. Three scripts are made of this file, one
+for each class of operations (lua/operations/): call_read, call_grow and call_keep. Memory, disk and role are judged once for
+a whole script, by its flags.
+
+A section is one shard's part of the call. Its operations are decided one after the other: deciding only reads, through what
+the section itself is about to write. Then comes one entry of the stream, the first write of all; then seq and tip; then what
+the operations have decided, in bulk. Redis never takes a write back. In any other order, an operation that fails half-way
+would leave writes behind without an event, or take the whole call with it.
+
+An operation that raises while it decides has no part in the entry. A key of another type is damage: the shard is put in
+doubt when the section is done. An error after the entry was made puts it in doubt, too. The ledger gets the entry, and the
+recovery makes Redis agree with it.
+
+`sections` is the msgpack of a list. A section is [meta, events, epoch, seen_seq, tip, [operation, …]], and an operation
+[name, key, …, argument, …] in the order of its header. A key is its place in KEYS, 0 for one that is left out.
+
+The reply has one item for each section, in their order: ["ok", seq, tip, [reply, …]]; ["suspect", why], and nothing was
+done: as the fence found it, or `events` when the stream took no entry; or ["unknown"] after an error behind the entry. An
+operation that raised replies ["error", word], with the first word of Redis's error.
+
+Keys
+  keys…     any     read, write; each key of the operations once
+
+Args
+  sections  text
+]]
+-- include: clock
+-- include: fence
+-- include: overlay
+-- include: log
+-- include: apply
+local now_ms, at_ms = read_clock()
+local meta, pool_look
+
+-- operations
+
+-- The first word of an error that Redis raised, as `WRONGTYPE`; `ERR` of any other.
+local function word_of(problem)
+  return string.match(type(problem) == "table" and problem.err or problem, "^%-?(%u+) ") or "ERR"
+end
+
+-- Let nobody decide anything in the shard until its owner has recovered it.
+local function doubt(meta_key)
+  redis.call("HSET", meta_key, "epoch", "doubt", "was", meta.epoch)
+end
+
+local function decide(ops)
+  local replies, damaged = {}, false
+  for i, op in ipairs(ops) do
+    local whole, reply = pcall(operations[op[1]], op)
+    if not whole then
+      local word = word_of(reply)
+      damaged = damaged or word == "WRONGTYPE"
+      reply = {"error", word}
+    end
+    replies[i] = reply
+  end
+  return replies, damaged
+end
+
+local function run_section(section)
+  local meta_key, events_key, epoch, seen_seq, tip, ops = KEYS[section[1]], KEYS[section[2]], unpack(section, 3)
+  local refusal
+  refusal, meta = fence(meta_key, epoch, seen_seq)
+  if refusal then
+    return refusal
+  end
+  begin_section()
+  pool_look = #ops
+  local replies, damaged = decide(ops)
+  if CLASS ~= "read" then
+    if not pcall(log_events, meta_key, events_key, meta, tip, at_ms) then
+      doubt(meta_key)
+      return {"suspect", "events"}
+    end
+    if not pcall(apply_writes) then
+      doubt(meta_key)
+      return {"unknown"}
+    end
+    if damaged then
+      doubt(meta_key)
+    end
+  end
+  return {"ok", meta.seq, meta.tip, replies}
+end
+
+local replies = {}
+for i, section in ipairs(cmsgpack.unpack(sections)) do
+  replies[i] = run_section(section)
+end
+return replies

@@ -1,0 +1,18 @@
+-- include: overlay
+-- Count something in a book's hash. Before the first time its counts are looked at: one that is no number cannot be raised,
+-- and nothing may fail once the events are logged. Raises what says that the shard is damaged.
+local function require_counts(book_key, book)
+  if not book.counted then
+    for _, count in ipairs(redis.call("HMGET", book_key, "redeemed", "partly_redeemed", "quarantined", "lent")) do
+      if count and not string.find(count, "^%-?%d+$") then
+        error({err = "WRONGTYPE a count of a book is no number"})
+      end
+    end
+    book.counted = true
+  end
+end
+
+local function count(book_key, field, number)
+  local fields = part_of(counts, book_key)
+  fields[field] = (fields[field] or 0) + number
+end

@@ -1,0 +1,32 @@
+-- include: overlay
+-- The next code of the pool that no operation of this call has taken; nil when there is none. The pool is a sorted set with
+-- scores from a CSPRNG, so the lowest score is a fair draw. Codes are looked at here, and leave the pool with the writes.
+local function next_free(free_key, holders_key, wanted)
+  local pool = pools[free_key]
+  if not pool then
+    pool = {at = 1, codes = {}}
+    pools[free_key] = pool
+  end
+  local changed = part_of(holdings, holders_key)
+  while true do
+    local code = pool.codes[pool.at]
+    if not code then
+      local from = #pool.codes
+      local more = redis.call("ZRANGE", free_key, from, from + wanted - 1)
+      if #more == 0 then
+        return nil
+      end
+      for _, one in ipairs(more) do
+        pool.codes[#pool.codes + 1] = one
+      end
+    elseif not changed[code] then
+      return code
+    else
+      pool.at = pool.at + 1
+    end
+  end
+end
+
+local function take(free_key, code)
+  add(taken, free_key, code)
+end
