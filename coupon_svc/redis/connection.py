@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -17,9 +18,15 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import hiredis
 
+from coupon_svc.domain.errors import error_location
+from coupon_svc.hot import Slot
 from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError, StoreError
 
+log = logging.getLogger(__name__)
+
 Reply = Any
+OnReply = Callable[[Reply], object]
+"""Takes a reply: an error reply is a ReplyError value; OutcomeUnknown, as a value, says that the connection broke first."""
 
 IN_FLIGHT_MAX = 20_000
 
@@ -30,7 +37,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, on_message: Callable[[Reply], None] | None = None) -> None:
         self._reader = hiredis.Reader(encoding="utf-8", errors="replace", replyError=ReplyError)
         self._on_message = on_message
-        self._waiting: deque[asyncio.Future[Reply]] = deque()
+        self._waiting: deque[OnReply] = deque()
         self._unsent: list[bytes] = []
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
@@ -50,27 +57,28 @@ class Connection(asyncio.Protocol):
             if self._on_message and not waiting:
                 self._on_message(reply)
                 continue
-            future = waiting.popleft()
-            if not future.done():
-                future.set_result(reply)
+            try:
+                waiting.popleft()(reply)
+            except Exception as error:
+                _log_not_taken(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._unsent.clear()
         while self._waiting:
-            future = self._waiting.popleft()
-            if not future.done():
-                future.set_exception(OutcomeUnknown("the connection broke"))
+            try:
+                self._waiting.popleft()(OutcomeUnknown("the connection broke"))
+            except Exception as error:
+                _log_not_taken(error)
         if not self.closed.done():
             self.closed.set_result(None)
 
     # --- for its owner
 
-    def send(self, *command: str | bytes | int | float) -> asyncio.Future[Reply]:
-        """Queue a command for this turn's write. The future holds the reply; an error reply is a ReplyError value.
+    def submit(self, command: tuple[str | bytes | int | float, ...], on_reply: OnReply) -> None:
+        """Queue a command for this turn's write, and call `on_reply` once: with its reply, or as the connection breaks.
 
         Raises NotSent at once when the connection is gone or too much is under way already.
-        The future raises OutcomeUnknown when the connection breaks first.
         """
         if self._transport is None or len(self._waiting) >= IN_FLIGHT_MAX:
             raise NotSent("there is no connection, or too much is under way on it")
@@ -79,9 +87,20 @@ class Connection(asyncio.Protocol):
         if not self._unsent:
             self._loop.call_soon(self._flush)
         self._unsent.append(hiredis.pack_command(cast(Any, command)))
-        future = self._loop.create_future()
-        self._waiting.append(future)
-        return future
+        self._waiting.append(on_reply)
+
+    def send(self, *command: str | bytes | int | float) -> Slot[Reply]:
+        """As `submit`, with the reply in a Slot, which raises OutcomeUnknown when the connection breaks first."""
+        slot: Slot[Reply] = Slot()
+
+        def on_reply(reply: Reply) -> None:
+            if type(reply) is OutcomeUnknown:
+                slot.set_exception(reply)
+            else:
+                slot.set_result(reply)
+
+        self.submit(command, on_reply)
+        return slot
 
     async def ask(self, *command: str | bytes | int | float) -> Reply:
         """Send one command and return its reply; an error reply is raised."""
@@ -103,6 +122,11 @@ class Connection(asyncio.Protocol):
         if self._transport is not None and self._unsent:
             self._transport.write(b"".join(self._unsent))
             self._unsent.clear()
+
+
+def _log_not_taken(error: Exception) -> None:
+    """What one callback raises must not cost the others their replies."""
+    log.error("a reply was not taken: %s at %s", type(error).__name__, error_location(error))
 
 
 @contextlib.asynccontextmanager

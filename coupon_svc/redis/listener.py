@@ -8,7 +8,7 @@ from collections.abc import Callable
 from time import monotonic
 
 from coupon_svc.redis.connection import Connection, Reply, connect
-from coupon_svc.redis.errors import NotSent, ReplyError, StoreError
+from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError, StoreError
 from coupon_svc.redis.keys import parse_position_message
 
 PING_EVERY_S = 1.0
@@ -48,7 +48,7 @@ class PositionListener:
         elif now - self._pinged_at >= PING_EVERY_S:
             self._pinged_at = now
             with contextlib.suppress(NotSent):
-                connection.send("PING").add_done_callback(self._on_pong)
+                connection.submit(("PING",), self._on_pong)
 
     def close(self) -> None:
         if self._connection is not None:
@@ -59,7 +59,7 @@ class PositionListener:
         if not isinstance(message, ReplyError) and message[0] == "message":
             self._on_position(*parse_position_message(message[2]))
 
-    def _on_pong(self, pong: asyncio.Future[Reply]) -> None:
+    def _on_pong(self, pong: Reply) -> None:
         """A message that was on its way before the answer to PING came in its place."""
-        if not pong.cancelled() and pong.exception() is None:
-            self.on_message(pong.result())
+        if not isinstance(pong, OutcomeUnknown):
+            self.on_message(pong)
