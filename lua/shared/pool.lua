@@ -4,6 +4,7 @@
 local function next_free(free_key, holders_key, wanted)
   local pool = pools[free_key]
   if not pool then
+    redis.call("HLEN", holders_key) -- what is to be written must be of its type
     pool = {at = 1, codes = {}}
     pools[free_key] = pool
   end

@@ -1,0 +1,378 @@
+"""Calls of many operations: each is decided as if it had come alone, and one that fails takes no other with it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from coupon_svc.redis.scripts import Script, bind_script
+from tests.scripts.runner import CALLER, EPOCH, TENANT, Caller, Server, Shard
+
+Op = tuple[str, dict[str, Any]]
+"""An operation: its name, and its parameters by the names of its header; a key by what ShardKeys makes it of."""
+
+HOLDING = "3-9 0 1700000000000 w"
+"""What a receipt says of the code Q-1."""
+
+
+def assign(book: str, user: str, key: str = "") -> Op:
+    return "assign_coupon", {"book_id": book, "user_id": user, "idempotency_key": key}
+
+
+def assign_code(book: str, user: str, code: str, key: str = "") -> Op:
+    return "assign_code", {"book_id": book, "user_id": user, "code": code, "idempotency_key": key}
+
+
+def lock(book: str, code: str, token: str = "", new_token: str = "t", key: str = "") -> Op:
+    named = {"lock_token": token, "new_token": new_token, "ttl_ms": "60000", "user_id": ""}
+    return "lock_coupon", {"book_id": book, "code": code, "idempotency_key": key, **named}
+
+
+def redeem(book: str, code: str, token: str = "", key: str = "") -> Op:
+    named = {"lock_token": token, "user_id": "", "reference": "r", "metadata": ""}
+    return "redeem_coupon", {"book_id": book, "code": code, "idempotency_key": key, **named}
+
+
+def unlock(book: str, code: str, token: str, key: str = "") -> Op:
+    return "unlock_coupon", {"book_id": book, "code": code, "lock_token": token, "idempotency_key": key}
+
+
+def release(book: str, code: str) -> Op:
+    return "release_coupon", {"book_id": book, "code": code, "holding": HOLDING, "user_id": "w"}
+
+
+class Calls:
+    """Sends calls as they are told by lua/call.lua, word by word."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self.server: Server = shard.server
+
+    def send(self, ops: list[Op], caller: Caller = CALLER, *, script: Script | None = None, tip: str = "tip") -> Any:
+        """The reply of the one section."""
+        keys: list[str] = []
+        section = self.section(keys, ops, caller, tip)
+        name = f"call_{self.server.scripts.operations[ops[0][0]].contract.call_class}"
+        return self.run(script or self.server.scripts[name], keys, [section])[0]
+
+    def run(self, script: Script, keys: list[str], sections: list[Any]) -> Any:
+        self.server.run.script_load(script.source)
+        return self.server.run.execute_command(
+            "EVALSHA", script.sha, len(keys), *keys, msgspec.msgpack.encode(sections)
+        )
+
+    def section(self, keys: list[str], ops: list[Op], caller: Caller = CALLER, tip: str = "tip") -> list[Any]:
+        def place(key: str) -> int:
+            if key not in keys:
+                keys.append(key)
+            return keys.index(key) + 1
+
+        mine = self.shard.keys
+        meta, events = place(mine.meta), place(mine.events)
+        wire = [self.wire(place, *op) for op in ops]
+        return [meta, events, str(caller.epoch), str(caller.seen_seq), tip, wire]
+
+    def wire(self, place: Callable[[str], int], name: str, named: Mapping[str, Any]) -> list[Any]:
+        mine, book = self.shard.keys, named["book_id"]
+        key = named.get("idempotency_key", "")
+        spelled = {
+            "book": mine.book(book),
+            "free": mine.free(book),
+            "holders": mine.holders(book),
+            "quarantine": mine.quarantine(book),
+            "coupons": mine.coupons(TENANT, named.get("user_id", "")),
+            "lock": mine.lock(book, named.get("code", "")),
+            "idem": mine.idem(TENANT, book, key) if key else None,
+        }
+        given = {"tenant_id": str(TENANT), "fingerprint": "f-" + name if key else "", **named}
+        contract = self.server.scripts.operations[name].contract
+        places = [place(spelled[k.name]) if spelled[k.name] else 0 for k in contract.keys]
+        return [name, *places, *(given[arg.name] for arg in contract.args)]
+
+    def replies(self, ops: list[Op]) -> list[Any]:
+        """The replies of a call of all these operations, which must go through."""
+        outcome, _, _, replies = self.send(ops)
+        assert outcome == "ok"
+        return list(replies)
+
+    def words(self, ops: list[Op]) -> list[str]:
+        return [reply[0] for reply in self.replies(ops)]
+
+
+@pytest.fixture
+def calls(shard: Shard) -> Calls:
+    return Calls(shard)
+
+
+# --- one call is as good as many
+
+
+def dump(shard: Shard) -> dict[str, Any]:
+    """All that is stored of the shard, but for times and tips; events one by one, however many an entry has."""
+    found: dict[str, Any] = {}
+    read: Any = {"string": "get", "hash": "hgetall", "set": "smembers"}
+    for key in shard.redis.scan_iter(shard.keys.prefix + "*", count=1000):
+        kind, name = shard.redis.type(key), key.removeprefix(shard.keys.prefix)
+        if kind == "stream":
+            found[name] = [event for entry in shard.redis.xrange(key) for event in events_of(entry)]
+        elif kind == "zset":
+            found[name] = shard.redis.zrange(key, 0, -1, withscores=True)
+        else:
+            found[name] = getattr(shard.redis, read[kind])(key)
+    found["meta"] = {field: text for field, text in found["meta"].items() if not field.endswith(("at_ms", "tip"))}
+    timeless = json.loads(re.sub(r"\b1[78]\d{11}\b", "TIME", json.dumps(found, default=sorted, sort_keys=True)))
+    assert isinstance(timeless, dict)
+    return timeless
+
+
+def events_of(entry: tuple[str, dict[str, str]]) -> list[list[str]]:
+    fields = entry[1]
+    if "events" in fields:
+        return list(json.loads(fields["events"]))
+    return [[text for name, text in fields.items() if name != "at_ms"]]
+
+
+def timeless(replies: list[Any]) -> list[Any]:
+    told = [["locked"] if reply[0] == "locked" else reply for reply in replies]  # with the time that is left
+    return list(json.loads(re.sub(r"\b1[78]\d{11}\b", "TIME", json.dumps(told))))
+
+
+CODES = [f"C-{number}" for number in range(6)]
+books = st.sampled_from([0, 0, 1])
+users = st.sampled_from(["u", "v", "w x"])
+codes = st.sampled_from([*CODES, "Q-1", "NONE"])
+idems = st.sampled_from(["", "", "k1", "k2"])
+tokens = st.sampled_from(["", "t", "t2"])
+grows = st.lists(
+    st.one_of(
+        st.builds(lambda b, u, k: (assign, (b, u, k)), books, users, idems),
+        st.builds(lambda b, u, c, k: (assign_code, (b, u, c, k)), books, users, codes, idems),
+        st.builds(
+            lambda b, c, t, n, k: (lock, (b, c, t, n, k)), books, codes, tokens, st.sampled_from(["t", "t2"]), idems
+        ),
+    ),
+    min_size=1,
+    max_size=9,
+)
+keeps = st.lists(
+    st.one_of(
+        st.builds(lambda b, c, t, k: (redeem, (b, c, t, k)), books, codes, tokens, idems),
+        st.builds(lambda b, c, t, k: (unlock, (b, c, t, k)), books, codes, tokens, idems),
+        st.builds(lambda b: (release, (b, "Q-1")), books),
+    ),
+    min_size=1,
+    max_size=9,
+)
+walks = st.lists(st.tuples(grows, keeps), min_size=1, max_size=3)
+rules = st.fixed_dictionaries(
+    {
+        "max_codes_per_user": st.sampled_from(["", "1", "2"]),
+        "max_redemptions_per_code": st.sampled_from(["", "1", "2"]),
+        "ack": st.sampled_from(["ledger", "redis"]),
+        "status": st.sampled_from(["active", "active", "active", "paused"]),
+    }
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(walk=walks, first=rules, second=rules, backlog_max=st.sampled_from([5, 1000]))
+def test_a_call_of_many_is_as_good_as_many_calls(
+    server: Server, walk: list[Any], first: dict[str, Any], second: dict[str, Any], backlog_max: int
+) -> None:
+    """Reply by reply and key by key: the order in which they are decided is the order in which they stand in the call."""
+    together, apart = Calls(Shard(server)), Calls(Shard(server))
+    ids = [f"bk_00{number:016d}" for number in range(2)]
+    for calls in (together, apart):
+        calls.shard.certify(backlog_max=backlog_max)
+        for book, its_rules in zip(ids, (first, second), strict=True):
+            calls.shard.put_book(book, 1, total=len(CODES), unlent=0, **its_rules)
+            calls.shard.load_codes(book, CODES)
+            calls.shard.quarantine(book, "Q-1")
+    for pair in walk:
+        for part in pair:
+            ops = [make(ids[args[0]], *args[1:]) for make, args in part]
+            one_by_one = [reply for op in ops for reply in apart.replies([op])]
+            assert timeless(together.replies(ops)) == timeless(one_by_one)
+            assert dump(together.shard) == dump(apart.shard)
+
+
+def test_two_that_want_the_last_code_do_not_both_get_it(calls: Calls) -> None:
+    book = calls.shard.new_book("A-1")
+    assert calls.words([assign(book, "u"), assign(book, "v")]) == ["ok", "book_exhausted"]
+
+
+def test_a_code_that_is_named_is_not_dealt_in_the_same_call(calls: Calls) -> None:
+    book = calls.shard.new_book("A-1", "B-2")
+    replies = calls.replies([assign_code(book, "u", "A-1"), assign(book, "v"), assign_code(book, "w", "B-2")])
+    assert [reply[:2] for reply in replies] == [["ok", "A-1"], ["ok", "B-2"], ["already_assigned"]]
+
+
+def test_a_users_limit_counts_what_the_call_gives(calls: Calls) -> None:
+    book = calls.shard.new_book("A-1", "B-2", "C-3", max_codes_per_user="2")
+    assert calls.words([assign(book, "u")] * 3) == ["ok", "ok", "user_code_limit"]
+
+
+def test_an_idempotency_key_has_one_effect_within_a_call(calls: Calls) -> None:
+    book = calls.shard.new_book("A-1", "B-2")
+    first, second = calls.replies([assign(book, "u", "k1"), assign(book, "u", "k1")])
+    assert (first[0], second[0], second[1]) == ("ok", "replayed", first[1])
+
+
+def test_the_last_use_is_spent_once_within_a_call(calls: Calls) -> None:
+    book = calls.shard.assigned("A-1", max_redemptions_per_code="1")
+    assert calls.words([redeem(book, "A-1"), redeem(book, "A-1")]) == ["ok", "already_redeemed"]
+
+
+def test_a_lock_that_the_call_sets_holds_in_the_call(calls: Calls) -> None:
+    book = calls.shard.assigned("A-1")
+    words = calls.words(
+        [lock(book, "A-1", new_token="t"), lock(book, "A-1", new_token="t2"), lock(book, "A-1", token="t")]
+    )
+    assert words == ["ok", "locked", "renewed"]
+
+
+def test_room_counts_what_the_call_makes(server: Server) -> None:
+    calls = Calls(Shard(server))
+    calls.shard.certify(backlog_max=2)
+    book = calls.shard.new_book("A-1", "B-2", "C-3")
+    assert calls.words([assign(book, user) for user in "uvw"]) == ["ok", "ok", "backlog_full"]
+
+
+# --- what fails
+
+
+GROW_KEYS: list[tuple[str, Callable[[str], Op], Callable[[Shard, str], str]]] = [
+    ("free", lambda b: assign(b, "bad"), lambda s, b: s.keys.free(b)),
+    ("coupons", lambda b: assign(b, "bad"), lambda s, b: s.keys.coupons(TENANT, "bad")),
+    ("idem", lambda b: assign(b, "bad", "bad"), lambda s, b: s.keys.idem(TENANT, b, "bad")),
+    ("holders", lambda b: assign_code(b, "bad", "B-2"), lambda s, b: s.keys.holders(b)),
+    ("quarantine", lambda b: assign_code(b, "bad", "B-2"), lambda s, b: s.keys.quarantine(b)),
+    ("lock", lambda b: lock(b, "A-1"), lambda s, b: s.keys.lock(b, "A-1")),
+    ("book", lambda b: assign(b, "bad"), lambda s, b: s.keys.book(b)),
+]
+
+
+@pytest.mark.parametrize(("name", "make", "spell"), GROW_KEYS, ids=[name for name, _, _ in GROW_KEYS])
+def test_a_key_of_another_type_fails_its_operation_alone(
+    calls: Calls, name: str, make: Callable[[str], Op], spell: Callable[[Shard, str], str]
+) -> None:
+    """And the shard is put in doubt, behind what the others did."""
+    shard = calls.shard
+    whole, broken = shard.new_book("W-1", "W-2"), shard.assigned("A-1")
+    shard.load_codes(broken, ["B-2"])
+    key = spell(shard, broken)
+    shard.redis.delete(key)
+    shard.redis.set(key, "x") if name not in ("idem", "lock") else shard.redis.sadd(key, "x")
+    before = shard.redis.dump(key)
+    replies = calls.replies([assign(whole, "u"), make(broken), assign(whole, "v")])
+    assert [reply[0] for reply in replies] == ["ok", "error", "ok"]
+    assert replies[1] == ["error", "WRONGTYPE"]
+    assert shard.redis.hgetall(shard.keys.holders(whole)).keys() == {"W-1", "W-2"}
+    assert shard.redis.dump(key) == before
+    assert shard.redis.hmget(shard.keys.meta, "epoch", "was", "seq") == ["doubt", str(EPOCH), "3"]
+
+
+def test_the_holders_of_a_book_are_looked_at_before_a_code_is_dealt(calls: Calls) -> None:
+    """Else they would fail behind the entry, and the whole section with them."""
+    book = calls.shard.new_book("A-1")
+    calls.shard.redis.set(calls.shard.keys.holders(book), "x")
+    assert calls.replies([assign(book, "u")]) == [["error", "WRONGTYPE"]]
+    assert calls.shard.redis.exists(calls.shard.keys.events) == 0
+
+
+@pytest.mark.parametrize("field", ["redeemed", "partly_redeemed"])
+def test_a_count_that_is_no_number_fails_before_the_entry(calls: Calls, field: str) -> None:
+    book = calls.shard.assigned("A-1")
+    calls.shard.redis.hset(calls.shard.keys.book(book), field, "many")
+    assert calls.replies([redeem(book, "A-1")]) == [["error", "WRONGTYPE"]]
+    assert calls.shard.redis.hget(calls.shard.keys.meta, "seq") == "1"
+
+
+def test_an_odd_request_does_not_shut_the_shard(calls: Calls) -> None:
+    book = calls.shard.assigned("A-1")
+    odd = lock(book, "A-1")
+    odd[1]["ttl_ms"] = "soon"
+    assert calls.replies([odd, assign_code(book, "u", "A-1")])[0] == ["error", "ERR"]
+    assert calls.shard.redis.hget(calls.shard.keys.meta, "epoch") == str(EPOCH)
+
+
+def test_a_stream_that_takes_no_entry_leaves_nothing_done(calls: Calls) -> None:
+    book = calls.shard.new_book("A-1")
+    calls.shard.redis.xadd(calls.shard.keys.events, {"event": "by hand"}, id=f"{EPOCH}-99")
+    before = dump(calls.shard)
+    assert calls.send([assign(book, "u", "k1")]) == ["suspect", "events"]
+    after = dump(calls.shard)
+    assert after.pop("meta") == {**before.pop("meta"), "epoch": "doubt", "was": str(EPOCH)}
+    assert after == before
+
+
+WRITES = [
+    '"ZREM"',
+    '"HSET", holders_key',
+    '"ZADD"',
+    '"SET", idem_key',
+    '"SET", lock_key',
+    '"DEL"',
+    '"HINCRBY"',
+    '"SREM"',
+]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_that_fails_behind_the_entry_is_unknown(calls: Calls, write: str) -> None:
+    """The ledger gets the entry; the shard is in doubt, so nobody decides by what was left undone."""
+    shard = calls.shard
+    book = shard.assigned("A-1")
+    shard.load_codes(book, ["B-2"])
+    shard.quarantine(book, "Q-1")
+    shard.lock_coupon(book, "A-1", new_token="t")
+    grow = [assign(book, "v", "k1"), lock(book, "A-1", token="t")]
+    keep = [redeem(book, "A-1", token="t", key="k2"), release(book, "Q-1")]
+    ops = keep if write in ('"DEL"', '"HINCRBY"', '"SREM"') else grow
+    script = calls.server.scripts["call_keep" if ops is keep else "call_grow"]
+    assert f"redis.call({write}" in script.body
+    failing = script.body.replace(f"redis.call({write}", f'redis.call("HGET", "no key", {write}')
+    broken = bind_script(script.name, script.first_line, script.contract, failing)
+    assert calls.send(ops, script=broken) == ["unknown"]
+    assert shard.redis.hmget(shard.keys.meta, "epoch", "was", "seq") == ["doubt", str(EPOCH), "2"]
+    assert [event[0] for entry in shard.redis.xrange(shard.keys.events) for event in events_of(entry)][1:] == [
+        "coupon_redeemed" if ops is keep else "coupon_assigned"
+    ]
+
+
+# --- sections
+
+
+def test_each_shard_has_a_verdict_of_its_own(server: Server, request: pytest.FixtureRequest) -> None:
+    """On one server a call goes to several shards; in a cluster a section is a call."""
+    if "cluster" in request.node.name:
+        pytest.skip("a call has one section there")
+    first, second = Calls(Shard(server)), Calls(Shard(server))
+    for calls in (first, second):
+        calls.shard.certify()
+    books = [calls.shard.new_book("A-1") for calls in (first, second)]
+    keys: list[str] = []
+    sections = [
+        first.section(keys, [assign(books[0], "u")], CALLER._replace(epoch=EPOCH + 1)),
+        second.section(keys, [assign(books[1], "u")]),
+    ]
+    refused, decided = first.run(server.scripts["call_grow"], keys, sections)
+    assert refused == ["suspect", "epoch"]
+    assert decided[0] == "ok"
+    assert decided[3][0][:2] == ["ok", "A-1"]
+    assert first.shard.redis.exists(first.shard.keys.events) == 0
+
+
+def test_a_section_tells_where_the_shard_is(calls: Calls) -> None:
+    book = calls.shard.new_book("A-1", "B-2")
+    outcome, seq, _, _ = calls.send([assign(book, "u"), assign(book, "v")])
+    assert (outcome, seq) == ("ok", 2)
+    outcome, seq, _, _ = calls.send([assign(book, "u")])
+    assert (outcome, seq) == ("ok", 2)
