@@ -89,7 +89,7 @@ class Calls:
             "quarantine": mine.quarantine(book),
             "coupons": mine.coupons(TENANT, named.get("user_id", "")),
             "lock": mine.lock(book, named.get("code", "")),
-            "idem": mine.idem(TENANT, book, key) if key else None,
+            "idem": mine.idem(TENANT, book, key) if key else "",
         }
         given = {"tenant_id": str(TENANT), "fingerprint": "f-" + name if key else "", **named}
         contract = self.server.scripts.operations[name].contract
