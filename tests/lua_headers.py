@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.redis.contract import Contract
 from coupon_svc.redis.inline import Function, functions_of, inside_brackets, split_list, without_comments
-from coupon_svc.redis.scripts import Script
+from coupon_svc.redis.scripts import Operation, Script
 
 INTERNAL_WORDS = {
     "suspect": "the shard is shut, and the caller answered `recovering`",
@@ -70,9 +70,29 @@ header calls `any` nothing else is known, so only such commands fit it.
 
 None of them walks over a whole key, and none picks at random: SPOP is not fair, and two replicas would not agree.
 """
+OVERLAY = {
+    "take": ("zset", "remove"),
+    "hold": ("hash", "write"),
+    "list": ("zset", "add"),
+    "remember": ("string", "write"),
+    "set_lock": ("string", "write"),
+    "drop_lock": ("string", "delete"),
+    "count": ("hash", "count"),
+    "release": ("set", "remove"),
+}
+"""What an operation has written when all of its call are decided (lua/shared/apply.lua): the functions that tell of it take
+the key first."""
 KEYLESS_COMMANDS = ("TIME", "PUBLISH", "INFO")
 MANY_KEYS_COMMANDS = ("DEL", "EXISTS", "UNLINK")
 FORBIDDEN_COMMANDS = ("EVAL", "EVALSHA", "KEYS", "SCAN")
+
+EVENT_FIELDS = {
+    "book_id": "book",
+    "user_id": "user",
+    "holding.user_id": "user",
+    "idempotency_key": "idem",
+}
+"""What an operation calls a field of an event, and what the header does; others have one name."""
 
 _STRING = r'"(?:[^"\\\n]|\\.)*"'
 _REPLAYED = r'\b\w+\[1\] = "(?P<replayed>\w+)"'
@@ -89,13 +109,13 @@ class Body(NamedTuple):
         return [*(function.text for function in self.functions.values()), self.main]
 
 
-def body_of(script: Script) -> Body:
-    """The script as it was written, taken apart."""
+def body_of(script: Script | Operation) -> Body:
+    """The script, or the operation, as it was written, taken apart."""
     return Body(*functions_of(without_comments(script.body)))
 
 
-def complaints(script: Script) -> list[str]:
-    """Where header and body of the script disagree; empty when they do not."""
+def complaints(script: Script | Operation) -> list[str]:
+    """Where header and body disagree; empty when they do not."""
     contract = script.contract
     try:
         sender(contract)
@@ -131,6 +151,8 @@ def _compare_calls(body: Body) -> Iterator[str]:
     for name, (params, _) in body.functions.items():
         for args in (args for text in body.texts for args in _calls(text, name)):
             for param, arg in zip(params, args, strict=False):
+                if param == "key":  # whatever it is
+                    continue
                 if param.endswith("_key") != arg.endswith("_key") or (param.endswith("_key") and param != arg):
                     yield f"{name} is called with {arg} as its {param}"
 
@@ -156,6 +178,14 @@ def _compare_access(contract: Contract, body: Body) -> Iterator[str]:
             if kind not in ("", key.type):
                 yield f"{command} is called on {key.name}, which the header calls a {key.type}"
             done[name].add(access)
+    if contract.call_class is not None:
+        for function, (kind, access) in OVERLAY.items():
+            for call in (call for text in body.texts for call in _calls(text, function)):
+                key = keys.get(call[0])
+                if key is None or key.type != kind:
+                    yield f"{function} is called on {call[0]}, which is not one of the keys, or of another type"
+                else:
+                    done[call[0]].add(access)
     for name, accesses in done.items():
         key = keys[name]
         missing, idle = accesses - key.access, key.access - accesses
@@ -255,6 +285,8 @@ def _compare_fields(contract: Contract, body: Body) -> Iterator[str]:
 def sender(contract: Contract) -> Literal["api", "owner", "recoverer"]:
     """Who runs the script: the API, which has to tell a client what it replied; the owner of a certified shard; or an owner
     that recovers it, when there is no epoch. Raises ValueError when unclear."""
+    if contract.call_class is not None:
+        return "api"
     first, second = [arg.name for arg in contract.args[:2]] + [""] * (2 - len(contract.args[:2]))
     if first == "epoch" and second == "seen_seq":
         return "api"
@@ -274,20 +306,15 @@ def sender(contract: Contract) -> Literal["api", "owner", "recoverer"]:
 def _compare_events(contract: Contract, body: Body) -> Iterator[str]:
     """Each event that is made stands in the header with its fields in their order, and the reverse."""
     made: dict[str, tuple[str, ...]] = {}
-    for name, text in [*((name, text) for name, (_, text) in body.functions.items()), ("", body.main)]:
-        if name != "make_event" and any(call[0] == '"XADD"' for call in _calls(text, "redis.call", "redis.pcall")):
+    for text in body.texts:
+        if any(call[0] == '"XADD"' for call in _calls(text, "redis.call", "redis.pcall")):
             yield "an event is added without make_event"
         for call in _calls(text, "make_event"):
-            fields = call[3:]
-            names = [field.strip('"') for field in fields[::2]]
-            if (
-                names[0] != "event"
-                or len(fields) % 2
-                or not all(field.startswith('"') for field in (*fields[::2], fields[1]))
-            ):
-                yield f"an event is not (event, name, field, value, …): {', '.join(fields)}"
+            _, kind, *values = call
+            if not re.fullmatch(_STRING, kind):
+                yield f"an event is not (meta, kind, value, …): {', '.join(call)}"
                 continue
-            made[fields[1].strip('"')] = tuple(names[1:])
+            made[kind.strip('"')] = tuple(EVENT_FIELDS.get(value, value) for value in values)
     for name in contract.events.keys() - made.keys():
         yield f"the event {name} stands in the header and is never made"
     for name in made.keys() - contract.events.keys():

@@ -9,30 +9,36 @@ import pytest
 
 import coupon_svc
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED
-from coupon_svc.redis.inline import functions_of
-from coupon_svc.redis.scripts import CONSTANTS, Script, Scripts, read_script
+from coupon_svc.redis.inline import functions_of, without_comments
+from coupon_svc.redis.scripts import CONSTANTS, Operation, Script, Scripts, read_operation, read_script
 from coupon_svc.resources import resource_folder
 from tests.lua_headers import INTERNAL_WORDS, OWNER_WORDS, body_of, complaints, returned_words, sender
 
 LUA = resource_folder("lua")
-SCRIPTS = [script for script in Scripts() if not script.name.startswith("call_")]
+OPERATIONS = list(Scripts().operations.values())
+CALLS = [script for script in Scripts() if script.name.startswith("call_")]
+PARTS = {"call", *(operation.name for operation in OPERATIONS)}
+"""Files that are parts of a call."""
+SCRIPTS = [script for script in Scripts() if script.name not in {*PARTS, *(call.name for call in CALLS)}]
+BOTH: list[Script | Operation] = [*SCRIPTS, *OPERATIONS]
 
 # Stands for the harm a trim by length does: it forgets the oldest events, whether or not the ledger has them.
 TRIM_BY_LENGTH = re.compile("(?i)maxlen")
 
 
-def named(script: Script) -> str:
+def named(script: Script | Operation) -> str:
     return script.name
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=named)
-def test_head_and_body_agree(script: Script) -> None:
+@pytest.mark.parametrize("script", BOTH, ids=named)
+def test_head_and_body_agree(script: Script | Operation) -> None:
     assert complaints(script) == []
 
 
 def test_every_script_is_looked_at() -> None:
-    assert {script.name for script in SCRIPTS} == {path.stem for path in LUA.glob("*.lua")} - {"call"}
-    assert "redeem_coupon" in {script.name for script in SCRIPTS}
+    assert {script.name for script in SCRIPTS} == {path.stem for path in LUA.glob("*.lua")} - PARTS
+    assert {operation.name for operation in OPERATIONS} == {path.stem for path in LUA.glob("operations/*.lua")}
+    assert "redeem_coupon" in {operation.name for operation in OPERATIONS}
 
 
 def test_every_include_is_included() -> None:
@@ -41,12 +47,40 @@ def test_every_include_is_included() -> None:
 
 
 def test_every_script_calls_what_it_includes() -> None:
-    for path in set(LUA.glob("*.lua")) - {LUA / "call.lua"}:
+    for path in (path for path in LUA.glob("*.lua") if path.stem != "call"):
         names = re.findall(r"^-- include: (\w+)$", path.read_text(), re.MULTILINE)
         functions = {name: functions_of((LUA / "include" / f"{name}.lua").read_text())[0] for name in names}
         called = "".join(body_of(read_script(path)).texts)
         idle = [name for name in names if not any(f"{function}(" in called for function in functions[name])]
         assert idle == [], path.name
+
+
+def test_every_operation_calls_what_it_includes() -> None:
+    shared = {path.stem: path.read_text() for path in LUA.glob("shared/*.lua")}
+    sources = {path.stem: path.read_text() for path in [*LUA.glob("operations/*.lua"), LUA / "call.lua"]} | shared
+    included = set()
+    for name, source in sources.items():
+        names = re.findall(r"^-- include: (\w+)$", source, re.MULTILINE)
+        included |= set(names)
+        called = without_comments(source)
+        functions = {one: functions_of(shared[one])[0] for one in names}
+        idle = [one for one in names if one != "overlay" and not any(f"{f}" in called for f in functions[one])]
+        assert idle == [], name
+    assert included == shared.keys()
+
+
+def test_a_call_asks_the_fence_before_all_else() -> None:
+    loop = (LUA / "call.lua").read_text().partition("local function run_section")[2]
+    assert loop.index("fence(meta_key, epoch, seen_seq)") < loop.index("begin_section()")
+
+
+def test_what_an_operation_tells_of_is_written() -> None:
+    """Each table of the overlay that somebody fills is read where all is written."""
+    overlay, apply, log = ((LUA / "shared" / f"{name}.lua").read_text() for name in ("overlay", "apply", "log"))
+    tables = re.search(r"^local (events, .*)$", overlay, re.MULTILINE)
+    assert tables is not None
+    for table in set(tables[1].split(", ")) - {"pools"}:
+        assert f"({table})" in (log if table == "events" else apply), table
 
 
 def test_every_script_has_the_fence_of_who_sends_it_before_all_else() -> None:
@@ -68,7 +102,7 @@ def test_every_script_has_the_fence_of_who_sends_it_before_all_else() -> None:
 
 def test_every_internal_word_is_a_reply() -> None:
     words: dict[bool, set[str]] = {True: set(), False: set()}
-    for script in SCRIPTS:
+    for script in BOTH:
         words[sender(script.contract) == "api"] |= {line.word for line in script.contract.replies}
     assert set(INTERNAL_WORDS) <= words[True]
     assert set(OWNER_WORDS) == words[False]
@@ -82,14 +116,14 @@ def test_who_sends_a_script_is_known_by_its_arguments() -> None:
 
 
 def test_events_are_those_the_ledger_knows() -> None:
-    assert {name for script in SCRIPTS for name in script.contract.events} == {COUPON_ASSIGNED, COUPON_REDEEMED}
+    assert {name for script in OPERATIONS for name in script.contract.events} == {COUPON_ASSIGNED, COUPON_REDEEMED}
 
 
 def test_a_constant_is_defined_in_python_alone() -> None:
     """No Lua has a number of its own above 1,000, by which the clock is read."""
     for name, value in CONSTANTS.items():
-        assert any(f"local {name} = {value}\n" in script.source for script in SCRIPTS), name
-    for script in SCRIPTS:
+        assert any(f"local {name} = {value}\n" in script.source for script in [*SCRIPTS, *CALLS]), name
+    for script in [*SCRIPTS, *CALLS]:
         assert script.source.count("local IDEMPOTENCY_MS =") <= 1, script.name
         for text in body_of(script).texts:
             assert set(re.findall(r"\b\d{4,}\b", text)) <= {"1000"}, script.name
@@ -106,27 +140,24 @@ def test_nothing_trims_a_stream_by_its_length() -> None:
 
 # --- the check can fail
 
-SOUND = """#!lua
---[[
+SOUND = """--[[
 take_code: a sample.
 
 Prose may say anything, KEYS[9] and `return` too.
 
+Class: grow
+
 Keys
-  meta      hash    read, count
-  free      zset    pop
-  events    stream  append
+  free      zset    read, remove
   idem      string  read, write
   lock…     string  read; one for each code
 
 Args
-  epoch     int
-  seen_seq  int   the highest seq
   user_id   text
   codes…    text  in the order of the locks
 
 Replies, the first that applies
-  suspect(why)      another `epoch`
+  suspect(why)      no `counts`
   replayed(code)
   idempotency_key_reused
   book_closed
@@ -137,9 +168,9 @@ Replies, the first that applies
 Event
   coupon_assigned(code, user)
 ]]
--- include: fence
+-- include: pool
 -- include: event
-local refusal, meta = fence(meta_key, epoch, seen_seq)
+local refusal, code = next_free(free_key, user_id)
 if refusal then
   return refusal
 end
@@ -159,38 +190,37 @@ for i, lock_key in ipairs(lock_keys) do
     return {"locked", redis.call("PTTL", lock_key)}
   end
 end
-local code = redis.call("ZPOPMIN", free_key)[1]
-make_event(meta_key, events_key, epoch, "event", "coupon_assigned", "code", code,
-  "user", user_id)
-redis.call("SET", idem_key, cjson.encode({"", code}), "PX", 1000)
+make_event(meta, "coupon_assigned", code,
+  user_id)
+take(free_key, code)
+remember(idem_key, code)
 return {meta.status and "renewed" or "ok",
   code}
 """
-FENCE = """local function fence(meta_key, epoch, seen_seq)
-  local kept, status = unpack(redis.call("HMGET", meta_key, "epoch", "status"))
-  if kept ~= epoch or seen_seq == "" then
-    return {"suspect", "epoch"}
+POOL = """local function next_free(free_key, user_id)
+  local code = redis.call("ZRANGE", free_key, 0, 0)[1]
+  if not code or user_id == "" then
+    return {"suspect", "counts"}
   end
-  return nil, {status = status}
+  return nil, code
 end
 """
-EVENT = """local function make_event(meta_key, events_key, epoch, ...)
-  local position = epoch .. "-" .. string.format("%d", redis.call("HINCRBY", meta_key, "seq", 1))
-  redis.call("XADD", events_key, position, ...)
-  return position
+EVENT = """local function make_event(meta, ...)
+  events[#events + 1] = {...}
 end
 """
 
 
-def sample(folder: Path, source: str, fence: str = FENCE) -> Script:
-    (folder / "include").mkdir()
-    (folder / "include" / "fence.lua").write_text(fence)
-    (folder / "include" / "event.lua").write_text(EVENT)
-    (folder / "take_code.lua").write_text(source)
-    return read_script(folder / "take_code.lua")
+def sample(folder: Path, source: str, pool: str = POOL) -> Operation:
+    (folder / "shared").mkdir()
+    (folder / "shared" / "pool.lua").write_text(pool)
+    (folder / "shared" / "event.lua").write_text(EVENT)
+    (folder / "operations").mkdir()
+    (folder / "operations" / "take_code.lua").write_text(source)
+    return read_operation(folder / "operations" / "take_code.lua")
 
 
-def test_a_sound_script_has_no_complaints(tmp_path: Path) -> None:
+def test_a_sound_operation_has_no_complaints(tmp_path: Path) -> None:
     assert complaints(sample(tmp_path, SOUND)) == []
 
 
@@ -198,10 +228,9 @@ def test_a_sound_script_has_no_complaints(tmp_path: Path) -> None:
     ("old", "new", "complaint"),
     [
         ("take_code: a", "give_code: a", "the header is about give_code"),
-        ("-- include: fence", "  -- include: fence", "an include was not replaced"),
-        ("  seen_seq  int", "  behind    int", "the first arguments must be epoch, and seen_seq (API) or generation"),
+        ("-- include: pool", "  -- include: pool", "an include was not replaced"),
         # keys and arguments
-        ('"ZPOPMIN", free_key', '"ZPOPMIN", KEYS[2]', "KEYS has a name"),
+        ('"GET", idem_key', '"GET", KEYS[2]', "KEYS has a name"),
         ("codes[i]", "ARGV[i]", "ARGV has a name"),
         ("meta.status ==", "meta[2] ==", "meta[2] has a name"),
         ("  user_id   text", "  user_id   text\n  idle      text", "idle stands in the header and is not used"),
@@ -210,18 +239,36 @@ def test_a_sound_script_has_no_complaints(tmp_path: Path) -> None:
             "  idle      string  read\n  idem      string",
             "idle_key stands in the header and is not",
         ),
-        ("fence(meta_key, epoch", "fence(free_key, epoch", "fence is called with free_key as its meta_key"),
-        ("fence(meta_key, epoch", "fence(meta_key, idem_key", "fence is called with idem_key as its epoch"),
+        (
+            "next_free(free_key, user_id",
+            "next_free(idem_key, user_id",
+            "next_free is called with idem_key as its free_key",
+        ),
+        (
+            "next_free(free_key, user_id",
+            "next_free(free_key, idem_key",
+            "next_free is called with idem_key as its user_id",
+        ),
         # what is done to a key
-        ("read, count", "read", "meta: the body does count, and the header does not say so"),
-        ("read, count", "read, count, write", "meta: the header says write, and the body does not"),
-        ("zset    pop", "set     pop", "ZPOPMIN is called on free, which the header calls a set"),
-        ("zset    pop", "any     pop", "ZPOPMIN is called on free, which the header calls a any"),
-        ('"ZPOPMIN"', '"SPOP"', "SPOP is not among the commands a script may call"),
-        ('"ZPOPMIN", free_key', '"KEYS", "*"', "KEYS must not be called"),
-        ('redis.call("ZPOPMIN"', 'redis.pcall("SCAN"', "SCAN must not be called"),
-        ('"ZPOPMIN"', '"EVAL"', "EVAL must not be called"),
-        ('"ZPOPMIN", free_key', '"ZPOPMIN", "cb:free"', 'ZPOPMIN is called on "cb:free", which is not one of the keys'),
+        ("read, remove", "read", "free: the body does remove, and the header does not say so"),
+        ("read, remove", "read, remove, add", "free: the header says add, and the body does not"),
+        ("string  read, write", "string  read", "idem: the body does write, and the header does not say so"),
+        (
+            "zset    read",
+            "set     read",
+            "take is called on free_key, which is not one of the keys, or of another type",
+        ),
+        ("string  read, write", "hash    read, write", "GET is called on idem, which the header calls a hash"),
+        ('"PTTL"', '"SPOP"', "SPOP is not among the commands a script may call"),
+        ('"GET", idem_key', '"KEYS", "*"', "KEYS must not be called"),
+        ('redis.call("GET"', 'redis.pcall("SCAN"', "SCAN must not be called"),
+        ('"GET"', '"EVAL"', "EVAL must not be called"),
+        ('"GET", idem_key', '"GET", "cb:idem"', 'GET is called on "cb:idem", which is not one of the keys'),
+        (
+            "take(free_key",
+            "take(idem_key",
+            "take is called on idem_key, which is not one of the keys, or of another type",
+        ),
         # replies
         ("  book_closed\n", "", "book_closed is returned and does not stand in the header"),
         ('return {"book_closed"}', "error()", "book_closed stands in the header and is never returned"),
@@ -233,8 +280,8 @@ def test_a_sound_script_has_no_complaints(tmp_path: Path) -> None:
         ("book_closed", "book_shut", "book_shut is neither an Outcome nor an internal word"),
         ("book_closed", "backlog_full", "Outcome has them in the order idempotency_key_reused, locked, backlog_full"),
         ("book_closed\n  locked(retry_after_ms)", "locked(retry_after_ms)\n  book_closed", "the body in suspect, "),
-        ("another `epoch`", "`epoch` or `lost`", "the header says that suspect carries lost"),
-        ("another `epoch`", "another epoch", "suspect carries epoch, and the header does not say so"),
+        ("no `counts`", "`counts` or `lost`", "the header says that suspect carries lost"),
+        ("no `counts`", "no counts", "suspect carries counts, and the header does not say so"),
         ('{"book_closed"}', '{"book_closed", 1}', "book_closed is returned with 1 fields, and the header names 0"),
         ("  locked(retry_after_ms)", "  locked", "locked is returned with 1 fields, and the header names 0"),
         ("  ok(code)", "  ok(code, at_ms)", "ok is returned with 1 fields, and the header names 2"),
@@ -247,9 +294,8 @@ def test_a_sound_script_has_no_complaints(tmp_path: Path) -> None:
             "(user, code)\n",
             "coupon_assigned: the header has the fields user, code; the body code, user",
         ),
-        ('"event", "coupon', '"kind", "coupon', "an event is not (event, name, field, value, …)"),
-        ('"code", code,\n', "code,\n", "an event is not (event, name, field, value, …)"),
-        ("make_event(meta_key, events_key, epoch", 'redis.call("XADD", events_key, "1-1"', "added without make_event"),
+        ('"coupon_assigned", code', "kind, code", "an event is not (meta, kind, value, …)"),
+        ("make_event(meta", 'redis.call("XADD", idem_key', "added without make_event"),
     ],
 )
 def test_a_broken_script_is_complained_about(tmp_path: Path, old: str, new: str, complaint: str) -> None:
@@ -259,17 +305,17 @@ def test_a_broken_script_is_complained_about(tmp_path: Path, old: str, new: str,
 
 
 def test_what_stands_in_an_include_counts(tmp_path: Path) -> None:
-    broken = FENCE.replace('{"suspect", "epoch"}', '{"doubtful"}').replace('"HMGET", meta_key', '"HGETALL", meta_key')
+    broken = POOL.replace('{"suspect", "counts"}', '{"doubtful"}').replace('"ZRANGE", free_key', '"ZSCAN", free_key')
     found = complaints(sample(tmp_path, SOUND, broken))
     assert "doubtful is returned and does not stand in the header" in found
     assert "suspect stands in the header and is never returned" in found
-    assert "HGETALL is not among the commands a script may call" in found
+    assert "ZSCAN is not among the commands a script may call" in found
 
 
 def test_a_key_has_its_own_name_in_a_function_too(tmp_path: Path) -> None:
-    found = complaints(sample(tmp_path, SOUND, FENCE.replace("meta_key", "hash_key")))
-    assert "HMGET is called on hash_key, which is not one of the keys" in found
-    assert "fence is called with meta_key as its hash_key" in found
+    found = complaints(sample(tmp_path, SOUND, POOL.replace("free_key", "pool_key")))
+    assert "ZRANGE is called on pool_key, which is not one of the keys" in found
+    assert "next_free is called with free_key as its pool_key" in found
 
 
 RECOVERY = """#!lua flags=allow-oom

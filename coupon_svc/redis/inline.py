@@ -68,7 +68,7 @@ def without_comments(lua: str) -> str:
 def functions_of(lua: str) -> tuple[dict[str, Function], str]:
     """The functions in a Lua without comments, by their names; and what stands outside of them."""
     found = {
-        match["name"]: Function([param for param in match["params"].split(", ") if param], match["text"])
+        match["name"]: Function([param for param in re.split(r",\s*", match["params"]) if param], match["text"])
         for match in _FUNCTION.finditer(lua)
     }
     return found, _FUNCTION.sub("", lua)

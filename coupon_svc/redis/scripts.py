@@ -51,11 +51,14 @@ _OPERATIONS_HERE = "-- operations\n"
 
 
 class Operation(msgspec.Struct, frozen=True):
-    """An operation of a call, as it was written."""
+    """An operation of a call."""
 
     name: str
     contract: Contract
+    own: str
+    """The Lua of its file."""
     body: str
+    """The same, with the functions that it includes in front."""
 
 
 class Script(msgspec.Struct, frozen=True):
@@ -107,14 +110,15 @@ def read_script(path: Path) -> Script:
 def read_operation(path: Path) -> Operation:
     """The operation in a file. Raises ContractError."""
     header, body = split_operation(path.stem, path.read_text())
-    return Operation(path.stem, parse_operation(header), body)
+    included, (bare,) = Includes(path.parents[1] / "shared").before(body)
+    return Operation(path.stem, parse_operation(header), body, included + bare)
 
 
 def read_call(path: Path, call: CallClass, operations: Sequence[Operation]) -> Script:
     """The script that runs operations of one class."""
     header, loop = split_operation(path.stem, path.read_text())
     included, (loop, *bodies) = Includes(path.parent / "shared").before(
-        loop, *(operation.body for operation in operations)
+        loop, *(operation.own for operation in operations)
     )
     functions = "local operations = {}\n" + "".join(
         f"operations.{operation.name} = function(op)\n{operation_preamble(operation.contract)}{body}end\n"

@@ -20,7 +20,6 @@ Args
   code              text
 
 Replies, the first that applies
-  suspect(why)      `counts`: codes are missing
   replayed(code, at_ms, position, ack, redemptions_left, first?)  `already_yours` when that was the reply
   idempotency_key_reused
   book_not_loaded
@@ -33,6 +32,7 @@ Replies, the first that applies
   already_assigned
   code_quarantined
   user_code_limit(limit, held)
+  suspect(why)      `counts`: codes are missing
   not_lent          the code is not in Redis: it must be lent first
   backlog_full
   ledger_behind

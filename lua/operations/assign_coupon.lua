@@ -21,7 +21,6 @@ Args
   fingerprint?      text  of the request, "" without an Idempotency-Key
 
 Replies, the first that applies
-  suspect(why)      `counts`: codes are missing
   replayed(code, at_ms, position, ack, redemptions_left)
   idempotency_key_reused
   book_not_loaded
@@ -31,6 +30,7 @@ Replies, the first that applies
   book_not_started
   book_expired
   user_code_limit(limit, held)
+  suspect(why)      `counts`: codes are missing
   book_exhausted
   refilling
   backlog_full

@@ -22,7 +22,6 @@ Args
   fingerprint?  text  of the request, "" without an Idempotency-Key
 
 Replies, the first that applies
-  suspect(why)      `counts`: codes are missing
   replayed(user_id, lock_token, until_ms, ttl_ms, position, ack)
   idempotency_key_reused
   book_not_loaded
@@ -32,6 +31,7 @@ Replies, the first that applies
   book_not_started
   book_expired
   code_quarantined
+  suspect(why)      `counts`: codes are missing
   not_assigned
   not_holder
   already_redeemed

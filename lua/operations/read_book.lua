@@ -12,9 +12,9 @@ Args
   tenant_id  int
 
 Replies, the first that applies
-  suspect(why)      `counts`: codes are missing
   book_not_loaded
   book_not_found
+  suspect(why)      `counts`: codes are missing
   ok(version, stored, total, held, redeemed, quarantined, redemptions)  stored is JSON
 ]]
 -- include: book

@@ -16,9 +16,9 @@ Args
   codes…     text  in the order of the locks
 
 Replies, the first that applies
-  suspect(why)      `counts`: codes are missing
   book_not_loaded
   book_not_found
+  suspect(why)      `counts`: codes are missing
   ok(now_ms, ack, redemptions_max, holders, locks, book_status)  redemptions_max: "" is unlimited; holders: "", `quarantined`, or a holding; locks: ms left, or 0 and below; book_status: `active`, `paused`, `closed`, `not_started`, `expired`
 ]]
 -- include: book

@@ -26,7 +26,6 @@ Args
   fingerprint?      text  of the request, "" without an Idempotency-Key
 
 Replies, the first that applies
-  suspect(why)      `counts`: codes are missing
   replayed(user_id, at_ms, position, uses, redemptions_left)
   idempotency_key_reused
   book_not_loaded
@@ -36,6 +35,7 @@ Replies, the first that applies
   book_not_started
   book_expired
   code_quarantined
+  suspect(why)      `counts`: codes are missing
   not_assigned
   not_holder
   already_redeemed
