@@ -23,6 +23,7 @@ from coupon_svc.ops.bench.postgres_only import POOL_SIZE, serve_postgres_only
 from coupon_svc.ops.bench.rebuild import bench_rebuild
 from coupon_svc.ops.bench.run import describe_run
 from coupon_svc.ops.bench.scripts import bench_scripts
+from coupon_svc.ops.bench.toll import TollPlan, bench_toll, counts, quartiles, toll_figures
 from coupon_svc.ops.bench.turns import CONNECTIONS
 
 QUICK_HTTP = HttpPlan(rounds=2, seconds=1.5, tail_rounds=1, tail_seconds=3.0)
@@ -52,6 +53,9 @@ def _arguments() -> argparse.Namespace:
     what.add_argument(
         "--growth", action="store_true", help="how assigns/s change with processes, connections, books, codes"
     )
+    what.add_argument(
+        "--toll", action="store_true", help="what each process pays for an assign, with one book and with 64"
+    )
     what.add_argument("--memory", action="store_true", help="bytes a code takes in Redis")
     what.add_argument("--rebuild", action="store_true", help="how long Redis takes to be rebuilt")
     what.add_argument("--render", action="store_true", help="write benchmarks.md anew from benchmarks.json")
@@ -76,6 +80,8 @@ def _measure(args: argparse.Namespace) -> int:
     if args.rebuild:
         bench_rebuild(args.codes)
         return 0
+    if args.toll:
+        return _toll(args)
     folder: Path | None = args.output or (None if args.quick else Path("docs"))
     if folder is not None and args.output is None and not folder.is_dir():
         raise BenchError("there is no folder docs here; say with --output where the document is to go")
@@ -109,6 +115,15 @@ def _table(args: argparse.Namespace, folder: Path | None) -> int:
         document.write_results(folder, results)
         print(f"written to {folder / 'benchmarks.md'}")
     return _status(figures)
+
+
+def _toll(args: argparse.Namespace) -> int:
+    plan = TollPlan(rounds=args.rounds or (3 if args.quick else TollPlan().rounds))
+    tolls = bench_toll(plan, _narrator())
+    for figure in toll_figures(tolls):
+        print(f"{figure.what:45} {quartiles(figure):45} goal {figure.goal:<5} {figure.note}")
+    print("\n".join(counts(tolls)))
+    return 0
 
 
 def _growth(args: argparse.Namespace, folder: Path | None) -> int:
