@@ -63,9 +63,13 @@ class Slot(Generic[T]):
 
     def __await__(self) -> Generator[Any, None, T]:
         if not self._done:
+            if self._resume is not None:
+                raise RuntimeError("somebody waits for this slot already")
             self._asyncio_future_blocking = True  # a Task asks for it, as for a Future's
             yield self
-        return self.result()
+        if self._error is not None:
+            raise self._error
+        return self._value
 
     # --- what a Task asks of a Future
 

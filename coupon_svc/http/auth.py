@@ -12,6 +12,7 @@ from coupon_svc.domain.api_keys import ApiKey
 from coupon_svc.domain.clock import now_ms
 from coupon_svc.domain.errors import Unavailable
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.hot import in_a_task
 
 KEYS_KEPT_MAX = 10_000
 UNKNOWN_KEPT_MS = 1_000
@@ -44,8 +45,8 @@ class KeyRing:
     async def authenticate(self, authorization: bytes) -> ApiKey:
         """The key in an Authorization header. Raises Refused: unauthenticated; store_unavailable when only Postgres
         could tell and it is away."""
-        scheme, _, key = authorization.partition(b" ")
-        if scheme.lower() != b"bearer" or not key:
+        scheme, key = authorization[:7], authorization[7:]
+        if not key or (scheme != b"Bearer " and scheme.lower() != b"bearer "):
             raise Refused(Outcome.UNAUTHENTICATED)
         key_hash = hashlib.sha256(key.strip()).digest()
         now = time.monotonic_ns() // 1_000_000
@@ -60,6 +61,7 @@ class KeyRing:
     async def _ask_once(self, key_hash: bytes, kept: _Kept | None, now: int) -> _Kept:
         """Many requests come with the same key: one of them asks for all. A Postgres that is silent holds up only those
         whose key was never good."""
+        await in_a_task()
         task = self._asking.get(key_hash)
         if task is None:
             task = self._asking[key_hash] = asyncio.create_task(self._ask(key_hash, kept, now))

@@ -17,12 +17,14 @@ import math
 import sys
 import termios
 from asyncio.events import TimerHandle
+from functools import partial
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.hot import drive
 from coupon_svc.http.endpoint import Endpoint
 from coupon_svc.http.problems import log_failure, problem_response
 from coupon_svc.http.public import send_problem
@@ -60,6 +62,7 @@ class _HotCycle:
     __slots__ = (
         "body",
         "disconnected",
+        "driven",
         "endpoint",
         "headers",
         "keep_alive",
@@ -88,6 +91,8 @@ class _HotCycle:
         self.disconnected = False
         self.response_complete = False
         self.message_event = _NOBODY_WAITS
+        self.driven: Any = None
+        """Its place in uvicorn's set of tasks; None when it was answered at once."""
 
 
 class _NobodyWaits:
@@ -182,6 +187,8 @@ class CouponProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is complete: the request gets its id, and takes the fast path or goes by ASGI."""
         self._reading, self._bytes = _BODY, None
+        if self.transport.is_closing() and self.cycle is not None:  # the last response was the last: this gets none
+            return
         by_name = dict(self.headers)
         if HEADER in by_name:
             self._request_id = choose_request_id(by_name[HEADER], self._request_ids)
@@ -211,15 +218,12 @@ class CouponProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is complete. On the fast path its task starts now; by ASGI it started with the head."""
+        """The request is complete. On the fast path it is answered from now on, by ASGI since its head was."""
         self._reading = _NOTHING
         self._request_id = b""
         cycle = self.cycle
         if type(cycle) is _HotCycle and cycle.more_body:
-            cycle.more_body = False
-            task = self.loop.create_task(self._answer(cycle))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            self._answer(cycle)
         else:
             super().on_message_complete()
 
@@ -240,10 +244,25 @@ class CouponProtocol(HttpToolsProtocol):
         keep_alive = self.parser.should_keep_alive() and not self.app.draining
         return _HotCycle(*found, headers, self._request_id, keep_alive)
 
-    async def _answer(self, cycle: _HotCycle) -> None:
-        response = await cycle.endpoint.respond(cycle.request_id, "POST", cycle.path, b"", cycle.headers, cycle.body)
+    def _answer(self, cycle: _HotCycle) -> None:
+        cycle.more_body = False
+        driven: Any = drive(
+            cycle.endpoint.respond(cycle.request_id, "POST", cycle.path, b"", cycle.headers, cycle.body),
+            partial(self._respond, cycle),
+        )
+        if not cycle.response_complete:
+            cycle.driven = driven
+            self.tasks.add(driven)  # the server waits for its end when it stops, and cancels it in the end
+
+    def _respond(self, cycle: _HotCycle, response: Response | None) -> None:
+        """Write a response; None, of an endpoint that failed, closes the connection."""
         cycle.response_complete = True
-        if response is None or self.transport.is_closing():
+        if cycle.driven is not None:
+            self.tasks.discard(cycle.driven)
+        if self.transport.is_closing():
+            return
+        if response is None:
+            self.transport.close()
             return
         self.transport.write(self._bytes_of(response, cycle.request_id, cycle.keep_alive))
         if not cycle.keep_alive:
@@ -255,17 +274,13 @@ class CouponProtocol(HttpToolsProtocol):
         if self._default_headers is not self.server_state.default_headers:  # the date changes once per second
             self._default_headers = self.server_state.default_headers
             self._default_lines = b"".join(b"%b: %b\r\n" % header for header in self._default_headers)
-        return b"".join(
-            [
-                STATUS_LINE[response.status],
-                self._default_lines,
-                b"x-request-id: %b\r\n" % request_id,
-                *[b"%b: %b\r\n" % header for header in response.headers],
-                b"content-length: %d\r\n" % len(response.body) if response.status != 204 else b"",
-                b"\r\n" if keep_alive else b"connection: close\r\n\r\n",
-                response.body,
-            ]
-        )
+        status, headers, body = response
+        lines = b"%bx-request-id: %b\r\n" % (STATUS_LINE[status] + self._default_lines, request_id)
+        for header in headers:
+            lines += b"%b: %b\r\n" % header
+        if status != 204:
+            lines += b"content-length: %d\r\n" % len(body)
+        return lines + (b"\r\n" if keep_alive else b"connection: close\r\n\r\n") + body
 
     def on_response_complete(self) -> None:
         """A response was written: start the next pipelined request, or wait for one."""

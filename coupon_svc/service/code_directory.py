@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.hot import in_a_task
 from coupon_svc.postgres.books import find_codes, is_loaded
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.errors import LedgerUnavailable
@@ -45,6 +46,7 @@ class CodeDirectory:
         known = self._books.get((tenant_id, code))
         if known is not None:
             return known
+        await in_a_task()
         future = self._asked.get((tenant_id, code))
         if future is None:
             if len(self._asked) >= QUESTIONS_MAX:
@@ -64,6 +66,7 @@ class CodeDirectory:
 
     async def book_loaded(self, tenant_id: int, book_id: str, within_s: float) -> bool | None:
         """Whether the tenant's book was ever brought to Redis; None when there is no such book. Raises LedgerUnavailable."""
+        await in_a_task()
         async with self._database.connection(within_s, only_reads=True, wait_s=within_s) as connection:
             return await is_loaded(connection, tenant_id, book_id)
 

@@ -6,6 +6,7 @@ from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.domain.receipts import check_receipt
+from coupon_svc.hot import in_a_task
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.quarantine import redeem_receipt
 from coupon_svc.redis.data_plane import DataPlane
@@ -35,6 +36,7 @@ class ReceiptRescue:
         receipt = check_receipt(secret, tenant_id, book_id, code, text) if secret else None
         if receipt is None:
             return False
+        await in_a_task()
         left_s = self._durability.left_s(begun)
         async with self._database.connection(left_s, wait_s=left_s) as connection, connection.transaction():
             if not await redeem_receipt(connection, view.shard, book_id, code, receipt):

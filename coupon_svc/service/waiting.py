@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Any
 
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.hot import in_a_task
 from coupon_svc.postgres.catalogue import lease_code
 from coupon_svc.postgres.database import Database
 from coupon_svc.redis.contract import Reply
@@ -76,6 +77,7 @@ class Waiting:
                 if outcome == "not_lent" and not lent:
                     await self._lend(tenant_id, book_id, parameters["code"], begun)
                     lent = True
+                await in_a_task()
                 await asyncio.sleep(pause)
                 pause *= 1.5
             elif outcome == "code_quarantined" and receipt is not None and not rescued:
@@ -95,6 +97,7 @@ class Waiting:
 
     async def _lend(self, tenant_id: int, book_id: str, code: str, begun: float) -> None:
         """Lend the code alone, before its turn."""
+        await in_a_task()
         left_s = self._durability.left_s(begun)
         async with self._database.connection(left_s, wait_s=left_s) as connection, connection.transaction():
             await lease_code(connection, tenant_id, book_id, code)

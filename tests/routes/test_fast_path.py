@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 from starlette.routing import Route, Router
 
+from coupon_svc.hot import Slot
 from coupon_svc.http.endpoint import Endpoint
 from coupon_svc.http.limits import Limits
 from coupon_svc.http.metrics import Metrics
@@ -80,6 +81,7 @@ class Told(Endpoint):
     def __init__(self) -> None:
         super().__init__(None, Metrics())  # type: ignore[arg-type]
         self.slow: asyncio.Event | None = None
+        self.slots: list[Slot[None]] = []
         self.request_ids: list[str] = []
 
     async def respond(
@@ -91,6 +93,13 @@ class Told(Endpoint):
             body = message["body"]
         if self.slow is not None and b"slow" in body:
             await self.slow.wait()
+        if b"slot" in body:
+            slot = Slot[None]()
+            self.slots.append(slot)
+            try:
+                await slot
+            except asyncio.CancelledError:
+                return Response(503, [], b"")
         told = {"asgi": by_asgi, "path": dict(path), "query": query_string.decode(), "body": body.decode()}
         self.request_ids.append(request_id.decode())
         return Response(200, [(b"content-type", b"application/json")], json.dumps(told).encode())
@@ -239,17 +248,43 @@ async def test_an_idle_connection_is_closed_and_a_busy_one_is_not(served: Served
         wire.writer.close()
 
 
-async def test_a_request_under_way_is_answered_when_the_server_stops(served: Served) -> None:
+@pytest.mark.parametrize("body", [b"slow", b"slot"])
+async def test_a_request_under_way_is_answered_when_the_server_stops(body: bytes, served: Served) -> None:
     served.endpoint.slow = asyncio.Event()
     wire = await dial(served.base_url)
-    wire.writer.write(post("/coupons/assign", b"slow"))
+    wire.writer.write(post("/coupons/assign", body))
     await asyncio.sleep(0.1)
     served.server.should_exit = True
     await asyncio.sleep(0.3)
     served.endpoint.slow.set()
+    for slot in served.endpoint.slots:
+        slot.set_result(None)
     answer = await wire.answer()
     assert (answer.status, answer.headers["connection"]) == (200, "close")
     assert await wire.ended()
+    wire.writer.close()
+
+
+async def test_what_is_still_under_way_when_the_server_gives_up_is_told_so(served: Served) -> None:
+    served.server.config.timeout_graceful_shutdown = 0
+    wires = [await dial(served.base_url) for _ in range(3)]
+    for wire in wires:
+        wire.writer.write(post("/coupons/assign", b"slot, and is told"))
+    await asyncio.sleep(0.1)
+    assert len(served.server.server_state.tasks) == 3
+    served.server.should_exit = True
+    for wire in wires:
+        assert (await wire.answer()).status == 503
+        wire.writer.close()
+
+
+async def test_nothing_is_done_for_a_request_behind_the_last_response(served: Served) -> None:
+    served.server.config.app.draining = True  # type: ignore[union-attr]
+    wire = await dial(served.base_url)
+    wire.writer.write(post("/coupons/assign", b"1") + post("/coupons/assign", b"2") + chunked("/coupons/assign", b"3"))
+    assert (await wire.answer()).headers["connection"] == "close"
+    assert await wire.ended()
+    assert len(served.endpoint.request_ids) == 1
     wire.writer.close()
 
 

@@ -239,6 +239,20 @@ async def test_a_cancellation_that_nobody_catches_ends_the_coroutine(done: list[
     assert done == [None]
 
 
+async def test_a_slot_is_for_one_coroutine(done: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    slot = Slot[int]()
+
+    async def work() -> int:
+        return await slot
+
+    drive(work(), done.append)
+    drive(work(), done.append)
+    assert done == [None]
+    assert "RuntimeError" in caplog.text
+    slot.set_result(1)
+    assert done == [None, 1]
+
+
 async def test_cancelling_what_is_over_does_nothing(done: list[Any]) -> None:
     async def work() -> int:
         return 1
