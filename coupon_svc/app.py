@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -33,6 +34,10 @@ from coupon_svc.service.redeem import Redeeming
 from coupon_svc.service.registration import Registration
 from coupon_svc.service.waiting import Waiting
 
+GC_THRESHOLD = 10_000
+"""New objects between two collections. Requests leave no cycles behind; with Python's 700 each burst of them was searched
+for some, which took a twelfth of the process's time."""
+
 
 def make_api(settings: Settings | None = None) -> Api:
     """The API as an ASGI application. It connects when it starts, and starts whether or not the stores are there."""
@@ -58,6 +63,7 @@ def make_api(settings: Settings | None = None) -> Api:
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
+        gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
         await plane.start()
         await registration.start()
         await uploads.start()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 from itertools import count
 from time import monotonic
 from typing import NamedTuple
 
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.hot import Slot
 
 OVERDUE_S = 0.1
 """A position is published within milliseconds of its commit. A request that has waited this long may have missed the
@@ -21,13 +21,13 @@ class _Waiter(NamedTuple):
     tie: int
     overdue_at: float
     until: float
-    future: asyncio.Future[None]
+    slot: Slot[None]
 
 
 class DurabilityWaiters:
     """One commit of the writer wakes every request it serves; a request that waits costs one entry in a heap.
 
-    Times are those of the monotonic clock, in seconds.
+    Times are those of the monotonic clock, in seconds. Who is woken goes on at once, and may come to wait again.
     """
 
     def __init__(self, shards: int) -> None:
@@ -47,12 +47,10 @@ class DurabilityWaiters:
         waiting = self._waiting[shard]
         while waiting and (waiting[0].epoch, waiting[0].seq) <= (epoch, seq):
             waiter = heapq.heappop(waiting)
-            if waiter.future.done():
-                continue
             if waiter.epoch == epoch:
-                waiter.future.set_result(None)
+                waiter.slot.set_result(None)
             else:
-                waiter.future.set_exception(Refused(Outcome.OUTCOME_UNKNOWN))
+                waiter.slot.set_exception(Refused(Outcome.OUTCOME_UNKNOWN))
 
     async def wait(self, shard: int, epoch: int, seq: int, until: float) -> None:
         """Return once the ledger holds `seq` of `epoch`.
@@ -64,21 +62,21 @@ class DurabilityWaiters:
             return
         if known_epoch > epoch:
             raise Refused(Outcome.OUTCOME_UNKNOWN)
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        slot = Slot[None]()
         overdue_at = monotonic() + OVERDUE_S
-        heapq.heappush(self._waiting[shard], _Waiter(epoch, seq, next(self._tie), overdue_at, until, future))
-        await future
+        heapq.heappush(self._waiting[shard], _Waiter(epoch, seq, next(self._tie), overdue_at, until, slot))
+        await slot
 
     def expire(self) -> bool:
         """End the waits whose time is over. True when somebody has waited so long that a message may be lost."""
         now = monotonic()
         overdue = False
+        late: list[_Waiter] = []
         for shard, waiting in enumerate(self._waiting):
-            waiting = [waiter for waiter in waiting if not waiter.future.done()]
-            for waiter in waiting:
-                if waiter.until <= now:
-                    waiter.future.set_exception(Refused(Outcome.OUTCOME_UNKNOWN))
-                overdue = overdue or waiter.overdue_at <= now
+            late += [waiter for waiter in waiting if waiter.until <= now]
+            self._waiting[shard] = waiting = [w for w in waiting if w.until > now and not w.slot.done()]
             heapq.heapify(waiting)
-            self._waiting[shard] = waiting
-        return overdue
+            overdue = overdue or any(waiter.overdue_at <= now for waiter in waiting)
+        for waiter in late:
+            waiter.slot.set_exception(Refused(Outcome.OUTCOME_UNKNOWN))
+        return overdue or bool(late)
