@@ -28,6 +28,7 @@ from coupon_svc.service.assign import Assigning
 from coupon_svc.service.code_directory import CodeDirectory
 from coupon_svc.service.durability import Durability
 from coupon_svc.service.health import Health
+from coupon_svc.service.missed_messages import MissedMessages
 from coupon_svc.service.reading import Reading
 from coupon_svc.service.receipt_rescue import ReceiptRescue
 from coupon_svc.service.redeem import Redeeming
@@ -48,6 +49,7 @@ def make_api(settings: Settings | None = None) -> Api:
     bulk = Database(settings.database_url, "coupon-api-uploads", size=4)  # what is slow has connections of its own
     uploads = Uploads(bulk)
     registration = Registration(settings.database_url, plane)
+    missed = MissedMessages(plane.waiters, lookups)
 
     directory = CodeDirectory(lookups)
     durability = Durability(plane, settings.ledger_wait_ms)
@@ -67,10 +69,12 @@ def make_api(settings: Settings | None = None) -> Api:
         await plane.start()
         await registration.start()
         await uploads.start()
+        await missed.start()
         try:
             with drain_at_sigterm(asyncio.get_running_loop(), settings.drain_ms, drain):
                 yield
         finally:
+            await missed.stop()
             await uploads.stop()
             await registration.stop()
             await plane.stop()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
@@ -322,7 +323,7 @@ class DataPlane:
         assert self._installation is not None
         await self._listener.listen(positions_channel(self._installation))
 
-    def _on_position(self, shard: int, epoch: int, committed: int) -> None:
+    def _on_position(self, shard: int, epoch: int, committed: int, tips: Sequence[str] = ()) -> None:
         """A message says what the ledger holds, and that is so whatever becomes of this Redis. It is no certificate: that an
         epoch is over is learnt from Postgres or a certified Redis alone."""
         view = self.views[shard]
@@ -333,3 +334,4 @@ class DataPlane:
             self.waiters.advance(shard, epoch, committed)
         elif epoch > view.epoch:
             self._verify_wanted = True
+        self.waiters.hear(tips)  # after what it says of the shard: who waits goes on at once

@@ -20,6 +20,7 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.position import Position
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.shard_view import ShardView
+from coupon_svc.redis.waiters import EntryKey
 
 PATIENCE_S = 0.5
 """How long a request waits for a book or for codes before its caller is told to try again."""
@@ -58,13 +59,27 @@ class Durability:
         return None
 
     async def wait(
-        self, view: ShardView, position: Position, begun: float, late: Outcome = Outcome.OUTCOME_UNKNOWN
+        self,
+        view: ShardView,
+        position: Position,
+        begun: float,
+        late: Outcome = Outcome.OUTCOME_UNKNOWN,
+        *,
+        entry: tuple[int, int, str] | None = None,
     ) -> bool:
-        """Return True once the ledger holds the event at `position`. Raises Refused(`late`) when its epoch ends before, or
-        when the wait takes too long."""
+        """Return True once the ledger holds the event at `position`; for one that this request made, its `entry`:
+        epoch, position of the last event, tip.
+
+        Raises Refused(`late`) when its epoch ends before, when the ledger holds another entry, or when the wait takes too
+        long.
+        """
+        waiters = self._plane.waiters
         until = monotonic() + self.left_s(begun, self._ledger_wait_s)
         try:
-            await self._plane.waiters.wait(view.shard, position.epoch, position.seq, until)
+            if entry is not None:
+                await waiters.wait_for_entry(EntryKey(view.shard, *entry), until)
+            else:
+                await waiters.wait(view.shard, position.epoch, position.seq, until)
         except Refused:
             raise Refused(late) from None
         return True
