@@ -22,6 +22,7 @@ from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.lending import lease_block
 from coupon_svc.postgres.shards import OwnedShard
 from coupon_svc.postgres.uploads import Uploads
+from coupon_svc.redis.calls import bind_operation
 from coupon_svc.redis.contract import Reply
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
@@ -411,7 +412,8 @@ class GoneAfter(DataPlane):
     async def call(self, name: str, view: ShardView, *, read_only: bool = False, **parameters: Any) -> Reply:
         if not self._versions:
             raise Refused(Outcome.STORE_UNAVAILABLE)
-        return self._scripts[name].reply(["ok", str(self._versions.pop()), "{}", 0, 0, 0, 0, 0])
+        operation = bind_operation(self._scripts.operations[name].contract)
+        return operation.reply(["ok", str(self._versions.pop()), "{}", 0, 0, 0, 0, 0])
 
 
 async def test_a_change_that_was_made_is_never_answered_as_nothing_was_done(

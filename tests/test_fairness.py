@@ -22,7 +22,7 @@ from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.shards import new_book_id
-from coupon_svc.ops.bench.assigning import assign_command
+from coupon_svc.ops.bench.assigning import Assigns
 from coupon_svc.postgres.catalogue import NewBook, insert_book, insert_codes, random_places
 from coupon_svc.postgres.lending import lease_block
 from coupon_svc.postgres.shards import OwnedShard
@@ -191,7 +191,7 @@ class Dealer:
     def __init__(self, owner: ShardControl, connection: Connection, scripts: Scripts) -> None:
         self._owner = owner
         self._connection = connection
-        self._assign = scripts["assign_coupon"]
+        self._assigns = Assigns(scripts)
         self._keys = ShardKeys(SHARD, SHARDS)
 
     async def load(self, book_id: str, codes: Sequence[str]) -> None:
@@ -199,11 +199,11 @@ class Dealer:
         await self._owner.load_codes(TERM, book_id, codes, 0)
 
     async def deal(self, book_id: str, count: int) -> list[str]:
-        command = assign_command(self._assign, self._keys, TERM.epoch, 1, book_id, "u")
-        futures = [self._connection.send(*command) for _ in range(count)]
-        raw: list[Any] = [await future for future in futures]
+        command = self._assigns.command(self._keys, TERM.epoch, 1, book_id, [("u", "")])
+        slots = [self._connection.send(*command) for _ in range(count)]
+        raw: list[Any] = [await slot for slot in slots]
         assert not any(isinstance(reply, ReplyError) for reply in raw), raw[0]
-        replies = [self._assign.reply(reply) for reply in raw]
+        replies = [reply for one in raw for reply in self._assigns.replies(one)]
         assert all(reply.outcome == "ok" for reply in replies), replies[0]
         return [reply.code for reply in replies]
 

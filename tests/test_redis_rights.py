@@ -43,7 +43,7 @@ def _documented_rules() -> list[str]:
     return str(line).split()
 
 
-@pytest.mark.parametrize("lacking", ["-xadd", "-publish", "-zpopmin -xadd"])
+@pytest.mark.parametrize("lacking", ["-xadd", "-publish", "-zrem -xadd"])
 async def test_a_user_that_lacks_a_right_is_refused_by_name(
     admin: Redis, plain_redis: EmbeddedRedis, lacking: str
 ) -> None:

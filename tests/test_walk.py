@@ -22,6 +22,7 @@ from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.holding import Holding, parse_positions
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
+from tests.scripts.runner import Calls
 
 EPOCH, GENERATION, TENANT = 1, 1, 7
 RUN_ID, INSTALLATION = "run", "walk"
@@ -93,6 +94,7 @@ class Walk(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.redis: Any = Redis.from_url(self.server.url, decode_responses=True)
+        self.calls = Calls(self.redis, self.scripts)
         self.keys = ShardKeys(0, 1, tag="walk" + secrets.token_hex(8))
         self.books: list[Book] = []
         self.seq = self.committed = 0
@@ -118,8 +120,8 @@ class Walk(RuleBasedStateMachine):
     def ask(
         self, name: str, *, epoch: int = EPOCH, seen_seq: int = 0, tenant_id: int = TENANT, **named: Any
     ) -> list[Any]:
-        """Run a script as the API does."""
-        return self.run(name, epoch=epoch, seen_seq=seen_seq, tenant_id=tenant_id, **named)
+        """Run an operation as the API does."""
+        return self.calls.run(self.keys, name, epoch=epoch, seen_seq=seen_seq, tenant_id=tenant_id, **named)
 
     def keys_of(self, book_id: str, *names: str) -> dict[str, Any]:
         """Keys of a book by their names in the headers of scripts."""
@@ -166,8 +168,8 @@ class Walk(RuleBasedStateMachine):
         return held[number % len(held)] if held and number % 4 else book.codes[number % len(book.codes)]
 
     def keyed(self, book: Book, key: str | None, fingerprint: str) -> dict[str, Any]:
-        """What a request with an Idempotency-Key shows; nothing without one."""
-        return {"idem": self.keys.idem(TENANT, book.book_id, key), "fingerprint": fingerprint} if key else {}
+        """What a request for something of the book shows, with an Idempotency-Key or without."""
+        return {"book_id": book.book_id, "idempotency_key": key or "", "fingerprint": fingerprint if key else ""}
 
     def seen_before(self, book: Book, key: str | None, fingerprint: str) -> list[Any] | None:
         if key is None or key not in book.idem:
@@ -270,7 +272,7 @@ class Walk(RuleBasedStateMachine):
             told = ["refilling" if book.lent < len(book.codes) else "book_exhausted"]
         if told is None and (reason := self.room(1, book.ack == "ledger")):
             told = [reason]
-        reply = self.ask("assign_coupon", **self.assign(book, user, key, fingerprint))
+        reply = self.ask("assign_coupon", user_id=user, **self.keyed(book, key, fingerprint))
         if told is not None:
             assert reply == told
             return
@@ -286,7 +288,7 @@ class Walk(RuleBasedStateMachine):
         fingerprint = f"assign {code} {user}"
         told = self.seen_before(book, key, fingerprint)
         holder, held = book.held.get(code), book.held_by(user)
-        reply = self.ask("assign_code", **self.assign_this(book, user, key, fingerprint, code))
+        reply = self.ask("assign_code", user_id=user, code=code, **self.keyed(book, key, fingerprint))
         if told is None and holder is not None and holder.user == user:
             answer = [code, reply[2], holder.position, book.ack, book.left(holder.uses)]
             assert reply == ["already_yours", *answer]
@@ -310,26 +312,6 @@ class Walk(RuleBasedStateMachine):
     def refuse_assign(self, book: Book, user: str) -> list[Any] | None:
         reason = book.shut()
         return [reason] if reason else None
-
-    def assign(self, book: Book, user: str, key: str | None, fingerprint: str) -> dict[str, Any]:
-        return {
-            **self.keys_of(book.book_id, "free", "holders"),
-            **self.keyed(book, key, fingerprint),
-            "coupons": self.keys.coupons(TENANT, user),
-            "events": self.keys.events,
-            "book_id": book.book_id,
-            "user_id": user,
-            "idempotency_key": key or "",
-        }
-
-    def assign_this(self, book: Book, user: str, key: str | None, fingerprint: str, code: str) -> dict[str, Any]:
-        quarantine = self.keys.quarantine(book.book_id)
-        return {**self.assign(book, user, key, fingerprint), "quarantine": quarantine, "code": code}
-
-    def of_coupon(self, book: Book, code: str) -> dict[str, Any]:
-        """Keys that lock and redeem both take."""
-        pool = self.keys_of(book.book_id, "holders", "free", "quarantine")
-        return {**pool, "lock": self.keys.lock(book.book_id, code)}
 
     def assigned(self, book: Book, user: str, reply: list[Any], key: str | None, fingerprint: str) -> None:
         position = self.next_position()
@@ -376,8 +358,8 @@ class Walk(RuleBasedStateMachine):
         if told is None and (reason := self.room(1, False)):
             told = [reason]
         reply = self.ask(
-            "lock_coupon", **self.of_coupon(book, code), **self.keyed(book, key, fingerprint), code=code, user_id=user,
-            lock_token=shown, new_token=new_token,
+            "lock_coupon", **self.keyed(book, key, fingerprint), code=code, user_id=user, lock_token=shown,
+            new_token=new_token,
         )  # fmt: skip
         if told is not None:
             assert reply[: len(told)] == told
@@ -400,9 +382,7 @@ class Walk(RuleBasedStateMachine):
         told = self.seen_before(book, key, fingerprint)
         if told is None and held is not None and held.token and held.token != shown:
             told = ["lock_not_held"]
-        lock = self.keys.lock(book.book_id, code)
-        keyed = self.keyed(book, key, fingerprint)
-        reply = self.ask("unlock_coupon", **self.keys_of(book.book_id), lock=lock, lock_token=shown, **keyed)
+        reply = self.ask("unlock_coupon", code=code, lock_token=shown, **self.keyed(book, key, fingerprint))
         assert reply == (told or ["ok"])
         if told is None:
             self.remember(book, key, fingerprint, [])
@@ -421,8 +401,8 @@ class Walk(RuleBasedStateMachine):
         if told is None and (reason := self.room(1.25, True)):
             told = [reason]
         reply = self.ask(
-            "redeem_coupon", **self.of_coupon(book, code), **self.keyed(book, key, fingerprint), events=self.keys.events,
-            code=code, user_id=user, lock_token=shown, book_id=book.book_id, reference="ref", idempotency_key=key or "",
+            "redeem_coupon", **self.keyed(book, key, fingerprint), code=code, user_id=user, lock_token=shown,
+            reference="ref",
         )  # fmt: skip
         if told is not None:
             assert reply[: len(told)] == told
@@ -453,11 +433,10 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: self.books)
     def strangers_learn_nothing(self, number: int) -> None:
         book = self.book(number)
-        keys = self.keys_of(book.book_id, "holders", "free")
-        assert self.ask("read_book", **keys, seen_seq=self.seq + 1) == ["suspect", "position"]
-        assert self.ask("read_book", **keys, epoch=EPOCH + 1) == ["suspect", "epoch"]
-        assert self.ask("read_book", **keys, tenant_id=TENANT + 1) == ["book_not_found"]
-        assert self.ask("read_book", **self.keys_of("none", "holders", "free")) == ["book_not_loaded"]
+        assert self.ask("read_book", book_id=book.book_id, seen_seq=self.seq + 1) == ["suspect", "position"]
+        assert self.ask("read_book", book_id=book.book_id, epoch=EPOCH + 1) == ["suspect", "epoch"]
+        assert self.ask("read_book", book_id=book.book_id, tenant_id=TENANT + 1) == ["book_not_found"]
+        assert self.ask("read_book", book_id="none") == ["book_not_loaded"]
         if self.committed:
             assert self.tell(self.committed - 1) == ["suspect", "position"]
         assert self.tell(self.seq + 1) == ["suspect", "position"]
@@ -472,14 +451,13 @@ class Walk(RuleBasedStateMachine):
         of, book_id = self.keys, book.book_id
         pool = self.redis.zrange(of.free(book_id), 0, -1, withscores=True)
         self.redis.zrem(of.free(book_id), code)
-        keys = self.of_coupon(book, code)
-        assert self.ask("lock_coupon", **keys, code=code, new_token="lk_new") == ["suspect", "counts"]
-        redeemed = self.ask("redeem_coupon", **keys, events=of.events, code=code, book_id=book_id)
-        assert redeemed == ["suspect", "counts"]
+        keyed = self.keyed(book, None, "")
+        assert self.ask("lock_coupon", **keyed, code=code, new_token="lk_new") == ["suspect", "counts"]
+        assert self.ask("redeem_coupon", **keyed, code=code) == ["suspect", "counts"]
         if book.limit is None:
-            assert self.ask("assign_code", **self.assign_this(book, user, None, "", code)) == ["suspect", "counts"]
+            assert self.ask("assign_code", **keyed, user_id=user, code=code) == ["suspect", "counts"]
             self.redis.delete(of.free(book_id))
-            assert self.ask("assign_coupon", **self.assign(book, user, None, "")) == ["suspect", "counts"]
+            assert self.ask("assign_coupon", **keyed, user_id=user) == ["suspect", "counts"]
         self.redis.zadd(of.free(book_id), dict(pool))
 
     # --- after every step

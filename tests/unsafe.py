@@ -19,39 +19,30 @@ from coupon_svc.postgres import events, lending, recovery
 from coupon_svc.redis import scripts as store_scripts
 from coupon_svc.redis import server
 from coupon_svc.redis.connection import Connection, Reply
-from coupon_svc.redis.scripts import Script
+from coupon_svc.redis.contract import CallClass
+from coupon_svc.redis.scripts import Operation, Script
 from coupon_svc.redis.waiters import DurabilityWaiters
 from coupon_svc.resources import resource_folder
 
 if TYPE_CHECKING:
     from coupon_svc.redis.data_plane import DataPlane
 
-_read_script = store_scripts.read_script
 
-
-def _without_lines(name: str, lines: str, instead: str = "") -> None:
-    """Load scripts as if `instead` stood where `lines` do in the file of this name, or in what it includes."""
-    read_before = store_scripts.read_script
-
-    def read_script(path: Path) -> Script:
-        script = read_before(path)
-        if path.stem != name:
-            return script
-        assert lines in script.body, f"{name}.lua has changed: the safeguard is not where it was"
-        return _cut(script, lines, instead)
-
-    store_scripts.read_script = read_script
-
-
-def _without_text(include: str, text: str, instead: str = "") -> None:
-    """Load scripts as if `instead` stood where `text` does in the included file of this name."""
-    included = (resource_folder("lua") / "include" / f"{include}.lua").read_text()
-    assert text in included, f"{include}.lua has changed: the safeguard is not where it was"
+def _without_text(file: str, text: str, instead: str = "") -> None:
+    """Load scripts as if `instead` stood where `text` does in the Lua file of this name, and in what is made of it."""
+    assert text in (resource_folder("lua") / f"{file}.lua").read_text(), (
+        f"{file}.lua: the safeguard is not where it was"
+    )
+    read_script_before, read_call_before = store_scripts.read_script, store_scripts.read_call
 
     def read_script(path: Path) -> Script:
-        return _cut(_read_script(path), text, instead)
+        script = read_script_before(path)
+        return _cut(script, text, instead) if file == path.stem or file.startswith("include/") else script
 
-    store_scripts.read_script = read_script
+    def read_call(path: Path, call: CallClass, operations: Sequence[Operation]) -> Script:
+        return _cut(read_call_before(path, call, operations), text, instead)
+
+    store_scripts.read_script, store_scripts.read_call = read_script, read_call
 
 
 def _cut(script: Script, text: str, instead: str = "") -> Script:
@@ -102,7 +93,7 @@ def installation() -> None:
     honest = Connection.send
     Connection.send = send  # type: ignore[method-assign]
     for name in ("open_shard", "shut_shard"):
-        _without_lines(name, "kept_installation ~= installation", "false")
+        _without_text(name, "kept_installation ~= installation", "false")
 
 
 def clocks() -> None:
@@ -111,7 +102,7 @@ def clocks() -> None:
         'if ledger_ms ~= "" and math.abs(now_ms - tonumber(ledger_ms)) > CLOCKS_APART_MAX_MS then\n'
         '  return {"clock", at_ms}\nend\n'
     )
-    _without_lines("publish_position", compared)
+    _without_text("publish_position", compared)
     bounds.CLOCKS_APART_MAX_MS = 10**15
 
 
@@ -143,19 +134,17 @@ def rebuild() -> None:
 
 def replay() -> None:
     """An Idempotency-Key that was used before is not looked up."""
-    _without_lines("assign_coupon", "if answer then\n  return answer\nend\n")
+    _without_text("operations/assign_coupon", "if answer then\n  return answer\nend\n")
 
 
 def replid() -> None:
     """Scripts do not ask in which history the server is."""
-    fence = (resource_folder("lua") / "include" / "fence.lua").read_text()
-    start, end = fence.index("  if not string.find(redis.call("), fence.index("  return nil, meta")
-    _without_lines("assign_coupon", fence[start:end])
+    _without_text("shared/fence", "if not is_in_history(replid) then", "if false then")
 
 
 def lock() -> None:
     """A redeem does not mind that somebody else has the code locked."""
-    _without_lines("redeem_coupon", 'if held_token and shown_token == "" then\n    return {"locked", held_ms}\n  end\n')
+    _without_text("shared/lock", 'if held_token and shown_token == "" then', "if false then")
 
 
 def lease() -> None:
@@ -177,13 +166,14 @@ def lease() -> None:
 
 def epoch() -> None:
     """Scripts do not compare the epoch."""
-    compared = 'if meta.epoch ~= epoch then\n    return {"suspect", "epoch"}\n  end\n  meta.seq'
-    _without_text("fence", compared, "meta.seq")
+    _without_text("shared/fence", "if kept_epoch ~= epoch then", "if false then")
+    _without_text("include/fence", "if meta.epoch ~= epoch then", "if false then")
 
 
 def seen_position() -> None:
     """Neither a script nor the look at Redis once a second compares the position with what was seen."""
-    _without_text("fence", "if meta.seq < tonumber(seen_seq) then", "if false then")
+    for folder in ("include", "shared"):
+        _without_text(f"{folder}/fence", "if meta.seq < tonumber(seen_seq) then", "if false then")
     planes: list[DataPlane] = []
 
     async def read_info(connection: Connection) -> dict[str, str]:
@@ -207,7 +197,7 @@ def seen_position() -> None:
 
 def fenced_load() -> None:
     """Codes are loaded whoever brings them, and in whatever epoch they were lent."""
-    _without_lines("load_codes", "if refusal then\n  return refusal\nend\nlocal lent", "local lent")
+    _without_text("load_codes", "if refusal then\n  return refusal\nend\nlocal lent", "local lent")
 
 
 def position() -> None:
@@ -273,8 +263,8 @@ def stop_flag() -> None:
 
 def room() -> None:
     """The backlog has no bound."""
-    text = (resource_folder("lua") / "include" / "room.lua").read_text()
-    _without_text("room", text[text.index("if meta.seq") : text.index("local unseen_ms")])
+    text = (resource_folder("lua") / "shared" / "room.lua").read_text()
+    _without_text("shared/room", text[text.index("if meta.seq") : text.index("local unseen_ms")])
 
 
 SAFEGUARDS: dict[str, Callable[[], None]] = {

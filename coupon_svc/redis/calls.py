@@ -1,42 +1,78 @@
-"""The data plane's scripts as its callers name their parameters: tenant, book, code and user, and never a key.
+"""A call: operations on shards of one server, sent together and run as one script (lua/call.lua).
 
-The keys of a script follow from its parameters: `holders` is `ShardKeys.holders(book_id)`. So each script gets one
-function, generated at load, that spells its keys and packs the command. A key's parameter that the script itself does
-not take (the book of a lock) becomes one more parameter of the function.
+Callers name the parameters of an operation: tenant, book, code and user, and never a key. Its keys follow from these:
+`holders` is `ShardKeys.holders(book_id)`. So each operation gets one function, generated at load, that spells its keys and
+gives the operation as it is sent. A key's parameter that the operation itself does not take (the book of a lock) becomes
+one more parameter of the function.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
+import msgspec
+
 from coupon_svc.domain.holding import Holding, parse_positions
-from coupon_svc.redis.contract import Command, Key, Reply
+from coupon_svc.redis.contract import Arg, CallClass, Command, Contract, Key, Reply, ReplyLine, ReplyReader
 from coupon_svc.redis.keys import ShardKeys
-from coupon_svc.redis.scripts import Script, Scripts
 
 QUARANTINED = "quarantined"
 """Stands in a list of holders for a code in quarantine."""
 
-_FILLED = ("epoch", "seen_seq")
-"""Arguments that the data plane fills in itself."""
+KeyTable = dict[str, int]
+"""The keys of a call in their order, each with its number in KEYS, from 1."""
+ITEMS_PER_WEIGHT, BYTES_PER_WEIGHT = 8, 1024
+"""What an operation may have beside itself for a weight of 1: items of a list (a lock is read in an eighth of the time of an
+assign), and bytes of metadata."""
+
+_pack_sections = msgspec.msgpack.Encoder().encode
+
+# A tip tells an event from any other that stands, or ever stood, at its position. A counter makes it different within the
+# process, and the prefix everywhere else: who puts keys back or makes an entry by hand cannot know it.
+_tip_prefix = secrets.token_hex(8)
+_tips = count(1)
 
 
-class ShardScript(NamedTuple):
-    """A script of the data plane. `pack(prefix, epoch, seen_seq, **parameters)` is the command to be sent."""
+def new_tip() -> str:
+    """A text that no other section of a call ever had."""
+    return f"{_tip_prefix}{next(_tips):x}"
+
+
+class Entry(NamedTuple):
+    """The entry of the stream that holds an event: the position of its last event, and its tip."""
+
+    epoch: int
+    seq: int
+    tip: str
+
+
+class Operation(NamedTuple):
+    """An operation as it is sent and read.
+
+    `pack(keys, prefix, **parameters)` gives `[name, key, …, argument, …]`, and enters its keys in `keys`.
+    """
 
     name: str
-    pack: Callable[..., Command]
+    call_class: CallClass
+    pack: Callable[..., list[Any]]
     read: Callable[[Sequence[Any]], Reply]
     position_at: dict[str, int]
     """Outcome -> where its reply has the positions of a coupon."""
     holders_at: dict[str, int]
     """Outcome -> where its reply has a list of holders."""
+    makes_event: bool
+    """Its reply `ok` says that it made an event."""
+    weigh: Callable[[Mapping[str, Any]], int] | None
+    """The weight that its parameters give it; None for one that always weighs 1."""
 
-    def reply(self, raw: list[Any]) -> Reply:
+    def reply(self, raw: list[Any], entry: Entry | None = None) -> Reply:
         """What Redis sent, with a name for each field: `position` is (assigned, last), and `holders` holds for each code a
-        Holding, "" for nobody, or QUARANTINED. Raises UnexpectedReply, ValueError."""
+        Holding, "" for nobody, or QUARANTINED. `entry` is that of the section, and becomes the reply's where the operation
+        made an event. Raises UnexpectedReply, ValueError."""
         outcome = raw[0]
         if outcome in self.position_at:
             at = self.position_at[outcome]
@@ -44,49 +80,94 @@ class ShardScript(NamedTuple):
         elif outcome in self.holders_at:
             at = self.holders_at[outcome]
             raw[at] = [text if text in ("", QUARANTINED) else Holding.parse(text) for text in raw[at]]
+        if self.makes_event and outcome == "ok":
+            raw.append(entry)
         return self.read(raw)
 
 
-def bind_scripts(scripts: Scripts) -> dict[str, ShardScript]:
-    """Every script that is fenced by `seen_seq`: those of the data plane, by name."""
-    bound = (script for script in scripts if any(arg.name == "seen_seq" for arg in script.contract.args))
-    return {script.name: bind_to_shard(script) for script in bound}
-
-
-def bind_to_shard(script: Script) -> ShardScript:
-    """Generate the function that packs a script's command."""
-    contract = script.contract
-    args = {arg.name: arg for arg in contract.args if arg.name not in _FILLED}
-    keys = {key.name: _key_expression(key) for key in contract.keys}
-    needed = {name for _, names in keys.values() for name in names}
+def bind_operation(contract: Contract) -> Operation:
+    """Generate the function that packs an operation."""
+    assert contract.call_class is not None
+    keys = [_key_expression(key) for key in contract.keys]
+    args = {arg.name: arg for arg in contract.args}
+    needed = {name for _, names in keys for name in names}
     parameters = [name for name in sorted(needed) if name not in args]
     parameters += [f"{name}=''" if arg.mark == "?" else name for name, arg in args.items()]
-    values = [f"{name}={expression}" for name, (expression, _) in keys.items()]
-    values += [f"{arg.name}={arg.name}" for arg in contract.args]
-    head = f"def pack(prefix, epoch, seen_seq{', *' if parameters else ''}{''.join(f', {p}' for p in parameters)}):"
-    scope: dict[str, Any] = {"packed": script.pack}
-    exec(compile(f"{head}\n    return packed({', '.join(values)})\n", f"<call {script.name}>", "exec"), scope)
+    values = [repr(contract.name), *(expression for expression, _ in keys), *map(_arg_expression, contract.args)]
+    head = f"def pack(keys, prefix, *, {', '.join(parameters)}):"
+    scope: dict[str, Any] = {}
+    source = f"{head}\n    number = keys.setdefault\n    return [{', '.join(values)}]\n"
+    exec(compile(source, f"<pack {contract.name}>", "exec"), scope)
     fields = {line.word: line.fields for line in contract.replies}
-    return ShardScript(
-        script.name,
+    return Operation(
+        contract.name,
+        contract.call_class,
         scope["pack"],
-        script.reply,
+        ReplyReader(contract._replace(replies=tuple(_with_entry(contract, line) for line in contract.replies))),
         {word: names.index("position") + 1 for word, names in fields.items() if "position" in names},
         {word: names.index("holders") + 1 for word, names in fields.items() if "holders" in names},
+        bool(contract.events),
+        _weigher(contract),
     )
 
 
+def _arg_expression(arg: Arg) -> str:
+    if arg.mark == "…":
+        return arg.name if arg.type == "text" else f"[str(one) for one in {arg.name}]"
+    return arg.name if arg.type == "text" else f"str({arg.name})"
+
+
 def _key_expression(key: Key) -> tuple[str, list[str]]:
-    """(the expression for a key, the parameters in it). A list of keys has one for each item of a list of arguments: the
-    locks of `codes` are `ShardKeys.lock(book_id, code)`."""
+    """(the expression for a key's number, the parameters in it). A list of keys has one for each item of a list of
+    arguments: the locks of `codes` are `ShardKeys.lock(book_id, code)`."""
     keys = ShardKeys(0, 1, tag="any")
     spelled = getattr(keys, key.name)
-    needed = list(inspect.signature(spelled).parameters) if callable(spelled) else []
-    text = spelled(*(f"{{{name}}}" for name in needed)) if callable(spelled) else spelled
-    text = text.replace(keys.prefix, "{prefix}")
+    needed = list(inspect.signature(spelled).parameters)
+    text = spelled(*(f"{{{name}}}" for name in needed)).replace(keys.prefix, "{prefix}")
+    number = f"number(f{text!r}, len(keys) + 1)"
     if key.mark == "…":
         listed = needed.pop()
-        return f"[f{text!r} for {listed} in {listed}s]", needed
+        return f"[{number} for {listed} in {listed}s]", needed
     if key.mark == "?":
-        return f"f{text!r} if {needed[-1]} else None", needed
-    return f"f{text!r}", needed
+        return f"{number} if {needed[-1]} else 0", needed
+    return number, needed
+
+
+def _with_entry(contract: Contract, line: ReplyLine) -> ReplyLine:
+    made = contract.events and line.word == "ok"
+    return line._replace(fields=(*line.fields, "entry")) if made else line
+
+
+def _weigher(contract: Contract) -> Callable[[Mapping[str, Any]], int] | None:
+    lists = [arg.name for arg in contract.args if arg.mark == "…"]
+    if lists:
+        return lambda parameters: 1 + sum(len(parameters[name]) for name in lists) // ITEMS_PER_WEIGHT
+    names = {arg.name for arg in contract.args}
+    if "limit" in names:
+        return lambda parameters: 1 + int(parameters["limit"]) // ITEMS_PER_WEIGHT
+    if "metadata" in names:
+        return lambda parameters: 1 + len(parameters.get("metadata", "")) // BYTES_PER_WEIGHT
+    return None
+
+
+class Section(NamedTuple):
+    """One shard's part of a call, as it is sent."""
+
+    meta: int
+    events: int
+    epoch: str
+    seen_seq: str
+    tip: str
+    operations: list[list[Any]]
+
+
+def open_section(keys: KeyTable, shard: ShardKeys, epoch: int, seen_seq: int) -> Section:
+    """A section without operations, of a call that has these keys so far."""
+    meta = keys.setdefault(shard.meta, len(keys) + 1)
+    events = keys.setdefault(shard.events, len(keys) + 1)
+    return Section(meta, events, str(epoch), str(seen_seq), new_tip(), [])
+
+
+def call_command(sha: str, keys: KeyTable, sections: Sequence[Section]) -> Command:
+    """The command that runs a call."""
+    return ("EVALSHA", sha, len(keys), *keys, _pack_sections(sections))

@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coupon_svc.domain.errors import CouponError
 
-Command = tuple[str | int, ...]
+Command = tuple[str | int | bytes, ...]
 """A command as it is sent to Redis, its name first."""
 
 _SCRIPT = re.compile(r"#!lua(?P<flags> flags=[a-z,-]+)?\n--\[\[\n(?P<header>.*?)\n\]\]\n(?P<body>.*)", re.DOTALL)
@@ -292,6 +292,8 @@ class Reply(tuple[Any, ...]):
     __slots__ = ()
 
     outcome: str
+    entry: Any = None
+    """The entry of the stream with the event that an operation made; None where it made none."""
 
     if TYPE_CHECKING:
 

@@ -1,4 +1,4 @@
-"""The API's way to Redis: one verified connection that runs scripts, one that hears how far the ledger is.
+"""The API's way to Redis: one verified connection that carries calls, one that hears how far the ledger is.
 
 No script runs before the server was verified: its run_id and replid are those that the shard's owner certified. A
 shard that is not certified, or whose script answers `suspect`, is shut until it is certified again; requests for it
@@ -19,26 +19,15 @@ from typing import Any
 
 from coupon_svc.domain.bounds import LEDGER_UNSEEN_MAX_MS
 from coupon_svc.domain.clock import boot_s
-from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.shards import book_shard
 from coupon_svc.loops import keep_running
-from coupon_svc.redis.calls import bind_scripts
 from coupon_svc.redis.connection import Connection, connect, replies_within
-from coupon_svc.redis.contract import Command, Reply
-from coupon_svc.redis.errors import (
-    CountsDiffer,
-    NotSent,
-    OutcomeUnknown,
-    OutOfMemory,
-    ReplyError,
-    ShardNotUsable,
-    StoreError,
-    WrongKeyType,
-)
+from coupon_svc.redis.contract import Reply
+from coupon_svc.redis.dispatcher import Dispatcher, Plane
+from coupon_svc.redis.errors import NotSent, StoreError
 from coupon_svc.redis.keys import ShardKeys, positions_channel
 from coupon_svc.redis.listener import PositionListener
-from coupon_svc.redis.runner import run_script
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import load_scripts
 from coupon_svc.redis.shard_view import Seen, ShardView, ViewState
@@ -51,12 +40,9 @@ REPLY_TIMEOUT_S = 2.0
 VERIFY_EVERY_S = 1.0
 TICK_S = 0.05
 LEDGER_UNSEEN_MAX_S = LEDGER_UNSEEN_MAX_MS / 1000
-"""A ledger that was not seen for so long is behind: the scripts refuse what would wait for it (lua/include/room.lua)."""
+"""A ledger that was not seen for so long is behind: the scripts refuse what would wait for it (lua/shared/room.lua)."""
 OWNER_UNHEARD_MAX_S = 15.0
 """A Redis to which no owner has spoken for so long may be one that another has replaced."""
-
-_UNAVAILABLE_WORDS = frozenset({"LOADING", "BUSY", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN"})
-"""First words of error replies that say nothing against the shard: nothing was done."""
 
 
 class DataPlane:
@@ -65,8 +51,10 @@ class DataPlane:
     def __init__(self, url: str, shards: int, scripts: Scripts) -> None:
         self._url = url
         self._shards = shards
-        self._to_load = scripts
-        self._scripts = bind_scripts(scripts)
+        self._scripts = scripts
+        self._dispatcher = Dispatcher(
+            scripts, Plane(lambda: self._connection, self._load_again, self._doubt, self._suspect)
+        )
         self._installation: str | None = None
         self._stranger: str | None = None
         self._joined = asyncio.Event()
@@ -135,89 +123,54 @@ class DataPlane:
         """What was seen of each shard that was ever open."""
         return [(view.shard, view.seen) for view in self.views if view.epoch]
 
-    # --- running scripts
+    # --- running operations
 
     async def call(self, name: str, view: ShardView, *, read_only: bool = False, **parameters: Any) -> Reply:
-        """Run a script in a shard, with its parameters by name (coupon_svc/redis/calls.py).
+        """Run an operation in a shard, with its parameters by name (coupon_svc/redis/calls.py).
 
-        Returns its reply, whatever the outcome; `position` is (assigned, last), and `holders` are Holdings. Raises
-        Refused: recovering, store_unavailable, backlog_full (memory is out), or outcome_unknown when the script was sent
-        and nothing came back; with `read_only` that is store_unavailable, too.
+        Returns its reply, whatever the outcome; `position` is (assigned, last), `holders` are Holdings, and `entry` is the
+        entry of the stream with the event that the operation made. Raises Refused: recovering, store_unavailable,
+        backlog_full (memory is out), or outcome_unknown when it was sent and nothing is known of it; for an operation that
+        only reads that is store_unavailable, too.
         """
-        script = self._scripts[name]
-        epoch = 0
-
-        def prepare() -> tuple[Connection, Command]:
-            nonlocal epoch
-            if self._connection is None:
-                raise Refused(Outcome.STORE_UNAVAILABLE)
-            if view.state is not ViewState.OPEN:
-                raise Refused(Outcome.RECOVERING)
-            epoch = view.epoch
-            return self._connection, script.pack(view.keys.prefix, epoch, view.seen_seq, **parameters)
-
-        async def load() -> None:
-            await self._load_again(view)
-
-        try:
-            reply = await run_script(script, prepare, load)
-        except (StoreError, ShardNotUsable) as error:
-            raise await self._refusal(error, view, read_only) from None
-        if epoch != view.epoch:  # it was over before we came to read the reply, which says nothing any more
-            raise Refused(Outcome.RECOVERING if read_only else Outcome.OUTCOME_UNKNOWN)
-        if reply.outcome in script.position_at:
-            _, last = reply.position
-            view.observe(*last)
-        elif reply.outcome in script.holders_at:
-            for holding in reply.holders:
-                if isinstance(holding, Holding):
-                    view.observe(*holding.last)
-        return reply
+        if self._connection is None:
+            raise Refused(Outcome.STORE_UNAVAILABLE)
+        if view.state is not ViewState.OPEN:
+            raise Refused(Outcome.RECOVERING)
+        return await self._dispatcher.run(name, view, parameters)
 
     async def doubt(self, view: ShardView) -> None:
         """Keys of the shard are missing: let nobody decide anything there until its owner has recovered it."""
-        log.error("keys of shard %02d are missing from redis: it is to be recovered", view.shard)
-        await self._doubt(view, view.seen_seq)
+        self._doubt(view, "counts")
 
-    async def _refusal(self, error: StoreError | ShardNotUsable, view: ShardView, read_only: bool) -> Refused:
-        """The refusal that tells why a script has not decided."""
-        if isinstance(error, OutcomeUnknown):
-            return Refused(Outcome.STORE_UNAVAILABLE if read_only else Outcome.OUTCOME_UNKNOWN)
-        if isinstance(error, OutOfMemory):
-            return Refused(Outcome.BACKLOG_FULL)
-        if isinstance(error, ShardNotUsable) and not isinstance(error, WrongKeyType):
-            if isinstance(error, CountsDiffer):
-                await self.doubt(view)
-            else:
-                # Redis may have gone back behind what was seen here. A process that has seen less would not notice, so the
-                # shard is put in doubt for all. As of seq 0, since the fence refuses `doubt_shard` itself with more than
-                # Redis has. In another epoch, on another server or with a torn meta this does nothing.
-                await self._doubt(view, 0)
-            self._suspect(view)
-            return Refused(Outcome.RECOVERING)
-        word = error.word if isinstance(error, ReplyError) else ""
-        if word in ("READONLY", "MASTERDOWN"):
-            self._suspect(view)
-        if word in ("READONLY", "MASTERDOWN", "NOSCRIPT"):
-            return Refused(Outcome.RECOVERING)
-        if isinstance(error, NotSent) or word in _UNAVAILABLE_WORDS:
-            return Refused(Outcome.STORE_UNAVAILABLE)
-        log.error("a script failed in shard %02d: %s", view.shard, error)
-        return Refused(Outcome.INTERNAL_ERROR)
+    def _doubt(self, view: ShardView, why: str) -> None:
+        """Something is wrong with the shard, in a word of the reply `suspect`: let nobody decide anything there, and shut it
+        here."""
+        if view.state is ViewState.SUSPECT:
+            return  # as the reply of another operation, or of another section, has said before
+        if why == "counts":
+            log.error("keys of shard %02d are missing from redis: it is to be recovered", view.shard)
+            self._send_doubt(view, view.seen_seq)
+        else:
+            # Redis may have gone back behind what was seen here. A process that has seen less would not notice, so the
+            # shard is put in doubt for all. As of seq 0, since the fence refuses `doubt_shard` itself with more than
+            # Redis has. In another epoch, on another server or with a torn meta this does nothing.
+            self._send_doubt(view, 0)
+        self._suspect(view)
 
-    async def _load_again(self, view: ShardView) -> None:
-        """The server does not know a script: it may be another one. Verify it, and load only where the shard is open."""
+    def _send_doubt(self, view: ShardView, seen_seq: int) -> None:
+        if self._connection is not None:
+            command = self._scripts["doubt_shard"].pack(meta=view.keys.meta, epoch=view.epoch, seen_seq=seen_seq)
+            with contextlib.suppress(NotSent):
+                self._connection.submit(command, lambda _: None)
+
+    async def _load_again(self) -> None:
+        """The server does not know our scripts: it may be another one. Verify it, and load only where a shard is open."""
         with contextlib.suppress(StoreError):
             if self._connection:
                 await self._verify(self._connection)
-                if view.is_open:
-                    await load_scripts(self._connection, self._to_load)
-
-    async def _doubt(self, view: ShardView, seen_seq: int) -> None:
-        if self._connection is not None:
-            with contextlib.suppress(StoreError):
-                command = self._scripts["doubt_shard"].pack(view.keys.prefix, view.epoch, seen_seq)
-                await self._connection.send(*command)
+                if any(view.is_open for view in self.views):
+                    await load_scripts(self._connection, self._scripts)
 
     def _suspect(self, view: ShardView) -> None:
         view.suspect()
@@ -232,7 +185,7 @@ class DataPlane:
                 connection = await connect(self._url, "coupon-api")
                 async with replies_within(REPLY_TIMEOUT_S):  # nobody watches it yet
                     await self._verify(connection)
-                    await load_scripts(connection, self._to_load)
+                    await load_scripts(connection, self._scripts)
                 self._connection = connection
                 await connection.closed
             except StoreError as error:
@@ -255,7 +208,7 @@ class DataPlane:
         reading = reading._replace(metas=metas)
         gone_back = [view for view in self.views if self._judge(view, reading, seen[view.shard])]
         for view in gone_back:  # after the loop: awaiting in it would make what was read of the other shards stale
-            await self._doubt(view, 0)  # as of seq 0: the fence would refuse what was seen here
+            self._send_doubt(view, 0)  # as of seq 0: the fence would refuse what was seen here
 
     def _judge(self, view: ShardView, reading: ServerReading, seen: Seen) -> bool:
         """Open or shut a shard by what was read. Returns whether Redis has gone back behind what was `seen`."""
@@ -299,6 +252,7 @@ class DataPlane:
             await asyncio.sleep(TICK_S)
             connection = self._connection
             self._listener.watch(REPLY_TIMEOUT_S)
+            self._dispatcher.refuse_late()
             overdue = self.waiters.expire()
             if connection is None:
                 continue

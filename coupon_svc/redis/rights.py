@@ -29,7 +29,6 @@ _ONE_KEY: dict[str, tuple[str, ...]] = {
     "ZADD": ("0", "member"),
     "ZCARD": (),
     "ZLEXCOUNT": ("-", "+"),
-    "ZPOPMIN": (),
     "ZRANGE": ("0", "0"),
     "ZREM": ("member",),
     "ZSCORE": ("member",),

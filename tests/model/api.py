@@ -152,7 +152,7 @@ def _send(state: State, bounds: Bounds, user: int, place: int) -> Iterator[Step]
 
 
 def fence(process: Process, node: Node, bounds: Bounds, seen: int) -> bool:
-    """lua/include/fence.lua: this Redis is in the caller's epoch, not behind it, and has had no other master since."""
+    """lua/shared/fence.lua: this Redis is in the caller's epoch, not behind it, and has had no other master since."""
     if node.epoch != process.epoch and not ("epoch" in bounds.off and node.epoch):
         return False
     if node.seq < seen and "seen" not in bounds.off:
@@ -165,7 +165,7 @@ def _fence(state: State, process: Process, bounds: Bounds) -> bool:
 
 
 def _assign_code(state: State, bounds: Bounds, user: int, place: int, key: int, who: str) -> Iterator[Step]:
-    """lua/assign_code.lua, and `lease_code` when the code is not in Redis."""
+    """lua/operations/assign_code.lua, and `lease_code` when the code is not in Redis."""
     node, ledger, code = state.nodes[state.processes[place].node], state.ledger, bounds.codes - 1
     for holder in node.holders:
         if holder.code == code:
@@ -188,7 +188,7 @@ def _assign_code(state: State, bounds: Bounds, user: int, place: int, key: int, 
 
 
 def _redeem(state: State, bounds: Bounds, user: int, place: int, key: int, who: str) -> Iterator[Step]:
-    """lua/redeem_coupon.lua, for the code that the user was answered."""
+    """lua/operations/redeem_coupon.lua, for the code that the user was answered."""
     process = state.processes[place]
     node = state.nodes[process.node]
     code = next(code for verb, code, other, *_ in state.answers if verb == ASSIGN and other == user)
@@ -239,7 +239,7 @@ def _show_receipt(state: State, bounds: Bounds, user: int, place: int, code: int
 
 
 def _release(state: State, bounds: Bounds, user: int, ask: Ask) -> Step:
-    """lua/release_coupon.lua."""
+    """lua/operations/release_coupon.lua."""
     process = state.processes[ask.process]
     asks = replaced(state.asks, user, ask._replace(phase="idle"))
     who = f"the record of user {user}'s receipt"
@@ -311,7 +311,7 @@ def _assigned(state: State, user: int, place: int, code: int, key: int) -> State
 
 
 def _made(state: State, user: int, place: int, event: Event, holders: frozenset[Holder], free: frozenset[int]) -> State:
-    """lua/include/assigned.lua: the event, what Redis keeps of it, and the key's record in one step."""
+    """lua/shared/assigned.lua: the event, what Redis keeps of it, and the key's record in one step."""
     at = state.processes[place].node
     node = state.nodes[at]
     idem = node.idem | {event} if event.key else node.idem

@@ -41,18 +41,18 @@ SAFEGUARDS = {
     ),
     "epoch": Safeguard(
         "a script of the data plane compares the epoch",
-        "lua/include/fence.lua",
+        "lua/shared/fence.lua",
         _SMALL._replace(kinds=frozenset({WISH}), epochs=3),
     ),
     "seen": Safeguard(
         "a script compares the highest seq that its caller has seen",
-        "lua/include/fence.lua",
+        "lua/shared/fence.lua",
         _EARLY._replace(kinds=frozenset({"swap"})),
         also="fence_replid",
     ),
     "fence_replid": Safeguard(
         "a script compares the server's replid with the certified one",
-        "lua/include/fence.lua, lua/include/owner.lua",
+        "lua/shared/fence.lua, lua/include/owner.lua",
         _EARLY._replace(kinds=frozenset({"swap"}), mode="ledger", processes=2),
     ),
     "replid": Safeguard(
@@ -108,12 +108,12 @@ SAFEGUARDS = {
     ),
     "replay": Safeguard(
         "an Idempotency-Key that was used is looked up before anything else",
-        "lua/include/replay.lua",
+        "lua/shared/replay.lua",
         _SMALL._replace(codes=2, tries=2, faults=0),
     ),
     "limit": Safeguard(
         "a user's codes are counted in the step that gives one more",
-        "lua/include/limit.lua",
+        "lua/shared/limit.lua",
         _SMALL._replace(codes=2, tries=2, faults=0, limit=True),
     ),
     "quarantine": Safeguard(
@@ -194,7 +194,7 @@ SAFEGUARDS = {
     ),
     "counts": Safeguard(
         "pool and held codes are counted before a code is said to be nobody's",
-        "lua/include/holder.lua, lua/load_codes.lua",
+        "lua/shared/holder.lua, lua/load_codes.lua",
         _SMALL._replace(kinds=frozenset({"del_holders"}), redeems=1),
     ),
     "attempt": Safeguard(

@@ -19,6 +19,7 @@ from coupon_svc.domain.events import Event, parse_event
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
 from coupon_svc.domain.shards import new_book_id
+from coupon_svc.redis.calls import KeyTable, bind_operation, call_command, open_section
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 
@@ -43,6 +44,10 @@ class Caller(NamedTuple):
     fingerprint: str = ""
 
 
+def _keyed(caller: Caller) -> dict[str, str]:
+    return {"idempotency_key": caller.idem, "fingerprint": caller.fingerprint}
+
+
 def recovery(generation: int) -> str:
     """What the scripts of an owner's recovery show."""
     return f"{generation}-{RECOVERED}"
@@ -58,12 +63,37 @@ class Owner(NamedTuple):
 CALLER, OWNER, STRANGER = Caller(), Owner(), Caller(tenant_id=TENANT + 1)
 
 
+class Calls:
+    """Runs operations, each as a call of its own."""
+
+    def __init__(self, redis: Any, scripts: Scripts) -> None:
+        self._redis = redis
+        self._scripts = scripts
+        self._operations = {name: bind_operation(one.contract) for name, one in scripts.operations.items()}
+
+    def run(self, shard: ShardKeys, name: str, *, epoch: int, seen_seq: int = 0, **parameters: Any) -> Reply:
+        """The reply of the operation; that of the section where nothing was done for it, or nothing is known."""
+        operation = self._operations[name]
+        keys: KeyTable = {}
+        section = open_section(keys, shard, epoch, seen_seq)
+        section.operations.append(operation.pack(keys, shard.prefix, **parameters))
+        script = self._scripts[f"call_{operation.call_class}"]
+        (reply,) = self._redis.execute_command(*call_command(script.sha, keys, [section]))
+        if reply[0] != "ok":
+            return list(reply)
+        (raw,) = reply[3]
+        if raw[0] != "error":
+            operation.reply(list(raw))  # it has the fields that the operation's header names
+        return list(raw)
+
+
 class Server:
     """A Redis with all scripts loaded. `run` is the service's user, `admin` may do anything, `raw` sees bytes."""
 
     def __init__(self, embedded: EmbeddedRedis, scripts: Scripts) -> None:
         self.scripts = scripts
         self.run: Any = Redis.from_url(embedded.url, decode_responses=True)
+        self.calls = Calls(self.run, scripts)
         self.admin: Any = Redis.from_url(embedded.admin_url, decode_responses=True)
         self.raw: Any = Redis.from_url(embedded.admin_url)
         self.replid: str = self.run.info("replication")["master_replid"]
@@ -200,21 +230,14 @@ class Shard:
         return self._run("doubt_shard", epoch=caller.epoch, seen_seq=caller.seen_seq)
 
     def release_coupon(self, book_id: str, code: str, holding: str, caller: Caller = CALLER) -> Reply:
-        return self._call(
-            "release_coupon", caller, book_id, quarantine=self.keys.quarantine(book_id),
-            holders=self.keys.holders(book_id),
-            coupons=self.keys.coupons(caller.tenant_id, Holding.parse(holding).user_id), book_id=book_id, code=code,
-            holding=holding,
-        )  # fmt: skip
+        user_id = Holding.parse(holding).user_id
+        return self._call("release_coupon", caller, book_id=book_id, code=code, holding=holding, user_id=user_id)
 
     def assign_coupon(self, book_id: str, user_id: str, caller: Caller = CALLER) -> Reply:
-        return self._call("assign_coupon", caller, book_id, **self._assign(book_id, user_id, caller))
+        return self._call("assign_coupon", caller, book_id=book_id, user_id=user_id, **_keyed(caller))
 
     def assign_code(self, book_id: str, user_id: str, code: str, caller: Caller = CALLER) -> Reply:
-        return self._call(
-            "assign_code", caller, book_id, **self._assign(book_id, user_id, caller),
-            quarantine=self.keys.quarantine(book_id), code=code,
-        )  # fmt: skip
+        return self._call("assign_code", caller, book_id=book_id, user_id=user_id, code=code, **_keyed(caller))
 
     def lock_coupon(
         self,
@@ -228,16 +251,12 @@ class Shard:
         ttl_ms: int | str = "",
     ) -> Reply:
         return self._call(
-            "lock_coupon", caller, book_id, **self._pool(book_id), **self._keyed(book_id, caller),
-            lock=self.keys.lock(book_id, code), quarantine=self.keys.quarantine(book_id), code=code, user_id=user_id,
-            lock_token=token, new_token=new_token, ttl_ms=ttl_ms,
+            "lock_coupon", caller, book_id=book_id, code=code, user_id=user_id, lock_token=token, new_token=new_token,
+            ttl_ms=ttl_ms, **_keyed(caller),
         )  # fmt: skip
 
     def unlock_coupon(self, book_id: str, code: str, token: str, caller: Caller = CALLER) -> Reply:
-        return self._call(
-            "unlock_coupon", caller, book_id, **self._keyed(book_id, caller), lock=self.keys.lock(book_id, code),
-            lock_token=token,
-        )  # fmt: skip
+        return self._call("unlock_coupon", caller, book_id=book_id, code=code, lock_token=token, **_keyed(caller))
 
     def redeem_coupon(
         self,
@@ -251,51 +270,27 @@ class Shard:
         metadata: str = "",
     ) -> Reply:
         return self._call(
-            "redeem_coupon", caller, book_id, **self._pool(book_id), **self._keyed(book_id, caller),
-            lock=self.keys.lock(book_id, code), events=self.keys.events, quarantine=self.keys.quarantine(book_id),
-            code=code, user_id=user_id, lock_token=token, book_id=book_id, reference=reference, metadata=metadata,
-            idempotency_key=caller.idem,
+            "redeem_coupon", caller, book_id=book_id, code=code, user_id=user_id, lock_token=token, reference=reference,
+            metadata=metadata, **_keyed(caller),
         )  # fmt: skip
 
     def read_book(self, book_id: str, caller: Caller = CALLER) -> Reply:
-        return self._call("read_book", caller, book_id, **self._pool(book_id))
+        return self._call("read_book", caller, book_id=book_id)
 
     def read_codes(self, book_id: str, codes: Sequence[str], caller: Caller = CALLER) -> Reply:
-        return self._call(
-            "read_codes", caller, book_id, **self._pool(book_id), quarantine=self.keys.quarantine(book_id),
-            lock=[self.keys.lock(book_id, code) for code in codes], codes=codes,
-        )  # fmt: skip
+        return self._call("read_codes", caller, book_id=book_id, codes=codes)
 
     def list_coupons(
         self, user_id: str, caller: Caller = CALLER, *, low: str = "-", high: str = "+", limit: int = 100
     ) -> Reply:
-        return self._run(
-            "list_coupons", coupons=self.keys.coupons(caller.tenant_id, user_id), epoch=caller.epoch,
-            seen_seq=caller.seen_seq, low=low, high=high, limit=limit,
-        )  # fmt: skip
+        return self._call("list_coupons", caller, user_id=user_id, low=low, high=high, limit=limit)
 
     def _pool(self, book_id: str) -> dict[str, str]:
         return {"free": self.keys.free(book_id), "holders": self.keys.holders(book_id)}
 
-    def _assign(self, book_id: str, user_id: str, caller: Caller) -> dict[str, Any]:
-        return {
-            **self._pool(book_id),
-            **self._keyed(book_id, caller),
-            "coupons": self.keys.coupons(caller.tenant_id, user_id),
-            "events": self.keys.events,
-            "book_id": book_id,
-            "user_id": user_id,
-            "idempotency_key": caller.idem,
-        }
-
-    def _keyed(self, book_id: str, caller: Caller) -> dict[str, Any]:
-        idem = self.keys.idem(caller.tenant_id, book_id, caller.idem) if caller.idem else None
-        return {"idem": idem, "fingerprint": caller.fingerprint}
-
-    def _call(self, name: str, caller: Caller, book: str, **named: Any) -> Reply:
-        """Run a script of the API in a book."""
-        fence = {"epoch": caller.epoch, "seen_seq": caller.seen_seq, "tenant_id": caller.tenant_id}
-        return self._run(name, book=self.keys.book(book), **fence, **named)
+    def _call(self, name: str, caller: Caller, **parameters: Any) -> Reply:
+        named = {"tenant_id": caller.tenant_id, **parameters}
+        return self.server.calls.run(self.keys, name, epoch=caller.epoch, seen_seq=caller.seen_seq, **named)
 
     def _run(self, name: str, **named: Any) -> Reply:
         """The reply as it came, once the binding has taken it: it has the fields that the script's header names."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+import msgspec
 import pytest
 
 from coupon_svc.domain.outcomes import Outcome, Refused
@@ -15,106 +18,151 @@ from coupon_svc.redis.shard_view import Certificate, ShardView, ViewState
 
 SCRIPTS = Scripts()
 BOOK = "bk_000123456789abcdef"
-ASSIGNED = ["ok", "A-1", "5", "4-21", "redis", ""]
+TIP = object()
+"""Stands for the tip that was sent with the section."""
+
+
+def answered(*replies: list[Any], seq: int = 21, tip: Any = TIP) -> list[Any]:
+    """The reply of a call with one section."""
+    return [["ok", seq, tip, list(replies)]]
+
+
+ASSIGNED = answered(["ok", "A-1", "5", "4-21", "redis", ""])
 
 
 class FakeRedis:
-    """A connection whose replies are known: each a list, or an error."""
+    """A connection whose replies are known, one for each call: each a list, or an error."""
 
     def __init__(self, *replies: Any) -> None:
-        self.replies = [list(reply) if isinstance(reply, list) else reply for reply in replies]
+        self.replies = list(replies)
         self.sent: list[tuple[Any, ...]] = []
 
-    def send(self, *command: Any) -> asyncio.Future[Any]:
+    def submit(self, command: tuple[Any, ...], on_reply: Callable[[Any], object]) -> None:
         self.sent.append(command)
-        reply = self.replies.pop(0) if self.replies else ["ok"]
+        reply = self.replies.pop(0) if self.replies and command[1] != SCRIPTS["doubt_shard"].sha else ["ok"]
         if isinstance(reply, NotSent):
             raise reply
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        answer: Any = future.set_exception if isinstance(reply, OutcomeUnknown) else future.set_result
-        loop.call_soon(answer, reply)
-        return future
+        asyncio.get_running_loop().call_soon(on_reply, self._whole(command, reply))
+
+    def _whole(self, command: tuple[Any, ...], reply: Any) -> Any:
+        if not isinstance(reply, list) or not isinstance(reply[0], list):
+            return reply
+        tips = [section[4] for section in sections_of(command)]
+        return [
+            [tip if part is TIP else copy.deepcopy(part) for part in section]
+            for section, tip in zip(reply, tips, strict=True)
+        ]
 
     def ran(self, name: str) -> list[tuple[Any, ...]]:
         """The commands that ran this script."""
         return [command for command in self.sent if command[1] == SCRIPTS[name].sha]
 
 
-def plane_on(redis: FakeRedis) -> DataPlane:
-    """A data plane with one open shard, in epoch 4, that was seen up to seq 20."""
-    plane = DataPlane("redis://127.0.0.1:1", 1, SCRIPTS)
+def sections_of(command: tuple[Any, ...]) -> list[Any]:
+    """What a call tells each shard."""
+    return list(msgspec.msgpack.decode(command[-1]))
+
+
+def plane_on(redis: FakeRedis, shards: int = 1) -> DataPlane:
+    """A data plane whose shards are open, in epoch 4, and were seen up to seq 20."""
+    plane = DataPlane("redis://127.0.0.1:1", shards, SCRIPTS)
     plane._connection = redis  # type: ignore[assignment]
-    plane.views[0].certify(Certificate(4, 20, committed=0, backlog_max=100), plane.views[0].seen)
+    for view in plane.views:
+        view.certify(Certificate(4, 20, committed=0, backlog_max=100), view.seen)
     return plane
 
 
-async def assign(plane: DataPlane, **more: Any) -> Any:
-    return await plane.call("assign_coupon", plane.views[0], tenant_id=1, book_id=BOOK, user_id="ann", **more)
+async def assign(plane: DataPlane, shard: int = 0, **more: Any) -> Any:
+    parameters = {"tenant_id": 1, "book_id": BOOK, "user_id": "ann", **more}
+    return await plane.call("assign_coupon", plane.views[shard], **parameters)
 
 
-async def refused(plane: DataPlane, **more: Any) -> Outcome:
+async def read(plane: DataPlane) -> Any:
+    return await plane.call("read_book", plane.views[0], tenant_id=1, book_id=BOOK)
+
+
+async def refused(asked: Awaitable[Any]) -> Outcome:
     with pytest.raises(Refused) as refusal:
-        await assign(plane, **more)
+        await asked
     return refusal.value.outcome
 
 
-async def test_a_script_is_sent_with_the_epoch_and_what_was_seen() -> None:
+async def test_a_section_is_sent_with_the_epoch_and_what_was_seen() -> None:
     redis = FakeRedis(ASSIGNED)
     await assign(plane_on(redis))
-    (command,) = redis.ran("assign_coupon")
-    keys = int(command[2])
-    assert command[3 + keys : 3 + keys + 2] == (4, 20)
+    (command,) = redis.ran("call_grow")
+    assert [section[2:4] for section in sections_of(command)] == [["4", "20"]]
 
 
-async def test_a_position_is_observed_before_anybody_can_wait_for_it() -> None:
+async def test_what_was_seen_is_known_before_anybody_can_wait_for_it() -> None:
     plane = plane_on(FakeRedis(ASSIGNED))
     await assign(plane)
     assert plane.seen() == [(0, (4, 21))]
+    plane = plane_on(FakeRedis(answered(["refilling"], seq=27)))
+    await assign(plane)
+    assert plane.seen() == [(0, (4, 27))]
 
 
 async def test_holders_are_observed_as_well() -> None:
     holders = ["4-1/4-33 1 5 ann", "", "quarantined", "4-30 0 5 bob"]
-    plane = plane_on(FakeRedis(["ok", "9", "redis", "", holders, [-2] * 4, "active"]))
-    await plane.call(
-        "read_codes", plane.views[0], read_only=True, tenant_id=1, book_id=BOOK, codes=["A", "B", "C", "D"]
-    )
+    plane = plane_on(FakeRedis(answered(["ok", "9", "redis", "", holders, [-2] * 4, "active"])))
+    await plane.call("read_codes", plane.views[0], tenant_id=1, book_id=BOOK, codes=["A", "B", "C", "D"])
     assert plane.seen() == [(0, (4, 33))]
 
 
 @pytest.mark.parametrize(
-    ("reply", "read_only", "outcome"),
+    ("reply", "to_assign", "to_read"),
     [
-        (NotSent(), False, Outcome.STORE_UNAVAILABLE),
-        (OutcomeUnknown(), False, Outcome.OUTCOME_UNKNOWN),
-        (OutcomeUnknown(), True, Outcome.STORE_UNAVAILABLE),
-        (ReplyError("OOM command not allowed"), False, Outcome.BACKLOG_FULL),
-        (ReplyError("MISCONF cannot write"), False, Outcome.STORE_UNAVAILABLE),
-        (ReplyError("LOADING"), False, Outcome.STORE_UNAVAILABLE),
-        (ReplyError("READONLY"), False, Outcome.RECOVERING),
-        (ReplyError("MASTERDOWN"), False, Outcome.RECOVERING),
-        (ReplyError("WRONGTYPE"), False, Outcome.INTERNAL_ERROR),
-        (ReplyError("ERR user_script:1: a bug"), False, Outcome.INTERNAL_ERROR),
-        (["suspect", "counts"], False, Outcome.RECOVERING),
-        (["suspect", "position"], False, Outcome.RECOVERING),
+        (NotSent(), Outcome.STORE_UNAVAILABLE, Outcome.STORE_UNAVAILABLE),
+        (OutcomeUnknown(), Outcome.OUTCOME_UNKNOWN, Outcome.STORE_UNAVAILABLE),
+        (ReplyError("OOM command not allowed"), Outcome.BACKLOG_FULL, Outcome.BACKLOG_FULL),
+        (ReplyError("MISCONF cannot write"), Outcome.STORE_UNAVAILABLE, Outcome.STORE_UNAVAILABLE),
+        (ReplyError("LOADING"), Outcome.STORE_UNAVAILABLE, Outcome.STORE_UNAVAILABLE),
+        (ReplyError("READONLY"), Outcome.RECOVERING, Outcome.RECOVERING),
+        (ReplyError("MASTERDOWN"), Outcome.RECOVERING, Outcome.RECOVERING),
+        (ReplyError("ERR user_script:1: a bug"), Outcome.INTERNAL_ERROR, Outcome.INTERNAL_ERROR),
+        ([["suspect", "position"]], Outcome.RECOVERING, Outcome.RECOVERING),
+        ([["unknown"]], Outcome.OUTCOME_UNKNOWN, Outcome.STORE_UNAVAILABLE),
+        (answered(["suspect", "counts"]), Outcome.RECOVERING, Outcome.RECOVERING),
+        (answered(["error", "WRONGTYPE"]), Outcome.RECOVERING, Outcome.RECOVERING),
+        (answered(["error", "ERR"]), Outcome.INTERNAL_ERROR, Outcome.INTERNAL_ERROR),
+        (answered(["nothing", "known"]), Outcome.INTERNAL_ERROR, Outcome.INTERNAL_ERROR),
+        (answered(), Outcome.INTERNAL_ERROR, Outcome.INTERNAL_ERROR),
+        ([], Outcome.INTERNAL_ERROR, Outcome.INTERNAL_ERROR),
     ],
 )
-async def test_what_is_no_reply_is_a_refusal(reply: Any, read_only: bool, outcome: Outcome) -> None:
-    assert await refused(plane_on(FakeRedis(reply)), read_only=read_only) is outcome
+async def test_what_is_no_reply_is_a_refusal(reply: Any, to_assign: Outcome, to_read: Outcome) -> None:
+    assert await refused(assign(plane_on(FakeRedis(reply)))) is to_assign
+    assert await refused(read(plane_on(FakeRedis(reply)))) is to_read
 
 
 async def test_no_error_of_redis_is_logged_beyond_its_first_word(caplog: pytest.LogCaptureFixture) -> None:
-    await refused(plane_on(FakeRedis(ReplyError("ERR the code SECRET-1"))))
+    await refused(assign(plane_on(FakeRedis(ReplyError("ERR the code SECRET-1")))))
+    await refused(assign(plane_on(FakeRedis(answered(["ok", "SECRET-1"])))))
     assert "ERR" in caplog.text
     assert "SECRET" not in caplog.text
 
 
-@pytest.mark.parametrize(("why", "seen_seq"), [("counts", 20), ("position", 0), ("server", 0)])
-async def test_a_suspect_reply_puts_the_shard_in_doubt_and_shuts_it_here(why: str, seen_seq: int) -> None:
-    redis = FakeRedis(["suspect", why])
+@pytest.mark.parametrize(
+    ("reply", "seen_seq"),
+    [
+        (answered(["suspect", "counts"], seq=20), 20),
+        ([["suspect", "position"]], 0),
+        ([["suspect", "server"]], 0),
+        (answered(["error", "WRONGTYPE"]), 0),
+    ],
+)
+async def test_what_speaks_against_a_shard_puts_it_in_doubt_and_shuts_it_here(reply: Any, seen_seq: int) -> None:
+    redis = FakeRedis(reply)
     plane = plane_on(redis)
-    await refused(plane)
+    await refused(read(plane))
     assert [command[-2:] for command in redis.ran("doubt_shard")] == [(4, seen_seq)]
+    assert plane.views[0].state is ViewState.SUSPECT
+
+
+async def test_a_shard_whose_script_failed_behind_its_entry_is_shut_here() -> None:
+    plane = plane_on(FakeRedis([["unknown"]]))
+    await refused(assign(plane))
     assert plane.views[0].state is ViewState.SUSPECT
 
 
@@ -128,17 +176,21 @@ async def test_nothing_is_sent_while_the_shard_is_not_open() -> None:
         redis = FakeRedis()
         plane = plane_on(redis)
         way(plane.views[0])
-        assert await refused(plane) is outcome
+        assert await refused(assign(plane)) is outcome
         assert redis.sent == []
-    assert await refused(DataPlane("redis://127.0.0.1:1", 1, SCRIPTS)) is Outcome.STORE_UNAVAILABLE
+    assert await refused(assign(DataPlane("redis://127.0.0.1:1", 1, SCRIPTS))) is Outcome.STORE_UNAVAILABLE
 
 
-@pytest.mark.parametrize(("read_only", "outcome"), [(False, Outcome.OUTCOME_UNKNOWN), (True, Outcome.RECOVERING)])
-async def test_a_reply_that_is_read_in_a_newer_epoch_says_nothing(read_only: bool, outcome: Outcome) -> None:
-    redis = FakeRedis(ASSIGNED)
+@pytest.mark.parametrize(("ask", "outcome"), [(assign, Outcome.OUTCOME_UNKNOWN), (read, Outcome.RECOVERING)])
+async def test_a_reply_that_is_read_in_a_newer_epoch_says_nothing(
+    ask: Callable[[DataPlane], Coroutine[Any, Any, Any]], outcome: Outcome
+) -> None:
+    redis = FakeRedis(ASSIGNED if ask is assign else answered(["book_not_loaded"]))
     plane = plane_on(redis)
-    asked = asyncio.create_task(refused(plane, read_only=read_only))
-    await asyncio.sleep(0)
+    asked = asyncio.create_task(refused(ask(plane)))
+    for _ in range(3):  # its turn, and the one behind it, in which the call is sent
+        await asyncio.sleep(0)
+    assert redis.sent
     plane.views[0].certify(Certificate(5, 0, committed=0, backlog_max=100), plane.views[0].seen)
     assert await asked is outcome
     assert plane.seen() == [(0, (5, 0))]

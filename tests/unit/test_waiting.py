@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.redis.calls import bind_operation
 from coupon_svc.redis.contract import Reply
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
@@ -65,7 +66,8 @@ class Surroundings:
 
 
 def reply(*raw: Any) -> Reply:
-    return SCRIPTS["assign_coupon" if raw[0] == "refilling" else "assign_code"].reply(list(raw))
+    operation = SCRIPTS.operations["assign_coupon" if raw[0] == "refilling" else "assign_code"]
+    return bind_operation(operation.contract).reply(list(raw))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The script that assigns, called as the API calls it, without the API: whole turns of it in one write."""
+"""Assigns, called as the API calls it, without the API: whole turns of it in one write."""
 
 from __future__ import annotations
 
@@ -7,41 +7,55 @@ from typing import Any, cast
 
 import hiredis
 
+from coupon_svc.redis.call_queue import CALL_WEIGHT_MAX
+from coupon_svc.redis.calls import KeyTable, bind_operation, call_command, open_section
 from coupon_svc.redis.connection import Connection
-from coupon_svc.redis.contract import Command
+from coupon_svc.redis.contract import Command, Reply
 from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
-from coupon_svc.redis.scripts import Script, Scripts
+from coupon_svc.redis.scripts import Scripts
 
 FINGERPRINT = "f" * 32
 _IN_FLIGHT = 5_000
 
 
-def assign_command(
-    script: Script, keys: ShardKeys, epoch: int, tenant_id: int, book_id: str, user_id: str, key: str = ""
-) -> Command:
-    """assign_coupon as the API has it sent; `key` is an Idempotency-Key, or none."""
-    return script.pack(
-        meta=keys.meta,
-        book=keys.book(book_id),
-        free=keys.free(book_id),
-        holders=keys.holders(book_id),
-        coupons=keys.coupons(tenant_id, user_id),
-        events=keys.events,
-        idem=keys.idem(tenant_id, book_id, key) if key else None,
-        epoch=epoch,
-        seen_seq=0,
-        tenant_id=tenant_id,
-        book_id=book_id,
-        user_id=user_id,
-        idempotency_key=key,
-        fingerprint=FINGERPRINT if key else "",
-    )
+class Assigns:
+    """Calls that assign coupons, as the API sends them and reads their replies."""
+
+    def __init__(self, scripts: Scripts) -> None:
+        self._operation = bind_operation(scripts.operations["assign_coupon"].contract)
+        self._sha = scripts[f"call_{self._operation.call_class}"].sha
+
+    def command(
+        self, shard: ShardKeys, epoch: int, tenant_id: int, book_id: str, asked: Iterable[tuple[str, str]]
+    ) -> Command:
+        """A call that assigns one coupon for each of `asked`: a user, and an Idempotency-Key or "" for none."""
+        keys: KeyTable = {}
+        section = open_section(keys, shard, epoch, 0)
+        for user_id, key in asked:
+            section.operations.append(
+                self._operation.pack(
+                    keys,
+                    shard.prefix,
+                    tenant_id=tenant_id,
+                    book_id=book_id,
+                    user_id=user_id,
+                    idempotency_key=key,
+                    fingerprint=FINGERPRINT if key else "",
+                )
+            )
+        return call_command(self._sha, keys, [section])
+
+    def replies(self, raw: Any) -> list[Reply]:
+        """What the call replied to each that was asked."""
+        ((word, _, _, replies),) = raw
+        assert word == "ok", raw
+        return [self._operation.reply(reply) for reply in replies]
 
 
-def pack(commands: Iterable[Sequence[str | int]]) -> bytes:
+def pack(commands: Iterable[Command]) -> bytes:
     """Commands as they are written to the socket."""
-    return b"".join(hiredis.pack_command(cast(Any, tuple(command))) for command in commands)
+    return b"".join(hiredis.pack_command(cast(Any, command)) for command in commands)
 
 
 async def assign_many(
@@ -55,17 +69,16 @@ async def assign_many(
     with_key: bool = False,
 ) -> None:
     """Assign a code to `user-<number>` for each number. The script must be loaded; every reply must be `ok`."""
-    script = Scripts()["assign_coupon"]
+    assigns = Assigns(Scripts())
     for begin in range(0, len(numbers), _IN_FLIGHT):
-        futures = [
-            connection.send(
-                *assign_command(
-                    script, keys, epoch, tenant_id, book_id, f"user-{number}", f"key-{number}" if with_key else ""
-                )
-            )
-            for number in numbers[begin : begin + _IN_FLIGHT]
+        some = numbers[begin : begin + _IN_FLIGHT]
+        asked = [(f"user-{number}", f"key-{number}" if with_key else "") for number in some]
+        slots = [
+            connection.send(*assigns.command(keys, epoch, tenant_id, book_id, asked[first : first + CALL_WEIGHT_MAX]))
+            for first in range(0, len(asked), CALL_WEIGHT_MAX)
         ]
-        for future in futures:
-            reply = await future
-            assert not isinstance(reply, ReplyError), reply
-            assert script.reply(reply).outcome == "ok", reply
+        for slot in slots:
+            raw = await slot
+            assert not isinstance(raw, ReplyError), raw
+            replies = assigns.replies(raw)
+            assert all(reply.outcome == "ok" for reply in replies), replies[0]

@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 import hiredis
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.ops.bench.assigning import assign_command, pack
+from coupon_svc.ops.bench.assigning import Assigns, pack
 from coupon_svc.ops.bench.figures import BenchError, Figure, rate_text, ratios
+from coupon_svc.redis.contract import Command
 from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
@@ -61,7 +62,7 @@ def _codes(number: int) -> list[str]:
 
 def _measure(pipe: _Pipe, rounds: int, say: Callable[[str], None]) -> list[Figure]:
     keys = ShardKeys(0, 1)
-    script = Scripts()["assign_coupon"]
+    assigns = Assigns(Scripts())
     bare_sha = pipe.ask("SCRIPT", "LOAD", BARE)
     pool = _codes((rounds + 1) * CALLS_A_TURN)
     for begin in range(0, len(pool), 1_000):
@@ -69,10 +70,10 @@ def _measure(pipe: _Pipe, rounds: int, say: Callable[[str], None]) -> list[Figur
     rates: dict[str, list[float]] = {"bare": [], "plain": [], "keyed": []}
     for number in range(rounds + 1):
         users = range(number * CALLS_A_TURN, (number + 1) * CALLS_A_TURN)
-        turns: dict[str, list[tuple[str | int, ...]]] = {
+        turns: dict[str, list[Command]] = {
             "bare": [("EVALSHA", bare_sha, 4, *_BARE_KEYS, BOOK_ID, f"user-{u}") for u in users],
-            "plain": [assign_command(script, keys, 1, TENANT_ID, BOOK_ID, f"user-p{u}") for u in users],
-            "keyed": [assign_command(script, keys, 1, TENANT_ID, BOOK_ID, f"user-k{u}", f"key-{u}") for u in users],
+            "plain": [assigns.command(keys, 1, TENANT_ID, BOOK_ID, [(f"user-p{u}", "")]) for u in users],
+            "keyed": [assigns.command(keys, 1, TENANT_ID, BOOK_ID, [(f"user-k{u}", f"key-{u}")]) for u in users],
         }
         for name, commands in turns.items():
             rate = pipe.time(pack(commands), CALLS_A_TURN)

@@ -1,0 +1,322 @@
+"""Sends operations to Redis in calls, and gives each caller the reply of its own.
+
+A call is whatever has come since the last one. Nobody waits for a call to fill: with one request at a time it carries one
+operation. Three classes of operations are sent apart, because Redis judges a whole script by its flags: where it takes no
+write, reads go on, and where it has no memory, kept promises do, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import hiredis
+
+from coupon_svc.domain.errors import error_location
+from coupon_svc.domain.holding import Holding
+from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.redis.call_queue import CallQueue, PendingOperation
+from coupon_svc.redis.calls import Entry, KeyTable, Section, bind_operation, call_command, open_section
+from coupon_svc.redis.connection import Connection
+from coupon_svc.redis.contract import CallClass, Command, Reply
+from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError
+from coupon_svc.redis.scripts import Scripts
+from coupon_svc.redis.shard_view import ShardView
+
+log = logging.getLogger(__name__)
+
+UNDER_WAY_MAX = 2
+"""Calls of a class that are under way at once: Redis runs one while the next is on the wire."""
+QUEUED_S = 2.0
+"""How long an operation may wait to be sent."""
+
+_UNAVAILABLE_WORDS = frozenset({"LOADING", "BUSY", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN"})
+"""First words of error replies that say nothing against the shard: nothing was done."""
+
+
+class Plane(NamedTuple):
+    """What the dispatcher has of the data plane."""
+
+    connection: Callable[[], Connection | None]
+    """The verified connection, if there is one."""
+    load_again: Callable[[], Awaitable[None]]
+    """Verify a server that does not know our scripts, and make them known to it. Raises nothing."""
+    doubt: Callable[[ShardView, str], None]
+    """Let nobody decide anything in the shard, for a reason as in the reply `suspect`, and shut it here."""
+    suspect: Callable[[ShardView], None]
+    """Shut the shard here; Redis has it in doubt already, or has another master."""
+
+
+class _Sent(NamedTuple):
+    """A section of a call under way."""
+
+    view: ShardView
+    epoch: int
+    tip: str
+    operations: list[PendingOperation]
+
+
+class _Call(NamedTuple):
+    lane: _Lane
+    connection: Connection
+    sections: list[_Sent]
+    last: bool
+    """It is not sent again when Redis does not know the script."""
+
+    @property
+    def operations(self) -> list[PendingOperation]:
+        return [operation for section in self.sections for operation in section.operations]
+
+    @property
+    def lost(self) -> Outcome:
+        """What a caller is told whose operation was sent, and of which nothing is known."""
+        return Outcome.STORE_UNAVAILABLE if self.lane.call_class is CallClass.READ else Outcome.OUTCOME_UNKNOWN
+
+
+class _Lane:
+    """One class of operations on its way."""
+
+    def __init__(self, call_class: CallClass, sha: str) -> None:
+        self.call_class = call_class
+        self.sha = sha
+        self.queue = CallQueue()
+        self.under_way = 0
+
+
+class Dispatcher:
+    """Its methods but `run` return at once."""
+
+    def __init__(self, scripts: Scripts, plane: Plane) -> None:
+        self._plane = plane
+        self._operations = {name: bind_operation(one.contract) for name, one in scripts.operations.items()}
+        self._lanes = {one: _Lane(one, scripts[f"call_{one}"].sha) for one in CallClass}
+        self._flush_due = False
+        self._loading: set[asyncio.Task[None]] = set()
+        self._answered_by: Connection | None = None
+        self._answered: dict[int, tuple[int, int]] = {}
+        """Shard -> (epoch, seq) of the last reply on the connection `_answered_by`."""
+
+    async def run(self, name: str, view: ShardView, parameters: dict[str, Any]) -> Reply:
+        """The reply of one operation. Raises Refused, as `DataPlane.call`."""
+        operation = self._operations[name]
+        lane = self._lanes[operation.call_class]
+        loop = asyncio.get_running_loop()
+        pending = PendingOperation(operation, view, parameters, loop.time() + QUEUED_S)
+        if not lane.queue.put(pending):
+            raise Refused(Outcome.STORE_UNAVAILABLE)
+        self._wake()
+        try:
+            reply = await pending.reply
+        except asyncio.CancelledError:
+            lane.queue.remove(pending)
+            raise
+        if pending.epoch != view.epoch:  # it was over before we came to read the reply, which says nothing any more
+            raise Refused(Outcome.RECOVERING if lane.call_class is CallClass.READ else Outcome.OUTCOME_UNKNOWN)
+        return reply
+
+    def refuse_late(self) -> None:
+        """Refuse what was not sent in time: nothing was done."""
+        now = asyncio.get_running_loop().time()
+        for lane in self._lanes.values():
+            for pending in lane.queue.take_late(now):
+                _refuse(pending, Outcome.STORE_UNAVAILABLE)
+
+    # --- sending
+
+    def _wake(self) -> None:
+        """Send what is queued when this turn of the event loop is over: whoever comes within it shares the call."""
+        if not self._flush_due:
+            self._flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        for lane in self._lanes.values():
+            if lane.queue and lane.under_way < UNDER_WAY_MAX:
+                self._send(lane, lane.queue.take())
+                if lane.queue and lane.under_way < UNDER_WAY_MAX:
+                    self._wake()
+
+    def _send(self, lane: _Lane, operations: Sequence[PendingOperation], *, last: bool = False) -> None:
+        """Make a call of the operations. Those that may not be sent are refused."""
+        connection = self._plane.connection()
+        if connection is None:
+            _refuse_all(operations, Outcome.STORE_UNAVAILABLE)
+            return
+        now = asyncio.get_running_loop().time()
+        ready = []
+        for pending in operations:
+            if pending.reply.done():
+                continue
+            if pending.deadline <= now:
+                _refuse(pending, Outcome.STORE_UNAVAILABLE)
+            elif not pending.view.is_open:
+                _refuse(pending, Outcome.RECOVERING)
+            else:
+                ready.append(pending)
+        if not ready:
+            return
+        try:
+            sections, command = _pack(lane.sha, ready)
+            connection.submit(command, partial(self._on_reply, _Call(lane, connection, sections, last)))
+        except NotSent:
+            _refuse_all(ready, Outcome.STORE_UNAVAILABLE)
+            return
+        except Exception as error:  # one of them has what cannot be sent: the others must not suffer from it
+            sound = [pending for pending in ready if _can_be_packed(pending)]
+            if len(sound) == len(ready):
+                log.error("a call cannot be sent: %s at %s", type(error).__name__, error_location(error))
+                _refuse_all(ready, Outcome.INTERNAL_ERROR)
+            else:
+                self._send(lane, sound, last=last)
+            return
+        lane.under_way += 1
+
+    # --- reading replies
+
+    def _on_reply(self, call: _Call, raw: Any) -> None:
+        call.lane.under_way -= 1
+        if call.lane.queue:
+            self._wake()
+        if isinstance(raw, OutcomeUnknown):
+            _refuse_all(call.operations, call.lost)
+            return
+        if isinstance(raw, ReplyError):
+            self._read_error(call, raw)
+            return
+        for number, section in enumerate(call.sections):
+            try:
+                self._read_section(call, section, raw[number])
+            except Exception as error:  # whatever it is: nobody may wait for ever
+                log.error("the reply of a call, in shard %02d: %s", section.view.shard, type(error).__name__)
+                _refuse_all(section.operations, Outcome.INTERNAL_ERROR)
+
+    def _read_section(self, call: _Call, section: _Sent, raw: list[Any]) -> None:
+        view = section.view
+        if raw[0] == "suspect":
+            self._plane.doubt(view, raw[1])
+            _refuse_all(section.operations, Outcome.RECOVERING)
+        elif raw[0] == "unknown":
+            self._plane.suspect(view)
+            _refuse_all(section.operations, call.lost)
+        elif not self._has_grown(call.connection, view.shard, section.epoch, int(raw[1])):
+            self._plane.doubt(view, "position")
+            _refuse_all(section.operations, call.lost)
+        else:
+            _, seq, tip, replies = raw
+            view.observe(section.epoch, int(seq))
+            entry = Entry(section.epoch, int(seq), tip)
+            for pending, reply in zip(section.operations, replies, strict=True):
+                self._read_operation(pending, reply, entry)
+
+    def _has_grown(self, connection: Connection, shard: int, epoch: int, seq: int) -> bool:
+        """Whether a shard is where it was when the last reply came on this connection, or further. Two calls under way were
+        sent with what was seen before both: keys that were put back between them show here alone."""
+        if connection is not self._answered_by:
+            self._answered_by = connection
+            self._answered.clear()
+        before = self._answered.get(shard, (0, 0))
+        if before[0] == epoch and seq < before[1]:
+            return False
+        self._answered[shard] = epoch, seq
+        return True
+
+    def _read_operation(self, pending: PendingOperation, raw: list[Any], entry: Entry) -> None:
+        view, operation = pending.view, pending.operation
+        if raw[0] == "error":
+            if raw[1] == "WRONGTYPE":
+                self._plane.doubt(view, "type")  # a call that only reads could not do so itself
+                _refuse(pending, Outcome.RECOVERING)
+            else:
+                log.error("%s failed in shard %02d: %s", operation.name, view.shard, raw[1])
+                _refuse(pending, Outcome.INTERNAL_ERROR)
+            return
+        try:
+            reply = operation.reply(raw, entry)
+        except Exception as error:
+            log.error("a reply of %s in shard %02d: %s", operation.name, view.shard, type(error).__name__)
+            _refuse(pending, Outcome.INTERNAL_ERROR)
+            return
+        if reply.outcome == "suspect":
+            self._plane.doubt(view, reply.why)
+            _refuse(pending, Outcome.RECOVERING)
+            return
+        if reply.outcome in operation.position_at:
+            _, last = reply.position
+            view.observe(*last)
+        elif reply.outcome in operation.holders_at:
+            for holding in reply.holders:
+                if isinstance(holding, Holding):
+                    view.observe(*holding.last)
+        pending.reply.set_result(reply)
+
+    def _read_error(self, call: _Call, error: ReplyError) -> None:
+        """Redis refused the call as a whole."""
+        word = error.word
+        if word == "NOSCRIPT" and not call.last:
+            call.lane.under_way += 1
+            task = asyncio.create_task(self._send_again(call))
+            self._loading.add(task)
+            task.add_done_callback(self._loading.discard)
+            return
+        if word in ("READONLY", "MASTERDOWN"):
+            for section in call.sections:
+                self._plane.suspect(section.view)
+        if word == "OOM":
+            outcome = Outcome.BACKLOG_FULL
+        elif word in ("READONLY", "MASTERDOWN", "NOSCRIPT"):
+            outcome = Outcome.RECOVERING
+        elif word in _UNAVAILABLE_WORDS:
+            outcome = Outcome.STORE_UNAVAILABLE
+        else:
+            log.error("a call of class %s failed: %s", call.lane.call_class, word)
+            outcome = Outcome.INTERNAL_ERROR
+        _refuse_all(call.operations, outcome)
+
+    async def _send_again(self, call: _Call) -> None:
+        """The server did not know the script, and so did nothing."""
+        try:
+            await self._plane.load_again()
+        finally:
+            call.lane.under_way -= 1
+            self._send(call.lane, call.operations, last=True)
+
+
+def _pack(sha: str, operations: Sequence[PendingOperation]) -> tuple[list[_Sent], Command]:
+    """The sections of a call, one for each shard, and its command."""
+    keys: KeyTable = {}
+    packed: dict[int, tuple[_Sent, Section]] = {}
+    for pending in operations:
+        view = pending.view
+        section = packed.get(view.shard)
+        if section is None:
+            opened = open_section(keys, view.keys, view.epoch, view.seen_seq)
+            section = packed[view.shard] = _Sent(view, view.epoch, opened.tip, []), opened
+        section[1].operations.append(pending.operation.pack(keys, view.keys.prefix, **pending.parameters))
+        section[0].operations.append(pending)
+        pending.epoch = view.epoch
+    return [sent for sent, _ in packed.values()], call_command(sha, keys, [section for _, section in packed.values()])
+
+
+def _can_be_packed(pending: PendingOperation) -> bool:
+    """Whether the operation can be sent. One that cannot is refused."""
+    try:
+        _, command = _pack("", [pending])
+        hiredis.pack_command(cast(Any, command))
+    except Exception as error:
+        log.error("%s cannot be sent: %s", pending.operation.name, type(error).__name__)
+        _refuse(pending, Outcome.INTERNAL_ERROR)
+        return False
+    return True
+
+
+def _refuse(pending: PendingOperation, outcome: Outcome) -> None:
+    pending.reply.set_exception(Refused(outcome))
+
+
+def _refuse_all(operations: Sequence[PendingOperation], outcome: Outcome) -> None:
+    for pending in operations:
+        _refuse(pending, outcome)
