@@ -208,7 +208,7 @@ class Dispatcher:
         else:
             _, seq, tip, replies = raw
             view.observe(section.epoch, int(seq))
-            entry = Entry(section.epoch, int(seq), tip)
+            entry = Entry(section.epoch, int(seq), tip) if tip == section.tip else None  # an old call's entry has none
             for pending, reply in zip(section.operations, replies, strict=True):
                 self._read_operation(pending, reply, entry)
 
@@ -224,7 +224,7 @@ class Dispatcher:
         self._answered[shard] = epoch, seq
         return True
 
-    def _read_operation(self, pending: PendingOperation, raw: list[Any], entry: Entry) -> None:
+    def _read_operation(self, pending: PendingOperation, raw: list[Any], entry: Entry | None) -> None:
         view, operation = pending.view, pending.operation
         if raw[0] == "error":
             if raw[1] == "WRONGTYPE":
