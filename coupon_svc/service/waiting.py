@@ -18,11 +18,13 @@ from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.shard_view import ShardView
 from coupon_svc.service.code_directory import CodeDirectory
 from coupon_svc.service.durability import PATIENCE_S, Durability
+from coupon_svc.service.polling import Poll, Run
 from coupon_svc.service.receipt_rescue import ReceiptRescue
 
 DECIDED = frozenset({"ok", "replayed", "already_yours", "renewed"})
 """Outcomes of a script that are no refusal."""
-_ON_THE_WAY = frozenset({"book_not_loaded", "refilling", "not_lent"})
+_BOOK, _CODES = "book_not_loaded", "refilling"
+"""Outcomes for which all who ask for the same book wait together."""
 
 
 class Waiting:
@@ -41,6 +43,8 @@ class Waiting:
         self._database = database
         self._durability = durability
         self._rescue = rescue
+        self._polls: dict[tuple[int, str, str], Poll] = {}
+        """By tenant, book, and what is waited for."""
 
     async def decide(
         self,
@@ -63,31 +67,54 @@ class Waiting:
         """
         tenant_id, book_id = parameters["tenant_id"], parameters["book_id"]
         pause, lent, rescued = 0.004, False, False
+
+        async def run() -> Reply:
+            return await self._plane.call(script, view, read_only=read_only, **parameters)
+
         while reply.outcome not in DECIDED:
             outcome = reply.outcome
-            if outcome in _ON_THE_WAY:
+            if outcome in (_BOOK, _CODES):
+                reply, lost = await self._wait_together(tenant_id, book_id, outcome, run, begun)
+                if lost:  # the book was here and is gone
+                    await self._plane.doubt(view)
+                    raise Refused(Outcome.RECOVERING)
+            elif outcome == "not_lent":
                 if monotonic() >= begun + PATIENCE_S:
-                    raise Refused(Outcome.RECOVERING if outcome == "book_not_loaded" else Outcome.REFILLING)
-                if outcome == "book_not_loaded" and await self._was_loaded(tenant_id, book_id, begun):
-                    reply = await self._plane.call(script, view, read_only=read_only, **parameters)
-                    if reply.outcome == "book_not_loaded":  # it was here and is gone
-                        await self._plane.doubt(view)
-                        raise Refused(Outcome.RECOVERING)
-                    continue
-                if outcome == "not_lent" and not lent:
+                    raise Refused(Outcome.REFILLING)
+                await in_a_task()
+                if not lent:
                     await self._lend(tenant_id, book_id, parameters["code"], begun)
                     lent = True
-                await in_a_task()
                 await asyncio.sleep(pause)
                 pause *= 1.5
+                reply = await run()
             elif outcome == "code_quarantined" and receipt is not None and not rescued:
                 rescued = await self._rescue.restore(view, tenant_id, book_id, parameters["code"], receipt, begun)
                 if not rescued:
                     raise refusal(reply)
+                reply = await run()
             else:
                 raise refusal(reply)
-            reply = await self._plane.call(script, view, read_only=read_only, **parameters)
         return reply
+
+    async def _wait_together(
+        self, tenant_id: int, book_id: str, outcome: str, run: Run, begun: float
+    ) -> tuple[Reply, bool]:
+        """As `Poll.wait`, with all who wait for the same thing of the same book."""
+
+        async def was_loaded(asked_for: float) -> bool:
+            return await self._was_loaded(tenant_id, book_id, asked_for)
+
+        key = tenant_id, book_id, outcome
+        poll = self._polls.get(key)
+        if poll is None:
+            poll = Poll(_BOOK, Outcome.RECOVERING, was_loaded) if outcome == _BOOK else Poll(_CODES, Outcome.REFILLING)
+            self._polls[key] = poll
+        try:
+            return await poll.wait(run, begun)
+        finally:
+            if poll.is_over:
+                self._polls.pop(key, None)
 
     async def _was_loaded(self, tenant_id: int, book_id: str, begun: float) -> bool:
         loaded = await self._directory.book_loaded(tenant_id, book_id, self._durability.left_s(begun))
@@ -97,7 +124,6 @@ class Waiting:
 
     async def _lend(self, tenant_id: int, book_id: str, code: str, begun: float) -> None:
         """Lend the code alone, before its turn."""
-        await in_a_task()
         left_s = self._durability.left_s(begun)
         async with self._database.connection(left_s, wait_s=left_s) as connection, connection.transaction():
             await lease_code(connection, tenant_id, book_id, code)
