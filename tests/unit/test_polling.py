@@ -9,13 +9,14 @@ import pytest
 
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.hot import drive
+from coupon_svc.redis.calls import bind_operation
 from coupon_svc.redis.contract import Reply
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.service import polling
 from coupon_svc.service.durability import PATIENCE_S
 from coupon_svc.service.polling import Poll
 
-REPLIES = Scripts()["assign_coupon"]
+REPLIES = bind_operation(Scripts().operations["assign_coupon"].contract)
 
 
 class Pool:
@@ -56,7 +57,7 @@ async def test_a_thousand_callers_at_a_dry_pool_ask_as_often_as_one() -> None:
     outcomes = await asyncio.gather(*stand_in_line(poll, pool, 1_000))
     assert set(outcomes) == {Outcome.REFILLING}
     assert 1 <= len(pool.asked) < 20
-    assert PATIENCE_S <= monotonic() - begun < PATIENCE_S + 1
+    assert PATIENCE_S <= monotonic() - begun < PATIENCE_S + 5
     assert poll.is_over
 
 
