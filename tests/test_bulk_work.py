@@ -409,7 +409,7 @@ class GoneAfter(DataPlane):
         super().__init__("redis://127.0.0.1:1", 1, Scripts())
         self._versions = [version]
 
-    async def call(self, name: str, view: ShardView, *, read_only: bool = False, **parameters: Any) -> Reply:
+    async def call(self, name: str, view: ShardView, **parameters: Any) -> Reply:
         if not self._versions:
             raise Refused(Outcome.STORE_UNAVAILABLE)
         operation = bind_operation(self._scripts.operations[name].contract)

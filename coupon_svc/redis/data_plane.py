@@ -125,7 +125,7 @@ class DataPlane:
 
     # --- running operations
 
-    async def call(self, name: str, view: ShardView, *, read_only: bool = False, **parameters: Any) -> Reply:
+    async def call(self, name: str, view: ShardView, **parameters: Any) -> Reply:
         """Run an operation in a shard, with its parameters by name (coupon_svc/redis/calls.py).
 
         Returns its reply, whatever the outcome; `position` is (assigned, last), `holders` are Holdings, and `entry` is the

@@ -365,9 +365,9 @@ class Books:
         begun = monotonic()
         view = self._plane.view_of_book(book_id)
         parameters = {"tenant_id": tenant_id, "book_id": book_id}
-        reply = await self._plane.call("read_book", view, read_only=True, **parameters)
+        reply = await self._plane.call("read_book", view, **parameters)
         if reply.outcome not in DECIDED:
-            reply = await self._waiting.decide(reply, "read_book", view, parameters, begun, read_only=True)
+            reply = await self._waiting.decide(reply, "read_book", view, parameters, begun)
         return reply
 
     async def _in_force(self, book: Book) -> bool:

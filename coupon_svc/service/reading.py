@@ -139,9 +139,9 @@ class Reading:
     async def _require_book(self, tenant_id: int, book_id: str, begun: float) -> None:
         view = self._plane.view_of_book(book_id)
         parameters = {"tenant_id": tenant_id, "book_id": book_id}
-        reply = await self._plane.call("read_book", view, read_only=True, **parameters)
+        reply = await self._plane.call("read_book", view, **parameters)
         if reply.outcome not in DECIDED:
-            await self._waiting.decide(reply, "read_book", view, parameters, begun, read_only=True)
+            await self._waiting.decide(reply, "read_book", view, parameters, begun)
 
     async def _members(self, wanted: ListCoupons, after: ListPlace, limit: int) -> list[ListPlace]:
         """The next `book:code` of a user, by shard. A user's coupons may be in any shard: all are asked, and none of them
@@ -157,7 +157,6 @@ class Reading:
             reply = await self._plane.call(
                 "list_coupons",
                 view,
-                read_only=True,
                 tenant_id=wanted.tenant_id,
                 user_id=wanted.user_id,
                 low=low,
@@ -195,9 +194,9 @@ class Reading:
         """Read some codes of a book. Waits until what it shows is durable."""
         view = self._plane.view_of_book(book_id)
         parameters = {"tenant_id": tenant_id, "book_id": book_id, "codes": codes}
-        reply = await self._plane.call("read_codes", view, read_only=True, **parameters)
+        reply = await self._plane.call("read_codes", view, **parameters)
         if reply.outcome not in DECIDED:
-            reply = await self._waiting.decide(reply, "read_codes", view, parameters, begun, read_only=True)
+            reply = await self._waiting.decide(reply, "read_codes", view, parameters, begun)
         holders: list[Holding | str] = reply.holders
         shown = [holding.last for holding in holders if isinstance(holding, Holding)]
         # Wait once, for the newest position. If one were waited for after the other and the epoch ended in between, the rest

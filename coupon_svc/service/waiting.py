@@ -55,7 +55,6 @@ class Waiting:
         begun: float,
         *,
         receipt: str | None = None,
-        read_only: bool = False,
     ) -> Reply:
         """The reply that decides, where `reply` did not.
 
@@ -69,7 +68,7 @@ class Waiting:
         pause, lent, rescued = 0.004, False, False
 
         async def run() -> Reply:
-            return await self._plane.call(script, view, read_only=read_only, **parameters)
+            return await self._plane.call(script, view, **parameters)
 
         while reply.outcome not in DECIDED:
             outcome = reply.outcome

@@ -34,7 +34,7 @@ class Surroundings:
         self.receipt_holds = receipt_holds
         self.did: list[str] = []
 
-    async def call(self, name: str, view: ShardView, *, read_only: bool = False, **parameters: Any) -> Reply:
+    async def call(self, name: str, view: ShardView, **parameters: Any) -> Reply:
         self.did.append("call")
         assert parameters == PARAMETERS
         return reply(*(self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]))
