@@ -205,8 +205,11 @@ class Replies:
     def __init__(self, *replies: Any) -> None:
         self.replies = list(replies)
 
-    def submit(self, command: Any, on_reply: Callable[[Any], object]) -> None:
+    def submit(self, command: Any, on_reply: Callable[[Any], object], **_: bool) -> None:
         on_reply(self.replies.pop(0))
+
+    def flush(self) -> None:
+        """All was sent at once."""
 
 
 async def test_a_list_is_not_durable_because_its_epoch_ended_while_it_was_waited_for() -> None:

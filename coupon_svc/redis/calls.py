@@ -60,29 +60,27 @@ class Operation(NamedTuple):
     call_class: CallClass
     pack: Callable[..., list[Any]]
     read: Callable[[Sequence[Any]], Reply]
-    position_at: dict[str, int]
-    """Outcome -> where its reply has the positions of a coupon."""
-    holders_at: dict[str, int]
-    """Outcome -> where its reply has a list of holders."""
+    with_position: frozenset[str]
+    """Outcomes whose reply has the positions of a coupon."""
+    with_holders: frozenset[str]
+    """Outcomes whose reply has a list of holders."""
     makes_event: bool
     """Its reply `ok` says that it made an event."""
     weigh: Callable[[Mapping[str, Any]], int] | None
     """The weight that its parameters give it; None for one that always weighs 1."""
 
-    def reply(self, raw: list[Any], entry: Entry | None = None) -> Reply:
+    def reply(self, raw: Sequence[Any], entry: Entry | None = None) -> Reply:
         """What Redis sent, with a name for each field: `position` is (assigned, last), and `holders` holds for each code a
         Holding, "" for nobody, or QUARANTINED. `entry` is that of the section, and becomes the reply's where the operation
         made an event. Raises UnexpectedReply, ValueError."""
-        outcome = raw[0]
-        if outcome in self.position_at:
-            at = self.position_at[outcome]
-            raw[at] = parse_positions(raw[at])
-        elif outcome in self.holders_at:
-            at = self.holders_at[outcome]
-            raw[at] = [text if text in ("", QUARANTINED) else Holding.parse(text) for text in raw[at]]
-        if self.makes_event and outcome == "ok":
-            raw.append(entry)
-        return self.read(raw)
+        return self.read((*raw, entry) if self.makes_event and raw[0] == "ok" else raw)
+
+
+def _parse_holders(texts: Sequence[str]) -> list[Holding | str]:
+    return [text if text in ("", QUARANTINED) else Holding.parse(text) for text in texts]
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {"position": parse_positions, "holders": _parse_holders}
 
 
 def bind_operation(contract: Contract) -> Operation:
@@ -103,9 +101,11 @@ def bind_operation(contract: Contract) -> Operation:
         contract.name,
         contract.call_class,
         scope["pack"],
-        ReplyReader(contract._replace(replies=tuple(_with_entry(contract, line) for line in contract.replies))),
-        {word: names.index("position") + 1 for word, names in fields.items() if "position" in names},
-        {word: names.index("holders") + 1 for word, names in fields.items() if "holders" in names},
+        ReplyReader(
+            contract._replace(replies=tuple(_with_entry(contract, line) for line in contract.replies)), _PARSERS
+        ),
+        frozenset(word for word, names in fields.items() if "position" in names),
+        frozenset(word for word, names in fields.items() if "holders" in names),
         bool(contract.events),
         _weigher(contract),
     )

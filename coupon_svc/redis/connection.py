@@ -75,17 +75,20 @@ class Connection(asyncio.Protocol):
 
     # --- for its owner
 
-    def submit(self, command: tuple[str | bytes | int | float, ...], on_reply: OnReply) -> None:
+    def submit(
+        self, command: tuple[str | bytes | int | float, ...], on_reply: OnReply, *, flushed: bool = False
+    ) -> None:
         """Queue a command for this turn's write, and call `on_reply` once: with its reply, or as the connection breaks.
 
-        Raises NotSent at once when the connection is gone or too much is under way already.
+        Who has the turn's last word says `flushed`, and calls `flush`, which saves a turn of the event loop. Raises NotSent
+        at once when the connection is gone or too much is under way already.
         """
         if self._transport is None or len(self._waiting) >= IN_FLIGHT_MAX:
             raise NotSent("there is no connection, or too much is under way on it")
         if not self._waiting:
             self._last_progress = self._loop.time()
-        if not self._unsent:
-            self._loop.call_soon(self._flush)
+        if not flushed and not self._unsent:
+            self._loop.call_soon(self.flush)
         self._unsent.append(hiredis.pack_command(cast(Any, command)))
         self._waiting.append(on_reply)
 
@@ -118,7 +121,8 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write all that is queued."""
         if self._transport is not None and self._unsent:
             self._transport.write(b"".join(self._unsent))
             self._unsent.clear()

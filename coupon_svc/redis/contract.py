@@ -303,26 +303,29 @@ class Reply(tuple[Any, ...]):
 class ReplyReader:
     """Turns what Redis sent into a Reply. One for each script."""
 
-    def __init__(self, contract: Contract) -> None:
+    def __init__(self, contract: Contract, parse: Mapping[str, Callable[[Any], Any]] | None = None) -> None:
+        """`parse` is what becomes of a field, by its name; of the others Redis's text or number stays."""
         self._name = contract.name
-        self._types = {line.word: _reply_type(contract.name, line) for line in contract.replies}
+        self._types = {line.word: _reply_type(contract.name, line, parse or {}) for line in contract.replies}
 
     def __call__(self, raw: Sequence[Any]) -> Reply:
-        """Raises UnexpectedReply for an outcome, or a number of fields, that the header does not list."""
+        """Raises UnexpectedReply for an outcome, or a number of fields, that the header does not list; and what the parser
+        of a field raises."""
         try:
             return self._types[raw[0]](*raw)
         except (KeyError, TypeError, IndexError):
             raise UnexpectedReply(f"{self._name} replied what its header does not list") from None
 
 
-def _reply_type(script: str, line: ReplyLine) -> Callable[..., Reply]:
+def _reply_type(script: str, line: ReplyLine, parse: Mapping[str, Callable[[Any], Any]]) -> Callable[..., Reply]:
     """A class with a property for each field, made by a function that knows how many of them there may be."""
     names = ("outcome", *line.fields)
     members = {name: property(itemgetter(index)) for index, name in enumerate(names)}
     cls = type(line.word, (Reply,), {"__slots__": (), **members})
     parameters = [f"{name}=''" if index >= len(names) - line.optional else name for index, name in enumerate(names)]
-    source = f"def make({', '.join(parameters)}): return new(cls, ({', '.join(names)},))\n"
-    scope: dict[str, Any] = {"new": tuple.__new__, "cls": cls}
+    values = [f"parse_{name}({name})" if name in parse else name for name in names]
+    source = f"def make({', '.join(parameters)}): return new(cls, ({', '.join(values)},))\n"
+    scope: dict[str, Any] = {"new": tuple.__new__, "cls": cls, **{f"parse_{name}": one for name, one in parse.items()}}
     exec(compile(source, f"<reply {script} {line.word}>", "exec"), scope)
     make: Callable[..., Reply] = scope["make"]
     return make

@@ -24,7 +24,7 @@ from coupon_svc.redis.connection import Connection
 from coupon_svc.redis.contract import CallClass, Command, Reply
 from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError
 from coupon_svc.redis.scripts import Scripts
-from coupon_svc.redis.shard_view import ShardView
+from coupon_svc.redis.shard_view import ShardView, ViewState
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,12 @@ class Dispatcher:
                 self._send(lane, lane.queue.take())
                 if lane.queue and lane.under_way < UNDER_WAY_MAX:
                     self._wake()
+        self._write()
+
+    def _write(self) -> None:
+        connection = self._plane.connection()
+        if connection is not None:
+            connection.flush()
 
     def _send(self, lane: _Lane, operations: Sequence[PendingOperation], *, last: bool = False) -> None:
         """Make a call of the operations. Those that may not be sent are refused."""
@@ -153,7 +159,7 @@ class Dispatcher:
                 continue
             if pending.deadline <= now:
                 _refuse(pending, Outcome.STORE_UNAVAILABLE)
-            elif not pending.view.is_open:
+            elif pending.view.state is not ViewState.OPEN:
                 _refuse(pending, Outcome.RECOVERING)
             else:
                 ready.append(pending)
@@ -161,7 +167,8 @@ class Dispatcher:
             return
         try:
             sections, command = _pack(lane.sha, ready)
-            connection.submit(command, partial(self._on_reply, _Call(lane, connection, sections, last)))
+            on_reply = partial(self._on_reply, _Call(lane, connection, sections, last))
+            connection.submit(command, on_reply, flushed=True)
         except NotSent:
             _refuse_all(ready, Outcome.STORE_UNAVAILABLE)
             return
@@ -244,10 +251,10 @@ class Dispatcher:
             self._plane.doubt(view, reply.why)
             _refuse(pending, Outcome.RECOVERING)
             return
-        if reply.outcome in operation.position_at:
+        if reply.outcome in operation.with_position:
             _, last = reply.position
             view.observe(*last)
-        elif reply.outcome in operation.holders_at:
+        elif reply.outcome in operation.with_holders:
             for holding in reply.holders:
                 if isinstance(holding, Holding):
                     view.observe(*holding.last)
@@ -283,6 +290,7 @@ class Dispatcher:
         finally:
             call.lane.under_way -= 1
             self._send(call.lane, call.operations, last=True)
+            self._write()
 
 
 def _pack(sha: str, operations: Sequence[PendingOperation]) -> tuple[list[_Sent], Command]:

@@ -37,12 +37,15 @@ class FakeRedis:
         self.replies = list(replies)
         self.sent: list[tuple[Any, ...]] = []
 
-    def submit(self, command: tuple[Any, ...], on_reply: Callable[[Any], object]) -> None:
+    def submit(self, command: tuple[Any, ...], on_reply: Callable[[Any], object], **_: bool) -> None:
         self.sent.append(command)
         reply = self.replies.pop(0) if self.replies and command[1] != SCRIPTS["doubt_shard"].sha else ["ok"]
         if isinstance(reply, NotSent):
             raise reply
         asyncio.get_running_loop().call_soon(on_reply, self._whole(command, reply))
+
+    def flush(self) -> None:
+        """All was sent at once."""
 
     def _whole(self, command: tuple[Any, ...], reply: Any) -> Any:
         if not isinstance(reply, list) or not isinstance(reply[0], list):

@@ -69,10 +69,13 @@ class Service:
         )
         self.dispatcher = Dispatcher(SCRIPTS, plane)
 
-    def submit(self, command: tuple[Any, ...], on_reply: Callable[[Any], object]) -> None:
+    def submit(self, command: tuple[Any, ...], on_reply: Callable[[Any], object], **_: bool) -> None:
         if self.broken:
             raise self.broken
         self.calls.append(Call(command, on_reply))
+
+    def flush(self) -> None:
+        """All was sent at once."""
 
     async def load_again(self) -> None:
         self.loads += 1
@@ -236,7 +239,7 @@ class Connection:
     """Another one to the same server."""
 
     def __init__(self, service: Service) -> None:
-        self.submit = service.submit
+        self.submit, self.flush = service.submit, service.flush
 
 
 def enter(service: Service, epoch: int) -> None:
