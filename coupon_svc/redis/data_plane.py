@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from time import monotonic
 from typing import Any
 
@@ -125,7 +125,7 @@ class DataPlane:
 
     # --- running operations
 
-    async def call(self, name: str, view: ShardView, **parameters: Any) -> Reply:
+    def call(self, name: str, view: ShardView, **parameters: Any) -> Coroutine[Any, Any, Reply]:
         """Run an operation in a shard, with its parameters by name (coupon_svc/redis/calls.py).
 
         Returns its reply, whatever the outcome; `position` is (assigned, last), `holders` are Holdings, and `entry` is the
@@ -133,11 +133,7 @@ class DataPlane:
         backlog_full (memory is out), or outcome_unknown when it was sent and nothing is known of it; for an operation that
         only reads that is store_unavailable, too.
         """
-        if self._connection is None:
-            raise Refused(Outcome.STORE_UNAVAILABLE)
-        if view.state is not ViewState.OPEN:
-            raise Refused(Outcome.RECOVERING)
-        return await self._dispatcher.run(name, view, parameters)
+        return self._dispatcher.run(name, view, parameters)
 
     async def doubt(self, view: ShardView) -> None:
         """Keys of the shard are missing: let nobody decide anything there until its owner has recovered it."""

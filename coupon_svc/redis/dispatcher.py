@@ -101,6 +101,10 @@ class Dispatcher:
 
     async def run(self, name: str, view: ShardView, parameters: dict[str, Any]) -> Reply:
         """The reply of one operation. Raises Refused, as `DataPlane.call`."""
+        if self._plane.connection() is None:
+            raise Refused(Outcome.STORE_UNAVAILABLE)
+        if view.state is not ViewState.OPEN:
+            raise Refused(Outcome.RECOVERING)
         operation = self._operations[name]
         lane = self._lanes[operation.call_class]
         loop = asyncio.get_running_loop()
