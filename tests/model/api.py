@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tests.model import faults
 from tests.model.promises import ASSIGN, REDEEM, of_answer
 from tests.model.state import (
     DOUBT,
+    NO_TIP,
+    UNTIED,
     Ask,
     Bounds,
     Event,
@@ -19,6 +22,7 @@ from tests.model.state import (
     State,
     held,
     live_epoch,
+    new_tip,
     quarantined,
     replaced,
 )
@@ -43,8 +47,11 @@ def steps(state: State, bounds: Bounds) -> Iterator[Step]:
         elif ask.tries < bounds.tries:
             for place, process in enumerate(state.processes):
                 # Processes are alike: the first request is sent to the first.
-                if process.open and (user or ask.tries or place == 0 or ask.verb == REDEEM):
-                    yield from _send(state, bounds, user, place)
+                if process.open and (user or ask.tries or place == 0 or ask.verb == REDEEM or bounds.upgrade):
+                    yield from _send(state, bounds, (user,), place)
+                    for other in range(user + 1, bounds.users if bounds.calls else 0):
+                        if _may_join(state, bounds, ask, other):
+                            yield from _send(state, bounds, (user, other), place)
         if ask.phase in ("sent", "waiting") and state.processes[ask.process].node >= 0:
             yield from _reply(state, bounds, user, ask)
 
@@ -95,7 +102,8 @@ def verify(process: Process, node: Node, bounds: Bounds, seen: int) -> Process:
     same_run = node.certified[0] == node.run or "certification" in bounds.off
     same_replid = node.certified[1] == node.replid or bool({"certification", "replid"} & bounds.off)
     newer = (node.epoch, node.seq) >= (process.epoch, 0 if "seen" in bounds.off else seen)
-    if not (same_run and same_replid and node.epoch > 0 and node.epoch >= process.epoch_min and newer):
+    readable = node.format == 1 + (not process.old) or ("run" if process.old else "format") in bounds.off
+    if not (same_run and same_replid and node.epoch > 0 and node.epoch >= process.epoch_min and newer and readable):
         return process._replace(open=False)
     if process.open and node.epoch == process.epoch:
         return process  # it would raise what was seen: that only makes more suspect, and counts as seen at recovery
@@ -111,24 +119,139 @@ def end_epochs(state: State, place: int, process: Process) -> State:
     Only the epoch that is live yet over is reported. Older ones are settled: a process enters an epoch after that.
     """
     epoch, live = state.ledger.epoch, live_epoch(state.ledger)
-    reports = state.ledger.reports
+    ledger = state.ledger
     if process.row and 0 < live < epoch:
-        reports |= {(place, live, process.seen if process.epoch == live else 0)}
-    process = process._replace(open=process.open and process.epoch >= epoch, epoch_min=epoch)
-    return _with(state._replace(ledger=state.ledger._replace(reports=reports)), place, process)
+        mine = {event for event in process.records if event.epoch == live} - ledger.events
+        report = (place, live, process.seen if process.epoch == live else 0)
+        ledger = ledger._replace(reports=ledger.reports | {report}, records=ledger.records | mine)
+    process = process._replace(open=process.open and process.epoch >= epoch, epoch_min=epoch, records=frozenset())
+    return _with(state._replace(ledger=ledger), place, process)
 
 
 # --- a request
 
 
-def _send(state: State, bounds: Bounds, user: int, place: int) -> Iterator[Step]:
-    """A request is sent, for the first time or again: one script decides."""
+def _may_join(state: State, bounds: Bounds, ask: Ask, other: int) -> bool:
+    """Whether the request of another user may be in the same call as this one: of its class, and not sent yet."""
+    joins = state.asks[other]
+    waits = joins.phase in ("idle", "unknown") and joins.tries < bounds.tries
+    return waits and joins.verb == ask.verb and not bounds.named and ask.phase in ("idle", "unknown")
+
+
+def _send(state: State, bounds: Bounds, users: tuple[int, ...], place: int) -> Iterator[Step]:
+    """Requests are sent, for the first time or again: one call decides, logs and applies."""
+    process = state.processes[place]
+    node = state.nodes[process.node]
+    if not fence(process, node, bounds, seen_seq(state, process, bounds)):
+        who = f"user {users[0]} asks process {place}"
+        yield f"{who}: suspect", _with(state, place, process._replace(open=False))
+        return
+    decided = [("", state)]
+    for user in users:
+        decided = [
+            (f"{said}; {label}" if said else label, after)
+            for said, before in decided
+            for label, after in _decide_in_call(state, before, bounds, user, place)
+        ]
+    wanted = faults.kinds(state, bounds)
+    for label, after in decided:
+        made = after.nodes[process.node].seq > node.seq
+        yield label, _logged(state, after, place)
+        if made and faults.APPLY_FAILS in wanted:
+            yield from _half_applied(state, _logged(state, after, place), bounds, users, place, label)
+    if faults.RAISES in wanted:
+        raised = state._replace(faults=state.faults + 1)
+        first, others = users[0], users[1:]
+        for label, after in _decide(raised, bounds, first, place) if "log_first" in bounds.off else [("", raised)]:
+            left = _without_event(raised, after, first, place)
+            for said, last in _decide_in_call(raised, left, bounds, others[0], place) if others else [("", left)]:
+                yield f"user {first}'s operation raises {label}; {said}", _logged(raised, last, place)
+
+
+def _decide_in_call(first: State, state: State, bounds: Bounds, user: int, place: int) -> list[Step]:
+    """Decide an operation as if those before it in the call had come alone: through what they are about to write."""
+    at = state.processes[place].node
+    node, before = state.nodes[at], first.nodes[at]
+    if not {"overlay_code", "overlay_user"} & bounds.off or node.seq == before.seq:
+        return list(_decide(state, bounds, user, place))
+    blind = node
+    if "overlay_code" in bounds.off:
+        blind = blind._replace(free=before.free)
+    if "overlay_user" in bounds.off:
+        blind = blind._replace(
+            holders=before.holders, idem=before.idem, lent=node.lent - len(node.holders - before.holders)
+        )
+    steps = []
+    for label, after in _decide(state._replace(nodes=replaced(state.nodes, at, blind)), bounds, user, place):
+        both = after.nodes[at]
+        both = both._replace(
+            free=both.free & node.free, holders=both.holders | node.holders, idem=both.idem | node.idem
+        )
+        steps.append((label, after._replace(nodes=replaced(after.nodes, at, both))))
+    return steps
+
+
+def _logged(before: State, after: State, place: int) -> State:
+    """The end of a call: what its operations made is one entry, which gets its tip and the tip of the entry before."""
+    process = before.processes[place]
+    old, node = before.nodes[process.node], after.nodes[process.node]
+    if node.seq == old.seq:
+        return after
+    tip, behind = (NO_TIP, NO_TIP) if process.old else (new_tip(before, process.epoch, node.seq), old.tip)
+
+    def tied(event: Event) -> Event:
+        return event._replace(after=behind, tip=tip) if event.tip == UNTIED else event
+
+    node = node._replace(
+        tip=old.tip if process.old else tip,
+        stream=tuple(tied(event) for event in node.stream),
+        idem=frozenset(tied(event) for event in node.idem),
+        holders=frozenset(
+            holder._replace(assigned=tied(holder.assigned), last=tied(holder.last)) for holder in node.holders
+        ),
+    )
+    asks = tuple(
+        ask._replace(event=tied(ask.event), until=tied(ask.until)) if ask.event and ask.until else ask
+        for ask in after.asks
+    )
+    return after._replace(nodes=replaced(after.nodes, process.node, node), asks=asks)
+
+
+def _half_applied(
+    before: State, after: State, bounds: Bounds, users: tuple[int, ...], place: int, label: str
+) -> Iterator[Step]:
+    """An error behind the entry: nothing was applied, or all but the Idempotency-Keys. The shard is in doubt, and whoever
+    asked does not know what became of it."""
+    at = before.processes[place].node
+    old, node = before.nodes[at], after.nodes[at]
+    after = after._replace(faults=before.faults + 1)
+    for user in users:
+        after = _raised(after, user, before.asks[user].tries + 1, place)
+    if "apply_doubt" not in bounds.off:
+        node = node._replace(epoch=DOUBT, was=before.processes[place].epoch)
+    unapplied = node._replace(free=old.free, holders=old.holders, idem=old.idem)
+    for word, left in (("nothing", unapplied), ("no Idempotency-Key", node._replace(idem=old.idem))):
+        yield f"{label}; {word} is applied", after._replace(nodes=replaced(after.nodes, at, left))
+
+
+def _without_event(before: State, after: State, user: int, place: int) -> State:
+    """What an operation leaves that raised: nothing, unless it had written already."""
+    at = before.processes[place].node
+    node = after.nodes[at]._replace(seq=before.nodes[at].seq, stream=before.nodes[at].stream)
+    after = after._replace(nodes=replaced(after.nodes, at, node))
+    return _raised(after, user, before.asks[user].tries + 1, place)
+
+
+def _raised(state: State, user: int, tries: int, place: int) -> State:
+    ask = Ask(state.asks[user].verb, "unknown", tries, place)
+    return state._replace(asks=replaced(state.asks, user, ask))
+
+
+def _decide(state: State, bounds: Bounds, user: int, place: int) -> Iterator[Step]:
+    """What an operation decides, and what that makes of its shard's keys."""
     ask, process = state.asks[user], state.processes[place]
     node = state.nodes[process.node]
     who = f"user {user} asks process {place}"
-    if not fence(process, node, bounds, seen_seq(state, process, bounds)):
-        yield f"{who}: suspect", _with(state, place, process._replace(open=False))
-        return
     key = _key(state, bounds, user, ask.verb)
     if key and "replay" not in bounds.off:
         for event in node.idem:
@@ -144,11 +267,16 @@ def _send(state: State, bounds: Bounds, user: int, place: int) -> Iterator[Step]
         yield from _assign_code(state, bounds, user, place, key, f"{who} for code {bounds.codes - 1}")
     else:
         if _at_limit(node, bounds, user):
+            if bounds.calls:
+                yield f"{who}: at the limit", _ended(state, user)
             return
+        if not node.free and bounds.calls:
+            yield f"{who}: no code is left", _tried(state, user)
         if not node.free and "counts" not in bounds.off and len(node.holders) != node.lent:
             yield f"{who}: codes are missing, and the shard in doubt", _doubt(state, place)
         for code in node.free:
-            yield f"{who}: code {code} is popped on redis {node.run}", _assigned(state, user, place, code, key)
+            event = _event(state, place, ASSIGN, code, person(bounds, user), key)
+            yield f"{who}: code {code} is popped on redis {node.run}", _assigned(state, user, place, event)
 
 
 def fence(process: Process, node: Node, bounds: Bounds, seen: int) -> bool:
@@ -169,7 +297,7 @@ def _assign_code(state: State, bounds: Bounds, user: int, place: int, key: int, 
     node, ledger, code = state.nodes[state.processes[place].node], state.ledger, bounds.codes - 1
     for holder in node.holders:
         if holder.code == code:
-            if holder.assigned.user == user:
+            if holder.assigned.user == person(bounds, user):
                 yield f"{who}: already yours", _found(state, user, place, holder.assigned, holder.last)
             else:
                 yield f"{who}: already assigned", _ended(state, user)
@@ -179,7 +307,8 @@ def _assign_code(state: State, bounds: Bounds, user: int, place: int, key: int, 
     elif _at_limit(node, bounds, user):
         return
     elif code in node.free:
-        yield f"{who}: it is taken from the pool of redis {node.run}", _assigned(state, user, place, code, key)
+        event = _event(state, place, ASSIGN, code, person(bounds, user), key)
+        yield f"{who}: it is taken from the pool of redis {node.run}", _assigned(state, user, place, event)
     elif "counts" not in bounds.off and len(node.free) + len(node.holders) != node.lent:
         yield f"{who}: codes are missing, and the shard in doubt", _doubt(state, place)
     elif code not in quarantined(ledger) and code not in ledger.lone:
@@ -198,7 +327,7 @@ def _redeem(state: State, bounds: Bounds, user: int, place: int, key: int, who: 
         if (holder.assigned.user != user and not bounds.anonymous) or holder.last.verb == REDEEM:
             yield f"{who}: code {code} is redeemed, or another's", _ended(state, user)
             return
-        event = Event(process.epoch, node.seq + 1, REDEEM, code, holder.assigned.user, key)
+        event = _event(state, place, REDEEM, code, holder.assigned.user, key)
         holders = (node.holders - {holder}) | {holder._replace(last=event)}
         yield (
             f"{who}: code {code} is redeemed on redis {node.run}",
@@ -223,7 +352,7 @@ def _show_receipt(state: State, bounds: Bounds, user: int, place: int, code: int
     ledger, coupon = state.ledger, held(state.ledger).get(code)
     position = next(a[4] for a in state.answers if a[:3] == (ASSIGN, code, user))
     if code in quarantined(ledger) and ("release_epoch" in bounds.off or (code, position[0]) in ledger.quarantine):
-        event = Event(*position, ASSIGN, code, user, 0)
+        event = Event(*position, ASSIGN, code, user, 0)  # of no entry
         ledger = ledger._replace(
             quarantine=frozenset(q for q in ledger.quarantine if q[0] != code),
             lent=ledger.lent | {code},
@@ -263,11 +392,13 @@ def _reply(state: State, bounds: Bounds, user: int, ask: Ask) -> Iterator[Step]:
     process, until = state.processes[ask.process], ask.until
     assert until is not None
     if ask.phase == "waiting":
-        if bounds.messages:
+        if ask.made and "tip" not in bounds.off:
+            told = until in state.ledger.events or (until.tip in state.lies)  # by a message, or by primary key
+        elif bounds.messages:
             told = process.epoch == until.epoch and process.heard >= until.seq
         else:
             told = state.told[until.epoch] >= until.seq
-        if "own_epoch" in bounds.off:
+        if "own_epoch" in bounds.off and ("tip" in bounds.off or not ask.made):
             told = any((epoch, seq) >= until.position for epoch, seq in enumerate(state.told) if seq)
         if told:
             yield f"user {user} is answered: durable", _answered(state, bounds, user, durable=True)
@@ -278,7 +409,11 @@ def _reply(state: State, bounds: Bounds, user: int, ask: Ask) -> Iterator[Step]:
         yield f"{who}, too late", state._replace(asks=replaced(state.asks, user, unknown))
         return
     if until.epoch == process.epoch:
-        state = _with(state, ask.process, process._replace(seen=max(process.seen, until.seq)))
+        process = process._replace(seen=max(process.seen, until.seq))
+        if bounds.reports and until.epoch >= process.epoch_min:
+            both = {event for event in (ask.event, until) if event and event.epoch == process.epoch}
+            process = process._replace(records=(process.records | both) - state.ledger.events)
+        state = _with(state, ask.process, process)
     elif not ask.made and until.epoch < process.epoch:
         yield f"{who}, and answers: durable", _answered(state, bounds, user, durable=True)
         return
@@ -296,18 +431,37 @@ def _reply(state: State, bounds: Bounds, user: int, ask: Ask) -> Iterator[Step]:
 def _key(state: State, bounds: Bounds, user: int, verb: str) -> int:
     if verb == REDEEM:
         return 10 * (user + 1) + sum(answer[0] == REDEEM and answer[2] == user for answer in state.answers)
-    return 0 if bounds.limit else user + 1
+    return 0 if bounds.limit else person(bounds, user) + 1
 
 
 def _at_limit(node: Node, bounds: Bounds, user: int) -> bool:
-    return bounds.limit and "limit" not in bounds.off and any(holder.assigned.user == user for holder in node.holders)
+    return (
+        bounds.limit
+        and "limit" not in bounds.off
+        and any(holder.assigned.user == person(bounds, user) for holder in node.holders)
+    )
 
 
-def _assigned(state: State, user: int, place: int, code: int, key: int) -> State:
+def person(bounds: Bounds, user: int) -> int:
+    """Who it is that asks."""
+    return 0 if bounds.twins else user
+
+
+def _event(state: State, place: int, verb: str, code: int, user: int, key: int) -> Event:
     process = state.processes[place]
-    node = state.nodes[process.node]
-    event = Event(process.epoch, node.seq + 1, ASSIGN, code, user, key)
-    return _made(state, user, place, event, node.holders | {Holder(code, event, event)}, node.free - {code})
+    tip = NO_TIP if process.old else UNTIED
+    return Event(process.epoch, state.nodes[process.node].seq + 1, verb, code, user, key, NO_TIP, tip)
+
+
+def _assigned(state: State, user: int, place: int, event: Event) -> State:
+    node = state.nodes[state.processes[place].node]
+    holders = node.holders | {Holder(event.code, event, event)}
+    return _made(state, user, place, event, holders, node.free - {event.code})
+
+
+def _tried(state: State, user: int) -> State:
+    ask = state.asks[user]
+    return state._replace(asks=replaced(state.asks, user, ask._replace(phase="unknown", tries=ask.tries + 1)))
 
 
 def _made(state: State, user: int, place: int, event: Event, holders: frozenset[Holder], free: frozenset[int]) -> State:
@@ -339,10 +493,11 @@ def _answered(state: State, bounds: Bounds, user: int, *, durable: bool) -> Stat
     """The caller has its answer, and goes on: with the next redemption it asks for, if any."""
     event = state.asks[user].event
     assert event is not None
-    broken = of_answer(state, bounds, event, user, durable=durable)
+    user_id = person(bounds, user)
+    broken = of_answer(state, bounds, event, user_id, durable=durable)
     key = _key(state, bounds, user, event.verb)
-    answers = state.answers | {(event.verb, event.code, user, key, event.position)}
-    redeemed = sum(answer[0] == REDEEM and answer[2] == user for answer in answers)
+    answers = state.answers | {(event.verb, event.code, user_id, key, event.position)}
+    redeemed = sum(answer[0] == REDEEM and answer[2] == user_id for answer in answers)
     ask = Ask(REDEEM) if redeemed < bounds.redeems else Ask("")
     return state._replace(answers=answers, asks=replaced(state.asks, user, ask), broken=broken)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tests.model.promises import decides
-from tests.model.state import EMPTY, GONE, Bounds, Node, State, replaced
+from tests.model.state import EMPTY, GONE, NO_TIP, Bounds, Node, State, replaced
 
 Step = tuple[str, State]
 
@@ -23,7 +23,11 @@ DEAL_AGAIN = "deal_again"
 """An operator has a quarantined code dealt again, whoever may hold it."""
 CLOCK = "clock"
 """Postgres's clock steps forward, by which the row of an API process that lives has ended."""
-KINDS = frozenset((*RESTARTS, *FAILOVERS, *TAMPERING, *PUT_BACK, WISH, CUT, DEAL_AGAIN, CLOCK))
+RAISES = "raises"
+"""The first operation of a call raises while it decides."""
+APPLY_FAILS = "apply_fails"
+"""A call fails behind its entry."""
+KINDS = frozenset((*RESTARTS, *FAILOVERS, *TAMPERING, *PUT_BACK, WISH, CUT, DEAL_AGAIN, CLOCK, RAISES, APPLY_FAILS))
 
 
 def steps(state: State, bounds: Bounds) -> Iterator[Step]:
@@ -97,7 +101,12 @@ def _may_go_back(state: State, bounds: Bounds, node: Node, kind: str) -> bool:
 
 def _tampered(node: Node) -> Iterator[tuple[str, Node]]:
     yield "flush", EMPTY._replace(run=node.run, replid=node.replid)
-    yield "del_meta", node._replace(epoch=GONE, was=0, generation=0, attempt=0, seq=0, committed=0, certified=(-1, -1))
+    yield (
+        "del_meta",
+        node._replace(epoch=GONE, was=0, generation=0, attempt=0, seq=0, committed=0, certified=(-1, -1))._replace(
+            tip=NO_TIP
+        ),
+    )
     yield "del_book", node._replace(book=False, lent=0)
     yield "del_free", node._replace(free=frozenset())
     yield "del_holders", node._replace(holders=frozenset())

@@ -81,6 +81,16 @@ def of_certified(state: State, place: int) -> str:
     return ""
 
 
+def of_reported(state: State, epoch: int) -> str:
+    """What API processes promise that all live: whatever they answered in an epoch is in the ledger when it is settled."""
+    if any(of == epoch for _, of in state.ledger.quarantine):
+        return "a code is quarantined, and every process has said what it answered"
+    given = {(event.verb, event.code, event.user) for event in state.ledger.events}
+    if any(answer[4][0] == epoch and answer[:3] not in given for answer in state.answers):
+        return "an answer is lost, and whoever gave it has reported"
+    return ""
+
+
 def decides(state: State, epoch: int, certified: bool) -> bool:
     """Whether a Redis decides in the epoch in which the ledger is."""
     return certified and epoch == state.ledger.epoch == state.ledger.certified

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tests.model.promises import ASSIGN, REDEEM, of_certified
+from tests.model.promises import ASSIGN, REDEEM, of_certified, of_reported
 from tests.model.state import (
     GONE,
+    NO_TIP,
     RECOVERING,
     Bounds,
     Event,
@@ -17,6 +18,7 @@ from tests.model.state import (
     Identity,
     Ledger,
     Node,
+    Position,
     Recovery,
     State,
     Term,
@@ -28,6 +30,8 @@ from tests.model.state import (
     live_epoch,
     quarantined,
     replaced,
+    same_event,
+    tip_at,
 )
 
 Step = tuple[str, State]
@@ -71,8 +75,18 @@ def steps(state: State, bounds: Bounds, place: int, writer: Writer, who: str) ->
         drained = state._replace(ledger=ledger, told=told)
         yield f"{who} drains the stream of redis {node.run}", _next(drained, place, writer, done)
     elif work.done == "drained":
+        rows = {n for n, process in enumerate(state.processes) if process.row and process.node >= 0}
+        if bounds.reports and not rows <= {n for n, epoch, _ in ledger.reports if epoch == work.live}:
+            return  # it waits for them
+        entered = enter_records(ledger, bounds, work)
+        if entered.stopped:
+            yield f"{who} stops the shard", given_up._replace(ledger=entered)
+            return
+        if entered.events != ledger.events:
+            work = work._replace(stands=False, reached=max(work.reached, last_seq(entered, work.live)))
+        state = state._replace(ledger=entered)
         ledger, word = decide(state, bounds, work)
-        over = not ledger.lent.difference(held(ledger))
+        over = not ledger.lent.difference(held(ledger)) and not bounds.reports
         done = work._replace(done="settled" if over else "settling")
         ledger = _finish(ledger) if over else ledger
         yield f"{who} settles epoch {work.live}: {word}", _next(state._replace(ledger=ledger), place, writer, done)
@@ -189,7 +203,7 @@ def script(state: State, bounds: Bounds, step: str, node: Node, term: Term, iden
     if step == "restore_idem":
         return node._replace(idem=node.idem | {event for event in ledger.events if event.key})
     stream = tuple(event for event in node.stream if event.epoch >= epoch)
-    return node._replace(epoch=epoch, certified=identity, seq=0, committed=0, stream=stream)
+    return node._replace(epoch=epoch, certified=identity, seq=0, committed=0, stream=stream, tip=NO_TIP, format=2)
 
 
 # --- in the ledger
@@ -212,10 +226,12 @@ def drain(state: State, bounds: Bounds, node: Node, work: Recovery) -> tuple[Led
     for event in late:
         ledger = take_late(ledger, bounds, event)
     events = [event for event in node.stream if event.epoch == live]
-    if any(known.get(event.position, event)[:5] != event[:5] for event in events):  # a receipt knows no key
+    if any(not same_event(event, known.get(event.position, event)) for event in events):
         return stopped, 0, state.told
     last = last_seq(ledger, live)
     new = [event for event in events if event.seq > last]
+    if "after" not in bounds.off and forked(ledger, new, (live, last)):
+        return stopped, 0, state.told
     upto = max([last, *(event.seq for event in new)])
     missing = set(range(last + 1, upto + 1)) - {event.seq for event in new}
     dead = ledger.dead | {(live, seq, -1) for seq in missing}
@@ -234,6 +250,16 @@ def drain(state: State, bounds: Bounds, node: Node, work: Recovery) -> tuple[Led
     return ledger, upto, state.told
 
 
+def forked(ledger: Ledger, events: list[Event], at: Position) -> bool:
+    """Whether an entry follows another than the one before it. After a hole nobody can tell."""
+    seq, tip = at[1], tip_at(ledger, at)
+    for event in events:
+        if event.seq == seq + 1 and tip not in (event.tip, event.after):
+            return True
+        seq, tip = event.seq, event.tip
+    return False
+
+
 def take_late(ledger: Ledger, bounds: Bounds, event: Event) -> Ledger:
     """An event of an epoch that is over gives its code to its user only out of the quarantine of that same epoch."""
     if event.verb != ASSIGN or event.position in {other.position for other in ledger.events}:
@@ -246,6 +272,24 @@ def take_late(ledger: Ledger, bounds: Bounds, event: Event) -> Ledger:
     return ledger._replace(
         quarantine=ledger.quarantine - out, lent=ledger.lent | {event.code}, events=ledger.events | {event}
     )
+
+
+def enter_records(ledger: Ledger, bounds: Bounds, work: Recovery) -> Ledger:
+    """What the reports carry, at its own positions. The shard is stopped where a report and the stream are of two
+    histories."""
+    if "reports" in bounds.off:
+        return ledger
+    known = {event.position: event for event in ledger.events}
+    records = [event for event in ledger.records if event.epoch == work.live]
+    if any(not same_event(event, known.get(event.position, event)) for event in records):
+        return ledger._replace(stopped=True)
+    new, _ = without_orphans(ledger, sorted(event for event in records if event.position not in known))
+    both = ledger.events | set(new)
+    if len({event.position for event in both}) < len(both) or len({event[2:4] for event in both}) < len(both):
+        return ledger._replace(stopped=True)
+    dead = frozenset(letter for letter in ledger.dead if letter[:2] not in {event.position for event in new})
+    ledger = ledger._replace(events=both, dead=dead)
+    return ledger._replace(stopped=True) if foreign_redemption(ledger) else ledger
 
 
 def foreign_redemption(ledger: Ledger) -> bool:
@@ -276,7 +320,7 @@ def decide(state: State, bounds: Bounds, work: Recovery) -> tuple[Ledger, str]:
     """
     ledger = state.ledger
     if "verdict" in bounds.off or work.live:
-        ledger = ledger._replace(settling=work.live, nothing_lost=nothing_lost(state, work))
+        ledger = ledger._replace(settling=work.live, nothing_lost=nothing_lost(state, bounds, work))
     if "verdict" not in bounds.off:
         ledger = ledger._replace(settled=ledger.certified)
     return ledger, "nothing was lost" if ledger.nothing_lost else "somebody may have been answered"
@@ -285,6 +329,7 @@ def decide(state: State, bounds: Bounds, work: Recovery) -> tuple[Ledger, str]:
 def _finish(ledger: Ledger) -> Ledger:
     """All books are settled."""
     reports = frozenset(report for report in ledger.reports if report[1] >= ledger.settling)
+    ledger = ledger._replace(records=frozenset(event for event in ledger.records if event.epoch > ledger.settling))
     return ledger._replace(lone=frozenset(), settled=ledger.certified, settling=0, nothing_lost=False, reports=reports)
 
 
@@ -295,6 +340,8 @@ def _settle(state: State, bounds: Bounds, place: int, writer: Writer, work: Reco
     lost = sorted(ledger.lent.difference(held(ledger)))
     if not lost:
         done = work._replace(done="settled")
+        if bounds.reports and not bounds.lapses:
+            state = state._replace(broken=of_reported(state, ledger.settling))
         return f"{who} has settled all books", _next(state._replace(ledger=_finish(ledger)), place, writer, done)
     code, epoch = lost[0], ledger.settling
     keep = any(code == other and ("dead_epoch" in bounds.off or of == epoch) for of, _, other in ledger.dead)
@@ -310,15 +357,17 @@ def _settle(state: State, bounds: Bounds, place: int, writer: Writer, work: Reco
     return f"{who} settles: code {code} {word}", _next(state._replace(ledger=ledger), place, writer, work)
 
 
-def nothing_lost(state: State, work: Recovery) -> bool:
+def nothing_lost(state: State, bounds: Bounds, work: Recovery) -> bool:
     """Whether every process that could have answered in the live epoch has said that the ledger has it all."""
     ledger, live = state.ledger, work.live
     if not live:
         return True
-    if any(epoch == live and code == -1 for epoch, _, code in ledger.dead):
-        return False
     reports = [(process, seq) for process, epoch, seq in ledger.reports if epoch == live]
     rows = {place for place, process in enumerate(state.processes) if process.row}
+    if bounds.reports and "reports" not in bounds.off:
+        return rows <= {process for process, _ in reports}
+    if any(epoch == live and code == -1 for epoch, _, code in ledger.dead):
+        return False
     return rows <= {process for process, _ in reports} and all(seq <= work.reached for _, seq in reports)
 
 

@@ -7,14 +7,16 @@ must be out as well, and both together break a promise:
 |---|---|---|
 | `seen` | `fence_replid` | a Redis that went back on a live connection has another replid |
 | `commit_owner` | `commit_position` | whoever committed since has moved the position |
-| `redemption_user` | `entry_read` | whoever holds another's coupon was given it in a history that is not the ledger's |
+| `redemption_user` | `after` | whoever holds another's coupon was given it in a history that is not the ledger's |
+| `after` | `redemption_user` | what it refuses is mostly about what the ledger knows otherwise |
+| `publish_term`, `own_epoch`, `entry` | `tip` | whoever made an event waits for its entry, not for a position |
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from tests.model.faults import CLOCK, CUT, DEAL_AGAIN, WISH
+from tests.model.faults import APPLY_FAILS, CLOCK, CUT, DEAL_AGAIN, RAISES, WISH
 from tests.model.state import Bounds
 
 
@@ -30,6 +32,9 @@ class Safeguard(NamedTuple):
 _SMALL = Bounds(users=1, tries=1)
 _EARLY = Bounds(mode="redis", tries=1)
 _PUT_BACK = Bounds(tries=1, processes=2)
+_UNHEARD = _PUT_BACK._replace(messages=True, kinds=frozenset({"put_back_told"}))
+_CALLS = Bounds(tries=1, calls=True, faults=0)
+_UPGRADE = _EARLY._replace(codes=2, processes=2, upgrade=True, epochs=3, faults=0)
 _STARTS = _PUT_BACK._replace(joins=True, messages=True, kinds=frozenset({"put_back"}))
 _OPERATOR = _EARLY._replace(redeems=1, faults=3, epochs=6)
 
@@ -100,11 +105,13 @@ SAFEGUARDS = {
         "a position is told with the epoch of the batch that brought the ledger there",
         "coupon_svc/writer/persist.py",
         _SMALL._replace(users=2, codes=2, kinds=frozenset({"restart"})),
+        also="tip",
     ),
     "own_epoch": Safeguard(
         "a request waits for a position of its own epoch",
         "coupon_svc/redis/waiters.py",
         _SMALL._replace(users=2, kinds=frozenset({"empty"})),
+        also="tip",
     ),
     "replay": Safeguard(
         "an Idempotency-Key that was used is looked up before anything else",
@@ -159,23 +166,70 @@ SAFEGUARDS = {
     "message_seen": Safeguard(
         "a message that the ledger holds a position raises what an API process has seen",
         "coupon_svc/redis/data_plane.py",
-        _PUT_BACK._replace(kinds=frozenset({"put_back"})),
+        _PUT_BACK._replace(mode="redis", kinds=frozenset({"put_back"})),
+    ),
+    "tip": Safeguard(
+        "an event that a request made is durable when the ledger has its very entry, by position and tip",
+        "coupon_svc/redis/waiters.py",
+        _PUT_BACK._replace(kinds=frozenset({"put_back_any"})),
     ),
     "entry": Safeguard(
-        "an owner compares the entry at the committed position with the ledger's event",
+        "an owner compares the entry at the committed position with the ledger's",
         "lua/publish_position.lua, lua/open_shard.lua",
         _PUT_BACK._replace(kinds=frozenset({"put_back_committed"})),
+        also="tip",
     ),
-    "entry_read": Safeguard(
-        "a batch is committed only when the stream has the ledger's event where the ledger ends",
+    "after": Safeguard(
+        "an entry is committed only when it was made after the ledger's last",
         "coupon_svc/writer/persist.py",
-        _STARTS._replace(users=3, codes=2),
+        _STARTS._replace(redeems=1, anonymous=True),
+        also="redemption_user",
+    ),
+    "shard_result": Safeguard(
+        "a commit says of each shard whether it moved, and only what moved is told",
+        "coupon_svc/writer/persist.py",
+        _SMALL._replace(faults=0, writers=2, takeovers=1),
+    ),
+    "overlay_code": Safeguard(
+        "an operation passes over the codes that others of its call have taken",
+        "lua/call.lua",
+        _CALLS,
+    ),
+    "overlay_user": Safeguard(
+        "an operation sees what others of its call have given its user, and their Idempotency-Keys",
+        "lua/call.lua",
+        _CALLS._replace(codes=2, twins=True, limit=True),
+    ),
+    "log_first": Safeguard(
+        "operations write nothing before all of the call have decided, and their entry is made",
+        "lua/call.lua",
+        _CALLS._replace(codes=2, tries=2, faults=1, kinds=frozenset({RAISES})),
+    ),
+    "apply_doubt": Safeguard(
+        "an error behind the entry puts the shard in doubt",
+        "lua/call.lua",
+        _CALLS._replace(faults=1, kinds=frozenset({APPLY_FAILS})),
+    ),
+    "reports": Safeguard(
+        "a report carries the records of what was answered early, and the ledger gets them",
+        "coupon_svc/writer/recover.py",
+        _EARLY._replace(kinds=frozenset({"empty"}), reports=True),
+    ),
+    "format": Safeguard(
+        "a shard of an older version is recovered before it is opened",
+        "lua/open_shard.lua, coupon_svc/redis/verification.py",
+        _UPGRADE,
+    ),
+    "run": Safeguard(
+        "an older version takes a shard of the new format for uncertified",
+        "lua/certify_shard.lua",
+        _UPGRADE,
     ),
     "redemption_user": Safeguard(
         "the ledger refuses a redemption by another user than the coupon's",
         "coupon_svc/postgres/events.py",
         _STARTS._replace(redeems=1, anonymous=True),
-        also="entry_read",
+        also="after",
     ),
     "observed": Safeguard(
         "a process is counted as gone by the observer's own clock, when it has stopped to answer early",
@@ -215,16 +269,20 @@ SAFEGUARDS = {
 }
 
 LIMITS: dict[str, Bounds] = {
-    "rolled back within one commit": _PUT_BACK._replace(kinds=frozenset({"put_back_any"})),
+    "rolled back within one commit, and a retry is shown": _PUT_BACK._replace(
+        tries=2, kinds=frozenset({"put_back_any"})
+    ),
     "rolled back after an early answer": _PUT_BACK._replace(mode="redis", kinds=frozenset({"put_back_any"})),
-    "rolled back while a message is on its way": _PUT_BACK._replace(messages=True, kinds=frozenset({"put_back_told"})),
+    "rolled back while a message is on its way, and a retry is shown": _UNHEARD._replace(tries=2),
     "a process starts after a rollback and answers early": _STARTS._replace(mode="redis"),
     "a process starts after a rollback and refuses a redeem": _STARTS._replace(redeems=1),
 }
-"""Histories in which a promise is broken with every safeguard in. Keys go back in a running Redis, and whoever makes the
-same position again has not heard of the first. A position alone does not tell the two events apart; a random tip in each
-entry would. A limit that
-breaks nothing any more moves to the scopes."""
+"""Histories in which a promise is broken with every safeguard in. Keys go back in a running Redis, and an API process that
+has not heard of what was lost asks it. Whatever it makes there is never durable: the ledger has another entry at that
+position. But it may answer early, it may be shown what is not the ledger's (a replay waits for a position, and the first
+history has reached it), and it may find nothing where the ledger has something. A limit that breaks nothing any more moves
+to the scopes."""
 
-BY_HAND = frozenset({"entry_read", "release_epoch"})
-"""Safeguards whose histories are so long that tests do not look for them: `python -m tests.model --without` does."""
+BY_HAND = frozenset({"after", "release_epoch"})
+"""Safeguards whose histories tests do not look for: they are too long, or those of the safeguard that covers for it.
+`python -m tests.model --without` does."""

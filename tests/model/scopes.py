@@ -3,7 +3,7 @@ puts side by side. The small bounds are for every test run, `WIDE` is for the co
 
 from __future__ import annotations
 
-from tests.model.faults import CUT, FAILOVERS, RESTARTS, TAMPERING, WISH
+from tests.model.faults import APPLY_FAILS, CUT, FAILOVERS, RAISES, RESTARTS, TAMPERING, WISH
 from tests.model.state import Bounds
 
 _RESTARTS, _FAILOVERS, _TAMPERING = frozenset(RESTARTS), frozenset(FAILOVERS), frozenset(TAMPERING)
@@ -24,7 +24,15 @@ SCOPES = {
     "interrupted": Bounds(order=("promote", CUT, "failback"), users=1, tries=1, faults=3, epochs=4),
     "put_back": Bounds(kinds=frozenset({"put_back"}), processes=2, tries=1, messages=True),
     "put_back_committed": Bounds(kinds=frozenset({"put_back_committed"}), processes=2, tries=1),
+    "put_back_any": Bounds(kinds=frozenset({"put_back_any"}), processes=2, tries=1),
+    "put_back_told": Bounds(kinds=frozenset({"put_back_told"}), processes=2, tries=1, messages=True),
     "starts": Bounds(kinds=frozenset({"put_back"}), processes=2, tries=1, messages=True, joins=True),
+    "calls": Bounds(kinds=frozenset({APPLY_FAILS, RAISES, "empty"}), tries=1, calls=True),
+    "calls_again": Bounds(kinds=frozenset({APPLY_FAILS, RAISES}), calls=True),
+    "calls_redeem": Bounds(codes=2, tries=1, faults=0, redeems=1, calls=True),
+    "twins": Bounds(kinds=frozenset({APPLY_FAILS}), codes=2, calls=True, twins=True),
+    "reports": Bounds(kinds=frozenset({"empty", "old"}), processes=2, tries=1, reports=True),
+    "upgrade": Bounds(kinds=frozenset({"restart"}), processes=2, tries=1, epochs=3, upgrade=True),
 }
 """Small enough for every run of the tests: seconds each."""
 
@@ -44,9 +52,19 @@ WIDE = {
     "interrupted": Bounds(order=("promote", "failback", CUT), tries=1, faults=3, epochs=4),
     "put_back": Bounds(kinds=frozenset({"put_back"}), processes=2, users=3, codes=2, tries=1, messages=True),
     "put_back_committed": Bounds(kinds=frozenset({"put_back_committed"}), processes=2, users=3, codes=2, tries=1),
+    "put_back_any": Bounds(kinds=frozenset({"put_back_any"}), processes=2, users=3, codes=2, tries=1),
+    "put_back_told": Bounds(kinds=frozenset({"put_back_told"}), processes=2, users=3, codes=2, tries=1, messages=True),
     "starts": Bounds(kinds=frozenset({"put_back"}), processes=2, users=3, codes=2, tries=1, messages=True, joins=True),
+    "calls": Bounds(kinds=frozenset({APPLY_FAILS, RAISES, "empty", "old"}), codes=2, tries=1, calls=True),
+    "calls_again": Bounds(kinds=frozenset({APPLY_FAILS, RAISES, "old"}), processes=2, calls=True),
+    "calls_redeem": Bounds(kinds=frozenset({APPLY_FAILS}), codes=2, tries=1, redeems=1, calls=True),
+    "twins": Bounds(kinds=frozenset({APPLY_FAILS, RAISES, "old"}), codes=2, calls=True, twins=True),
+    "reports": Bounds(
+        kinds=_RESTARTS | frozenset({"promote", "failback"}), processes=2, codes=2, tries=1, reports=True
+    ),
+    "upgrade": Bounds(kinds=_RESTARTS, codes=2, processes=2, tries=1, epochs=3, upgrade=True),
 }
 """Minutes each, by hand."""
 
-LEDGER_ONLY = frozenset({"put_back_committed", "starts"})
+LEDGER_ONLY = frozenset({"put_back_committed", "put_back_any", "put_back_told", "starts"})
 """Scopes that hold with ack = ledger alone: an early answer is lost with the keys that went back (see `LIMITS`)."""

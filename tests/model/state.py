@@ -14,10 +14,22 @@ Term = tuple[int, int]
 """(epoch, generation) with which an owner writes."""
 Identity = tuple[int, int]
 """(run_id, replid) of a Redis."""
+Tip = int
+"""What names an entry: epoch and seq of its last event, and which of the entries it is that were ever made there, as the
+digits of one number. The service draws it at random; here it is the lowest that nobody remembers, so that histories without
+a fork are not told apart by it."""
+
+NO_TIP: Tip = 0
+"""Before the first entry of an epoch; of an entry in the old format; of an event that is no entry's."""
+UNTIED: Tip = -1
+"""Of an event whose call is not at its end."""
 
 
 class Event(NamedTuple):
-    """An event of the stream. `verb` is `assign` or `redeem`; `key` the Idempotency-Key of the request, 0 without one."""
+    """An event of the stream. `verb` is `assign` or `redeem`; `key` the Idempotency-Key of the request, 0 without one.
+
+    Events that one call made share `tip`: they are one entry. `after` is the tip of the entry before.
+    """
 
     epoch: int
     seq: int
@@ -25,6 +37,8 @@ class Event(NamedTuple):
     code: int
     user: int
     key: int
+    after: Tip = NO_TIP
+    tip: Tip = NO_TIP
 
     @property
     def position(self) -> Position:
@@ -60,6 +74,9 @@ class Node(NamedTuple):
     idem: frozenset[Event]
     """Idempotency records; the event is the answer, its `key` the key."""
     stream: tuple[Event, ...]
+    tip: Tip = NO_TIP
+    format: int = 2
+    """Of the entries that may be made; 1 was certified by an older version."""
 
     @property
     def identity(self) -> Identity:
@@ -89,6 +106,8 @@ class Ledger(NamedTuple):
     """The epoch whose books are being settled one after the other, 0 for none."""
     nothing_lost: bool
     """The verdict under which they are settled."""
+    records: frozenset[Event] = frozenset()
+    """What the reports say was made or shown, and the ledger lacks."""
 
 
 class Process(NamedTuple):
@@ -107,6 +126,10 @@ class Process(NamedTuple):
     """The position of its epoch that it has heard of, where messages take a while."""
     deaf: int = 0
     """What was told before it listened."""
+    old: bool = False
+    """It is of an older version: makes entries in the old format, and takes a shard of the new one for uncertified."""
+    records: frozenset[Event] = frozenset()
+    """What it has made or shown and the ledger lacked."""
 
 
 class Batch(NamedTuple):
@@ -204,6 +227,8 @@ class State(NamedTuple):
     lapses: int
     broken: str
     """The promise that this state breaks, "" for none."""
+    lies: frozenset[Tip] = frozenset()
+    """Tips that a message named though the ledger lacks their entries."""
 
 
 class Bounds(NamedTuple):
@@ -237,6 +262,14 @@ class Bounds(NamedTuple):
     """A redeem names the code and no user; then it is the ledger that is watched, and P6 is not."""
     delays: bool = False
     """One script of an owner is executed late, when its sender has given it up."""
+    calls: bool = False
+    """Two requests at one API process may be decided by one call. All codes are lent at once then."""
+    twins: bool = False
+    """All requests are of one user, and have one Idempotency-Key."""
+    reports: bool = False
+    """Reports carry the records of what was answered early, and a recovery waits for those of all processes that live."""
+    upgrade: bool = False
+    """The first epoch is an older version's, and so is the first API process."""
     kinds: frozenset[str] = frozenset()
     """Which faults there are."""
     order: tuple[str, ...] = ()
@@ -283,6 +316,34 @@ def quarantined(ledger: Ledger) -> frozenset[int]:
     return frozenset(code for code, _ in ledger.quarantine)
 
 
+def tip_at(ledger: Ledger, position: Position) -> Tip:
+    """The tip of the ledger's entry whose last event is at a position."""
+    return next((event.tip for event in ledger.events if event.position == position), NO_TIP)
+
+
+def same_event(event: Event, other: Event) -> bool:
+    """Whether two at one position are one event. What a receipt or an old entry brought has no tip, and no key."""
+    return event[:5] == other[:5] and (event.tip == other.tip or NO_TIP in (event.tip, other.tip))
+
+
+def new_tip(state: State, epoch: int, seq: int) -> Tip:
+    """A tip that nobody remembers, for an entry that ends at this position."""
+    tip = epoch * 1000 + seq * 10
+    if not state.faults and state.copy is None:
+        return tip
+    nodes = state.nodes if state.copy is None else (*state.nodes, state.copy)
+    events: set[Event | None] = {*state.ledger.events, *state.ledger.records}
+    for node in nodes:
+        events.update(node.stream, node.idem, *(holder[1:] for holder in node.holders))
+    events.update(*(ask[5:7] for ask in state.asks), *(process.records for process in state.processes))
+    events.update(*(writer.batch.events for writer in state.writers if writer.batch))
+    known = {tip for event in events if event for tip in (event.after, event.tip)}
+    known.update(node.tip for node in nodes)
+    while tip in known:
+        tip += 1
+    return tip
+
+
 def live_epoch(ledger: Ledger) -> int:
     """The epoch in which Redis decided last, and which is not over for the ledger; 0 for none."""
     return ledger.certified if ledger.certified > ledger.settled else 0
@@ -309,9 +370,17 @@ def first_state(bounds: Bounds) -> State:
         1, 0, 1, 0, 1, 0, False, frozenset({0}), nobody, nothing, frozenset(), frozenset(), frozenset(), 0, False
     )
     processes = [Process(0, True, 1, 0, 1, True, True)] * bounds.processes
+    if bounds.calls:
+        codes = frozenset(range(bounds.codes))
+        node, ledger = node._replace(lent=bounds.codes, free=codes), ledger._replace(lent=codes)
+    if bounds.upgrade:
+        node = node._replace(format=1)
+        processes = [Process(0, place == 0, 1, 0, 1, True, True, old=place == 0) for place in range(bounds.processes)]
     if bounds.joins:
         processes[-1] = Process(-1, False, 0, 0, 0, False, False)
     writers = [Writer(0, (1, 1), 0, (0, 0))] + [Writer(0, (0, 0), 0, None)] * (bounds.writers - 1)
+    if bounds.upgrade:
+        writers[0] = Writer(0, (1, 1), 0, None)
     ask = Ask("assign")
     return State(
         ledger, (node,), 0, None, tuple(processes), tuple(writers), (ask,) * bounds.users,

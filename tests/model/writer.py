@@ -19,11 +19,14 @@ from tests.model.state import (
     Position,
     State,
     Term,
+    Tip,
     Wire,
     Writer,
     held,
     quarantined,
     replaced,
+    same_event,
+    tip_at,
 )
 
 Step = tuple[str, State]
@@ -87,11 +90,15 @@ def _in_order(ledger: Ledger, node: Node, bounds: Bounds) -> bool:
     """lua/open_shard.lua, no dead letter, and the first event that the ledger lacks is in the stream."""
     if node.generation > ledger.generation or node.epoch != ledger.epoch or not _same(node, node.certified, bounds):
         return False
+    if node.format < 2 and "format" not in bounds.off:
+        return False
     if any(epoch == ledger.epoch for epoch, _, _ in ledger.dead):
         return False
     if "entry" not in bounds.off and not agrees_at(ledger, node, (ledger.epoch, ledger.committed)):
         return False
-    return node.seq >= ledger.committed >= node.committed and follows(node, ledger.epoch, ledger.committed)
+    return node.seq >= ledger.committed >= node.committed and follows(
+        ledger, node, (ledger.epoch, ledger.committed), bounds
+    )
 
 
 def _same(node: Node, identity: tuple[int, int], bounds: Bounds) -> bool:
@@ -100,15 +107,19 @@ def _same(node: Node, identity: tuple[int, int], bounds: Bounds) -> bool:
     return node.identity == identity or (node.run == identity[0] and "replid" in bounds.off)
 
 
-def follows(node: Node, epoch: int, committed: int) -> bool:
-    """Whether the event after the ledger's last is in the stream, if there is one."""
-    return node.seq <= committed or any(event.position == (epoch, committed + 1) for event in node.stream)
+def follows(ledger: Ledger, node: Node, at: Position, bounds: Bounds) -> bool:
+    """Whether the entry after the ledger's last is in the stream, if there is one, and was made after that very one."""
+    epoch, committed = at
+    return node.seq <= committed or any(
+        event.position == (epoch, committed + 1) and ("after" in bounds.off or event.after == tip_at(ledger, at))
+        for event in node.stream
+    )
 
 
 def agrees_at(ledger: Ledger, node: Node, position: Position) -> bool:
-    """Whether the stream has the very event that the ledger has at a position: two histories may count alike."""
+    """Whether the stream has the very entry that the ledger has at a position: two histories may count alike."""
     known = [event for event in ledger.events if event.position == position]
-    return not known or any(event[:5] == known[0][:5] for event in node.stream)
+    return not known or any(same_event(event, known[0]) for event in node.stream)
 
 
 def _look(state: State, bounds: Bounds, place: int, writer: Writer, who: str) -> Iterator[Step]:
@@ -117,7 +128,7 @@ def _look(state: State, bounds: Bounds, place: int, writer: Writer, who: str) ->
     mine = ledger.owner == place and (ledger.epoch, ledger.generation) == writer.term
     assert writer.opened_on is not None
     fit = _same(node, writer.opened_on, bounds) and owner_fence(node, writer.term, bounds)
-    if not mine or not fit or not follows(node, writer.term[0], writer.committed):
+    if not mine or not fit or not follows(ledger, node, (writer.term[0], writer.committed), bounds):
         yield f"{who} finds the shard amiss", with_writer(state, place, writer._replace(opened_on=None))
         return
     if node.seq == writer.committed == ledger.committed:
@@ -152,9 +163,11 @@ def _persist(state: State, bounds: Bounds, place: int, writer: Writer, who: str)
         events = tuple(event for event in node.stream if event.position > at)
         if not events:
             return
-        if "entry_read" not in bounds.off and not agrees_at(ledger, node, at):
+        if "after" not in bounds.off:
+            events = in_one_chain(events, tip_at(ledger, at))
+        if not events:
             amiss = with_writer(state, place, writer._replace(opened_on=None))
-            yield f"{who} finds another event where the ledger ends", amiss
+            yield f"{who} finds an entry that does not follow the ledger's last", amiss
             return
         upto = writer.committed + len(events)
         wanted = [(writer.term[0], seq) for seq in range(writer.committed + 1, upto + 1)]
@@ -167,6 +180,9 @@ def _persist(state: State, bounds: Bounds, place: int, writer: Writer, who: str)
     elif not batch.done:
         dropped = writer._replace(batch=None, opened_on=None)
         if not may_commit(ledger, place, batch, bounds):
+            # Other shards of the same commit have passed.
+            if "shard_result" in bounds.off:
+                dropped = writer._replace(batch=batch._replace(done=True))
             yield f"{who}'s batch is thrown away", with_writer(state, place, dropped)
             return
         written = write(ledger, batch.events, bounds)
@@ -183,6 +199,15 @@ def _persist(state: State, bounds: Bounds, place: int, writer: Writer, who: str)
         yield f"{who} commits, and the reply is lost", again
     else:
         yield _publish(state, bounds, place, writer, batch, who)
+
+
+def in_one_chain(events: tuple[Event, ...], tip: Tip) -> tuple[Event, ...]:
+    """The events up to the first entry that was made after another than the one before it."""
+    for number, event in enumerate(events):
+        if tip not in (event.tip, event.after):
+            return events[:number]
+        tip = event.tip
+    return events
 
 
 def may_commit(ledger: Ledger, place: int, batch: Batch, bounds: Bounds) -> bool:
@@ -221,6 +246,8 @@ def _publish(state: State, bounds: Bounds, place: int, writer: Writer, batch: Ba
         return f"{who} cannot tell the position", with_writer(state, place, amiss)
     told = replaced(state.told, term[0], max(state.told[term[0]], batch.upto))
     node = node._replace(committed=batch.upto)
+    if lies := {event.tip for event in batch.events} - {event.tip for event in state.ledger.events}:
+        state = state._replace(lies=state.lies | lies)
     return f"{who} tells the position {term[0]}-{batch.upto}", with_node(state._replace(told=told), place, writer, node)
 
 
@@ -251,17 +278,17 @@ def _lend(state: State, bounds: Bounds, place: int, writer: Writer, who: str) ->
         again = writer._replace(load=Load(writer.term, outstanding, "outstanding"))
         yield f"{who} brings again what is outstanding", with_writer(state, place, again)
     elif unlent and not node.free:
-        code = frozenset({min(unlent)})  # codes are alike
+        codes = frozenset(unlent if bounds.calls else {min(unlent)})  # codes are alike
         if "lease_first" in bounds.off:
             yield (
-                f"{who} is to bring code {min(unlent)}",
-                with_writer(state, place, writer._replace(load=Load(writer.term, code, "unlent"))),
+                f"{who} is to bring codes {sorted(codes)}",
+                with_writer(state, place, writer._replace(load=Load(writer.term, codes, "unlent"))),
             )
             return
-        lent = ledger._replace(lent=ledger.lent | code)
+        lent = ledger._replace(lent=ledger.lent | codes)
         yield (
-            f"{who} lends code {min(unlent)}",
-            with_writer(state._replace(ledger=lent), place, writer._replace(load=Load(writer.term, code, "block"))),
+            f"{who} lends codes {sorted(codes)}",
+            with_writer(state._replace(ledger=lent), place, writer._replace(load=Load(writer.term, codes, "block"))),
         )
 
 
