@@ -284,7 +284,9 @@ class Dispatcher:
             outcome = Outcome.STORE_UNAVAILABLE
         else:
             log.error("a call of class %s failed: %s", call.lane.call_class, word)
-            outcome = Outcome.INTERNAL_ERROR
+            # An operation cannot raise it, so it comes from before a section's first write. Other sections may be done.
+            begun = len(call.sections) > 1 and call.lane.call_class is not CallClass.READ
+            outcome = Outcome.OUTCOME_UNKNOWN if begun else Outcome.INTERNAL_ERROR
         _refuse_all(call.operations, outcome)
 
     async def _send_again(self, call: _Call) -> None:

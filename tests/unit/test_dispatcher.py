@@ -291,6 +291,15 @@ async def test_what_cannot_be_sent_leaves_the_others(service: Service, caplog: p
     assert "pair" not in caplog.text
 
 
+async def test_a_call_that_failed_between_two_shards_may_have_been_done(service: Service) -> None:
+    asked = [service.assign("ann"), service.assign("bob", shard=1), service.read(), service.read(1)]
+    await turns()
+    for call in service.calls:
+        call.answer(ReplyError("ERR a bug"))
+    told = [await outcome(one) for one in asked]
+    assert told == [Outcome.OUTCOME_UNKNOWN] * 2 + [Outcome.INTERNAL_ERROR] * 2
+
+
 @pytest.mark.parametrize("raw", [[], [["ok"]], [["ok", 21, "t", []]], [[]], ["ok"], None, [["ok", 21, "t", [[]]]]])
 async def test_nobody_waits_for_ever_for_a_reply_that_is_none(service: Service, raw: Any) -> None:
     asked = service.assign("ann")
