@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextvars import Context
+from functools import partial
 from types import coroutine
 from typing import Any, Generic, TypeVar
 
@@ -106,6 +107,26 @@ def drive(driven: Coroutine[Any, None, T], on_done: Callable[[T | None], object]
     started = Driven(driven, on_done)
     started.go_on()
     return started
+
+
+async def together(all_driven: Sequence[Coroutine[Any, None, T]]) -> list[T | None]:
+    """Drive several coroutines at once, and return what they return, in their order; None for one that raised."""
+    results: list[T | None] = [None] * len(all_driven)
+    left = len(all_driven)
+    all_done = Slot[None]()
+
+    def on_done(index: int, result: T | None) -> None:
+        nonlocal left
+        results[index] = result
+        left -= 1
+        if not left:
+            all_done.set_result(None)
+
+    for index, driven in enumerate(all_driven):
+        drive(driven, partial(on_done, index))
+    if left:
+        await all_done
+    return results
 
 
 class Driven(Generic[T]):

@@ -75,6 +75,7 @@ OVERLAY = {
     "hold": ("hash", "write"),
     "list": ("zset", "add"),
     "remember": ("string", "write"),
+    "remember_list": ("string", "write"),
     "set_lock": ("string", "write"),
     "drop_lock": ("string", "delete"),
     "count": ("hash", "count"),

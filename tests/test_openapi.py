@@ -345,6 +345,8 @@ async def _walk(client: httpx.AsyncClient) -> None:
     for _ in range(4):
         await client.post("/coupons/assign", json={"book_id": book, "user_id": "w"})
     await client.post("/coupons/assign", json={"book_id": "none", "user_id": "w"})
+    for book_id, users in ((book, ["w", "y"]), ("none", ["w"]), (book, [])):
+        await client.post("/coupons/assignments", json={"book_id": book_id, "user_ids": users})
     for code in ("A-1", "AB-1", "NONE-1"):
         for body in ({}, {"user_id": "x"}, {"lock_token": "wrong"}, {"ttl_seconds": 0}):
             await client.post(f"/coupons/lock/{code}", json=body)

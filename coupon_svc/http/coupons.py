@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import msgspec
 from msgspec import UNSET
 
 from coupon_svc.domain.clock import rfc3339
@@ -14,7 +15,8 @@ from coupon_svc.http.call import Answer, Call
 from coupon_svc.http.cursors import Cursors
 from coupon_svc.http.inputs import check_user_id, encode_metadata
 from coupon_svc.http.operations import BOOK_SHUT, NO_ROOM, NOT_REDEEMABLE, operation
-from coupon_svc.service.assign import AssignCode, AssignCoupon, Assigned
+from coupon_svc.http.problems import PROBLEMS
+from coupon_svc.service.assign import AssignCode, AssignCoupon, AssignCoupons, Assigned
 from coupon_svc.service.reading import Coupon, ListCoupons, ListPlace, ReadCode, Reading
 from coupon_svc.service.redeem import LockCoupon, RedeemCoupon, Redeeming, UnlockCoupon
 
@@ -23,6 +25,8 @@ class AssignUseCases(Protocol):
     """Of `service.assign.Assigning`, what is asked of it."""
 
     async def assign_coupon(self, wanted: AssignCoupon) -> Assigned: ...
+
+    async def assign_coupons(self, wanted: AssignCoupons) -> list[Assigned | Refused]: ...
 
     async def assign_code(self, wanted: AssignCode) -> Assigned: ...
 
@@ -65,6 +69,28 @@ class Coupons:
                 AssignCoupon(call.key.tenant_id, body.book_id, body.user_id, idempotency)
             )
         )
+
+    @operation(
+        "POST",
+        "/coupons/assignments",
+        summary="Assign a random code of a book to each user of a list",
+        tag="Coupons",
+        scopes=("coupons:assign",),
+        body=schemas.AssignCoupons,
+        answers={200: schemas.AssignmentsAnswer},
+        refusals=(Outcome.BOOK_NOT_FOUND, *BOOK_SHUT, *NO_ROOM, Outcome.OUTCOME_UNKNOWN),
+    )
+    async def assign_coupons(self, call: Call) -> Answer:
+        """Give each of up to 1,000 users a random code. Each is decided by itself, and one user's refusal changes nothing
+        for the others; the answer leaves when it holds for all. Repeat it with the same Idempotency-Key: whoever got a code
+        gets that code again, and the refused are judged anew."""
+        body: schemas.AssignCoupons = call.body
+        wanted = AssignCoupons(call.key.tenant_id, body.book_id, body.user_ids, call.idempotency())
+        found = await self._assigning.assign_coupons(wanted)
+        results = [_user_result(user_id, result) for user_id, result in zip(body.user_ids, found, strict=True)]
+        assigned = sum(result.status == 201 for result in results)
+        answer = schemas.AssignmentsAnswer(book_id=body.book_id, assigned=assigned, results=results)
+        return Answer(200, answer, replayed=all(isinstance(one, Assigned) and one.replayed for one in found))
 
     @operation(
         "POST",
@@ -286,6 +312,24 @@ def _assign_answer(assigned: Assigned) -> Answer:
         receipt=UNSET if assigned.receipt is None else assigned.receipt,
     )
     return Answer(200 if assigned.already_yours else 201, answer, assigned.replayed)
+
+
+def _user_result(user_id: str, result: Assigned | Refused) -> schemas.UserResult:
+    if isinstance(result, Refused):
+        outcome = result.outcome
+        fields = {"user_id": user_id, "status": PROBLEMS[outcome].status, "code": outcome.value, **result.numbers}
+        return msgspec.convert(fields, schemas.UserResult)
+    return schemas.UserResult(
+        user_id=user_id,
+        status=201,
+        code=result.code,
+        book_id=result.book_id,
+        assigned_at=rfc3339(result.at_ms),
+        redemptions_left=result.redemptions_left,
+        position=result.position.in_shard(result.shard),
+        durable=result.durable,
+        receipt=UNSET if result.receipt is None else result.receipt,
+    )
 
 
 def _coupon_answer(coupon: Coupon) -> schemas.CouponAnswer:

@@ -19,6 +19,7 @@ METADATA_BYTES_MAX = 4_096
 METADATA_DEPTH_MAX = 100
 """Whoever reads it may stand deeper in its own calls than who wrote it did."""
 REJECTED_SHOWN_MAX = 100
+USERS_PER_CALL_MAX = 1_000
 
 _NO_CONTROLS = r"^[^\x00-\x1f\x7f-\x9f]*(?![\s\S])"  # `$` would let a line break pass at the end
 Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=_NO_CONTROLS, description="1..200 characters")]
@@ -168,6 +169,17 @@ class AssignCoupon(Request, frozen=True):
     book_id: BookId
     user_id: UserId
     EXAMPLE: ClassVar[dict[str, Any]] = {"book_id": _BOOK_ID, "user_id": _USER}
+
+
+class AssignCoupons(Request, frozen=True):
+    """Which book codes are wanted of, and for whom."""
+
+    book_id: BookId
+    user_ids: Annotated[
+        list[UserId],
+        Meta(min_length=1, max_length=USERS_PER_CALL_MAX, description="one who is named twice is asked for twice"),
+    ]
+    EXAMPLE: ClassVar[dict[str, Any]] = {"book_id": _BOOK_ID, "user_ids": [_USER, "user-43"]}
 
 
 class AssignCode(Request, frozen=True):
@@ -346,6 +358,42 @@ class AssignAnswer(msgspec.Struct, frozen=True, kw_only=True):
         "redemptions_left": 1,
         "position": "08:1-1",
         "durable": True,
+    }
+
+
+class UserResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one user of a list: with status 201 the fields of an assign, otherwise those of its problem."""
+
+    user_id: HolderId
+    status: Annotated[int, Meta(description="the status that an assign for this user alone would have")]
+    code: Annotated[
+        str, Meta(description="with status 201 the code that the user has now, otherwise the problem's code")
+    ]
+    book_id: BookId | UnsetType = UNSET
+    assigned_at: Time | UnsetType = UNSET
+    redemptions_left: UsesLeft | UnsetType | None = UNSET
+    position: Position | UnsetType = UNSET
+    durable: Annotated[bool, Meta(description="whether the ledger has it already")] | UnsetType = UNSET
+    receipt: (
+        Annotated[str, Meta(description="in `ack = redis` books: brings the record back should it be lost")] | UnsetType
+    ) = UNSET
+    limit: Annotated[int, Meta(description="of `user_code_limit`: codes that a user may hold")] | UnsetType = UNSET
+    held: Annotated[int, Meta(description="of `user_code_limit`: codes that this user holds")] | UnsetType = UNSET
+
+
+class AssignmentsAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of each user of a list."""
+
+    book_id: BookId
+    assigned: Annotated[int, Meta(ge=0, description="users with status 201")]
+    results: Annotated[list[UserResult], Meta(description="in the order of the request")]
+    EXAMPLE: ClassVar[dict[str, Any]] = {
+        "book_id": _BOOK_ID,
+        "assigned": 1,
+        "results": [
+            {"status": 201, **AssignAnswer.EXAMPLE},
+            {"user_id": "user-43", "status": 409, "code": "user_code_limit", "limit": 1, "held": 1},
+        ],
     }
 
 

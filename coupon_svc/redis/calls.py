@@ -89,7 +89,8 @@ def bind_operation(contract: Contract) -> Operation:
     keys = [_key_expression(key) for key in contract.keys]
     args = {arg.name: arg for arg in contract.args}
     needed = {name for _, names in keys for name in names}
-    parameters = [name for name in sorted(needed) if name not in args]
+    optional = {_key_expression(key)[1][-1] for key in contract.keys if key.mark == "?"}
+    parameters = [f"{name}=''" if name in optional else name for name in sorted(needed) if name not in args]
     parameters += [f"{name}=''" if arg.mark == "?" else name for name, arg in args.items()]
     values = [repr(contract.name), *(expression for expression, _ in keys), *map(_arg_expression, contract.args)]
     head = f"def pack(keys, prefix, *, {', '.join(parameters)}):"

@@ -120,6 +120,16 @@ class UnlockRecord(NamedTuple):
         return _json([self.fingerprint])
 
 
+class ListRecord(NamedTuple):
+    """The idempotency record of a list of assigns as a whole; its users have records of their own."""
+
+    fingerprint: str
+
+    def encode(self) -> str:
+        """The JSON that Redis keeps."""
+        return _json([self.fingerprint])
+
+
 def encode_book(book: Book) -> dict[str, str]:
     """A book's rules as fields of its hash. What is unlimited or unset is the empty text."""
     return {

@@ -25,8 +25,8 @@ The header is the first comment of the file, and the only list of them. From it 
     ]]
 
 The body finds a key as `<name>_key`, a list of keys as `<name>_keys`, and an argument by its name; a key that was left out
-is nil. Only the last key may be left out or a list. Arguments that are lists come last; each but the last one is sent
-with its length in front.
+is nil. Only the last key may be left out or a list; in an operation, several at the end may be left out. Arguments that
+are lists come last; each but the last one is sent with its length in front.
 
 An operation is a part of a script: many of them run in one call (lua/call.lua). Its file begins with the comment, which
 names its class between the prose and the keys:
@@ -200,7 +200,12 @@ def _complaints(contract: Contract) -> Iterator[str]:
     names = [key.name for key in contract.keys] + [arg.name for arg in contract.args]
     yield from (f"{name} is no name for a parameter" for name in names if keyword.iskeyword(name))
     yield from (f"{name} stands in the header twice" for name in sorted({n for n in names if names.count(n) > 1}))
-    yield from (f"{key.name}: only the last key may be left out or a list" for key in contract.keys[:-1] if key.mark)
+    marks = "".join(key.mark or "-" for key in contract.keys)
+    several = contract.call_class is not None and re.fullmatch(r"-*\?*", marks)
+    if not several:
+        yield from (
+            f"{key.name}: only the last key may be left out or a list" for key in contract.keys[:-1] if key.mark
+        )
     marks = "".join("…" if arg.mark == "…" else "-" for arg in contract.args)
     if "…-" in marks:
         yield "an argument that is a list must not stand before one that is none"

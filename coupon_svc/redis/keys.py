@@ -61,3 +61,8 @@ class ShardKeys:
     def idem(self, tenant_id: int, book_id: str, idempotency_key: str) -> str:
         """The tenant is part of it: a record is looked up before its book is, and must be nobody else's."""
         return f"{self.prefix}idem:{tenant_id}:{book_id}:{idempotency_key}"
+
+    def list(self, tenant_id: int, book_id: str, list_idempotency_key: str) -> str:
+        """The record that a list was assigned codes under this Idempotency-Key: in its place, so that no other request can
+        use it."""
+        return self.idem(tenant_id, book_id, list_idempotency_key)

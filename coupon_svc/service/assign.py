@@ -1,14 +1,20 @@
-"""Assigning codes: a random one of a book, or the one that is named."""
+"""Assigning codes: a random one of a book, to one user or to each of a list; or the one that is named."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from time import monotonic
 from typing import Any
 
 import msgspec
 
+from coupon_svc.domain.lists import key_of_user
+from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.position import Position
 from coupon_svc.domain.receipts import Receipt, make_receipt
+from coupon_svc.hot import together
+from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.redis.codec import ALREADY_YOURS
 from coupon_svc.redis.contract import Reply
 from coupon_svc.redis.data_plane import DataPlane
@@ -27,6 +33,16 @@ class AssignCoupon(msgspec.Struct, frozen=True):
     book_id: str
     user_id: str
     idempotency: Idempotency = NO_IDEMPOTENCY
+
+
+class AssignCoupons(msgspec.Struct, frozen=True):
+    """Give each user a random code of the book; one who is named twice is asked for twice."""
+
+    tenant_id: int
+    book_id: str
+    user_ids: Sequence[str]
+    idempotency: Idempotency = NO_IDEMPOTENCY
+    """Of the whole list. Each of its users has a record of its own under it."""
 
 
 class AssignCode(msgspec.Struct, frozen=True):
@@ -58,8 +74,28 @@ class Assigned(msgspec.Struct, frozen=True):
     already_yours: bool
 
 
+LIST_PIECE = 32
+"""Users of a list that are asked for at once. The next ones wait until these are decided, so that whoever comes meanwhile
+comes between."""
+_OF_THE_WHOLE = frozenset(
+    {
+        Outcome.RECOVERING,
+        Outcome.STORE_UNAVAILABLE,
+        Outcome.IDEMPOTENCY_KEY_REUSED,
+        Outcome.BOOK_NOT_FOUND,
+        Outcome.BOOK_CLOSED,
+        Outcome.BOOK_PAUSED,
+        Outcome.BOOK_NOT_STARTED,
+        Outcome.BOOK_EXPIRED,
+        Outcome.BACKLOG_FULL,
+        Outcome.LEDGER_BEHIND,
+    }
+)
+"""Refusals that say that nothing was done, and that hold for each user of a list alike."""
+
+
 class Assigning:
-    """The use cases. Both raise Refused, and LedgerUnavailable where Postgres was asked."""
+    """The use cases. All raise Refused, and LedgerUnavailable where Postgres was asked."""
 
     def __init__(
         self,
@@ -113,6 +149,76 @@ class Assigning:
         already_yours = reply.outcome == ALREADY_YOURS or (reply.outcome == "replayed" and reply.first == ALREADY_YOURS)
         return await self._assigned(reply, view, wanted, book_id, begun, already_yours=already_yours)
 
+    async def assign_coupons(self, wanted: AssignCoupons) -> list[Assigned | Refused]:
+        """What became of each user, in their order. Returns once the whole answer may leave.
+
+        Raises Refused where the book or the shard refuses all of them, and nothing was done.
+        """
+        begun = monotonic()
+        view = self._plane.view_of_book(wanted.book_id)
+        replies: list[Reply | Refused] = []
+        users = list(enumerate(wanted.user_ids))
+        while users and self._durability.left_s(begun) > 0:
+            piece, users = users[:LIST_PIECE], users[LIST_PIECE:]
+            asked = await together([self._ask_for_one(wanted, view, index, user, begun) for index, user in piece])
+            found = [reply or Refused(Outcome.INTERNAL_ERROR) for reply in asked]
+            if not replies and (refused := _refusal_of_all(found)):
+                raise refused
+            replies += found
+        replies += [Refused(Outcome.STORE_UNAVAILABLE) for _ in users]  # there was no time to ask for them
+        durable = await self._durable(view, [reply for reply in replies if isinstance(reply, Reply)], begun)
+        results: list[Assigned | Refused] = []
+        for user_id, reply in zip(wanted.user_ids, replies, strict=True):
+            if isinstance(reply, Refused):
+                results.append(reply)
+            elif (known := durable[id(reply)]) is None:
+                results.append(Refused(Outcome.OUTCOME_UNKNOWN))
+            else:
+                results.append(self._result(reply, view, wanted.tenant_id, user_id, wanted.book_id, known))
+        return results
+
+    async def _ask_for_one(
+        self, wanted: AssignCoupons, view: ShardView, index: int, user_id: str, begun: float
+    ) -> Reply | Refused:
+        """The reply for one user of a list, or why there is none."""
+        parameters: dict[str, Any] = {
+            "tenant_id": wanted.tenant_id,
+            "book_id": wanted.book_id,
+            "user_id": user_id,
+            "idempotency_key": key_of_user(wanted.idempotency.key, index),
+            "list_idempotency_key": wanted.idempotency.key,
+            "fingerprint": wanted.idempotency.fingerprint,
+        }
+        try:
+            reply = await self._plane.call("assign_coupon", view, **parameters)
+            if reply.outcome not in DECIDED:
+                reply = await self._waiting.decide(reply, "assign_coupon", view, parameters, begun)
+        except Refused as refused:
+            return refused
+        except LedgerUnavailable:
+            return Refused(Outcome.STORE_UNAVAILABLE)
+        return reply
+
+    async def _durable(self, view: ShardView, replies: Sequence[Reply], begun: float) -> dict[int, bool | None]:
+        """Whether each reply is durable, by its `id`, once all may leave together; None where that stays unknown."""
+        durable: dict[int, bool | None] = {}
+        waiting: list[Reply] = []
+        for reply in replies:
+            made = reply.outcome == "ok"
+            durable[id(reply)] = known = self._durability.at_once(view, reply.position[1], reply.ack, made=made)
+            if known is None:
+                waiting.append(reply)
+        # The ledger takes entries in their order: who waits for the first one has time for the next.
+        waiting.sort(key=lambda reply: reply.position[1])
+        try:
+            for _, together_there in groupby(waiting, key=lambda reply: reply.entry or reply.position[1]):
+                there = list(together_there)
+                await self._durability.wait(view, there[-1].position[1], begun, entry=there[-1].entry)
+                durable.update((id(reply), True) for reply in there)
+        except Refused:
+            pass  # what is left stays unknown
+        return durable
+
     async def _assigned(
         self,
         reply: Reply,
@@ -125,13 +231,27 @@ class Assigning:
     ) -> Assigned:
         """The result of a reply that decided, once it may leave."""
         tenant_id, user_id = wanted.tenant_id, wanted.user_id
+        _, last = reply.position
+        durable = self._durability.at_once(view, last, reply.ack, made=reply.outcome == "ok")
+        if durable is None:
+            durable = await self._durability.wait(view, last, begun, entry=reply.entry)
+        return self._result(reply, view, tenant_id, user_id, book_id, durable, already_yours=already_yours)
+
+    def _result(
+        self,
+        reply: Reply,
+        view: ShardView,
+        tenant_id: int,
+        user_id: str,
+        book_id: str,
+        durable: bool,
+        *,
+        already_yours: bool = False,
+    ) -> Assigned:
         outcome, code, ack = reply.outcome, reply.code, reply.ack
-        assigned, last = reply.position
+        assigned, _ = reply.position
         at_ms = int(reply.at_ms)
         self._directory.learn_code(tenant_id, code, book_id)
-        durable = self._durability.at_once(view, last, ack, made=outcome == "ok")
-        if durable is None:
-            durable = await self._durability.wait(view, last, begun)
         secret = self._registration.receipt_secret
         receipt = None
         if ack != "ledger" and secret is not None:
@@ -151,3 +271,10 @@ class Assigning:
             outcome == "replayed",
             already_yours,
         )
+
+
+def _refusal_of_all(replies: Sequence[Reply | Refused]) -> Refused | None:
+    """What refuses the first users of a list as it would all others; None when it may not."""
+    first = replies[0]
+    whole = all(isinstance(reply, Refused) and reply.outcome in _OF_THE_WHOLE for reply in replies)
+    return first if whole and isinstance(first, Refused) else None

@@ -179,7 +179,7 @@ class Redeeming:
             reply = await self._waiting.decide(reply, "redeem_coupon", view, parameters, begun, receipt=wanted.receipt)
         _, position = reply.position
         if self._durability.at_once(view, position, "ledger", made=reply.outcome == "ok") is None:
-            await self._durability.wait(view, position, begun)
+            await self._durability.wait(view, position, begun, entry=reply.entry)
         left = reply.redemptions_left
         return Redeemed(
             code,

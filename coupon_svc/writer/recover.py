@@ -24,6 +24,7 @@ from coupon_svc.domain.bounds import IDEMPOTENCY_MS
 from coupon_svc.domain.clock import now_ms
 from coupon_svc.domain.events import COUPON_ASSIGNED, MalformedEvent, parse_event
 from coupon_svc.domain.holding import Holding
+from coupon_svc.domain.lists import key_of_list
 from coupon_svc.domain.position import Position
 from coupon_svc.postgres import recovery
 from coupon_svc.postgres.books import books_of_shard
@@ -35,7 +36,7 @@ from coupon_svc.postgres.outstanding import account_piece, held_by_book
 from coupon_svc.postgres.processes import gone_processes
 from coupon_svc.postgres.recovery import NewEpoch, Settled, Verdict
 from coupon_svc.postgres.shards import OwnedShard
-from coupon_svc.redis.codec import AssignRecord, RedeemRecord, StreamEntry, encode_book
+from coupon_svc.redis.codec import AssignRecord, ListRecord, RedeemRecord, StreamEntry, encode_book
 from coupon_svc.redis.control import KEYS_PER_CALL_MAX, ShardControl, Term
 from coupon_svc.redis.meta import ShardMeta
 from coupon_svc.writer.crash import crash_point
@@ -315,9 +316,12 @@ class Recoverer:
 
     async def _restore_records(self, term: Term, book: Book, rows: Sequence[LedgerRow]) -> None:
         now = now_ms()
-        records = [
-            (str(row["idem"]), _record(row, book).encode(), max(1, row["at_ms"] + IDEMPOTENCY_MS - now)) for row in rows
-        ]
+        records = []
+        for row in rows:
+            key, ttl_ms = str(row["idem"]), max(1, row["at_ms"] + IDEMPOTENCY_MS - now)
+            records.append((key, _record(row, book).encode(), ttl_ms))
+            if list_key := key_of_list(key):
+                records.append((list_key, ListRecord(row["fingerprint"]).encode(), ttl_ms))
         for some in _chunks(records, KEYS_PER_CALL_MAX):
             await self._store.restore_idem(term, book.tenant_id, book.book_id, some)
 

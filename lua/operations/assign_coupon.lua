@@ -12,6 +12,7 @@ Keys
   holders   hash    read, write
   coupons   zset    read, add; those of the user
   idem?     string  read, write; only with an Idempotency-Key
+  list?     string  read, write; of the Idempotency-Key of a whole list, whose users have records of their own in idem
 
 Args
   tenant_id         int
@@ -44,10 +45,15 @@ Event
 -- include: book
 -- include: counts
 -- include: limit
+-- include: list
 -- include: open
 -- include: pool
 -- include: replay
 -- include: room
+local refusal = refuse_reused(list_key, fingerprint)
+if refusal then
+  return refusal
+end
 local answer = replay(idem_key, fingerprint)
 if answer then
   return answer
@@ -74,5 +80,6 @@ if refusal then
   return refusal
 end
 
+remember_list(list_key, fingerprint)
 return assign(meta, at_ms, book, free_key, holders_key, coupons_key, idem_key, book_id, code, user_id, idempotency_key,
   fingerprint)

@@ -43,6 +43,11 @@ async def _assign_coupon(client: httpx.AsyncClient) -> Post:
     return Post("/coupons/assign", {"book_id": book, "user_id": "u"}, {"book_id": book, "user_id": "v"})
 
 
+async def _assign_coupons(client: httpx.AsyncClient) -> Post:
+    book = await make_book(client)
+    return Post("/coupons/assignments", {"book_id": book, "user_ids": ["u"]}, {"book_id": book, "user_ids": ["v"]})
+
+
 async def _assign_code(client: httpx.AsyncClient) -> Post:
     await make_book(client, codes=["ONE-1"])
     return Post("/coupons/assign/ONE-1", {"user_id": "u"}, {"user_id": "v"})
@@ -80,6 +85,7 @@ MAKERS = [
     _upload_codes,
     _generate_codes,
     _assign_coupon,
+    _assign_coupons,
     _assign_code,
     _lock_coupon,
     _renew_lock,

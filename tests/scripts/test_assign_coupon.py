@@ -8,11 +8,13 @@ import pytest
 
 from coupon_svc.domain.events import Event
 from tests.scripts.runner import (
+    CALLER,
     DAY_MS,
     EPOCH,
     STRANGER,
     Caller,
     Obstacle,
+    Reply,
     Shard,
     assert_fenced,
     book_is_shut,
@@ -290,3 +292,50 @@ def test_big_numbers_stay_exact_text(shard: Shard) -> None:
     assert shard.assign_coupon(book, "u", KEYED)[2:4] == [at_ms, position]
     assert shard.assign_coupon(book, "u", Caller(seen_seq=seq + 2)) == ["suspect", "position"]
     assert shard.assign_coupon(book, "u", Caller(seen_seq=seq + 1)) == ["book_exhausted"]
+
+
+def assign_of_list(shard: Shard, book: str, user: str, index: int, fingerprint: str = "f1") -> Reply:
+    """One user of a list with the Idempotency-Key `list`."""
+    return shard._call(
+        "assign_coupon",
+        CALLER,
+        book_id=book,
+        user_id=user,
+        idempotency_key=f"list/{index}",
+        list_idempotency_key="list",
+        fingerprint=fingerprint,
+    )
+
+
+def test_the_first_effect_of_a_list_takes_its_key(shard: Shard) -> None:
+    book = shard.new_book("A-1", "B-2", max_codes_per_user="1")
+    shard.assign_coupon(book, "u")
+    with shard.writes_nothing():
+        assert assign_of_list(shard, book, "u", 0)[0] == "user_code_limit"
+    assert assign_of_list(shard, book, "v", 1)[0] == "ok"
+    key = shard.idem_key(book, "list")
+    assert json.loads(shard.redis.get(key)) == ["f1"]
+    assert DAY_MS - 60_000 < shard.redis.pttl(key) <= DAY_MS
+
+
+def test_a_user_of_a_list_is_replayed_and_the_next_one_is_not(shard: Shard) -> None:
+    book = shard.new_book("A-1", "B-2")
+    first = assign_of_list(shard, book, "u", 0)
+    with shard.writes_nothing():
+        assert assign_of_list(shard, book, "u", 0) == ["replayed", *first[1:]]
+    assert assign_of_list(shard, book, "u", 1)[:2] == ["ok", "B-2"]
+
+
+def test_a_key_is_for_one_list_or_for_one_request(shard: Shard) -> None:
+    book = shard.new_book("A-1", "B-2", "C-3")
+    assign_of_list(shard, book, "u", 0)
+    shard.assign_coupon(book, "w", KEYED)
+    with shard.writes_nothing():
+        assert assign_of_list(shard, book, "u", 1, "f2") == ["idempotency_key_reused"]
+        assert shard.assign_coupon(book, "u", KEYED._replace(idem="list", fingerprint="f2")) == [
+            "idempotency_key_reused"
+        ]
+        assert shard._call(
+            "assign_coupon", CALLER, book_id=book, user_id="u", idempotency_key="key 1/0", list_idempotency_key="key 1",
+            fingerprint="f2",
+        ) == ["idempotency_key_reused"]  # fmt: skip

@@ -22,8 +22,9 @@ HOLDING = "3-9 0 1700000000000 w"
 """What a receipt says of the code Q-1."""
 
 
-def assign(book: str, user: str, key: str = "") -> Op:
-    return "assign_coupon", {"book_id": book, "user_id": user, "idempotency_key": key}
+def assign(book: str, user: str, key: str = "", list_key: str = "") -> Op:
+    keys = {"idempotency_key": key, "list_idempotency_key": list_key if key else ""}
+    return "assign_coupon", {"book_id": book, "user_id": user, **keys}
 
 
 def assign_code(book: str, user: str, code: str, key: str = "") -> Op:
@@ -81,7 +82,7 @@ class Calls:
 
     def wire(self, place: Callable[[str], int], name: str, named: Mapping[str, Any]) -> list[Any]:
         mine, book = self.shard.keys, named["book_id"]
-        key = named.get("idempotency_key", "")
+        key, list_key = named.get("idempotency_key", ""), named.get("list_idempotency_key", "")
         spelled = {
             "book": mine.book(book),
             "free": mine.free(book),
@@ -90,6 +91,7 @@ class Calls:
             "coupons": mine.coupons(TENANT, named.get("user_id", "")),
             "lock": mine.lock(book, named.get("code", "")),
             "idem": mine.idem(TENANT, book, key) if key else "",
+            "list": mine.list(TENANT, book, list_key) if list_key else "",
         }
         given = {"tenant_id": str(TENANT), "fingerprint": "f-" + name if key else "", **named}
         contract = self.server.scripts.operations[name].contract
@@ -152,7 +154,7 @@ idems = st.sampled_from(["", "", "k1", "k2"])
 tokens = st.sampled_from(["", "t", "t2"])
 grows = st.lists(
     st.one_of(
-        st.builds(lambda b, u, k: (assign, (b, u, k)), books, users, idems),
+        st.builds(lambda b, u, k, of: (assign, (b, u, k, of)), books, users, idems, st.sampled_from(["", "k2"])),
         st.builds(lambda b, u, c, k: (assign_code, (b, u, c, k)), books, users, codes, idems),
         st.builds(
             lambda b, c, t, n, k: (lock, (b, c, t, n, k)), books, codes, tokens, st.sampled_from(["t", "t2"]), idems
@@ -252,6 +254,7 @@ GROW_KEYS: list[tuple[str, Callable[[str], Op], Callable[[Shard, str], str]]] = 
     ("free", lambda b: assign(b, "bad"), lambda s, b: s.keys.free(b)),
     ("coupons", lambda b: assign(b, "bad"), lambda s, b: s.keys.coupons(TENANT, "bad")),
     ("idem", lambda b: assign(b, "bad", "bad"), lambda s, b: s.keys.idem(TENANT, b, "bad")),
+    ("list", lambda b: assign(b, "bad", "bad/0", "bad"), lambda s, b: s.keys.list(TENANT, b, "bad")),
     ("holders", lambda b: assign_code(b, "bad", "B-2"), lambda s, b: s.keys.holders(b)),
     ("quarantine", lambda b: assign_code(b, "bad", "B-2"), lambda s, b: s.keys.quarantine(b)),
     ("lock", lambda b: lock(b, "A-1"), lambda s, b: s.keys.lock(b, "A-1")),
@@ -269,7 +272,7 @@ def test_a_key_of_another_type_fails_its_operation_alone(
     shard.load_codes(broken, ["B-2"])
     key = spell(shard, broken)
     shard.redis.delete(key)
-    shard.redis.set(key, "x") if name not in ("idem", "lock") else shard.redis.sadd(key, "x")
+    shard.redis.set(key, "x") if name not in ("idem", "list", "lock") else shard.redis.sadd(key, "x")
     before = shard.redis.dump(key)
     replies = calls.replies([assign(whole, "u"), make(broken), assign(whole, "v")])
     assert [reply[0] for reply in replies] == ["ok", "error", "ok"]

@@ -41,6 +41,7 @@ SPELLED = {
     "coupons": KEYS.coupons(7, "ann {x}"),
     "lock": KEYS.lock("bk_03x", "A-1"),
     "idem": KEYS.idem(7, "bk_03x", IDEMPOTENCY_KEY),
+    "list": KEYS.idem(7, "bk_03x", "key of a list"),
 }
 
 
@@ -57,6 +58,7 @@ def parameters(name: str) -> set[str]:
 @pytest.mark.parametrize("idempotency_key", [IDEMPOTENCY_KEY, ""])
 def test_an_operation_is_sent_in_the_order_of_its_header(name: str, idempotency_key: str) -> None:
     contract, given = SCRIPTS.operations[name].contract, GIVEN | {"idempotency_key": idempotency_key}
+    given["list_idempotency_key"] = idempotency_key and "key of a list"
     keys: KeyTable = {"one that was there before": 1}
     wanted = {one: given[one] for one in parameters(name)}
     sent_name, *sent = OPERATIONS[name].pack(keys, KEYS.prefix, **wanted)
@@ -71,6 +73,8 @@ def test_an_operation_is_sent_in_the_order_of_its_header(name: str, idempotency_
         expected["lock"] = [KEYS.lock("bk_03x", code) for code in ("A-1", "B-2")]
     if not idempotency_key and "idem" in expected:
         expected["idem"] = 0
+    if not idempotency_key and "list" in expected:
+        expected["list"] = 0
     assert sent_name == name
     assert found == list(expected.values())
     given = {one: list(value) if isinstance(value, list) else str(value) for one, value in given.items()}

@@ -37,7 +37,7 @@ class Call:
     @property
     def users(self) -> list[str]:
         """Those of assign_coupon."""
-        return [operation[8] for section in self.sections for operation in section[5]]
+        return [operation[9] for section in self.sections for operation in section[5]]
 
     def serve(self, seq: int = 30) -> None:
         """Every operation is decided; each assign makes an event."""
@@ -47,7 +47,7 @@ class Call:
 def reply_to(operation: list[Any]) -> list[Any]:
     name = operation[0]
     if name == "assign_coupon":
-        return ["ok", f"code of {operation[8]}", "5", "4-21", "redis", ""]
+        return ["ok", f"code of {operation[9]}", "5", "4-21", "redis", ""]
     return {"read_book": ["book_not_found"], "unlock_coupon": ["ok"]}[name]
 
 
@@ -122,7 +122,7 @@ async def test_what_comes_in_one_turn_is_one_call_with_a_section_for_each_shard(
     asked = [service.assign("ann"), service.assign("bob", shard=1), service.assign("cid")]
     await turns()
     (call,) = service.calls
-    assert [[one[8] for one in section[5]] for section in call.sections] == [["ann", "cid"], ["bob"]]
+    assert [[one[9] for one in section[5]] for section in call.sections] == [["ann", "cid"], ["bob"]]
     assert len({section[4] for section in call.sections}) == 2
     assert len(call.keys) == len(set(call.keys))
     assert [call.keys[section[0] - 1] for section in call.sections] == [view.keys.meta for view in service.views]

@@ -41,7 +41,7 @@ from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.service import books
 from coupon_svc.service.api_keys import ApiKeys
-from coupon_svc.service.assign import AssignCode, AssignCoupon, Assigned
+from coupon_svc.service.assign import AssignCode, AssignCoupon, AssignCoupons, Assigned
 from coupon_svc.service.code_directory import CodeDirectory
 from coupon_svc.service.durability import Durability
 from coupon_svc.service.health import Health
@@ -133,6 +133,10 @@ class PostgresOnly:
         if code is None:
             raise Refused(await self._why_none(wanted.book_id, wanted.tenant_id, at_ms))
         return _assigned(wanted, code, at_ms, replayed=False)
+
+    async def assign_coupons(self, wanted: AssignCoupons) -> list[Assigned | Refused]:
+        """Is not compared."""
+        raise Refused(Outcome.BOOK_NOT_FOUND)
 
     async def assign_code(self, wanted: AssignCode) -> Assigned:
         """Is not compared."""
