@@ -61,8 +61,11 @@ end
 
 local function run_section(section)
   local meta_key, events_key, epoch, seen_seq, tip, ops = KEYS[section[1]], KEYS[section[2]], unpack(section, 3)
-  local refusal
-  refusal, meta = fence(meta_key, epoch, seen_seq)
+  local whole, refusal
+  whole, refusal, meta = pcall(fence, meta_key, epoch, seen_seq)
+  if not whole then
+    return {"suspect", "meta"} -- of another type: one shard's trouble is no other's
+  end
   if refusal then
     return refusal
   end

@@ -71,7 +71,7 @@ def test_every_operation_calls_what_it_includes() -> None:
 
 def test_a_call_asks_the_fence_before_all_else() -> None:
     loop = (LUA / "call.lua").read_text().partition("local function run_section")[2]
-    assert loop.index("fence(meta_key, epoch, seen_seq)") < loop.index("begin_section()")
+    assert loop.index("fence, meta_key, epoch, seen_seq)") < loop.index("begin_section()")
 
 
 def test_what_an_operation_tells_of_is_written() -> None:

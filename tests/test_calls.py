@@ -1,0 +1,141 @@
+"""The data plane on a real Redis: calls of all classes in one turn, when Redis does not take all of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from itertools import count
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from coupon_svc.dev.servers import EmbeddedRedis
+from coupon_svc.domain.outcomes import Refused
+from coupon_svc.domain.shards import new_book_id
+from coupon_svc.redis.control import ShardControl, Term
+from coupon_svc.redis.data_plane import DataPlane
+from coupon_svc.redis.scripts import Scripts
+from tests.harness import until
+
+SHARDS = 2
+RULES = {
+    "tenant_id": "1",
+    "status": "active",
+    "starts_at_ms": "",
+    "expires_at_ms": "",
+    "ack": "redis",
+    "max_redemptions_per_code": "",
+    "max_codes_per_user": "",
+    "lock_ttl_ms": "60000",
+    "total": "100",
+    "unlent": "0",
+    "stored": "{}",
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    """A server of these tests' own, since it is set up to refuse."""
+    with EmbeddedRedis(tmp_path_factory.mktemp("calls")) as embedded:
+        yield embedded
+
+
+@pytest.fixture
+async def admin(server: EmbeddedRedis) -> AsyncIterator[Any]:
+    async with Redis.from_url(server.admin_url, decode_responses=True) as redis:
+        await redis.flushall()
+        yield redis
+        await redis.config_set("maxmemory", 0)
+        await redis.config_set("min-replicas-to-write", 0)
+
+
+class Api:
+    """A data plane whose shards are open, with a book in each."""
+
+    def __init__(self, plane: DataPlane, books: list[str]) -> None:
+        self.plane = plane
+        self.books = books
+
+    async def is_open(self) -> bool:
+        return self.plane.connected and all(view.is_open for view in self.plane.views)
+
+    async def run(self, name: str, shard: int = 0, **parameters: Any) -> str:
+        """The outcome of an operation, or the word with which it was refused."""
+        named = {"tenant_id": 1, "book_id": self.books[shard], **parameters}
+        try:
+            return str((await self.plane.call(name, self.plane.views[shard], **named)).outcome)
+        except Refused as refusal:
+            return str(refusal.outcome)
+
+    async def all_in_one_turn(self, shard: int = 0) -> dict[str, str]:
+        """An operation of each kind, on the codes A and B that u holds."""
+        keyless = {"idempotency_key": ""}
+        asked = {
+            "assign": self.run("assign_coupon", shard, user_id="v"),
+            "lock": self.run("lock_coupon", shard, code="A", user_id="", new_token="t", **keyless),
+            "redeem": self.run("redeem_coupon", shard, code="B", user_id="u"),
+            "unlock": self.run("unlock_coupon", shard, code="C", lock_token="none", **keyless),
+            "read": self.run("read_codes", shard, codes=["A"]),
+        }
+        return dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
+
+
+@pytest.fixture
+async def api(server: EmbeddedRedis, admin: Any) -> AsyncIterator[Api]:
+    owner = ShardControl(server.url, SHARDS, Scripts(), "inst-1")
+    books = []
+    for shard in range(SHARDS):
+        term = Term(shard, epoch=1, generation=1)
+        await owner.shut_shard(term)
+        await owner.certify_shard(term, await owner.connect(), 1_000_000)
+        books.append(next(book_id for _ in count() if int((book_id := new_book_id(SHARDS))[3:5]) == shard))
+        await owner.put_book(term, books[shard], 1, RULES, known=False)
+        await owner.load_codes(term, books[shard], ["A", "B", "C", "D"], 0)
+    plane = DataPlane(server.url, SHARDS, Scripts())
+    plane.join("inst-1")
+    await plane.start()
+    api = Api(plane, books)
+    await until(api.is_open, 10)
+    for shard in range(SHARDS):
+        for code in ("A", "B"):
+            assert await api.run("assign_code", shard, code=code, user_id="u") == "ok"
+    yield api
+    await plane.stop()
+    owner.close()
+
+
+ALL_GO = {"assign": "ok", "lock": "ok", "redeem": "ok", "unlock": "ok", "read": "ok"}
+
+
+async def test_all_that_comes_in_one_turn_is_three_calls(api: Api, admin: Any) -> None:
+    before = (await admin.info("commandstats"))["cmdstat_evalsha"]["calls"]
+    told = await asyncio.gather(api.all_in_one_turn(0), api.all_in_one_turn(1))
+    assert list(told) == [ALL_GO, ALL_GO]
+    assert (await admin.info("commandstats"))["cmdstat_evalsha"]["calls"] == before + 3
+
+
+async def test_without_memory_nothing_new_is_promised_and_all_else_goes_on(api: Api, admin: Any) -> None:
+    await admin.config_set("maxmemory", 1)
+    assert await api.all_in_one_turn() == ALL_GO | {"assign": "backlog_full", "lock": "backlog_full"}
+
+
+async def test_where_redis_takes_no_write_reads_go_on(api: Api, admin: Any) -> None:
+    """As with a disk that is full: Redis refuses a script by its flags, before it runs."""
+    await admin.config_set("min-replicas-to-write", 1)
+    unavailable = dict.fromkeys(ALL_GO, "store_unavailable")
+    assert await api.all_in_one_turn() == unavailable | {"read": "ok"}
+
+
+async def test_a_shard_in_doubt_takes_no_other_with_it(api: Api, admin: Any) -> None:
+    await admin.hset(api.plane.views[0].keys.meta, "epoch", "doubt")
+    told = await asyncio.gather(api.all_in_one_turn(0), api.all_in_one_turn(1))
+    assert list(told) == [dict.fromkeys(ALL_GO, "recovering"), ALL_GO]
+
+
+async def test_a_meta_of_another_type_takes_no_other_shard_with_it(api: Api, admin: Any) -> None:
+    meta = api.plane.views[0].keys.meta
+    await admin.delete(meta)
+    await admin.set(meta, "no hash")
+    told = await asyncio.gather(api.all_in_one_turn(0), api.all_in_one_turn(1))
+    assert list(told) == [dict.fromkeys(ALL_GO, "recovering"), ALL_GO]
