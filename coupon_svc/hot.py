@@ -130,7 +130,7 @@ async def together(all_driven: Sequence[Coroutine[Any, None, T]]) -> list[T | No
 
 
 class Driven(Generic[T]):
-    """A coroutine that `drive` has started. Like a Task it can be cancelled."""
+    """A coroutine that `drive` drives. `go_on` starts it; like a Task it can be cancelled."""
 
     __slots__ = ("_coroutine", "_on_done", "_task", "_waits_for")
 
@@ -141,7 +141,7 @@ class Driven(Generic[T]):
         self._task: asyncio.Task[T] | None = None
 
     def go_on(self) -> None:
-        """Run the coroutine until it waits, or ends. Called by `drive`, and by each Slot that it has waited for."""
+        """Run the coroutine until it waits, or ends. Called once to start it, and by each Slot that it has waited for."""
         try:
             waits_for = self._coroutine.send(None)
         except StopIteration as end:

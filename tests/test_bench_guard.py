@@ -38,12 +38,12 @@ from tests.harness import Stack, until
 KEYED = {"Idempotency-Key": "guard-0001"}
 
 REDIS_COMMANDS_MAX = {
-    "assign_coupon": 10,
-    "assign_coupon, with a key": 12,
-    "lock_coupon": 9,
-    "redeem_coupon": 12,
+    "assign_coupon": 12,
+    "assign_coupon, with a key": 14,
+    "lock_coupon": 8,
+    "redeem_coupon": 13,
 }
-"""Commands that a script runs, exactly."""
+"""Commands that a call of one operation runs, exactly: the most that it costs. Those of a call share all but a few."""
 
 REDIS_BYTES_MAX = {"assign_coupon": (410, 90), "lock_coupon": (495, 130), "redeem_coupon": (560, 85)}
 """Sent and received for one operation, with 10 % of room: tenants and positions have no fixed length."""
@@ -57,8 +57,9 @@ WAL_BYTES_PER_EVENT_MAX = 1_500
 REDIS_MEMORY_BYTES_MAX = {"free": 88, "assigned": 240, "event": 100}
 """For each of 20,000 codes, with 10 % of room."""
 
-PYTHON_CALLS_MAX = {"assign_coupon": 115, "assign_coupon, with a key": 126}
-"""Calls of and from the service's own functions; 10 % of room, since Python 3.12 inlines comprehensions."""
+PYTHON_CALLS_MAX = {"assign_coupon": 114, "assign_coupon, with a key": 123}
+"""Calls of and from the service's own functions, of an assign among 16 that come at once: they share what a call to Redis
+costs. It was 113 and 122."""
 
 CPU_AGAINST_ECHO_MAX = 2.0
 """1.0 to 1.5 where it was measured: a shared machine is no place for a finer bound."""
@@ -103,9 +104,10 @@ async def redeem(client: httpx.AsyncClient, code: str, user_id: str, token: str)
 
 @asynccontextmanager
 async def monitored(stack: Stack) -> AsyncIterator[Callable[[], Awaitable[dict[str, list[str]]]]]:
-    """Hands out a function that stops listening and returns the commands of each script that ran meanwhile, by name."""
+    """Hands out a function that stops listening and returns the commands of each call that ran meanwhile, by the name of its
+    one operation."""
     redis, marker = stack.redis(), "guard-monitor-end"
-    names = {script.sha: script.name for script in Scripts()}
+    names = re.compile("|".join(sorted(Scripts().operations, key=len, reverse=True)))
     async with redis.monitor() as monitor:
 
         async def stop() -> dict[str, list[str]]:
@@ -120,8 +122,9 @@ async def monitored(stack: Stack) -> AsyncIterator[Callable[[], Awaitable[dict[s
                 elif marker in seen["command"]:
                     return ran
                 elif words[0].upper() == "EVALSHA":
-                    name = names[words[1]] + (", with a key" if "guard-0001" in seen["command"] else "")
-                    commands = ran[name] = []
+                    name = names.search(seen["command"])
+                    with_key = ", with a key" if "guard-0001" in seen["command"] else ""
+                    commands = ran[name[0] + with_key if name else "of an owner"] = []
 
         yield stop
     await redis.aclose()
@@ -317,15 +320,15 @@ async def test_an_assign_takes_no_more_calls_in_the_api_than_it_did(
     key = client.headers["Authorization"].removeprefix("Bearer ")
     requests, counted = Requests(key), dict[str, float]()
     async with api_in_this_process(service) as port:
-        connections = Connections("127.0.0.1", port, 1)
+        connections = Connections("127.0.0.1", port, 16)
         for name, with_key in (("assign_coupon", False), ("assign_coupon, with a key", True)):
             next_request = requests.assign(book_id, with_key=with_key)
             blocks = []
             for _ in range(4):  # the first warms up; what runs beside requests is in some of them only
                 with counted_calls() as calls:
-                    for _ in range(50):
-                        await one(connections, next_request())
-                    blocks.append(calls() / 50)
+                    for _ in range(5):
+                        await asyncio.gather(*(one(connections, next_request()) for _ in range(16)))
+                    blocks.append(calls() / (5 * 16))
             counted[name] = min(blocks[1:])
         connections.close()
     assert {name: counted[name] for name, most in PYTHON_CALLS_MAX.items() if counted[name] > most} == {}

@@ -97,7 +97,7 @@ class Endpoint:
                 raise Refused(Outcome.MISSING_SCOPE, scopes=list(operation.scopes))
             content = b""
             if decoder is not None:
-                content = body if isinstance(body, bytes) else await read_body(headers, body)
+                content = body if type(body) is bytes else await read_body(headers, body)  # type: ignore[arg-type]
             call = Call(key, method, operation.path, path)
             call.query, call.body, call.idempotency_key = check_request(
                 operation, decoder, query_string, headers, content

@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.hot import drive
+from coupon_svc.hot import Driven
 from coupon_svc.http.endpoint import Endpoint
 from coupon_svc.http.problems import log_failure, problem_response
 from coupon_svc.http.public import send_problem
@@ -222,10 +222,18 @@ class CouponProtocol(HttpToolsProtocol):
         self._reading = _NOTHING
         self._request_id = b""
         cycle = self.cycle
-        if type(cycle) is _HotCycle and cycle.more_body:
-            self._answer(cycle)
-        else:
+        if type(cycle) is not _HotCycle or not cycle.more_body:
             super().on_message_complete()
+            return
+        cycle.more_body = False
+        driven: Any = Driven(
+            cycle.endpoint.respond(cycle.request_id, "POST", cycle.path, b"", cycle.headers, cycle.body),
+            partial(self._respond, cycle),
+        )
+        driven.go_on()
+        if not cycle.response_complete:
+            cycle.driven = driven
+            self.tasks.add(driven)  # the server waits for its end when it stops, and cancels it in the end
 
     # --- the fast path
 
@@ -243,16 +251,6 @@ class CouponProtocol(HttpToolsProtocol):
             return None
         keep_alive = self.parser.should_keep_alive() and not self.app.draining
         return _HotCycle(*found, headers, self._request_id, keep_alive)
-
-    def _answer(self, cycle: _HotCycle) -> None:
-        cycle.more_body = False
-        driven: Any = drive(
-            cycle.endpoint.respond(cycle.request_id, "POST", cycle.path, b"", cycle.headers, cycle.body),
-            partial(self._respond, cycle),
-        )
-        if not cycle.response_complete:
-            cycle.driven = driven
-            self.tasks.add(driven)  # the server waits for its end when it stops, and cancels it in the end
 
     def _respond(self, cycle: _HotCycle, response: Response | None) -> None:
         """Write a response; None, of an endpoint that failed, closes the connection."""

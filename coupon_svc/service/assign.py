@@ -125,7 +125,11 @@ class Assigning:
         reply = await self._plane.call("assign_coupon", view, **parameters)
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "assign_coupon", view, parameters, begun)
-        return await self._assigned(reply, view, wanted, wanted.book_id, begun, already_yours=False)
+        _, last = reply.position
+        durable = self._durability.at_once(view, last, reply.ack, made=reply.outcome == "ok")
+        if durable is None:
+            durable = await self._durability.wait(view, last, begun, entry=reply.entry)
+        return self._result(reply, view, wanted.tenant_id, wanted.user_id, wanted.book_id, durable)
 
     async def assign_code(self, wanted: AssignCode) -> Assigned:
         """As `assign_coupon`. Raises Refused(code_not_found) for a code that the tenant does not have."""
@@ -147,7 +151,11 @@ class Assigning:
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "assign_code", view, parameters, begun, receipt=wanted.receipt)
         already_yours = reply.outcome == ALREADY_YOURS or (reply.outcome == "replayed" and reply.first == ALREADY_YOURS)
-        return await self._assigned(reply, view, wanted, book_id, begun, already_yours=already_yours)
+        _, last = reply.position
+        durable = self._durability.at_once(view, last, reply.ack, made=reply.outcome == "ok")
+        if durable is None:
+            durable = await self._durability.wait(view, last, begun, entry=reply.entry)
+        return self._result(reply, view, tenant_id, wanted.user_id, book_id, durable, already_yours=already_yours)
 
     async def assign_coupons(self, wanted: AssignCoupons) -> list[Assigned | Refused]:
         """What became of each user, in their order. Returns once the whole answer may leave.
@@ -219,24 +227,6 @@ class Assigning:
             pass  # what is left stays unknown
         return durable
 
-    async def _assigned(
-        self,
-        reply: Reply,
-        view: ShardView,
-        wanted: AssignCoupon | AssignCode,
-        book_id: str,
-        begun: float,
-        *,
-        already_yours: bool,
-    ) -> Assigned:
-        """The result of a reply that decided, once it may leave."""
-        tenant_id, user_id = wanted.tenant_id, wanted.user_id
-        _, last = reply.position
-        durable = self._durability.at_once(view, last, reply.ack, made=reply.outcome == "ok")
-        if durable is None:
-            durable = await self._durability.wait(view, last, begun, entry=reply.entry)
-        return self._result(reply, view, tenant_id, user_id, book_id, durable, already_yours=already_yours)
-
     def _result(
         self,
         reply: Reply,
@@ -248,6 +238,7 @@ class Assigning:
         *,
         already_yours: bool = False,
     ) -> Assigned:
+        """What a reply that decided tells of its user."""
         outcome, code, ack = reply.outcome, reply.code, reply.ack
         assigned, _ = reply.position
         at_ms = int(reply.at_ms)
