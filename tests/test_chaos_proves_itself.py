@@ -41,6 +41,7 @@ CASES = [
     Case("lock", "api_cut_from_postgres", "no order of its requests"),
     Case("record_epoch", "failed_back_and_recoverers_killed", "P1"),
     Case("told_position", "keys_put_back_unseen", "P1|P6"),
+    Case("tip", "keys_put_back_unheard", "P1|P2|P6"),
     Case("installation", "another_installation_comes", "P6|whose Redis this is"),
     Case("clocks", "redis_clock_jumps_days", "P5|nothing should be decided"),
     Case("in_touch", "writer_cut_from_redis", "should serve every shard"),

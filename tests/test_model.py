@@ -32,7 +32,7 @@ ONE_MODE = {
 LONG = {
     "failovers-redis", "interrupted-redis", "swaps-ledger", "tampering-redis", "two_recoverers-ledger", "redeems-redis",
     "delays-ledger",  # scopes
-    "attempt", "late", "late_epoch", "mark", "publish_term", "run",  # safeguards
+    "attempt", "late_epoch", "mark", "run",  # safeguards
 }  # fmt: skip
 """Walks through so many states that `make quick` leaves them out."""
 

@@ -1,4 +1,4 @@
-"""Runs a part of the service with one safeguard taken out: `python -m tests.unsafe SAFEGUARD PART …`.
+"""Runs a part of the service with safeguards taken out: `python -m tests.unsafe SAFEGUARD[+SAFEGUARD…] PART …`.
 
 Nothing in the service knows of this: public functions are replaced and lines of Lua left out, in a process of the test's
 own. That happens before the part is imported, so a replaced function is replaced for whoever imports it. A safeguard that
@@ -21,7 +21,7 @@ from coupon_svc.redis import server
 from coupon_svc.redis.connection import Connection, Reply
 from coupon_svc.redis.contract import CallClass
 from coupon_svc.redis.scripts import Operation, Script
-from coupon_svc.redis.waiters import DurabilityWaiters
+from coupon_svc.redis.waiters import DurabilityWaiters, EntryKey
 from coupon_svc.resources import resource_folder
 
 if TYPE_CHECKING:
@@ -80,6 +80,15 @@ def told_position() -> None:
 
     honest_waiters, honest_connection = DurabilityWaiters.__init__, Connection.__init__
     DurabilityWaiters.__init__, Connection.__init__ = waiters, connection  # type: ignore[method-assign]
+
+
+def tip() -> None:
+    """Whoever made an event waits for its position, whichever entry the ledger has there."""
+
+    async def wait_for_entry(self: DurabilityWaiters, entry: EntryKey, until: float) -> None:
+        await self.wait(entry.shard, entry.epoch, entry.seq, until)
+
+    DurabilityWaiters.wait_for_entry = wait_for_entry  # type: ignore[method-assign]
 
 
 def installation() -> None:
@@ -272,6 +281,7 @@ SAFEGUARDS: dict[str, Callable[[], None]] = {
     for safeguard in (
         record_epoch,
         told_position,
+        tip,
         installation,
         clocks,
         in_touch,
@@ -294,5 +304,6 @@ SAFEGUARDS: dict[str, Callable[[], None]] = {
 }
 
 if __name__ == "__main__":
-    SAFEGUARDS[sys.argv[1]]()
+    for name in sys.argv[1].split("+"):
+        SAFEGUARDS[name]()
     sys.exit(main(sys.argv[2:]))

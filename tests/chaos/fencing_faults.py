@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
@@ -73,11 +74,11 @@ async def request_comes_after_a_recovery(run: Run) -> None:
             reply = await redis.execute_command(*command)
         except ResponseError as error:
             reply = error
-        assert reply == ["suspect", "epoch"], f"P6: a request of an epoch that is over was carried out: {reply}"
+        assert reply == [["suspect", "epoch"]], f"P6: a request of an epoch that is over was carried out: {reply}"
         assert await probe.in_redis("redis") == before, "P6: a request of an epoch that is over was carried out"
 
 
-async def _script_as_sent(run: Run, probe: Probe) -> list[str]:
+async def _script_as_sent(run: Run, probe: Probe) -> list[bytes]:
     """The command of an assign as the API sends it, of a caller that has seen nothing of the epoch yet, for another user and
     under another Idempotency-Key: it has had no effect so far."""
     async with run.stack.redis() as redis, redis.monitor() as monitor:
@@ -86,12 +87,20 @@ async def _script_as_sent(run: Run, probe: Probe) -> list[str]:
         attempt = await probe.assign("redis")
         assert attempt.outcome == "ok", attempt
         words = await asyncio.wait_for(listening, HEAL_S)
-    texts = [
-        word.replace(attempt.user, "late-user").replace(attempt.key, "late" + secrets.token_hex(4)) for word in words
-    ]
-    # EVALSHA, sha, the number of keys, the keys; then epoch and seen_seq.
-    texts[3 + int(texts[2]) + 1] = "0"
-    return texts
+    late_key = "late" + secrets.token_hex(4)
+
+    def late(text: str) -> str:
+        return text.replace(attempt.user, "late-user").replace(attempt.key, late_key)
+
+    # EVALSHA, sha, the number of keys, the keys; then the sections, as MONITOR spells what is no text.
+    behind = 3 + int(words[2])
+    texts, packed = words[:behind], " ".join(words[behind:])
+    sections = msgspec.msgpack.decode(packed.encode("latin-1").decode("unicode_escape").encode("latin-1"))
+    for section in sections:
+        meta, events, epoch, _, tip, operations = section
+        asked = [[late(field) if isinstance(field, str) else field for field in operation] for operation in operations]
+        section[:] = [meta, events, epoch, "0", tip, asked]
+    return [late(text).encode() for text in texts] + [msgspec.msgpack.encode(sections)]
 
 
 async def _first_assign(monitor: Any) -> list[str]:
@@ -138,6 +147,36 @@ async def keys_put_back_unseen(run: Run) -> None:
         asked = [probe.assign(ack, at=blind.base_url) for ack in probe.books for _ in range(5)]
         _require_refused(run, given, list(await asyncio.gather(*asked)))
     await run.recovered(all_shards=False)
+
+
+async def keys_put_back_unheard(run: Run) -> None:
+    """The same, and the API process that is asked has heard no message: it makes its own events at positions that the ledger
+    has. They are other entries there, and are never durable."""
+    run.loses_records = True
+    deaf = run.random.randrange(len(run.apis))
+    seeing = run.apis[1 - deaf]
+    run.apis[deaf].stop()
+    module, run.stack.module = run.stack.module, deafened(run.stack.module)
+    await run.start_api(deaf)
+    run.stack.module = module
+    async with probing(run) as probe:
+        await probe.goes_on()
+        await run.idle()
+        await run.stack.drained()
+        kept = await _keep_keys(run)
+        given = [await probe.assign("ledger", at=seeing.base_url) for _ in range(5)]
+        assert all(attempt.outcome == "ok" for attempt in given), given
+        await run.stack.drained()
+        await asyncio.sleep(0.1)
+        await _put_back(run, kept)
+        asked = [probe.assign("ledger", at=run.apis[deaf].base_url) for _ in range(5)]
+        _require_refused(run, given, list(await asyncio.gather(*asked)))
+    await run.recovered(all_shards=False)
+
+
+def deafened(module: tuple[str, ...]) -> tuple[str, ...]:
+    """What starts a part that learns no position from messages, besides what this module takes out already."""
+    return ("tests.unsafe", "+".join((*module[1:], "told_position")))
 
 
 async def _keep_keys(run: Run) -> list[tuple[bytes, int, bytes]]:
@@ -378,6 +417,7 @@ FENCING_FAULTS = [
     Fault(request_comes_after_a_recovery),
     Fault(keys_put_back),
     Fault(keys_put_back_unseen),
+    Fault(keys_put_back_unheard),
     Fault(backlog_reaches_its_bound),
     Fault(backend_stopped_in_a_commit),
     Fault(batch_from_before_a_recovery),

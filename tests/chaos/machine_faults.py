@@ -362,6 +362,7 @@ async def memory_out(run: Run) -> None:
     """Nothing new is promised, and what was promised is kept: redeem, unlock and the way to the ledger go on."""
     async with probing(run) as probe, under_load(run), run.stack.redis() as redis:
         held = await probe.goes_on()
+        more = [await probe.goes_on() for _ in range(3)]
         lock = await probe.lock(await probe.goes_on(), 60)
         used = (await redis.info("memory"))["used_memory"]
         await redis.config_set("maxmemory", used + 20_000)
@@ -380,11 +381,25 @@ async def memory_out(run: Run) -> None:
                 assert await probe.in_redis(ack) == before, "a refused assign was to leave the pool as it is"
             redeemed = await probe.redeem(held)
             assert redeemed.outcome == "ok", redeemed
-            unlocked = await probe.http.post(f"/coupons/unlock/{lock['code']}", json={"lock_token": lock["lock_token"]})
-            assert unlocked.status_code == 204, unlocked.text
+            await _all_classes_in_one_turn(probe, more, lock)
         finally:
             await redis.config_set("maxmemory", 0)
         await probe.goes_on()
+
+
+async def _all_classes_in_one_turn(probe: Probe, held: list[Attempt], lock: dict[str, Any]) -> None:
+    """Requests of every class, sent at once: those that Redis refuses take none of the others with them."""
+    unlock = probe.http.post(f"/coupons/unlock/{lock['code']}", json={"lock_token": lock["lock_token"]})
+    lists = [probe.http.get(f"/users/{attempt.user}/coupons") for attempt in held]
+    redeems = [probe.redeem(attempt) for attempt in held]
+    grows = [probe.assign(ack) for ack in ("ledger", "redis") for _ in range(4)]
+    unlocked, listed, redeemed, grown = await asyncio.gather(
+        unlock, asyncio.gather(*lists), asyncio.gather(*redeems), asyncio.gather(*grows)
+    )
+    assert unlocked.status_code == 204, unlocked.text
+    assert all(answer.status_code == 200 for answer in listed), listed
+    assert all(attempt.outcome == "ok" for attempt in redeemed), redeemed
+    assert all(attempt.answer.get("code") == "backlog_full" for attempt in grown), grown
 
 
 async def redis_busy(run: Run) -> None:

@@ -56,6 +56,12 @@ class Probe:
         body: dict[str, str | int] = {"book_id": self.books[ack], "user_id": user}
         return await self._ask("assign", "/coupons/assign", ack, user, body, at)
 
+    async def assign_code(self, held: Attempt, *, at: str = "") -> Attempt:
+        """Ask for a code that somebody holds, for the same user."""
+        path = f"/coupons/assign/{held.answer['code']}"
+        body: dict[str, str | int] = {"book_id": held.book_id, "user_id": held.user}
+        return await self._ask("assign_code", path, held.ack, held.user, body, at)
+
     async def redeem(self, held: Attempt, lock_token: str = "") -> Attempt:
         shown: dict[str, str | int] = {"lock_token": lock_token} if lock_token else {}
         path = f"/coupons/redeem/{held.answer['code']}"

@@ -26,6 +26,8 @@ LEASE_CODES_MIN = "20"
 CLIENTS = 8
 ROAMING = 0.1
 """How likely a client asks another API process than before. After an error it is one half."""
+BURST_MAX = 8
+"""How many requests of a client are under way at once, so that a call has several operations."""
 CODES = 1600
 """Of each book."""
 CONTENDED = 60
@@ -254,16 +256,21 @@ class Run:
     ) -> None:
         at = base_url or self.apis[number % APIS].base_url
         while time.monotonic() < deadline and not stop.is_set():
-            attempt = self._next(number)
-            await self.send(http, attempt, at=at)
-            in_trouble = attempt.outcome == "unknown" or attempt.status >= 500
+            burst = [self._next(number) for _ in range(self.random.randrange(1, BURST_MAX + 1))]
+            await asyncio.gather(*(self.send(http, attempt, at=at) for attempt in burst))
+            in_trouble = any(attempt.outcome == "unknown" or attempt.status >= 500 for attempt in burst)
             if not base_url and self.random.random() < (0.5 if in_trouble else ROAMING):
                 at = self.elsewhere(at)
-            if attempt.outcome == "ok" and attempt.verb in ("assign", "assign_code"):
-                self._held.append((attempt.answer["code"], attempt.book_id, attempt.user))
-            if attempt.outcome == "ok" and attempt.verb == "lock":
-                self._locked.append((attempt.code, attempt.book_id, attempt.user, attempt.answer["lock_token"]))
-            await asyncio.sleep(0.02 if attempt.outcome == "unknown" else pause_s)
+            for attempt in burst:
+                self._remember(attempt)
+            in_doubt = any(attempt.outcome == "unknown" for attempt in burst)
+            await asyncio.sleep(0.02 if in_doubt else pause_s * len(burst))
+
+    def _remember(self, attempt: Attempt) -> None:
+        if attempt.outcome == "ok" and attempt.verb in ("assign", "assign_code"):
+            self._held.append((attempt.answer["code"], attempt.book_id, attempt.user))
+        if attempt.outcome == "ok" and attempt.verb == "lock":
+            self._locked.append((attempt.code, attempt.book_id, attempt.user, attempt.answer["lock_token"]))
 
     async def send(self, http: httpx.AsyncClient, attempt: Attempt, *, at: str = "", record: bool = True) -> None:
         """Ask, for the first time or again, and note what became of it. `at` is the API process, the client's own unless

@@ -6,6 +6,7 @@ import asyncio
 import os
 from pathlib import Path
 
+from tests.chaos.call_faults import CALL_FAULTS
 from tests.chaos.fault import Fault
 from tests.chaos.fencing_faults import FENCING_FAULTS
 from tests.chaos.handover_faults import HANDOVER_FAULTS
@@ -28,6 +29,7 @@ LISTS = [
     FENCING_FAULTS,
     RECOVERY_FAULTS,
     STRANGER_FAULTS,
+    CALL_FAULTS,
 ]
 FAULTS: dict[str, Fault] = {fault.name: fault for faults in LISTS for fault in faults}
 

@@ -104,7 +104,7 @@ SAFEGUARDS = {
     "publish_term": Safeguard(
         "a position is told with the epoch of the batch that brought the ledger there",
         "coupon_svc/writer/persist.py",
-        _SMALL._replace(users=2, codes=2, kinds=frozenset({"restart"})),
+        _SMALL._replace(redeems=1, kinds=frozenset({"restart"})),
         also="tip",
     ),
     "own_epoch": Safeguard(
@@ -141,7 +141,7 @@ SAFEGUARDS = {
     "late": Safeguard(
         "an event of a settled epoch gives its code to nobody, but out of the quarantine",
         "coupon_svc/postgres/recovery.py",
-        _SMALL._replace(kinds=frozenset({"promote", "failback"}), faults=2, epochs=3),
+        _SMALL._replace(order=("promote", "failback"), faults=2, epochs=3),
     ),
     "late_epoch": Safeguard(
         "a late event releases its code only from the quarantine of its own epoch",
@@ -254,7 +254,7 @@ SAFEGUARDS = {
     "attempt": Safeguard(
         "a script of a recovery compares which recovery shut the shard, not the generation alone",
         "lua/include/recoverer.lua, lua/shut_shard.lua",
-        _SMALL._replace(kinds=frozenset({"empty"}), faults=2, epochs=3, delays=True),
+        _SMALL._replace(kinds=frozenset({WISH}), faults=2, epochs=4, delays=True),
     ),
     "pinned": Safeguard(
         "Redis is certified as the server that it was when the recovery began",
@@ -264,7 +264,7 @@ SAFEGUARDS = {
     "mark": Safeguard(
         "Postgres notes that an epoch is certified before Redis is",
         "coupon_svc/writer/recover.py",
-        _EARLY._replace(users=1, kinds=frozenset({"empty"}), epochs=3, faults=2, takeovers=1),
+        _EARLY._replace(users=1, kinds=frozenset({"flush"}), epochs=3, faults=2, takeovers=1),
     ),
 }
 
