@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,9 @@ CLASSES = {SCRIPTS[f"call_{one}"].sha: one for one in ("read", "grow", "keep")}
 BOOK = "bk_000123456789abcdef"
 
 
+SEQS = itertools.count(1_000)
+
+
 class Call:
     """A call that was sent, and how it is answered."""
 
@@ -39,8 +43,9 @@ class Call:
         """Those of assign_coupon."""
         return [operation[9] for section in self.sections for operation in section[5]]
 
-    def serve(self, seq: int = 30) -> None:
-        """Every operation is decided; each assign makes an event."""
+    def serve(self, seq: int | None = None) -> None:
+        """Every operation is decided, and every section makes an event: the last is at `seq`, or further than any before."""
+        seq = next(SEQS) if seq is None else seq
         self.answer([["ok", seq, section[4], [reply_to(one) for one in section[5]]] for section in self.sections])
 
 
@@ -214,6 +219,20 @@ async def test_positions_on_one_connection_only_grow(service: Service) -> None:
     assert (await first).outcome == "ok"
     service.calls[1].serve(seq=21)
     assert await outcome(second) is Outcome.OUTCOME_UNKNOWN
+    assert service.doubted == [(0, "position")]
+
+
+async def test_another_entry_at_a_position_that_was_seen_is_no_growth(service: Service) -> None:
+    asked = service.assign("ann")
+    await turns()
+    service.calls[0].serve(seq=21)
+    assert (await asked).outcome == "ok"
+    same, other = service.read(), service.assign("bob")
+    await turns()
+    service.calls[1].answer([["ok", 21, service.calls[0].sections[0][4], [["book_not_found"]]]])
+    service.calls[2].answer([["ok", 21, "another", [["refilling"]]]])
+    assert (await same).outcome == "book_not_found"
+    assert await outcome(other) is Outcome.OUTCOME_UNKNOWN
     assert service.doubted == [(0, "position")]
 
 
