@@ -24,8 +24,10 @@ if refusal then
   return refusal
 end
 local _, at_ms = read_clock()
-redis.call("HSET", meta_key, "epoch", epoch, "run_id", run_id, "replid", replid, "backlog_max", backlog_max,
-  "seq", 0, "committed", 0, "ledger_at_ms", at_ms, "owner_at_ms", at_ms)
+redis.call("HSET", meta_key, "epoch", epoch, "format", FORMAT, "run", run_id, "replid", replid,
+  "backlog_max", backlog_max, "seq", 0, "tip", "", "committed", 0, "ledger_at_ms", at_ms, "owner_at_ms", at_ms)
+-- Where an older version looks for the server: it takes the shard for one that is not certified.
+redis.call("HDEL", meta_key, "run_id")
 -- All of it was read. With the stream goes its last id, which somebody may have made up: none of ours could follow it.
 redis.call("UNLINK", events_key)
 return {"ok"}

@@ -249,7 +249,7 @@ async def _audit_ledger(ledger: Any) -> None:
         "positions are not exactly 1..committed",
         """
         SELECT shards.shard, shards.epoch, committed, count(seq), min(seq), max(seq) FROM shards
-        LEFT JOIN (SELECT shard, epoch, seq FROM events WHERE chain IS NOT NULL
+        LEFT JOIN (SELECT shard, epoch, seq FROM events EXCEPT SELECT shard, epoch, seq FROM late_events WHERE recorded
                    UNION ALL SELECT shard, epoch, seq FROM dead_letters) e
              ON e.shard = shards.shard AND e.epoch = shards.epoch
         GROUP BY shards.shard, shards.epoch, committed
@@ -262,7 +262,7 @@ async def _audit_ledger(ledger: Any) -> None:
         "an older epoch has a gap",
         """
         SELECT shard, epoch, count(*), max(seq)
-        FROM (SELECT shard, epoch, seq FROM events WHERE chain IS NOT NULL
+        FROM (SELECT shard, epoch, seq FROM events EXCEPT SELECT shard, epoch, seq FROM late_events WHERE recorded
               UNION ALL SELECT shard, epoch, seq FROM dead_letters) e
         GROUP BY shard, epoch HAVING count(DISTINCT seq) <> max(seq) OR count(*) <> max(seq) OR min(seq) <> 1
         """,
@@ -345,31 +345,23 @@ async def _audit_ledger(ledger: Any) -> None:
 
 
 async def _audit_history_of_rows(ledger: Any) -> None:
-    """Each row carries the hash of itself and the one before it; what carries none is in the log of late events."""
+    """Each entry carries the hash of itself and the one before it, and follows the one before it in its epoch."""
     record = (
         "jsonb_build_array(seq, event, book_id, code, user_id, at_ms, uses, reference, metadata, idem, fingerprint)"
     )
     for end in await ledger.fetch(
         "SELECT shard, s.chain, l.chain AS late FROM shards s LEFT JOIN late_heads l USING (shard)"
     ):
-        rows = await ledger.fetch(
-            f"""
-            SELECT epoch, seq, {record} AS event, NULL AS fields, NULL AS reason, NULL AS book_id, NULL AS code, chain
-            FROM events WHERE shard = $1 AND chain IS NOT NULL UNION ALL
-            SELECT epoch, seq, NULL, fields, reason, book_id, code, chain FROM dead_letters WHERE shard = $1
-            ORDER BY epoch, seq
-            """,
-            end["shard"],
-        )
-        last = bytes(32)
-        for row in rows:
-            what = (
-                json.loads(row["event"])
-                if row["event"]
-                else [row[name] for name in ("seq", "fields", "reason", "book_id", "code")]
-            )
+        last, tips = bytes(32), dict[int, tuple[int, str]]()
+        for row in await ledger.fetch("SELECT * FROM entries WHERE shard = $1 ORDER BY epoch, seq", end["shard"]):
+            what = [row[name] for name in ("seq", "n", "after", "tip", "at_ms", "events")]
             last = _hash(last, end["shard"], row["epoch"], what)
-            assert last == row["chain"], f"the row at {row['epoch']}-{row['seq']} is not as it was written"
+            at = f"{row['epoch']}-{row['seq']}"
+            assert last == row["chain"], f"the entry at {at} is not as it was written"
+            known_seq, known_tip = tips.get(row["epoch"], (0, ""))
+            if row["seq"] - row["n"] == known_seq:
+                assert row["after"] == known_tip, f"the entry at {at} does not follow the one before it"
+            tips[row["epoch"]] = row["seq"], row["tip"]
         assert last == end["chain"], "the chain does not end where the shard says"
         last = bytes(32)
         late = await ledger.fetch(
@@ -380,14 +372,6 @@ async def _audit_history_of_rows(ledger: Any) -> None:
             last = _hash(last, end["shard"], row["epoch"], [row["link"], row["recorded"], json.loads(row["event"])])
             assert last == row["chain"], f"late event {row['link']} is not as it was written"
         assert last == (end["late"] or bytes(32)), "the chain of late events does not end where its head says"
-    await _nothing(
-        ledger,
-        "an event without a hash did not come late",
-        """
-        SELECT shard, epoch, seq FROM events WHERE chain IS NULL EXCEPT
-        SELECT shard, epoch, seq FROM late_events WHERE recorded
-        """,
-    )
 
 
 def _hash(before: bytes, shard: int, epoch: int, what: list[Any]) -> bytes:
@@ -447,16 +431,18 @@ async def _audit_streams(ledger: Any, redis: Redis) -> None:
     events = {(row["shard"], row["epoch"], row["seq"]): row for row in rows}
     dead = {tuple(row) for row in await ledger.fetch("SELECT shard, epoch, seq FROM dead_letters")}
     for shard, entries in redis.streams.items():
-        seqs = []
+        seqs: list[int] = []
         for entry_id, fields in entries:
-            epoch, seq = Position.parse(entry_id)
-            seqs.append(seq)
-            if (shard, epoch, seq) in dead:
-                continue
-            row = events[shard, epoch, seq]
-            told = (row["event"], row["book_id"], row["code"], row["user_id"], str(row["at_ms"]), row["uses"])
-            uses = int(fields["uses"]) if "uses" in fields else None
-            assert told == (fields["event"], fields["book"], fields["code"], fields["user"], fields["at_ms"], uses)
+            epoch, last = Position.parse(entry_id)
+            told = json.loads(fields["events"])
+            first = last - int(fields["n"]) + 1
+            for seq, (kind, book, code, user, _, _, *more) in enumerate(told, first):
+                if (shard, epoch, seq) in dead:
+                    continue
+                row = events[shard, epoch, seq]
+                kept = (row["event"], row["book_id"], row["code"], row["user_id"], str(row["at_ms"]), row["uses"])
+                assert kept == (kind, book, code, user, fields["at_ms"], int(more[0]) if more else None)
+            seqs += range(first, last + 1)
         assert seqs == list(range(seqs[0], seqs[-1] + 1)) if seqs else True, f"the stream of shard {shard} has a hole"
         assert not seqs or seqs[-1] == int(redis.metas[shard]["seq"])
 

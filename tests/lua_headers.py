@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple
 
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.redis.contract import Contract
-from coupon_svc.redis.inline import Function, functions_of, inside_brackets, split_list, without_comments
 from coupon_svc.redis.scripts import Operation, Script
 
 INTERNAL_WORDS = {
@@ -44,6 +43,7 @@ COMMANDS = {
     "HMGET": ("hash", "read"),
     "HLEN": ("hash", "read"),
     "HSET": ("hash", "write"),
+    "HDEL": ("hash", "write"),
     "HINCRBY": ("hash", "count"),
     "ZCARD": ("zset", "read"),
     "ZSCORE": ("zset", "read"),
@@ -81,7 +81,7 @@ OVERLAY = {
     "count": ("hash", "count"),
     "release": ("set", "remove"),
 }
-"""What an operation has written when all of its call are decided (lua/shared/apply.lua): the functions that tell of it take
+"""What an operation has written when all of its call are decided (lua/include/apply.lua): the functions that tell of it take
 the key first."""
 KEYLESS_COMMANDS = ("TIME", "PUBLISH", "INFO")
 MANY_KEYS_COMMANDS = ("DEL", "EXISTS", "UNLINK")
@@ -96,7 +96,18 @@ EVENT_FIELDS = {
 """What an operation calls a field of an event, and what the header does; others have one name."""
 
 _STRING = r'"(?:[^"\\\n]|\\.)*"'
+_COMMENT = re.compile(rf"({_STRING})|--[^\n]*")
+_FUNCTION = re.compile(
+    r"^local function (?P<name>\w+)\((?P<params>[^)]*)\)\n(?P<text>.*?)^end$", re.MULTILINE | re.DOTALL
+)
 _REPLAYED = r'\b\w+\[1\] = "(?P<replayed>\w+)"'
+
+
+class Function(NamedTuple):
+    """A function of an included file."""
+
+    params: list[str]
+    text: str
 
 
 class Body(NamedTuple):
@@ -288,6 +299,8 @@ def sender(contract: Contract) -> Literal["api", "owner", "recoverer"]:
     that recovers it, when there is no epoch. Raises ValueError when unclear."""
     if contract.call_class is not None:
         return "api"
+    if contract.name == "publish_positions":  # its epochs and generations are lists
+        return "owner"
     first, second = [arg.name for arg in contract.args[:2]] + [""] * (2 - len(contract.args[:2]))
     if first == "epoch" and second == "seen_seq":
         return "api"
@@ -326,6 +339,47 @@ def _compare_events(contract: Contract, body: Body) -> Iterator[str]:
 
 
 # --- reading Lua
+
+
+def without_comments(lua: str) -> str:
+    """The Lua without its comments."""
+    return _COMMENT.sub(lambda match: match[1] or "", lua)
+
+
+def functions_of(lua: str) -> tuple[dict[str, Function], str]:
+    """The functions in a Lua without comments, by their names; and what stands outside of them."""
+    found = {
+        match["name"]: Function([param for param in re.split(r",\s*", match["params"]) if param], match["text"])
+        for match in _FUNCTION.finditer(lua)
+    }
+    return found, _FUNCTION.sub("", lua)
+
+
+def inside_brackets(text: str, start: int) -> str:
+    """What stands between the bracket at `start` and the one that closes it. Raises ValueError."""
+    depth = 0
+    for match in re.compile(rf"{_STRING}|[(){{}}\[\]]").finditer(text, start):
+        if match[0] in "({[":
+            depth += 1
+        elif match[0] in ")}]":
+            depth -= 1
+        if depth == 0:
+            return text[start + 1 : match.start()]
+    raise ValueError(f"a bracket is never closed: {text[start : start + 40]}")
+
+
+def split_list(text: str) -> list[str]:
+    """The parts between the commas that no bracket and no string encloses."""
+    parts, depth, last = [], 0, 0
+    for match in re.finditer(rf"{_STRING}|[(){{}}\[\],]", text):
+        if match[0] in "({[":
+            depth += 1
+        elif match[0] in ")}]":
+            depth -= 1
+        elif match[0] == "," and depth == 0:
+            parts.append(text[last : match.start()].strip())
+            last = match.end()
+    return [*parts, text[last:].strip()]
 
 
 def _calls(text: str, *names: str) -> Iterator[list[str]]:

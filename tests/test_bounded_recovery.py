@@ -239,7 +239,7 @@ async def test_codes_that_were_lent_alone_before_the_migration_are_known_to_be_o
 async def add_event(bench: Bench, seq: int, book_id: str, key: str | None, age_h: float, *, epoch: int = 1) -> None:
     now = round(time.time() * 1000)
     await bench.ledger.execute(
-        "INSERT INTO events (shard, epoch, seq, event, book_id, code, user_id, at_ms, idem, fingerprint)"
+        "INSERT INTO old_events (shard, epoch, seq, event, book_id, code, user_id, at_ms, idem, fingerprint)"
         " VALUES (0, $1, $2, 'coupon_assigned', $3, $4, 'u', $5, $6, 'f')",
         epoch, seq, book_id, f"I-{epoch}-{seq}", now - round(age_h * HOUR_MS), key,
     )  # fmt: skip
@@ -258,7 +258,7 @@ async def test_a_rebuild_reads_the_events_of_the_last_day_once_for_all_books(
     monkeypatch.setattr(recovery, "EVENTS_PAGE", 7)
     books = [await bench.book(f"{number}") for number in range(20)]
     await bench.ledger.execute(
-        "INSERT INTO events (shard, epoch, seq, event, book_id, code, user_id, at_ms, idem, fingerprint)"
+        "INSERT INTO old_events (shard, epoch, seq, event, book_id, code, user_id, at_ms, idem, fingerprint)"
         " SELECT n % 2, 1, n, 'coupon_assigned', $1, 'old', 'u', 1, 'old' || n, 'f' FROM generate_series(1, 40000) n",
         books[0],
     )
@@ -269,11 +269,11 @@ async def test_a_rebuild_reads_the_events_of_the_last_day_once_for_all_books(
         key = None if number % 5 == 0 else f"k{number}"
         await add_event(bench, 40_001 + number, books[number % 20], key, 24.5 if number < 10 else 1)
     await add_event(bench, 40_100, books[13], "k13", 0.5)  # once more the key of another position of the book
-    await bench.ledger.execute("ANALYZE events")
-    before = await rows_read(bench.url, bench.ledger, "events")
+    await bench.ledger.execute("ANALYZE old_events")
+    before = await rows_read(bench.url, bench.ledger, "old_events")
     await bench.ledger.execute("UPDATE shards SET rebuild = true WHERE shard = 0")
     await bench.recover()
-    read = await rows_read(bench.url, bench.ledger, "events") - before
+    read = await rows_read(bench.url, bench.ledger, "old_events") - before
     assert read < 61 * 2 + 50, "each event of the last day once, and no other"
     expected = {f"k{n}": f"I-1-{40_001 + n}" for n in range(10, 60) if n % 5}
     assert await keys_in_redis(bench) == {**expected, "k13": "I-1-40100"}

@@ -129,7 +129,7 @@ async def ledger(postgres_url: str) -> AsyncIterator[Ledger]:
     await connection.execute("INSERT INTO tenants (name) VALUES ('t')")
     await connection.execute("UPDATE shards SET owner = 'test', generation = 1, epoch = 1")
     await insert_book(connection, NewBook(BOOK, 0, 1, "b", None, 1, 120, None, None, Ack.LEDGER, "{}", 0))
-    yield Ledger(url, connection, OwnedShard(0, epoch=1, generation=1, committed=0, chain=CHAIN_START))
+    yield Ledger(url, connection, OwnedShard(0, epoch=1, generation=1, committed=0, chain=CHAIN_START, tip=""))
     await connection.close()
 
 

@@ -266,7 +266,7 @@ class Lender:
     def __init__(self, connection: Any, tenant_id: int) -> None:
         self.connection = connection
         self._tenant_id = tenant_id
-        self._owned = OwnedShard(SHARD, epoch=1, generation=1, committed=0, chain=CHAIN_START)
+        self._owned = OwnedShard(SHARD, epoch=1, generation=1, committed=0, chain=CHAIN_START, tip="")
 
     async def new_book(self) -> str:
         """A book without codes. Returns its id."""

@@ -290,7 +290,7 @@ async def lose(ledger: asyncpg.Connection, codes: list[str]) -> NewEpoch:
     await ledger.execute(
         "UPDATE shards SET epoch = 7, owner = 'w', generation = 1, certified_epoch = 6, settled_epoch = 6"
     )
-    return NewEpoch(OwnedShard(0, 7, 0, 1, bytes(32)), 0, False)
+    return NewEpoch(OwnedShard(0, 7, 0, 1, bytes(32), ""), 0, False)
 
 
 async def test_late_events_before_one_that_a_receipt_brought_back_are_taken_in(ledger: asyncpg.Connection) -> None:
@@ -310,15 +310,15 @@ async def test_a_key_answers_the_same_after_a_rebuild_though_an_older_record_cam
 ) -> None:
     for epoch, code in ((6, "NEW"), (5, "OLD")):  # the older one was lost, and came back late
         await ledger.execute(
-            "INSERT INTO events (shard, epoch, seq, event, book_id, code, user_id, at_ms, idem, fingerprint)"
+            "INSERT INTO old_events (shard, epoch, seq, event, book_id, code, user_id, at_ms, idem, fingerprint)"
             " VALUES (0, $1, 1, 'coupon_assigned', $2, $3, 'u', 100, 'key', 'f')",
             epoch,
             BOOK,
             code,
         )
     await ledger.execute("SET enable_indexscan = off; SET enable_bitmapscan = off")  # as the planner may have it
-    page = await recovery.idempotent_events(ledger, 0, Mark(0, 0), 1)
-    assert [row["code"] for row in page.events] == ["OLD", "NEW"], "the last one is the one that stays"
+    page = await recovery.old_idempotent_events(ledger, 0, Mark(0, 0), 1)
+    assert [event.code for event in page.events] == ["OLD", "NEW"], "the last one is the one that stays"
 
 
 # --- odd requests

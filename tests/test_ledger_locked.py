@@ -34,7 +34,7 @@ async def test_while_a_table_is_locked_assigns_are_refused_and_no_process_is_rea
         locker = await asyncpg.connect(stack.database_url)
         transaction = locker.transaction()
         await transaction.start()
-        await locker.execute("LOCK TABLE events IN SHARE MODE")  # as CREATE INDEX does
+        await locker.execute("LOCK TABLE entries IN SHARE MODE")  # as CREATE INDEX does
         assert await assign(1) == "outcome_unknown"  # it was made, and waits
 
         async def refused() -> bool:

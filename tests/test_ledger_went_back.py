@@ -32,13 +32,13 @@ async def test_a_code_that_a_ledger_has_forgotten_is_not_dealt_again(
         try:
             shard = await ledger.fetchval("SELECT shard FROM books WHERE book_id = $1", book)
             async with ledger.transaction():  # as a restored backup would have it
-                await ledger.execute("ALTER TABLE events DISABLE TRIGGER USER")
+                await ledger.execute("ALTER TABLE entries DISABLE TRIGGER USER")
                 await ledger.execute("ALTER TABLE coupons DISABLE TRIGGER USER")
-                await ledger.execute("DELETE FROM events WHERE shard = $1 AND seq > 3", shard)
+                await ledger.execute("DELETE FROM entries WHERE shard = $1 AND seq > 3", shard)
                 await ledger.execute("DELETE FROM coupons WHERE code = ANY ($1)", given[3:])
                 await ledger.execute(
-                    "UPDATE shards SET committed = 3, chain = (SELECT chain FROM events WHERE shard = $1 AND seq = 3)"
-                    " WHERE shard = $1",
+                    "UPDATE shards SET committed = 3, chain = e.chain, tip = e.tip FROM entries e"
+                    " WHERE shards.shard = $1 AND e.shard = $1 AND e.seq = 3",
                     shard,
                 )
             keys = ShardKeys(shard, stack.shards)

@@ -97,7 +97,9 @@ async def test_an_owner_sees_that_what_is_committed_is_not_what_redis_made(make_
             ((_, last),) = await redis.xrange(keys.events, f"{epoch}-3", f"{epoch}-3")
             async with redis.pipeline(transaction=True) as pipe:
                 pipe.delete(keys.events)
-                pipe.xadd(keys.events, {**last, "user": "somebody else"}, id=f"{epoch}-3")
+                pipe.xadd(
+                    keys.events, {**last, "events": last["events"].replace('"u2"', '"somebody else"')}, id=f"{epoch}-3"
+                )
                 await pipe.execute()
 
         async def stopped() -> bool:
@@ -129,9 +131,15 @@ async def test_what_follows_in_another_history_is_not_committed(make_stack: Make
         writer.signal(signal.SIGSTOP)
         async with redis.pipeline(transaction=True) as pipe:
             pipe.delete(keys.events)
-            pipe.xadd(keys.events, {**last, "user": "x"}, id=f"{epoch}-1")
-            pipe.xadd(keys.events, {**last, "user": "y", "code": "Q-MADEANEW"}, id=f"{epoch}-2")
-            pipe.hset(keys.meta, "seq", 2)
+            pipe.xadd(
+                keys.events, {**last, "events": last["events"].replace('"u"', '"x"'), "tip": "x"}, id=f"{epoch}-1"
+            )
+            pipe.xadd(
+                keys.events,
+                {**last, "events": last["events"].replace('"u"', '"y"'), "after": "x", "tip": "y"},
+                id=f"{epoch}-2",
+            )
+            pipe.hset(keys.meta, mapping={"seq": 2, "tip": "y"})
             await pipe.execute()
         writer.signal(signal.SIGCONT)
 

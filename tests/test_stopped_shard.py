@@ -6,9 +6,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from coupon_svc.config import load_settings
+from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.writer.shard import Stopped
 from coupon_svc.writer.writer import Writer
+from tests.entries import entry_of, fields_of
 from tests.harness import Stack, until
 
 
@@ -51,14 +53,10 @@ async def test_an_event_that_contradicts_the_ledger_stops_its_shard(make_stack: 
         shard = int(book_id[3:5])
         keys, redis = ShardKeys(shard, stack.shards), stack.redis()
         epoch, seq = str(await redis.hget(keys.meta, "epoch")), await redis.hincrby(keys.meta, "seq", 1)
-        event: dict[Any, Any] = {
-            "event": "coupon_assigned",
-            "book": book_id,
-            "code": given,
-            "user": "bob",
-            "at_ms": "1",
-        }
-        await redis.xadd(keys.events, {**event, "idem": "", "fingerprint": ""}, id=f"{epoch}-{seq}")
+        twice = Event(int(epoch), seq, COUPON_ASSIGNED, book_id, given, "bob", 1)
+        entry: Any = fields_of(entry_of(twice, after=str(await redis.hget(keys.meta, "tip")), tip="made up"))
+        await redis.hset(keys.meta, "tip", "made up")
+        await redis.xadd(keys.events, entry, id=f"{epoch}-{seq}")
 
         async def stopped() -> str | None:
             (row,) = await stack.ledger("SELECT stopped FROM shards WHERE shard = $1", shard)

@@ -128,10 +128,14 @@ async def a_redemption_miscounted(redis: Redis) -> None:
 
 
 IN_LEDGER = {
-    "a position is missing or doubled": "DELETE FROM events WHERE seq = 2",
+    "a position is missing or doubled": "DELETE FROM entries WHERE seq = 2",
+    "an entry does not follow the one before it": "UPDATE entries SET after = 'x' WHERE seq = 2",
+    "an entry's events cannot be read, or are not as many as it says": "UPDATE entries SET events = '[' WHERE seq = 2",
     "a late event is not the same in both places that have it": """
+        INSERT INTO old_events (shard, epoch, seq, event, book_id, code, user_id, at_ms)
+        VALUES (0, 0, 1, 'coupon_assigned', 'b', 'c', 'u', 1);
         INSERT INTO late_events (shard, epoch, seq, link, event, book_id, code, user_id, at_ms, recorded)
-        SELECT shard, epoch, seq, NULL, event, book_id, code, user_id, at_ms, true FROM events WHERE seq = 1""",
+        VALUES (0, 0, 1, NULL, 'coupon_assigned', 'b', 'c', 'thief', 1, true)""",
     "the ledger's position is not where its events end": "UPDATE shards SET committed = committed + 1 WHERE committed > 0",
     "a code was assigned twice, or its coupon is not what its event says": """
         UPDATE coupons SET user_id = 'thief' WHERE user_id = 'u5'""",

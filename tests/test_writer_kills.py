@@ -7,6 +7,7 @@ unknown with the same Idempotency-Keys, and then counts both stores (tests.audit
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -219,7 +220,7 @@ async def test_a_writer_that_stops_in_its_very_first_commit_is_taken_over(make_s
         blocker = await asyncpg.connect(stack.database_url)
         transaction = blocker.transaction()
         await transaction.start()
-        await blocker.execute("LOCK TABLE events IN SHARE MODE")
+        await blocker.execute("LOCK TABLE entries IN SHARE MODE")
         call = asyncio.create_task(history.post("/coupons/assign", {"book_id": book_id, "user_id": "u"}, "k"))
         waiting = (
             "SELECT pid FROM pg_stat_activity"
@@ -759,11 +760,18 @@ async def test_a_writer_whose_connections_are_ended_again_and_again_loses_nothin
 
 
 async def add_by_hand(stack: Stack, shard: int, fields: dict[str, str]) -> tuple[int, int]:
-    """Put an entry into a shard's stream as an administrator who knows no better; returns its (epoch, seq)."""
+    """Put an event into a shard's stream as an administrator who knows no better, or other fields; returns its
+    (epoch, seq)."""
     prefix = f"cb:{{{shard_tag(shard, stack.shards)}}}:"
     redis: Any = stack.redis()
     epoch = await redis.hget(prefix + "meta", "epoch")
     seq = int(await redis.hincrby(prefix + "meta", "seq", 1))
+    if "event" in fields:
+        names = ["event", "book", "code", "user", "idem", "fingerprint", "uses", "reference", "metadata"]
+        events = json.dumps([[fields[name] for name in names if name in fields]])
+        after = await redis.hget(prefix + "meta", "tip")
+        fields = {"n": "1", "after": after, "tip": "by hand", "at_ms": fields["at_ms"], "events": events}
+        await redis.hset(prefix + "meta", "tip", "by hand")
     await redis.xadd(prefix + "events", fields, id=f"{epoch}-{seq}")
     await redis.aclose()
     return int(epoch), seq
@@ -844,7 +852,7 @@ async def poisoned(
 
 async def test_nobody_is_told_that_a_dead_letter_is_durable(make_stack: MakeStack) -> None:
     stack = await make_stack()
-    await stack.ledger("ALTER TABLE events ADD CONSTRAINT not_this_one CHECK (user_id <> 'refused by the ledger')")
+    await stack.ledger("ALTER TABLE coupons ADD CONSTRAINT not_this_one CHECK (user_id <> 'refused by the ledger')")
     await started(stack, COUPON_LEDGER_WAIT_MS="5000")
     async with await stack.client() as client:
         history = History(client)

@@ -12,7 +12,8 @@ import pytest
 
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.books import Ack, Book, BookStatus
-from coupon_svc.domain.events import COUPON_ASSIGNED, Event
+from coupon_svc.domain.events import COUPON_ASSIGNED, Entry, Event, MalformedEntry
+from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres import lending
 from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.lending import BookNow, Lease
@@ -24,8 +25,9 @@ from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.lend import Lender
-from coupon_svc.writer.persist import Persister, following_batch
+from coupon_svc.writer.persist import Persister, Rewritten, following_batch
 from coupon_svc.writer.shard import Hole, Shard, Shut, term_of
+from tests.entries import batch_of, entry_of, fields_of
 from tests.harness import fresh_database
 from tests.owned import recovered_shard
 from tests.scripts.runner import new_rules
@@ -48,7 +50,7 @@ class Recovered(NamedTuple):
 async def recovered(cluster_redis: EmbeddedRedis) -> AsyncIterator[Recovered]:
     number = next(NUMBERS)
     store = ShardControl(cluster_redis.url, SHARDS, Scripts())
-    before = OwnedShard(number, 1, 0, 3, CHAIN)
+    before = OwnedShard(number, 1, 0, 3, CHAIN, "")
     after = before._replace(epoch=2)
     for owned in (before, after):
         term = term_of(owned)
@@ -70,37 +72,33 @@ async def test_a_position_of_the_epoch_before_is_not_told_in_the_next(recovered:
         "", "wr", store, {before.shard: shard}, lambda _, book, number: assigned.append(book), LedgerClock()
     )
     event = Event(before.epoch, 1, COUPON_ASSIGNED, book_id, "A-1", "u", 1)
-    old = Batch(before.shard, before.epoch, before.generation, 0, 1, [event])
-    await persister._publish(shard, old, b"x" * 32, "")
+    old = batch_of(before.shard, before.epoch, before.generation, 0, [event])
+    await persister._publish([(shard, old, b"x" * 32)])
     assert (shard.committed, shard.chain, assigned) == (0, CHAIN, [])
     assert (await store.read_meta(before.shard)).committed == 0
 
 
 def test_what_comes_before_a_hole_is_committed() -> None:
     """Else the shard is found in order by its next entry, opened, and shut again by the persister, for ever."""
-    shard = Shard(OwnedShard(0, 3, 7, 1, CHAIN))
-    fields = [
-        "event",
-        COUPON_ASSIGNED,
-        "book",
-        "b",
-        "code",
-        "A-1",
-        "user",
-        "u",
-        "at_ms",
-        "1",
-        "idem",
-        "",
-        "fingerprint",
-        "",
-    ]
-    hand_made = ["by", "hand"]
-    entries = [StreamEntry.of(raw) for raw in (["3-8", fields], ["3-9", hand_made], ["4-7", hand_made])]
+    shard = Shard(OwnedShard(0, 3, 7, 1, CHAIN, "t7"))
+    event = Event(3, 8, COUPON_ASSIGNED, "b", "A-1", "u", 1)
+    follows = entry_of(event, event._replace(seq=9), after="t7", tip="t9")
+    other = entry_of(event._replace(seq=10), after="x", tip="t10")
+    entries = [found(follows), found(other), StreamEntry(Position.parse("4-7"), [b"by", b"hand"])]
     batch = following_batch(shard, entries)
-    assert (batch.committed, batch.upto, len(batch.events), [letter.seq for letter in batch.dead]) == (7, 9, 1, [9])
-    with pytest.raises(Hole, match="event 3-8 is missing, 4-7 came instead"):
+    assert (batch.committed, batch.upto, len(batch.events), batch.last_tip) == (7, 9, 2, "t9")
+    with pytest.raises(Hole, match="event 3-8 is missing, 3-10 came instead"):
+        following_batch(shard, entries[1:])
+    with pytest.raises(MalformedEntry):
         following_batch(shard, entries[2:])
+    with pytest.raises(Rewritten):
+        following_batch(shard, [found(follows._replace(after="x"))])
+
+
+def found(entry: Entry) -> StreamEntry:
+    """The entry as it stands in the stream."""
+    fields = [text if isinstance(text, bytes) else text.encode() for pair in fields_of(entry).items() for text in pair]
+    return StreamEntry(Position(Epoch(entry.epoch), Seq(entry.seq)), fields)
 
 
 async def test_codes_that_were_lent_in_the_epoch_before_are_not_brought_in_the_next(recovered: Recovered) -> None:
@@ -174,11 +172,10 @@ async def test_codes_are_counted_though_their_position_cannot_be_told(recovered:
         "", "wr", away, {before.shard: shard}, lambda _, book, number: assigned.append((book, number)), LedgerClock()
     )
     now = shard.owned
-    batch = Batch(
-        now.shard, now.epoch, now.generation, 0, 1, [Event(now.epoch, 1, COUPON_ASSIGNED, book_id, "A-1", "u", 1)]
-    )
+    event = Event(now.epoch, 1, COUPON_ASSIGNED, book_id, "A-1", "u", 1)
+    batch = batch_of(now.shard, now.epoch, now.generation, 0, [event])
     with pytest.raises(StoreError):
-        await persister._publish(shard, batch, b"x" * 32, "")
+        await persister._publish([(shard, batch, b"x" * 32)])
     assert (shard.committed, assigned) == (1, [(book_id, 1)])
 
 
@@ -192,7 +189,7 @@ async def test_a_shard_that_cannot_be_shut_when_it_is_stopped_is_shut_by_who_wou
     persister = Persister(url, "wr", away, {before.shard: shard}, lambda *_: None, LedgerClock())
     connection = await asyncpg.connect(url)
     with pytest.raises(StoreError):
-        await persister._stop(Batch(before.shard, before.epoch, before.generation, 0, 1, []), "forked")
+        await persister._stop(Batch(before.shard, before.epoch, before.generation, 0, 1, [], []), "forked")
     assert await connection.fetchval("SELECT stopped FROM shards WHERE shard = $1", before.shard) == "forked"
     assert shard.state == Shut()
     await connection.close()
@@ -201,7 +198,7 @@ async def test_a_shard_that_cannot_be_shut_when_it_is_stopped_is_shut_by_who_wou
 
 def test_what_a_process_can_have_seen_is_asked_anew_in_each_epoch() -> None:
     """Positions begin at 1 again: by the old one its report would come late, and a recovery before it take it for silent."""
-    shard = Shard(OwnedShard(0, 1, 0, 3, CHAIN))
+    shard = Shard(OwnedShard(0, 1, 0, 3, CHAIN, ""))
     assert shard.answered_by_gone(["api_gone"], 5) == []
     shard.opening_begins()
     shard.recovery_begins("a test")

@@ -16,7 +16,6 @@ from coupon_svc.config import load_settings
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.postgres import lending
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession
-from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.liveness import LOOKS_APART_MAX_S, Watch
 from coupon_svc.postgres.shards import OwnedShard, drop_writer, renew_writer, writer_beats
 from coupon_svc.redis.control import ShardControl, Term
@@ -33,6 +32,7 @@ from coupon_svc.writer.showing import Showing
 from coupon_svc.writer.writer import Writer
 from tests.chaos.proxy import Proxy
 from tests.conftest import SHARDS
+from tests.entries import batch_of
 from tests.harness import Stack, fresh_database, until
 from tests.owned import open_shard
 
@@ -250,7 +250,7 @@ NO_LEDGER: Any = None
 
 
 def shard(number: int) -> Shard:
-    return open_shard(OwnedShard(number, 1, 0, 1, CHAIN), HERE)
+    return open_shard(OwnedShard(number, 1, 0, 1, CHAIN, ""), HERE)
 
 
 @pytest.mark.parametrize("at", ["books_to_load", "lone_leases", "bring_again"])
@@ -370,7 +370,7 @@ async def test_what_goes_wrong_with_one_shard_does_not_keep_the_others_from_bein
 ) -> None:
     caplog.set_level(logging.ERROR)
     writer = Writer(load_settings({"COUPON_REDIS_URL": "redis://x", "COUPON_DATABASE_URL": "postgresql://x"}))
-    writer.shards.update({number: Shard(OwnedShard(number, 1, 0, 1, CHAIN)) for number in range(3)})
+    writer.shards.update({number: Shard(OwnedShard(number, 1, 0, 1, CHAIN, "")) for number in range(3)})
 
     async def open_unless_torn(one: Shard, _: Any) -> None:
         if one.number == 1:
@@ -409,7 +409,7 @@ async def test_a_shard_that_another_writer_took_throws_no_other_shards_batch_awa
     await connection.execute("UPDATE shards SET owner = 'another', generation = 2 WHERE shard = 1")
     persister = Persister(url, "wr", OddStore(), shards, lambda *_: None, LedgerClock())
     batches = [
-        Batch(number, 1, 1, 0, 1, [Event(1, 1, COUPON_ASSIGNED, f"bk_0{number}x", f"A-{number}", "u", 1)])
+        batch_of(number, 1, 1, 0, [Event(1, 1, COUPON_ASSIGNED, f"bk_0{number}x", f"A-{number}", "u", 1)])
         for number in range(3)
     ]
     committed = await persister._commit(batches)

@@ -20,6 +20,7 @@ from coupon_svc.redis import scripts as store_scripts
 from coupon_svc.redis import server
 from coupon_svc.redis.connection import Connection, Reply
 from coupon_svc.redis.contract import CallClass
+from coupon_svc.redis.keys import parse_position_message
 from coupon_svc.redis.scripts import Operation, Script
 from coupon_svc.redis.waiters import DurabilityWaiters, EntryKey
 from coupon_svc.resources import resource_folder
@@ -70,13 +71,15 @@ def told_position() -> None:
         waiting.append(self)
         honest_waiters(self, *args, **named)
 
-    def connection(self: Connection, on_message: Callable[[Reply], None] | None = None) -> None:
-        honest_connection(self, on_message and on_message_untold)
+    def connection(self: Connection, on_message: Callable[[Reply], None] | None = None, **named: Any) -> None:
+        honest_connection(self, on_message and on_message_untold, **named)
 
     def on_message_untold(message: Reply) -> None:
         if message[0] == "message":
-            for one in waiting:
-                one.advance(*map(int, message[2].split()))
+            for told in parse_position_message(message[2]):
+                for one in waiting:
+                    one.advance(told.shard, told.epoch, told.committed)
+                    one.hear(told.tips)
 
     honest_waiters, honest_connection = DurabilityWaiters.__init__, Connection.__init__
     DurabilityWaiters.__init__, Connection.__init__ = waiters, connection  # type: ignore[method-assign]
@@ -111,7 +114,7 @@ def clocks() -> None:
         'if ledger_ms ~= "" and math.abs(now_ms - tonumber(ledger_ms)) > CLOCKS_APART_MAX_MS then\n'
         '  return {"clock", at_ms}\nend\n'
     )
-    _without_text("publish_position", compared)
+    _without_text("publish_positions", compared)
     bounds.CLOCKS_APART_MAX_MS = 10**15
 
 
@@ -210,36 +213,36 @@ def fenced_load() -> None:
 
 
 def position() -> None:
-    """A commit does not ask whether the ledger is where the batch begins, by its position or by the hash there."""
+    """A commit does not ask whether the ledger is where the batch begins, by its position, tip or hash."""
 
-    async def write_batches(connection: Any, writer_id: str, batches: Sequence[events.Batch]) -> dict[int, bytes]:
+    async def commit_batches(connection: Any, writer_id: str, batches: Sequence[events.Batch]) -> Any:
         for batch in batches:
-            begins = "UPDATE shards SET committed = $3, chain = $4 WHERE shard = $1 AND owner = $2"
-            await connection.execute(begins, batch.shard, writer_id, batch.committed, batch.chain)
+            begins = "UPDATE shards SET committed = $3, chain = $4, tip = $5 WHERE shard = $1 AND owner = $2"
+            await connection.execute(begins, batch.shard, writer_id, batch.committed, batch.chain, batch.tip)
         return await honest(connection, writer_id, batches)
 
-    honest = events.write_batches
-    events.write_batches = write_batches
+    honest = events.commit_batches
+    events.commit_batches = commit_batches
 
 
 def position_and_epoch() -> None:
     """Nor whether the batch is of the epoch that the ledger is in. (A batch of another epoch begins where the ledger is
     only when it is the first of its own: so each of the two stands in for the other.)"""
 
-    async def write_batches(connection: Any, writer_id: str, batches: Sequence[events.Batch]) -> dict[int, bytes]:
+    async def commit_batches(connection: Any, writer_id: str, batches: Sequence[events.Batch]) -> Any:
         enter = "UPDATE shards SET epoch = $3 WHERE shard = $1 AND owner = $2"
         rows = await connection.fetch("SELECT shard, epoch FROM shards")
         for batch in batches:
             await connection.execute(enter, batch.shard, writer_id, batch.epoch)
-        heads = await honest(connection, writer_id, batches)
+        outcomes, heads = await honest(connection, writer_id, batches)
         for shard, epoch in rows:
             if shard in heads:
                 await connection.execute(enter, shard, writer_id, epoch)
-        return heads
+        return outcomes, heads
 
     position()
-    honest = events.write_batches
-    events.write_batches = write_batches
+    honest = events.commit_batches
+    events.commit_batches = commit_batches
 
 
 def own_epoch() -> None:

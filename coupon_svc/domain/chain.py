@@ -1,9 +1,9 @@
 """The hash chain over a shard's ledger rows: each carries a hash over itself and the one before it.
 
-A hash is the BLAKE2b of 32 bytes over the msgpack of (hash before, shard, epoch, record). The record is an event's
-`Event.record`; a dead letter's (seq, fields, reason, book_id, code); or, in the chain of late events, (link, recorded,
-the event's). msgpack tells
-texts, bytes, numbers, nulls and lengths apart, so no two rows are the same bytes.
+A hash is the BLAKE2b of 32 bytes over the msgpack of (hash before, shard, epoch, record). The record of an entry is
+(seq, n, after, tip, at_ms, its events byte for byte); of a late event (link, recorded, its `Event.record`). Ledgers of older
+versions have rows of single events (`Event.record`) and of dead letters (seq, fields, reason, book_id, code) before their
+first entry. msgpack tells texts, bytes, numbers, nulls and lengths apart, so no two rows are the same bytes.
 
 Nothing here is secret: who may write to the tables can compute the chain anew (docs/architecture.md, *The hash chain*).
 """

@@ -1,10 +1,12 @@
-"""What a script did, as it travels from the stream to the ledger."""
+"""What scripts did, as it travels from the stream to the ledger: an entry for each call's part of a shard."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
+
+import msgspec
 
 from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.position import Epoch, Position, Seq
@@ -46,47 +48,112 @@ RECORD_FIELDS = (
 _record = itemgetter(*map(Event._fields.index, RECORD_FIELDS))
 
 
-class MalformedEvent(CouponError):
+class MalformedEntry(CouponError):
     """A stream entry that no script of ours wrote. The message names what is wrong and holds no value of it."""
 
 
-def parse_event(position: Position, fields: Sequence[str]) -> Event:
-    """The event in a stream entry's fields, a flat list of names and values. Raises MalformedEvent."""
+class Entry(NamedTuple):
+    """An entry of a shard's stream. Its events are at the positions seq - n + 1 … seq."""
+
+    epoch: int
+    seq: int
+    n: int
+    after: str
+    """The tip of the entry before it, "" at the beginning of an epoch."""
+    tip: str
+    """Tells it from every other entry that was ever made at this position; "" in the format of older versions."""
+    at_ms: int
+    """When its events were decided, by Redis's clock."""
+    body: bytes
+    """The events as they stand in the stream: a JSON array of arrays of texts."""
+
+    @property
+    def before(self) -> int:
+        """The seq that it follows."""
+        return self.seq - self.n
+
+    @property
+    def seqs(self) -> range:
+        return range(self.seq - self.n + 1, self.seq + 1)
+
+
+def parse_entry(position: Position, fields: Sequence[bytes]) -> Entry:
+    """The entry in a stream entry's fields, a flat list of names and values. Raises MalformedEntry.
+
+    Its events may still be malformed: `events_of` tells.
+    """
     epoch, seq = position
     try:
-        if fields[1] == COUPON_ASSIGNED and len(fields) == 14:
-            _, event, _, book_id, _, code, _, user_id, _, at_ms, _, idem, _, fingerprint = fields
-            return Event(
-                epoch, seq, event, book_id, code, user_id, _int(at_ms, 63), idem=idem or None,
-                fingerprint=fingerprint or None,
-            )  # fmt: skip
-        values = dict(zip(fields[::2], fields[1::2], strict=True))
-        if values["event"] != COUPON_REDEEMED:
-            raise MalformedEvent("an event of no known kind")
-        return Event(
-            epoch,
-            seq,
-            COUPON_REDEEMED,
-            values["book"],
-            values["code"],
-            values["user"],
-            _int(values["at_ms"], 63),
-            _int(values["uses"], 31),
-            values["reference"] or None,
-            values["metadata"] or None,
-            values["idem"] or None,
-            values["fingerprint"] or None,
-        )
+        if fields[0] == b"n":
+            _, n, _, after, _, tip, _, at_ms, _, body = fields
+            return Entry(epoch, seq, _int(n.decode(), 31), after.decode(), tip.decode(), _int(at_ms.decode(), 63), body)
+        values = {name.decode(): value.decode() for name, value in zip(fields[::2], fields[1::2], strict=True)}
+        names = ["event", "book", "code", "user", "idem", "fingerprint"]
+        if "uses" in values:
+            names += ["uses", "reference", "metadata"]
+        body = _encode([[values[name] for name in names]])
+        return Entry(epoch, seq, 1, "", "", _int(values["at_ms"], 63), body)
     except (KeyError, ValueError, IndexError) as error:
-        raise MalformedEvent(f"a field is missing, no number, or out of bounds ({type(error).__name__})") from None
+        raise MalformedEntry(
+            f"a field is missing, no text, no number or out of bounds ({type(error).__name__})"
+        ) from None
 
 
-def is_event(fields: Sequence[str], event: Event | None) -> bool:
-    """Whether a stream entry's fields are those of `event`."""
+def events_of(entry: Entry) -> list[Event]:
+    """The events of an entry. Raises MalformedEntry."""
+    epoch, seq, at_ms = entry.epoch, entry.before, entry.at_ms
+    events = []
     try:
-        return event is not None and parse_event(event.position, fields) == event
-    except MalformedEvent:
-        return False
+        rows = _decode(entry.body)
+        if len(rows) != entry.n:
+            raise MalformedEntry("the entry has another number of events than it says")
+        for row in rows:
+            seq += 1
+            if row[0] == COUPON_ASSIGNED:
+                kind, book_id, code, user_id, idem, fingerprint = row
+                events.append(
+                    Event(
+                        epoch,
+                        seq,
+                        kind,
+                        book_id,
+                        code,
+                        user_id,
+                        at_ms,
+                        None,
+                        None,
+                        None,
+                        idem or None,
+                        fingerprint or None,
+                    )
+                )
+            elif row[0] == COUPON_REDEEMED:
+                kind, book_id, code, user_id, idem, fingerprint, uses, reference, metadata = row
+                events.append(
+                    Event(
+                        epoch,
+                        seq,
+                        kind,
+                        book_id,
+                        code,
+                        user_id,
+                        at_ms,
+                        _int(uses, 31),
+                        reference or None,
+                        metadata or None,
+                        idem or None,
+                        fingerprint or None,
+                    )
+                )
+            else:
+                raise MalformedEntry("an event of no known kind")
+    except (ValueError, IndexError, msgspec.MsgspecError) as error:
+        raise MalformedEntry(f"its events cannot be read ({type(error).__name__})") from None
+    return events
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(list[list[str]]).decode
 
 
 def _int(text: str, bits: int) -> int:

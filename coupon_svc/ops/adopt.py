@@ -25,7 +25,8 @@ EPOCH_PLAUSIBLE_MAX = 1_000_000_000
 """An epoch begins with each recovery. An entry of a higher one, e.g. by `XADD *`, was put into the stream by hand."""
 
 _LAST_HASH = """
-    SELECT chain FROM (SELECT epoch, seq, chain FROM events WHERE shard = $1 AND chain IS NOT NULL
+    SELECT chain FROM (SELECT epoch, seq, chain FROM old_events WHERE shard = $1 AND chain IS NOT NULL
+                       UNION ALL SELECT epoch, seq, chain FROM entries WHERE shard = $1
                        UNION ALL SELECT epoch, seq, chain FROM dead_letters WHERE shard = $1 AND chain IS NOT NULL) AS rows
     ORDER BY epoch DESC, seq DESC LIMIT 1
 """

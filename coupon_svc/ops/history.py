@@ -1,7 +1,8 @@
 """Walks the hash chains of a shard's ledger: shows that no row was edited, removed, added or moved since it was written.
 
-A shard has two: over its positions (`events` and `dead_letters` together), and over its late events. What is hashed is said
-in coupon_svc/domain/chain.py. A page of each table is in memory at a time, and the places of what does not fit.
+A shard has two: over its positions, and over its late events. The first begins with what older versions wrote (`old_events`
+and `dead_letters` together) and goes on with `entries`. What is hashed is said in coupon_svc/domain/chain.py. A page of each
+table is in memory at a time, and the places of what does not fit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import msgspec
 
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
-from coupon_svc.domain.events import RECORD_FIELDS
+from coupon_svc.domain.events import RECORD_FIELDS, Entry
 from coupon_svc.domain.position import parse_shard_position
 from coupon_svc.postgres.database import LedgerConnection, one_row
 from coupon_svc.postgres.events import DeadLetter
@@ -28,11 +29,18 @@ _EVENTS = f"""
     SELECT {", ".join(RECORD_FIELDS)}, epoch,
            chain, CASE WHEN chain IS NULL THEN EXISTS (SELECT FROM late_events l WHERE recorded
                        AND (l.shard, l.epoch, l.seq) = (e.shard, e.epoch, e.seq)) ELSE false END AS late
-    FROM events e WHERE shard = $1 ORDER BY epoch, seq
+    FROM old_events e WHERE shard = $1 ORDER BY epoch, seq
 """
+# Since there are entries, dead letters are notes, and no rows of the chain.
 _DEAD_LETTERS = """
     SELECT seq, fields, reason, book_id, code, epoch, chain, false AS late
-    FROM dead_letters WHERE shard = $1 ORDER BY epoch, seq
+    FROM dead_letters d WHERE shard = $1 AND (chain IS NOT NULL OR NOT EXISTS (
+        SELECT FROM entries e WHERE e.shard = $1 AND (e.epoch, e.seq) <= (d.epoch, d.seq)))
+    ORDER BY epoch, seq
+"""
+_ENTRIES = f"""
+    SELECT {", ".join(Entry._fields[:-1])}, events AS body, chain, false AS late
+    FROM entries WHERE shard = $1 ORDER BY epoch, seq
 """
 _LATE_EVENTS = f"""
     SELECT {", ".join(RECORD_FIELDS)}, epoch,
@@ -41,6 +49,7 @@ _LATE_EVENTS = f"""
 """
 _event_record = itemgetter(*RECORD_FIELDS)
 _letter_record = itemgetter(*DeadLetter._fields)
+_entry_record = itemgetter(*Entry._fields[1:])
 """What is hashed of a row."""
 _ENDS = """
     SELECT shards.chain, late_heads.chain AS late_chain FROM shards LEFT JOIN late_heads USING (shard) WHERE shard = $1
@@ -150,7 +159,7 @@ class _Chain:
 
 
 async def _by_position(connection: LedgerConnection, shard: int) -> AsyncIterator[tuple[Any, tuple[Any, ...]]]:
-    """Events and dead letters, each with what is hashed of it, merged in the order of their positions."""
+    """The rows of the chain, each with what is hashed of it, in the order of their positions."""
     dead = _rows(connection, _DEAD_LETTERS, shard)
     letter = await anext(dead, None)
     async for event in _rows(connection, _EVENTS, shard):
@@ -161,6 +170,8 @@ async def _by_position(connection: LedgerConnection, shard: int) -> AsyncIterato
     while letter is not None:
         yield letter, _letter_record(letter)
         letter = await anext(dead, None)
+    async for entry in _rows(connection, _ENTRIES, shard):
+        yield entry, _entry_record(entry)
 
 
 async def _rows(connection: LedgerConnection, statement: str, shard: int) -> AsyncIterator[Any]:

@@ -42,20 +42,33 @@ SHOWN_MAX = 20
 LEDGER_CHECKS = {
     "a position is missing or doubled": """
         SELECT count(*) FROM (
-            SELECT epoch, max(seq) AS last, count(*) AS number FROM (
-                SELECT epoch, seq FROM events e WHERE shard = $1 AND (chain IS NOT NULL OR NOT EXISTS (
-                    SELECT FROM late_events l WHERE recorded AND (l.shard, l.epoch, l.seq) = (e.shard, e.epoch, e.seq)))
-                UNION ALL SELECT epoch, seq FROM dead_letters WHERE shard = $1) p
+            SELECT epoch, max(seq) AS last, sum(n) AS number FROM (
+                SELECT epoch, seq, n FROM entries WHERE shard = $1
+                UNION ALL SELECT epoch, seq, 1 FROM old_events o WHERE shard = $1 AND (chain IS NOT NULL OR NOT EXISTS (
+                    SELECT FROM late_events l WHERE recorded AND (l.shard, l.epoch, l.seq) = (o.shard, o.epoch, o.seq)))
+                UNION ALL SELECT epoch, seq, 1 FROM dead_letters d WHERE shard = $1 AND NOT EXISTS (
+                    SELECT FROM (SELECT seq, n FROM entries e WHERE e.shard = $1 AND e.epoch = d.epoch AND e.seq >= d.seq
+                                 ORDER BY seq LIMIT 1) AS around WHERE around.seq - around.n < d.seq)) p
             GROUP BY epoch) e WHERE last <> number""",
+    "an entry does not follow the one before it": """
+        SELECT count(*) FROM (
+            SELECT after, seq - n AS before, lag(tip, 1, '') OVER stream AS tip, lag(seq, 1, 0::bigint) OVER stream AS seq
+            FROM entries WHERE shard = $1 WINDOW stream AS (PARTITION BY epoch ORDER BY seq)) e
+        WHERE before = seq AND after <> tip""",
+    "an entry's events cannot be read, or are not as many as it says": """
+        SELECT count(*) FROM entries e WHERE shard = $1 AND n <> (
+            SELECT count(*) FROM events_of_entry(e.seq, e.n, e.events)) AND NOT EXISTS (
+            SELECT FROM dead_letters d WHERE d.shard = $1 AND d.epoch = e.epoch AND d.seq = e.seq)""",
     "a late event is not the same in both places that have it": """
-        SELECT count(*) FROM late_events l LEFT JOIN events e USING (shard, epoch, seq)
-        WHERE l.shard = $1 AND recorded AND (e.seq IS NULL OR e.chain IS NOT NULL
+        SELECT count(*) FROM late_events l JOIN old_events e USING (shard, epoch, seq)
+        WHERE l.shard = $1 AND recorded AND (e.chain IS NOT NULL
             OR (e.event, e.book_id, e.code, e.user_id, e.at_ms) <> (l.event, l.book_id, l.code, l.user_id, l.at_ms)
             OR (l.chain IS NOT NULL AND (e.uses, e.reference, e.metadata, e.idem, e.fingerprint)
                 IS DISTINCT FROM (l.uses, l.reference, l.metadata, l.idem, l.fingerprint)))""",
     "the ledger's position is not where its events end": """
         SELECT count(*) FROM shards WHERE shard = $1 AND committed <> coalesce(greatest(
-            (SELECT max(seq) FROM events e WHERE e.shard = $1 AND e.epoch = shards.epoch),
+            (SELECT max(seq) FROM entries e WHERE e.shard = $1 AND e.epoch = shards.epoch),
+            (SELECT max(seq) FROM old_events e WHERE e.shard = $1 AND e.epoch = shards.epoch),
             (SELECT max(seq) FROM dead_letters d WHERE d.shard = $1 AND d.epoch = shards.epoch)), 0)""",
     "a code was assigned twice, or its coupon is not what its event says": """
         SELECT count(*) FROM (SELECT * FROM events WHERE shard = $1 AND event = 'coupon_assigned') e

@@ -9,7 +9,7 @@ import asyncpg
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.postgres.catalogue import ROUND, random_places
-from coupon_svc.postgres.recovery import EPOCH_CHANNEL, event_at, note_late, release
+from coupon_svc.postgres.recovery import EPOCH_CHANNEL, known_seqs, note_late, release
 
 
 class QuarantinedBook(NamedTuple):
@@ -28,7 +28,7 @@ async def redeem_receipt(connection: asyncpg.Connection, shard: int, book_id: st
     another event at the receipt's position: which of the two histories is true is for an operator to say.
     """
     await connection.execute("SELECT FROM books WHERE book_id = $1 FOR UPDATE", book_id)
-    if await event_at(connection, shard, receipt.epoch, receipt.seq) is None and await release(
+    if not await known_seqs(connection, shard, receipt.epoch, [receipt.seq]) and await release(
         connection, book_id, code, receipt.epoch, "receipt"
     ):
         await connection.execute("UPDATE books SET lent = lent + 1 WHERE book_id = $1", book_id)

@@ -10,7 +10,7 @@ import asyncpg
 
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
-from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
+from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Entry, Event, MalformedEntry, events_of
 from coupon_svc.postgres.catalogue import ROUND, random_places
 from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import BookBusy, HistoryForked, NotOwner
@@ -20,9 +20,8 @@ from coupon_svc.postgres.events import (
     DeadLetter,
     contradicts,
     dead_letter,
-    link_batch,
-    unlinked,
-    write_linked,
+    write_batch,
+    write_events,
 )
 from coupon_svc.postgres.marks import Mark
 from coupon_svc.postgres.outstanding import PIECE, limit_wait
@@ -36,7 +35,7 @@ MISSING = "missing from the stream"
 _BEGIN_EPOCH = """
     UPDATE shards SET epoch = epoch + 1, committed = 0
     WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 AND stopped IS NULL
-    RETURNING shard, epoch, committed, generation, chain, certified_epoch, settled_epoch, rebuild, settling_epoch,
+    RETURNING shard, epoch, committed, generation, chain, tip, certified_epoch, settled_epoch, rebuild, settling_epoch,
               settling_lost
 """
 # The next codes of a book that may have no record. `lost`: the code is lent and has no coupon. `dead`: the epoch that is
@@ -68,17 +67,34 @@ _NOTE_LATE = """
                              reference, metadata, idem, fingerprint)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
 """
-_EVENT_AT = f"SELECT {', '.join(Event._fields)} FROM events WHERE (shard, epoch, seq) = ($1, $2, $3)"
+_ENTRY = f"SELECT {', '.join(Entry._fields[:-1])}, events AS body FROM entries"
+# Those of the seqs that lie within an entry.
+_WITHIN_ENTRIES = """
+    SELECT asked.seq FROM unnest($3::bigint[]) AS asked (seq), LATERAL (
+        SELECT seq, n FROM entries WHERE shard = $1 AND epoch = $2 AND entries.seq >= asked.seq ORDER BY seq LIMIT 1) e
+    WHERE e.seq - e.n < asked.seq
+"""
+_KNOWN = f"""
+    ({_WITHIN_ENTRIES}
+    UNION SELECT seq FROM old_events WHERE shard = $1 AND epoch = $2 AND seq = ANY ($3)
+    UNION SELECT seq FROM late_events WHERE shard = $1 AND epoch = $2 AND seq = ANY ($3) AND recorded)
+    EXCEPT SELECT seq FROM dead_letters WHERE shard = $1 AND epoch = $2 AND seq = ANY ($3)
+"""
 # By position alone, however few of them count: so each page is read in the same time. The page's last position comes with
 # it, in a row of nulls where none of its events counts.
-_IDEMPOTENT_EVENTS = """
+_OLD_IDEMPOTENT_EVENTS = """
     WITH page AS MATERIALIZED (
-        SELECT event, book_id, epoch, seq, code, user_id, at_ms, uses, idem, fingerprint FROM events
+        SELECT event, book_id, epoch, seq, code, user_id, at_ms, uses, idem, fingerprint FROM old_events
         WHERE shard = $1 AND (epoch, seq) > ($2, $3) ORDER BY epoch, seq LIMIT $5)
     SELECT page.*, last.epoch AS last_epoch, last.seq AS last_seq
     FROM (SELECT epoch, seq FROM page ORDER BY epoch DESC, seq DESC LIMIT 1) last
     LEFT JOIN page ON idem IS NOT NULL AND at_ms > $4
     ORDER BY page.epoch, page.seq
+"""
+# By position alone, as before; bodies only of those in which a key is looked for.
+_KEYED_ENTRIES = f"""
+    SELECT {", ".join(Entry._fields[:-1])}, CASE WHEN keyed AND at_ms > $5 THEN events END AS body FROM entries
+    WHERE shard = $1 AND (epoch, seq) > ($2, $3) ORDER BY epoch, seq LIMIT $4
 """
 # What came late stands at an old position, whenever it was decided.
 _LATE_IDEMPOTENT_EVENTS = """
@@ -92,6 +108,7 @@ _COUPONS = """
 PAGE = 5_000
 """Rows per statement of what Redis is rebuilt from."""
 EVENTS_PAGE = 20_000
+ENTRIES_PAGE = 2_000
 
 
 class Verdict(NamedTuple):
@@ -143,85 +160,121 @@ async def begin_epoch(connection: asyncpg.Connection, writer_id: str, owned: Own
 
 async def last_seq(connection: asyncpg.Connection, shard: int, epoch: int) -> int:
     """The seq up to which the ledger knows an epoch, 0 for nothing."""
-    seq = await connection.fetchval(
-        "SELECT greatest((SELECT max(seq) FROM events WHERE shard = $1 AND epoch = $2),"
-        " (SELECT max(seq) FROM dead_letters WHERE shard = $1 AND epoch = $2))",
+    seq, _ = await end_of_epoch(connection, shard, epoch)
+    return seq
+
+
+async def end_of_epoch(connection: asyncpg.Connection, shard: int, epoch: int) -> tuple[int, str | None]:
+    """The seq up to which the ledger accounts for an epoch, and the tip of the entry there. None for a tip that is not
+    known: what stands before it is missing, or an older version wrote it."""
+    row = await connection.fetchrow(
+        "SELECT seq, tip FROM epochs WHERE shard = $1 AND epoch = $2"
+        " UNION ALL SELECT committed, tip FROM shards WHERE shard = $1 AND epoch = $2",
         shard,
         epoch,
     )
-    return seq or 0
+    return (row["seq"], row["tip"]) if row is not None else (0, "")
 
 
-async def event_at(connection: asyncpg.Connection, shard: int, epoch: int, seq: int) -> Event | None:
-    """The event that the ledger has at a position; None when it has none there."""
-    row = await connection.fetchrow(_EVENT_AT, shard, epoch, seq)
-    return Event(*row) if row is not None else None
+async def entry_ending_at(connection: asyncpg.Connection, shard: int, epoch: int, seq: int) -> Entry | None:
+    """The entry of the ledger whose last event is at a position; None when it has none there."""
+    row = await connection.fetchrow(f"{_ENTRY} WHERE (shard, epoch, seq) = ($1, $2, $3)", shard, epoch, seq)
+    return Entry(*row) if row is not None else None
+
+
+async def known_seqs(connection: asyncpg.Connection, shard: int, epoch: int, seqs: Sequence[int]) -> set[int]:
+    """Those of the seqs at which the ledger has an event."""
+    return {row["seq"] for row in await connection.fetch(_KNOWN, shard, epoch, seqs)}
 
 
 async def drain(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, batch: Batch) -> int:
-    """Step 3: events of the live epoch into the ledger, though it is over. Those that the ledger has must be the same;
+    """Step 3: entries of the live epoch into the ledger, though it is over. Those that the ledger has must be the same;
     those that are missing before or among them are noted as dead letters.
 
-    Returns the seq up to which the ledger accounts for the epoch. Raises HistoryForked, NotOwner.
+    `dead` of the batch are entries of which nothing can be read. Returns the seq up to which the ledger accounts for the
+    epoch. Raises HistoryForked, NotOwner.
     """
     shard, epoch = begun.owned.shard, batch.epoch
     async with connection.transaction():
         chain = await require_recoverer(connection, writer_id, begun.owned)
-        rows = await connection.fetch(
-            "SELECT seq, event, book_id, code, user_id FROM events WHERE shard = $1 AND epoch = $2 AND seq = ANY ($3)",
+        last, tip = await end_of_epoch(connection, shard, epoch)
+        known = [entry for entry in batch.entries if entry.seq <= last]
+        await _require_same(connection, shard, epoch, known)
+        new = [entry for entry in batch.entries if entry.seq > last]
+        reached, dead = last, [letter for letter in batch.dead if letter.seq > last]
+        noted = {letter.seq for letter in dead}
+        for entry in new:
+            if entry.before < reached:
+                raise HistoryForked(f"entry {epoch}-{entry.seq} differs from the one in the ledger")
+            if entry.before == reached and tip is not None and entry.after != tip:
+                raise HistoryForked(f"entry {epoch}-{entry.seq} differs from the one in the ledger: it follows another")
+            dead += [DeadLetter(seq, b"", MISSING) for seq in range(reached + 1, entry.before + 1) if seq not in noted]
+            reached, tip = entry.seq, entry.tip
+        if batch.upto > reached:
+            dead += [DeadLetter(seq, b"", MISSING) for seq in range(reached + 1, batch.upto + 1) if seq not in noted]
+            reached, tip = batch.upto, None
+        first = new[0].before if new else last
+        events = [event for event in batch.events if event.seq > first]
+        if dead or await anything_missing(connection, shard, epoch):
+            events, orphans = await _without_orphans(connection, events)
+            dead += orphans
+        head = await _write_all(connection, batch._replace(entries=new, events=events, dead=dead, chain=chain))
+        await connection.execute("UPDATE shards SET chain = $2 WHERE shard = $1", shard, head)
+        await connection.execute(
+            "INSERT INTO epochs VALUES ($1, $2, $3, $4) ON CONFLICT (shard, epoch) DO UPDATE SET seq = $3, tip = $4",
             shard,
             epoch,
-            [event.seq for event in batch.events],
+            reached,
+            tip,
         )
-        known = {row["seq"]: (row["event"], row["book_id"], row["code"], row["user_id"]) for row in rows}
-        for event in batch.events:
-            recorded = known.get(event.seq)
-            if recorded is not None and recorded != (event.event, event.book_id, event.code, event.user_id):
-                raise HistoryForked(f"event {epoch}-{event.seq} differs from the one in the ledger")
-        last = await last_seq(connection, shard, epoch)
-        new = [event for event in batch.events if event.seq > last]
-        dead = [letter for letter in batch.dead if letter.seq > last]
-        there = {event.seq for event in new} | {letter.seq for letter in dead}
-        dead += [DeadLetter(seq, b"", MISSING) for seq in range(last + 1, batch.upto) if seq not in there]
-        if dead or await anything_missing(connection, shard, epoch):
-            new, orphans = await _without_orphans(connection, new)
-            dead += orphans
-        head = await _write_all(connection, batch._replace(events=new, dead=dead, chain=chain))
-        await connection.execute("UPDATE shards SET chain = $2 WHERE shard = $1", shard, head)
-    return max(last, batch.upto)
+    return reached
+
+
+async def _require_same(connection: asyncpg.Connection, shard: int, epoch: int, entries: Sequence[Entry]) -> None:
+    """Raises HistoryForked unless the ledger has these very entries. One of an older version may stand there as an event."""
+    seqs = [entry.seq for entry in entries]
+    rows = await connection.fetch(f"{_ENTRY} WHERE shard = $1 AND epoch = $2 AND seq = ANY ($3)", shard, epoch, seqs)
+    recorded = {row["seq"]: Entry(*row) for row in rows}
+    rows = await connection.fetch(
+        "SELECT seq, event, book_id, code, user_id FROM old_events WHERE shard = $1 AND epoch = $2 AND seq = ANY ($3)",
+        shard,
+        epoch,
+        seqs,
+    )
+    old = {row["seq"]: (row["event"], row["book_id"], row["code"], row["user_id"]) for row in rows}
+    # What is neither is a dead letter, unless it lies within an entry that ends elsewhere.
+    rows = await connection.fetch(_WITHIN_ENTRIES, shard, epoch, seqs)
+    within = {row["seq"] for row in rows}
+    for entry in entries:
+        if entry.seq in old:
+            same = [(e.event, e.book_id, e.code, e.user_id) for e in events_of(entry)] == [old[entry.seq]]
+        else:
+            same = recorded[entry.seq] == entry if entry.seq in recorded else entry.seq not in within
+        if not same:
+            raise HistoryForked(f"entry {epoch}-{entry.seq} differs from the one in the ledger")
 
 
 async def _write_all(connection: asyncpg.Connection, batch: Batch) -> bytes:
-    """Write a batch, each event alone when together they cannot be; what the ledger cannot take becomes a dead letter.
+    """Write a batch, what follows from each event alone when together it cannot be; what the ledger cannot take becomes a
+    dead letter.
 
-    Returns the hash of the last row. Raises HistoryForked for an event that contradicts the ledger.
+    Returns the hash of the last entry. Raises HistoryForked for an event that contradicts the ledger.
     """
     try:
-        linked = link_batch(batch)
         async with connection.transaction():
-            await write_linked(connection, [linked])
-        return linked.head
+            return await write_batch(connection, batch)
     except DATA_ERRORS:
         pass
     dead = list(batch.dead)
-    good = []
     for event in batch.events:
         try:
             async with connection.transaction():
-                await write_linked(connection, [unlinked(batch._replace(events=[event]))])
+                await write_events(connection, batch.shard, [event])
         except DATA_ERRORS as error:
             if contradicts(error):
                 raise HistoryForked(f"event {batch.epoch}-{event.seq} contradicts the ledger") from None
             dead.append(dead_letter(event, type(error).__name__))
-        else:
-            good.append(event)
-    linked = link_batch(batch._replace(events=good, dead=dead))
-    await connection.executemany(
-        "UPDATE events SET chain = $4 WHERE (shard, epoch, seq) = ($1, $2, $3)",
-        [(batch.shard, *event.position, chain) for event, chain in zip(good, linked.chains, strict=True)],
-    )
-    await write_linked(connection, [linked._replace(batch=batch._replace(events=()), rows=())])
-    return linked.head
+    return await write_batch(connection, batch._replace(events=(), dead=dead))
 
 
 async def _without_orphans(
@@ -291,12 +344,11 @@ async def take_late(
         await require_recoverer(connection, writer_id, begun.owned)
         shard, seqs = begun.owned.shard, [event.seq for event in events]
         # Each by itself: a receipt may have brought back the record of a position beyond others that are still lost.
+        known = await known_seqs(connection, shard, epoch, seqs)
         rows = await connection.fetch(
-            "SELECT seq FROM events WHERE shard = $1 AND epoch = $2 AND seq = ANY ($3)"
-            " UNION ALL SELECT seq FROM dead_letters WHERE shard = $1 AND epoch = $2 AND seq = ANY ($3)",
-            shard, epoch, seqs,
-        )  # fmt: skip
-        known = {row["seq"] for row in rows}
+            "SELECT seq FROM dead_letters WHERE shard = $1 AND epoch = $2 AND seq = ANY ($3)", shard, epoch, seqs
+        )
+        known |= {row["seq"] for row in rows}
         rows = await connection.fetch("SELECT seq FROM late_events WHERE shard = $1 AND epoch = $2", shard, epoch)
         noted = {row["seq"] for row in rows}
         for event in events:
@@ -316,7 +368,7 @@ async def take_late(
 
 
 async def note_late(connection: asyncpg.Connection, shard: int, notes: Sequence[tuple[Event, bool]]) -> None:
-    """Add events to the shard's log of late ones, each with whether it is to be recorded in `events` and what follows.
+    """Add events to the shard's log of late ones, each with whether what follows from it is to be recorded.
 
     The last thing of a transaction: it holds the shard's `late_heads` until the commit.
     """
@@ -329,7 +381,7 @@ async def note_late(connection: asyncpg.Connection, shard: int, notes: Sequence[
         head = chain_hash(head, shard, event.epoch, (links, recorded, event.record))
         await connection.execute(_NOTE_LATE, shard, links, recorded, head, *event)
         if recorded:
-            await write_linked(connection, [unlinked(Batch(shard, event.epoch, 0, event.seq - 1, event.seq, [event]))])
+            await write_events(connection, shard, [event])
     await connection.execute("UPDATE late_heads SET links = $2, chain = $3 WHERE shard = $1", shard, links, head)
 
 
@@ -508,15 +560,22 @@ async def coupons_of_book(connection: asyncpg.Connection, book_id: str, after: s
 class EventsPage(NamedTuple):
     """Events that carry an Idempotency-Key, and up to which position that is all of them; None at the end."""
 
-    events: list[asyncpg.Record]
+    events: list[Event]
     upto: Mark | None
 
 
-async def late_idempotent_events(
-    connection: asyncpg.Connection, shard: int, upto: Mark, since_ms: int
-) -> list[asyncpg.Record]:
+async def late_idempotent_events(connection: asyncpg.Connection, shard: int, upto: Mark, since_ms: int) -> list[Event]:
     """Events up to a position that came late and carry an Idempotency-Key, oldest first."""
-    return list(await connection.fetch(_LATE_IDEMPOTENT_EVENTS, shard, *upto, since_ms))
+    return [_event(row) for row in await connection.fetch(_LATE_IDEMPOTENT_EVENTS, shard, *upto, since_ms)]
+
+
+async def old_idempotent_events(connection: asyncpg.Connection, shard: int, after: Mark, since_ms: int) -> EventsPage:
+    """As `idempotent_events`, of those that older versions wrote. They all stand before the first entry."""
+    rows = await connection.fetch(_OLD_IDEMPOTENT_EVENTS, shard, *after, since_ms, EVENTS_PAGE)
+    if not rows:
+        return EventsPage([], None)
+    events = [_event(row) for row in rows if row["idem"] is not None]
+    return EventsPage(events, Mark(rows[0]["last_epoch"], rows[0]["last_seq"]))
 
 
 async def idempotent_events(connection: asyncpg.Connection, shard: int, after: Mark, since_ms: int) -> EventsPage:
@@ -524,12 +583,35 @@ async def idempotent_events(connection: asyncpg.Connection, shard: int, after: M
 
     Oldest first: of two with the same key (the first was lost for a while) the later one is what the key answers.
     """
-    rows = await connection.fetch(_IDEMPOTENT_EVENTS, shard, *after, since_ms, EVENTS_PAGE)
+    rows = await connection.fetch(_KEYED_ENTRIES, shard, *after, ENTRIES_PAGE, since_ms)
     if not rows:
         return EventsPage([], None)
-    return EventsPage(
-        [row for row in rows if row["idem"] is not None], Mark(rows[0]["last_epoch"], rows[0]["last_seq"])
+    dead = await connection.fetch(
+        "SELECT epoch, seq FROM dead_letters WHERE shard = $1 AND (epoch, seq) > ($2, $3)", shard, *after
     )
+    passed_over = {(row["epoch"], row["seq"]) for row in dead}
+    events = [
+        event
+        for row in rows
+        if row["body"] is not None
+        for event in _readable(Entry(*row))
+        if event.idem is not None and event.position not in passed_over
+    ]
+    return EventsPage(events, Mark(rows[-1]["epoch"], rows[-1]["seq"]))
+
+
+def _readable(entry: Entry) -> list[Event]:
+    try:
+        return events_of(entry)
+    except MalformedEntry:
+        return []
+
+
+def _event(row: asyncpg.Record) -> Event:
+    return Event(
+        row["epoch"], row["seq"], row["event"], row["book_id"], row["code"], row["user_id"], row["at_ms"], row["uses"],
+        idem=row["idem"], fingerprint=row["fingerprint"],
+    )  # fmt: skip
 
 
 # --- who may have been answered

@@ -30,7 +30,7 @@ _TAKE = """
     UPDATE shards SET owner = $2, generation = generation + 1
     WHERE shard = (SELECT shard FROM shards WHERE shard = $1
                    AND NOT EXISTS (SELECT FROM writers WHERE writer_id = owner) FOR UPDATE SKIP LOCKED)
-    RETURNING shard, epoch, committed, generation, chain
+    RETURNING shard, epoch, committed, generation, chain, tip
 """
 _RELEASE = """
     UPDATE shards SET owner = NULL
@@ -47,7 +47,9 @@ class OwnedShard(NamedTuple):
     committed: int
     generation: int
     chain: bytes
-    """The hash of the last row (coupon_svc/domain/chain.py)."""
+    """The hash of the last entry (coupon_svc/domain/chain.py)."""
+    tip: str
+    """Of the last entry of the epoch, "" before the first."""
 
 
 def connection_name(writer_id: str) -> str:
@@ -97,7 +99,7 @@ async def take_shards(connection: asyncpg.Connection, writer_id: str, most: int)
 async def owned_shards(connection: asyncpg.Connection, writer_id: str) -> list[OwnedShard]:
     """The shards this writer owns now."""
     rows = await connection.fetch(
-        "SELECT shard, epoch, committed, generation, chain FROM shards WHERE owner = $1 ORDER BY shard", writer_id
+        "SELECT shard, epoch, committed, generation, chain, tip FROM shards WHERE owner = $1 ORDER BY shard", writer_id
     )
     return [OwnedShard(*row) for row in rows]
 

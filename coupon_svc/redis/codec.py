@@ -15,17 +15,17 @@ ALREADY_YOURS = "already_yours"
 
 
 class StreamEntry(NamedTuple):
-    """An entry of a shard's stream. What a script wrote is an event (domain/events.py)."""
+    """An entry of a shard's stream, whoever wrote it. What a script wrote is an `Entry` (domain/events.py)."""
 
     position: Position
-    fields: list[str]
+    fields: list[bytes]
     """Names and values in turn."""
 
     @classmethod
     def of(cls, raw: Sequence[Any]) -> StreamEntry:
-        """The entry in what Redis replies: its id, and its fields."""
+        """The entry in what Redis replies, as bytes: its id, and its fields."""
         entry_id, fields = raw
-        return cls(Position.parse(entry_id), fields)
+        return cls(Position.parse(entry_id.decode()), fields)
 
 
 class AssignRecord(NamedTuple):

@@ -34,8 +34,8 @@ IN_FLIGHT_MAX = 20_000
 class Connection(asyncio.Protocol):
     """A verified-by-its-owner, multiplexed connection. Make one with `connect`."""
 
-    def __init__(self, on_message: Callable[[Reply], None] | None = None) -> None:
-        self._reader = hiredis.Reader(encoding="utf-8", errors="replace", replyError=ReplyError)
+    def __init__(self, on_message: Callable[[Reply], None] | None = None, *, as_bytes: bool = False) -> None:
+        self._reader = hiredis.Reader(replyError=ReplyError, encoding=None if as_bytes else "utf-8", errors="replace")
         self._on_message = on_message
         self._waiting: deque[OnReply] = deque()
         self._unsent: list[bytes] = []
@@ -175,24 +175,32 @@ def parse_address(url: str) -> Address:
 
 
 async def connect(
-    url: str, name: str, on_message: Callable[[Reply], None] | None = None, timeout: float = 2.0
+    url: str,
+    name: str,
+    on_message: Callable[[Reply], None] | None = None,
+    timeout: float = 2.0,
+    *,
+    as_bytes: bool = False,
 ) -> Connection:
-    """Open a connection to `redis://`, `rediss://` or `unix://`, authenticated and named for CLIENT LIST.
+    """Open a connection to `redis://`, `rediss://` or `unix://`, authenticated and named for CLIENT LIST. With `as_bytes`
+    replies hold bytes, otherwise texts.
 
     Raises NotSent when that fails or takes longer than `timeout` seconds. The message never holds the URL.
     """
     address = parse_address(url)
     loop = asyncio.get_running_loop()
     connection: Connection | None = None
+
+    def make() -> Connection:
+        return Connection(on_message, as_bytes=as_bytes)
+
     try:
         async with asyncio.timeout(timeout):
             if address.path is not None:
-                _, connection = await loop.create_unix_connection(lambda: Connection(on_message), address.path)
+                _, connection = await loop.create_unix_connection(make, address.path)
             else:
                 secure = ssl.create_default_context() if address.tls else None
-                _, connection = await loop.create_connection(
-                    lambda: Connection(on_message), address.host, address.port, ssl=secure
-                )
+                _, connection = await loop.create_connection(make, address.host, address.port, ssl=secure)
             if address.password is not None:
                 await connection.ask("AUTH", address.username, address.password)
             if address.database:

@@ -25,8 +25,9 @@ The header is the first comment of the file, and the only list of them. From it 
     ]]
 
 The body finds a key as `<name>_key`, a list of keys as `<name>_keys`, and an argument by its name; a key that was left out
-is nil. Only the last key may be left out or a list; in an operation, several at the end may be left out. Arguments that
-are lists come last; each but the last one is sent with its length in front.
+is nil. Only the last key may be left out or a list, unless all of them are lists, of the same length; in an operation,
+several at the end may be left out. Arguments that are lists come last; each but the last one is sent with its length in
+front.
 
 An operation is a part of a script: many of them run in one call (lua/call.lua). Its file begins with the comment, which
 names its class between the prose and the keys:
@@ -202,7 +203,7 @@ def _complaints(contract: Contract) -> Iterator[str]:
     yield from (f"{name} stands in the header twice" for name in sorted({n for n in names if names.count(n) > 1}))
     marks = "".join(key.mark or "-" for key in contract.keys)
     several = contract.call_class is not None and re.fullmatch(r"-*\?*", marks)
-    if not several:
+    if not several and not _all_lists(contract):
         yield from (
             f"{key.name}: only the last key may be left out or a list" for key in contract.keys[:-1] if key.mark
         )
@@ -213,11 +214,20 @@ def _complaints(contract: Contract) -> Iterator[str]:
     yield from (f"{word} stands in the header twice" for word in sorted({w for w in words if words.count(w) > 1}))
 
 
+def _all_lists(contract: Contract) -> bool:
+    """Whether the keys are several lists, of the same length."""
+    return len(contract.keys) > 1 and all(key.mark == "…" for key in contract.keys)
+
+
 def preamble(contract: Contract) -> str:
     """The Lua that gives keys and arguments their names; one line without lists, and a loop for each list."""
     lines = []
+    if _all_lists(contract):
+        for number, key in enumerate(contract.keys):
+            lines.append(f"local {key.lua_name}, each = {{}}, #KEYS / {len(contract.keys)}")
+            lines.append(f"for i = 1, each do {key.lua_name}[i] = KEYS[{number} * each + i] end")
     for table, slots in (
-        ("KEYS", [(key.lua_name, key.mark) for key in contract.keys]),
+        ("KEYS", [] if _all_lists(contract) else [(key.lua_name, key.mark) for key in contract.keys]),
         ("ARGV", [(arg.name, arg.mark) for arg in contract.args]),
     ):
         single = [name for name, mark in slots if mark != "…"]
@@ -276,7 +286,9 @@ def packer(contract: Contract, sha: str) -> Callable[..., Command]:
         return f"return ({', '.join([repr('EVALSHA'), repr(sha), number, *keys, *args])},)"
 
     names = [key.name for key in contract.keys]
-    if contract.keys and contract.keys[-1].mark == "…":
+    if _all_lists(contract):
+        body.append(command(" + ".join(f"len({name})" for name in names), [f"*{name}" for name in names]))
+    elif contract.keys and contract.keys[-1].mark == "…":
         body.append(command(f"{len(names) - 1} + len({names[-1]})", [*names[:-1], "*" + names[-1]]))
     else:
         if contract.keys and contract.keys[-1].mark == "?":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -21,10 +20,12 @@ from coupon_svc.redis.errors import (
     NotSent,
     OutOfMemory,
     ReplyError,
+    ShardNotUsable,
     StoreError,
     WrongKeyType,
+    shard_not_usable,
 )
-from coupon_svc.redis.keys import ShardKeys, position_message, positions_channel
+from coupon_svc.redis.keys import ShardKeys, ToldPosition, position_message, positions_channel
 from coupon_svc.redis.meta import ShardMeta, meta_of
 from coupon_svc.redis.runner import run_script
 from coupon_svc.redis.scripts import Scripts
@@ -37,7 +38,7 @@ REPLY_TIMEOUT_S = 3.0
 CONNECT_AGAIN_S = 0.2
 """How long nobody tries to connect again after an attempt failed. The writer's loops share the connection, and each of them
 would try by itself."""
-EVENTS_PER_READ_MAX = 2_000
+ENTRIES_PER_READ_MAX = 500
 
 
 class Term(NamedTuple):
@@ -53,6 +54,17 @@ class Term(NamedTuple):
         return f"{self.generation}-{self.epoch}"
 
 
+class Published(NamedTuple):
+    """What is told of one shard: the ledger has its events up to `committed`. `tip` is that of the entry there, and `tips`
+    are those of the entries that came last; events below `trim_seq` are dropped from the stream."""
+
+    term: Term
+    committed: int
+    tip: str
+    tips: Sequence[str] = ()
+    trim_seq: int = 0
+
+
 def _require_types(error: ReplyError) -> None:
     """Raises WrongKeyType when a key of a shard has a type that is not ours: nothing is wrong with the server then."""
     if error.word == "WRONGTYPE":
@@ -60,7 +72,8 @@ def _require_types(error: ReplyError) -> None:
 
 
 class ShardControl:
-    """Two connections, both given up on the first trouble: one for scripts, one that waits for events."""
+    """Connections that are all given up on the first trouble: one for scripts, one that waits for entries of the streams,
+    and one that reads them otherwise."""
 
     def __init__(self, url: str, shards: int, scripts: Scripts, installation: str = "") -> None:
         self._url = url
@@ -70,6 +83,7 @@ class ShardControl:
         self._keys = [ShardKeys(shard, shards) for shard in range(shards)]
         self._connection: Connection | None = None
         self._reader: Connection | None = None
+        self._bytes: Connection | None = None
         self._connecting = asyncio.Lock()
         self._failure: StoreError | None = None
         """Why the last attempt to connect failed."""
@@ -123,11 +137,11 @@ class ShardControl:
             raise ForeignRedis(_foreign(sorted(found)[0], self.installation))
 
     def close(self) -> None:
-        """Give both connections up."""
-        for connection in (self._connection, self._reader):
+        """Give all connections up."""
+        for connection in (self._connection, self._reader, self._bytes):
             if connection is not None:
                 connection.abort()
-        self._connection = self._reader = self.identity = None
+        self._connection = self._reader = self._bytes = self.identity = None
 
     def _close_reader(self) -> None:
         if self._reader is not None:
@@ -136,12 +150,13 @@ class ShardControl:
 
     # --- writing
 
-    async def open_shard(self, term: Term, committed: int, backlog_max: int) -> int:
-        """Take over a shard that is certified on this Redis. Returns its seq. Raises StoreError, ShardNotUsable."""
+    async def open_shard(self, term: Term, committed: int, tip: str, backlog_max: int) -> int:
+        """Take over a shard that is certified on this Redis. Returns its seq. `tip` is that of the entry that the ledger has
+        at `committed`. Raises StoreError, ShardNotUsable."""
         identity = await self.connect()
         reply = await self._own(
             "open_shard", term, run_id=identity.run_id, replid=identity.replid, backlog_max=backlog_max,
-            committed=committed, installation=self.installation,
+            committed=committed, tip=tip, installation=self.installation,
         )  # fmt: skip
         return int(reply.seq)
 
@@ -151,26 +166,44 @@ class ShardControl:
         committed: int,
         ledger: LedgerSeen,
         *,
-        entry: str = "",
+        tip: str,
         ledger_ms: int | None = None,
         trim_seq: int = 0,
     ) -> int:
-        """Tell how far the ledger is. Returns the shard's seq.
+        """Tell how far the ledger is in one shard, as `publish_positions` does. Returns the shard's seq, and raises what is
+        amiss with the shard."""
+        (seen,) = await self.publish_positions([Published(term, committed, tip, (), trim_seq)], ledger, ledger_ms)
+        if isinstance(seen, ShardNotUsable):
+            raise seen
+        return seen
 
-        `entry` is the digest of the event that the ledger has at `committed` (`entry_digest`), "" where it is not known;
-        `ledger_ms` is Postgres's clock. Raises StoreError, ShardNotUsable; ClocksApart, and nothing was written.
+    async def publish_positions(
+        self, published: Sequence[Published], ledger: LedgerSeen, ledger_ms: int | None = None
+    ) -> list[int | ShardNotUsable]:
+        """Tell how far the ledger is in some shards. Returns for each its seq, or what is amiss with it.
+
+        `ledger_ms` is Postgres's clock. Raises StoreError; ClocksApart, and nothing was written.
         """
         identity = await self.connect()
-        reply = await self._own(
-            "publish_position", term, events=self._keys[term.shard].events, committed=committed, ledger=ledger,
-            trim_seq=trim_seq, channel=positions_channel(self.installation),
-            message=position_message(term.shard, term.epoch, committed) if ledger != "away" else "", entry=entry,
-            ledger_ms="" if ledger_ms is None else ledger_ms, run_id=identity.run_id, installation=self.installation,
+        message = ""
+        if ledger != "away":
+            message = position_message(
+                *(ToldPosition(one.term.shard, one.term.epoch, one.committed, list(one.tips)) for one in published)
+            )
+        reply = await self._run_script(
+            "publish_positions", meta=[self._keys[one.term.shard].meta for one in published],
+            events=[self._keys[one.term.shard].events for one in published], ledger=ledger,
+            channel=positions_channel(self.installation), message=message, ledger_ms="" if ledger_ms is None else ledger_ms,
+            run_id=identity.run_id, installation=self.installation, epochs=[one.term.epoch for one in published],
+            generations=[one.term.generation for one in published], committed=[one.committed for one in published],
+            tips=[one.tip for one in published], trim_seqs=[one.trim_seq for one in published],
         )  # fmt: skip
         if reply.outcome == "clock":
             assert ledger_ms is not None
             raise ClocksApart(clocks_apart(int(reply.now_ms) - ledger_ms))
-        return int(reply.seq)
+        return [
+            int(said) if word == "ok" else shard_not_usable("publish_positions", said) for word, said in reply.verdicts
+        ]
 
     async def clock_ms(self) -> int:
         """Redis's clock, in Unix milliseconds. Raises StoreError."""
@@ -211,8 +244,12 @@ class ShardControl:
 
     async def _run(self, name: str, shard: int, **named: object) -> Reply:
         """Run a script; `named` are its keys, but for the meta, and its arguments. Raises StoreError, ShardNotUsable."""
+        return await self._run_script(name, meta=self._keys[shard].meta, **named)
+
+    async def _run_script(self, name: str, **named: object) -> Reply:
+        """Run a script; `named` are its keys and its arguments. Raises StoreError, ShardNotUsable."""
         script = self._scripts[name]
-        command = script.pack(meta=self._keys[shard].meta, **named)
+        command = script.pack(**named)
         try:
             await self.connect()
             reply = await run_script(
@@ -247,7 +284,8 @@ class ShardControl:
 
     async def tell_position(self, shard: int, epoch: int, committed: int) -> None:
         """Tell those who wait how far the ledger got, without a certified shard. Raises StoreError."""
-        await self._ask("PUBLISH", positions_channel(self.installation), position_message(shard, epoch, committed))
+        message = position_message(ToldPosition(shard, epoch, committed, []))
+        await self._ask("PUBLISH", positions_channel(self.installation), message)
 
     async def wipe_shard(self, term: Term) -> None:
         """Drop every key of the shard but its meta. Raises StoreError, ShardNotUsable."""
@@ -317,20 +355,20 @@ class ShardControl:
         return meta_of(dict(zip(flat[::2], flat[1::2], strict=True)))
 
     async def stream_after(
-        self, shard: int, epoch: int, seq: int, count: int = EVENTS_PER_READ_MAX
+        self, shard: int, epoch: int, seq: int, count: int = ENTRIES_PER_READ_MAX
     ) -> list[StreamEntry]:
         """Up to `count` entries that follow (epoch, seq), without waiting. Raises StoreError."""
-        entries = await self._ask("XRANGE", self._keys[shard].events, f"({epoch}-{seq}", "+", "COUNT", count)
+        entries = await self._ask_bytes("XRANGE", self._keys[shard].events, f"({epoch}-{seq}", "+", "COUNT", count)
         return [StreamEntry.of(entry) for entry in entries]
 
-    async def entry_at(self, shard: int, epoch: int, seq: int) -> list[str] | None:
-        """The fields of the stream's entry at a position; None when there is none. Raises StoreError."""
-        entries = await self._ask("XRANGE", self._keys[shard].events, f"{epoch}-{seq}", f"{epoch}-{seq}")
-        return StreamEntry.of(entries[0]).fields if entries else None
+    async def entry_at(self, shard: int, epoch: int, seq: int) -> StreamEntry | None:
+        """The stream's entry at a position; None when there is none. Raises StoreError."""
+        entries = await self._ask_bytes("XRANGE", self._keys[shard].events, f"{epoch}-{seq}", f"{epoch}-{seq}")
+        return StreamEntry.of(entries[0]) if entries else None
 
     async def newest_entry(self, shard: int, below_epoch: int) -> Position | None:
         """The position of the last entry of the shard's stream in an epoch below this one. Raises StoreError."""
-        entries = await self._ask("XREVRANGE", self._keys[shard].events, f"({below_epoch}-0", "-", "COUNT", 1)
+        entries = await self._ask_bytes("XREVRANGE", self._keys[shard].events, f"({below_epoch}-0", "-", "COUNT", 1)
         return StreamEntry.of(entries[0]).position if entries else None
 
     async def holders(self, shard: int, book_id: str) -> AsyncIterator[list[tuple[str, str]]]:
@@ -355,9 +393,20 @@ class ShardControl:
     async def _ask(self, *command: str | int) -> RawReply:
         await self.connect()
         assert self._connection is not None
+        return await self._ask_on(self._connection, *command)
+
+    async def _ask_bytes(self, *command: str | int) -> RawReply:
+        """As `_ask`; the reply holds bytes."""
+        await self.connect()
+        async with self._connecting:
+            if self._bytes is None or self._bytes.closed.done():
+                self._bytes = await connect(self._url, "coupon-writer-entries", as_bytes=True)
+        return await self._ask_on(self._bytes, *command)
+
+    async def _ask_on(self, connection: Connection, *command: str | int) -> RawReply:
         try:
             async with replies_within(REPLY_TIMEOUT_S):
-                return await self._connection.ask(*command)
+                return await connection.ask(*command)
         except ReplyError as error:
             _require_types(error)
             self.close()
@@ -384,11 +433,11 @@ class ShardControl:
         """
         try:
             if self._reader is None or self._reader.closed.done():
-                self._reader = await connect(self._url, "coupon-writer-reader")
-            by_stream = {self._keys[shard].events: shard for shard in after}
+                self._reader = await connect(self._url, "coupon-writer-reader", as_bytes=True)
+            by_stream = {self._keys[shard].events.encode(): shard for shard in after}
             async with replies_within(block_ms / 1000 + REPLY_TIMEOUT_S):
                 reply = await self._reader.ask(
-                    "XREAD", "COUNT", EVENTS_PER_READ_MAX, "BLOCK", block_ms, "STREAMS", *by_stream,
+                    "XREAD", "COUNT", ENTRIES_PER_READ_MAX, "BLOCK", block_ms, "STREAMS", *by_stream,
                     *(f"{epoch}-{seq}" for epoch, seq in after.values()),
                 )  # fmt: skip
         except ReplyError as error:
@@ -404,11 +453,6 @@ class ShardControl:
 def _flat(fields: Mapping[str, str]) -> list[str]:
     """Field, value, field, value, …"""
     return [part for pair in fields.items() for part in pair]
-
-
-def entry_digest(fields: Sequence[str]) -> str:
-    """What publish_position.lua makes of a stream entry's fields: tells an event from another at the same position."""
-    return hashlib.sha1("\n".join(fields).encode()).hexdigest()
 
 
 def _foreign(theirs: str, ours: str) -> str:

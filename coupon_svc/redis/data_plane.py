@@ -40,7 +40,7 @@ REPLY_TIMEOUT_S = 2.0
 VERIFY_EVERY_S = 1.0
 TICK_S = 0.05
 LEDGER_UNSEEN_MAX_S = LEDGER_UNSEEN_MAX_MS / 1000
-"""A ledger that was not seen for so long is behind: the scripts refuse what would wait for it (lua/shared/room.lua)."""
+"""A ledger that was not seen for so long is behind: the scripts refuse what would wait for it (lua/include/room.lua)."""
 OWNER_UNHEARD_MAX_S = 15.0
 """A Redis to which no owner has spoken for so long may be one that another has replaced."""
 

@@ -7,10 +7,14 @@ Redis takes the first `{…}` of a key as its tag, and that one is ours.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import msgspec
+
 from coupon_svc.domain.shards import shard_tag
 
 POSITIONS_CHANNEL = "cb:positions"
-"""Where writers tell how far the ledger is: `<shard> <epoch> <committed>`."""
+"""Where writers tell how far the ledger is (`position_message`)."""
 
 
 def positions_channel(installation: str) -> str:
@@ -19,15 +23,28 @@ def positions_channel(installation: str) -> str:
     return f"{POSITIONS_CHANNEL}:{installation}"
 
 
-def position_message(shard: int, epoch: int, committed: int) -> str:
-    """What is sent on the channel: the ledger has the shard's events up to `committed` of `epoch`."""
-    return f"{shard} {epoch} {committed}"
+class ToldPosition(NamedTuple):
+    """The ledger has a shard's events up to `committed` of `epoch`. `tips` are those of the entries that came last, in
+    order."""
+
+    shard: int
+    epoch: int
+    committed: int
+    tips: list[str]
 
 
-def parse_position_message(text: str) -> tuple[int, int, int]:
-    """(shard, epoch, committed) from a message on the channel. Raises ValueError."""
-    shard, epoch, committed = map(int, text.split())
-    return shard, epoch, committed
+_encode_positions = msgspec.json.Encoder().encode
+_decode_positions = msgspec.json.Decoder(list[ToldPosition]).decode
+
+
+def position_message(*told: ToldPosition) -> str:
+    """What is sent on the channel, e.g. `[[7, 4, 17, ["a-1", "a-2"]]]`: where the ledger is in some shards."""
+    return _encode_positions(told).decode()
+
+
+def parse_position_message(text: str) -> list[ToldPosition]:
+    """What a message on the channel says. Raises ValueError."""
+    return _decode_positions(text)
 
 
 class ShardKeys:

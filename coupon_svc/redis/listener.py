@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 
 from coupon_svc.redis.connection import Connection, Reply, connect
@@ -17,10 +17,10 @@ PING_EVERY_S = 1.0
 class PositionListener:
     """A subscription that is made again whenever its connection breaks.
 
-    `on_position` is called with (shard, epoch, committed) for each message.
+    `on_position` is called with (shard, epoch, committed, tips) for each shard that a message tells of.
     """
 
-    def __init__(self, url: str, on_position: Callable[[int, int, int], None]) -> None:
+    def __init__(self, url: str, on_position: Callable[[int, int, int, Sequence[str]], None]) -> None:
         self._url = url
         self._on_position = on_position
         self._connection: Connection | None = None
@@ -57,7 +57,8 @@ class PositionListener:
     def on_message(self, message: Reply) -> None:
         """Take what the subscription received."""
         if not isinstance(message, ReplyError) and message[0] == "message":
-            self._on_position(*parse_position_message(message[2]))
+            for told in parse_position_message(message[2]):
+                self._on_position(*told)
 
     def _on_pong(self, pong: Reply) -> None:
         """A message that was on its way before the answer to PING came in its place."""

@@ -20,8 +20,12 @@ class ShardMeta(msgspec.Struct, frozen=True, kw_only=True):
     """Of the owner who wrote last."""
     recovering: int | None
     """The epoch that the last recovery was to make."""
+    format: str | None
+    """Of the stream's entries: FORMAT."""
     run_id: str | None
     replid: str | None
+    tip: str | None
+    """Of the last entry, "" before the first."""
     seq: int | None
     committed: int | None
     backlog_max: int | None
@@ -37,10 +41,14 @@ class ShardMeta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 META_FIELDS = (
-    "installation", "epoch", "was", "generation", "recovery", "run_id", "replid", "seq", "committed", "backlog_max",
-    "ledger_at_ms", "owner_at_ms",
+    "installation", "epoch", "was", "generation", "recovery", "format", "run", "replid", "seq", "tip", "committed",
+    "backlog_max", "ledger_at_ms", "owner_at_ms",
 )  # fmt: skip
 """What `parse_meta` takes, as HMGET names it."""
+
+FORMAT = "2"
+"""Entries carry any number of events, and a tip. Versions that know only single events find no `run_id` in the meta: so they
+take the shard for one that is not certified, and neither write to it nor open it."""
 
 _DIGITS_MAX = 15
 """More than any number of ours has; what is longer was put there by hand."""
@@ -56,8 +64,10 @@ def meta_of(fields: Mapping[str, str | None]) -> ShardMeta:
     recovery = fields.get("recovery") or ""
     return ShardMeta(
         installation=fields.get("installation"),
-        run_id=fields.get("run_id"),
+        format=fields.get("format"),
+        run_id=fields.get("run"),
         replid=fields.get("replid"),
+        tip=fields.get("tip"),
         recovering=_number(recovery.rpartition("-")[2]),
         **{
             name: _number(fields.get(name))

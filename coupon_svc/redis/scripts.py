@@ -29,7 +29,7 @@ from coupon_svc.redis.contract import (
     split_operation,
     split_source,
 )
-from coupon_svc.redis.inline import inline, number_fields
+from coupon_svc.redis.meta import FORMAT
 from coupon_svc.resources import resource_folder
 
 CONSTANTS = {
@@ -37,6 +37,7 @@ CONSTANTS = {
     "LEDGER_UNSEEN_MAX_MS": bounds.LEDGER_UNSEEN_MAX_MS,
     "CLOCKS_APART_MAX_MS": bounds.CLOCKS_APART_MAX_MS,
     "REDEEM_BACKLOG_SHARE": bounds.REDEEM_BACKLOG_SHARE,
+    "FORMAT": f'"{FORMAT}"',
 }
 """What a script may name without defining it. Only those that it names are put into it."""
 FLAGS: Mapping[CallClass, str] = {
@@ -110,14 +111,14 @@ def read_script(path: Path) -> Script:
 def read_operation(path: Path) -> Operation:
     """The operation in a file. Raises ContractError."""
     header, body = split_operation(path.stem, path.read_text())
-    included, (bare,) = Includes(path.parents[1] / "shared").before(body)
+    included, (bare,) = Includes(path.parents[1] / "include").before(body)
     return Operation(path.stem, parse_operation(header), body, included + bare)
 
 
 def read_call(path: Path, call: CallClass, operations: Sequence[Operation]) -> Script:
     """The script that runs operations of one class."""
     header, loop = split_operation(path.stem, path.read_text())
-    included, (loop, *bodies) = Includes(path.parent / "shared").before(
+    included, (loop, *bodies) = Includes(path.parent / "include").before(
         loop, *(operation.own for operation in operations)
     )
     functions = "local operations = {}\n" + "".join(
@@ -127,15 +128,16 @@ def read_call(path: Path, call: CallClass, operations: Sequence[Operation]) -> S
     before, here, after = loop.partition(_OPERATIONS_HERE)
     assert here, "call.lua says where its operations are to stand"
     body = f'local sections, CLASS = ARGV[1], "{call}"\n{included}{before}{functions}{after}'
-    return bind_script(f"call_{call}", f"#!lua{FLAGS[call]}", parse_contract(header), body)
+    return bind_script(f"call_{call}", f"#!lua{FLAGS[call]}", parse_contract(header), body, names="")
 
 
-def bind_script(name: str, first_line: str, contract: Contract, body: str) -> Script:
-    """The script of this body, and its binding."""
-    lua = body if name.startswith("call_") else preamble(contract) + inline(number_fields(body))
+def bind_script(name: str, first_line: str, contract: Contract, body: str, names: str | None = None) -> Script:
+    """The script of this body, and its binding. `names` is the Lua that names keys and arguments, where not the usual."""
+    if names is None:
+        names = preamble(contract)
     named = {constant: value for constant, value in CONSTANTS.items() if re.search(rf"\b{constant}\b", body)}
     constants = "".join(f"local {constant} = {value}\n" for constant, value in named.items())
-    source = f"{first_line}\n{constants}{lua}"
+    source = f"{first_line}\n{constants}{names}{body}"
     sha = hashlib.sha1(source.encode()).hexdigest()
     return Script(name, first_line, contract, body, source, sha, packer(contract, sha), ReplyReader(contract))
 

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 
 from coupon_svc.domain.bounds import CLOCKS_APART_MAX_MS
 from coupon_svc.domain.errors import error_location
-from coupon_svc.domain.events import is_event
+from coupon_svc.domain.events import Entry, MalformedEntry, parse_entry
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession, within
 from coupon_svc.postgres.errors import HistoryForked, LedgerUnavailable, NotOwner
-from coupon_svc.postgres.recovery import event_at, first_dead_letter, stop_shard, stopped_because, want_rebuild
+from coupon_svc.postgres.recovery import entry_ending_at, first_dead_letter, stop_shard, stopped_because, want_rebuild
 from coupon_svc.postgres.shards import OwnedShard, owned_shards
-from coupon_svc.redis.control import ShardControl, Term, clocks_apart, entry_digest
+from coupon_svc.redis.codec import StreamEntry
+from coupon_svc.redis.control import ShardControl, Term, clocks_apart
 from coupon_svc.redis.errors import ClocksApart, Fenced, ShardNotUsable, StoreError
 from coupon_svc.redis.meta import ShardMeta
 from coupon_svc.writer.clock import ledger_clock_ms
@@ -162,16 +163,15 @@ class Opener:
         if dead is not None:
             return f"the ledger could not take event {epoch}-{dead}"
         try:
-            seq = await self._store.open_shard(shard.term, committed, self._backlog_max)
+            seq = await self._store.open_shard(shard.term, committed, shard.tip, self._backlog_max)
         except ShardNotUsable as error:
             return str(error)
         entry = await self._store.entry_at(number, epoch, committed)
         if entry is not None:
             async with within(connection, STATEMENTS_TIMEOUT_S):
-                recorded = await event_at(connection, number, epoch, committed)
-            if not is_event(entry, recorded):
-                return f"the stream has another event at {epoch}-{committed}"
-            shard.entry_matched(entry_digest(entry))
+                recorded = await entry_ending_at(connection, number, epoch, committed)
+            if not is_entry(entry, recorded):
+                return f"the stream has another entry at {epoch}-{committed}"
         if not await next_event_is_there(self._store, shard.term, committed, required=seq > committed):
             return f"the stream does not go on with event {epoch}-{committed + 1}"
         return None
@@ -181,7 +181,21 @@ async def next_event_is_there(store: ShardControl, term: Term, committed: int, *
     """Whether the event after this one is in the stream, or none at all unless one is `required`. If it was trimmed,
     only a look or the next event shows that. If a hand-made entry stands there, no script can add its own any more."""
     following = await store.stream_after(term.shard, term.epoch, committed, count=1)
-    return following[0].position == (term.epoch, committed + 1) if following else not required
+    if not following:
+        return not required
+    try:
+        entry = parse_entry(*following[0])
+    except MalformedEntry:
+        return False
+    return (entry.epoch, entry.before) == (term.epoch, committed)
+
+
+def is_entry(found: StreamEntry, recorded: Entry | None) -> bool:
+    """Whether the stream has the entry that the ledger has."""
+    try:
+        return recorded is not None and parse_entry(*found) == recorded
+    except MalformedEntry:
+        return False
 
 
 def went_back(owned: OwnedShard, meta: ShardMeta) -> str | None:

@@ -7,26 +7,27 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.errors import CouponError
-from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEvent, parse_event
+from coupon_svc.domain.events import COUPON_ASSIGNED, Entry, Event, MalformedEntry, events_of, parse_entry
 from coupon_svc.postgres.database import LedgerSession
-from coupon_svc.postgres.errors import LedgerEdited, LedgerUnavailable, NotOwner
+from coupon_svc.postgres.errors import LedgerUnavailable, NotOwner
 from coupon_svc.postgres.events import (
     DATA_ERRORS,
     Batch,
     DeadLetter,
+    commit_batches,
     contradicts,
     dead_letter,
     first_data_error,
-    garbled_letter,
-    write_batches,
+    unread_letters,
 )
 from coupon_svc.postgres.recovery import stop_shard
 from coupon_svc.postgres.shards import connection_name
 from coupon_svc.redis.codec import StreamEntry
-from coupon_svc.redis.control import ShardControl, Term, entry_digest
+from coupon_svc.redis.control import LedgerSeen, Published, ShardControl, Term
 from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.crash import crash_point
@@ -43,12 +44,19 @@ ENOUGH_EVENTS = 500
 HEAD_CHANGED = "the last hash of its chain was changed: `coupon-svc verify` shows what else was"
 
 
-class Rewritten(CouponError):
-    """In these shards the stream has another event where the ledger ends: what follows is of another history."""
+EVENTS_PER_COMMIT_MAX = 4_000
+"""Of one shard; an entry is never cut up."""
 
-    def __init__(self, shards: Sequence[int]) -> None:
-        super().__init__(f"the streams of shards {shards} were written anew")
-        self.shards = shards
+
+class Rewritten(CouponError):
+    """The next entry of the stream follows another one than the ledger has: it is of another history."""
+
+
+class Committed(NamedTuple):
+    """A batch that is in the ledger, and the hash of its last entry."""
+
+    batch: Batch
+    head: bytes
 
 
 class Persister:
@@ -108,13 +116,7 @@ class Persister:
         crash_point("persist.read")
         read_at = asyncio.get_running_loop().time()
         committed = await self._commit(batches)
-        ends = {batch.shard: entries[batch.shard][batch.upto - batch.committed - 1].fields for batch in batches}
-        await asyncio.gather(
-            *(
-                self._publish(open_shards[batch.shard], batch, head, entry_digest(ends[batch.shard]))
-                for batch, head in committed
-            )
-        )
+        await self._publish([(open_shards[one.batch.shard], *one) for one in committed])
         crash_point("persist.published")
         if sum(len(batch.events) for batch in batches) < ENOUGH_EVENTS and not self._waited_for(batches):
             await asyncio.sleep(read_at + PACE_S - asyncio.get_running_loop().time())
@@ -138,62 +140,44 @@ class Persister:
                     return True
         return False
 
-    async def _commit(self, batches: list[Batch]) -> list[tuple[Batch, bytes]]:
-        """Commit the batches together, or each by itself when something is wrong with one of them. Returns those that are
-        in the ledger, each with the hash of its last row. Raises LedgerUnavailable, StoreError."""
+    async def _commit(self, batches: list[Batch]) -> list[Committed]:
+        """Commit the batches together, or each by itself when a row of one cannot be stored. Returns those that are in the
+        ledger. Raises LedgerUnavailable, StoreError."""
         try:
             return await self._transact(batches)
-        except (*DATA_ERRORS, NotOwner, LedgerEdited, Rewritten, ShardNotUsable):
+        except DATA_ERRORS:
             return [done for batch in batches for done in await self._commit_alone(batch)]
 
-    async def _commit_alone(self, batch: Batch) -> list[tuple[Batch, bytes]]:
+    async def _commit_alone(self, batch: Batch) -> list[Committed]:
         """Commit what the ledger can take of one batch. What is wrong with it is its own shard's trouble, and no other's."""
         try:
-            try:
-                return await self._transact([batch])
-            except DATA_ERRORS:
-                healthy = await self._without_poison(batch)
-                return [] if healthy is None else await self._transact([healthy])
-        except NotOwner as error:
-            log.warning("a batch of shard %02d is thrown away: it has another owner, epoch or position", batch.shard)
-            self._report(batch, error)
-        except (ShardNotUsable, Rewritten) as error:
-            self._report(batch, error)
-        except LedgerEdited:
-            await self._stop(batch, HEAD_CHANGED)
-        return []
+            return await self._transact([batch])
+        except DATA_ERRORS:
+            healthy = await self._without_poison(batch)
+            return [] if healthy is None else await self._transact([healthy])
+
+    async def _transact(self, batches: Sequence[Batch]) -> list[Committed]:
+        """One round trip. What becomes of one shard touches no other. Raises LedgerUnavailable, one of DATA_ERRORS."""
+        crash_point("persist.written")
+        async with self.session.work(COMMIT_TIMEOUT_S) as connection:
+            outcomes, heads = await commit_batches(connection, self._writer_id, batches)
+        crash_point("persist.committed")
+        done = []
+        for batch in batches:
+            if outcomes[batch.shard] == "moved":
+                done.append(Committed(batch, heads[batch.shard]))
+            elif outcomes[batch.shard] == "edited":
+                await self._stop(batch, HEAD_CHANGED)
+            else:
+                log.warning(
+                    "a batch of shard %02d is thrown away: it has another owner, epoch or position", batch.shard
+                )
+                self._report(batch, NotOwner())
+        return done
 
     def _report(self, batch: Batch, error: Exception) -> None:
         if (shard := self._shards.get(batch.shard)) is not None:
             shard.report(term_of_batch(batch), error)
-
-    async def _transact(self, batches: Sequence[Batch]) -> list[tuple[Batch, bytes]]:
-        async with self.session.work(COMMIT_TIMEOUT_S) as connection:
-            rewritten = asyncio.create_task(self._rewritten(batches))  # meanwhile, so that no caller waits for it
-            try:
-                async with connection.transaction():
-                    heads = await write_batches(connection, self._writer_id, batches)
-                    if shards := await rewritten:
-                        raise Rewritten(shards)
-                    crash_point("persist.written")
-            finally:
-                rewritten.cancel()
-        crash_point("persist.committed")
-        return [(batch, heads[batch.shard]) for batch in batches]
-
-    async def _rewritten(self, batches: Sequence[Batch]) -> list[int]:
-        """The shards among them whose stream has another event where the ledger ends, as it stands after it was read: keys
-        of a moment ago were put back, and what follows there was made from them. Raises StoreError."""
-        ends = {
-            batch.shard: shard.entry for batch in batches if (shard := self._shards.get(batch.shard)) and shard.entry
-        }
-        asked = [batch for batch in batches if batch.shard in ends]
-        found = await asyncio.gather(*(self._store.entry_at(b.shard, b.epoch, b.committed) for b in asked))
-        return [
-            batch.shard
-            for batch, entry in zip(asked, found, strict=True)
-            if entry is not None and entry_digest(entry) != ends[batch.shard]
-        ]
 
     async def _without_poison(self, batch: Batch) -> Batch | None:
         """The batch with the events that the ledger cannot take moved to its dead letters.
@@ -236,41 +220,55 @@ class Persister:
                 shard.stop_failed()
             raise
 
-    async def _publish(self, shard: Shard, batch: Batch, head: bytes, entry: str) -> None:
+    async def _publish(self, committed: Sequence[tuple[Shard, Batch, bytes]]) -> None:
+        """Tell of a commit, with one message: of each shard its batch, and the hash of the last entry. Raises StoreError."""
+        now = asyncio.get_running_loop().time()
+        told = [
+            (shard, published)
+            for shard, batch, head in committed
+            if (published := self._advance(shard, batch, head, now)) is not None
+        ]
+        if told:
+            await self._tell(told, "committed")
+
+    def _advance(self, shard: Shard, batch: Batch, head: bytes, now: float) -> Published | None:
+        """Take note of what is committed. What is to be told of it; None when there is nothing."""
         term = term_of_batch(batch)
-        if not shard.advanced(term, batch.upto, head, entry):
-            return
+        if not shard.advanced(term, batch.upto, head, batch.last_tip):
+            return None
         if batch.dead:
             # Nobody may be told that these are durable. The shard is recovered: whoever waits learns that the outcome is
             # unknown, and what Redis shows of them goes.
             shard.report(term, Unrecorded(f"the ledger could not take {len(batch.dead)} events"))
-            return
+            return None
         # First, whatever becomes of the rest: a pool that is thought fuller than it is runs dry and is never refilled.
         assigned = Counter(event.book_id for event in batch.events if event.event == COUPON_ASSIGNED)
         for book_id, number in assigned.items():
             self._on_assigned(shard, book_id, number)
-        now = asyncio.get_running_loop().time()
         shard.mark(now)
+        return Published(term, batch.upto, batch.last_tip, [entry.tip for entry in batch.entries], shard.trim_seq(now))
+
+    async def _tell(self, told: Sequence[tuple[Shard, Published]], ledger: LedgerSeen) -> None:
+        """Publish positions; what is amiss with a shard is reported to it. Raises StoreError."""
         try:
-            await self._store.publish_position(
-                term, batch.upto, "committed", entry=entry, ledger_ms=self._clock.now_ms(), trim_seq=shard.trim_seq(now)
-            )
+            clock_ms = self._clock.now_ms() if ledger != "away" else None
+            seen = await self._store.publish_positions([published for _, published in told], ledger, clock_ms)
         except StoreError:
             raise
         except Exception as error:
-            shard.report(term, error)
+            for shard, published in told:
+                shard.report(published.term, error)
+            return
+        for (shard, published), one in zip(told, seen, strict=True):
+            if isinstance(one, Exception):
+                shard.report(published.term, one)
 
     async def show_away(self) -> None:
         """Let Redis refuse at once what would wait for the ledger."""
-        for shard in list(self._shards.values()):
-            if shard.is_open:
-                term = shard.term
-                try:
-                    await self._store.publish_position(term, shard.committed, "away", entry=shard.entry)
-                except StoreError:
-                    return
-                except Exception as error:
-                    shard.report(term, error)
+        open_shards = [shard for shard in self._shards.values() if shard.is_open]
+        if open_shards:
+            with contextlib.suppress(StoreError):
+                await self._tell([(one, Published(one.term, one.committed, one.tip)) for one in open_shards], "away")
 
 
 def term_of_batch(batch: Batch) -> Term:
@@ -278,21 +276,36 @@ def term_of_batch(batch: Batch) -> Term:
     return Term(batch.shard, batch.epoch, batch.generation)
 
 
-def following_batch(shard: Shard, entries: Sequence[StreamEntry]) -> Batch:
-    """The entries of a stream that follow the shard's position, up to the first hole among them. Raises Hole when there is
-    none: whoever opens the shard looks at the next entry alone, and would find nothing amiss behind a good one."""
+def following_batch(shard: Shard, found: Sequence[StreamEntry]) -> Batch:
+    """The entries of a stream that follow the shard's position, up to the first that does not follow the one before it.
+
+    Raises Hole, or Rewritten, when that is the first of all: whoever opens the shard looks at the next entry alone, and
+    would find nothing amiss behind a good one.
+    """
+    entries: list[Entry] = []
     events: list[Event] = []
     dead: list[DeadLetter] = []
-    upto = shard.committed
-    for position, fields in entries:
-        if position != (shard.owned.epoch, upto + 1):
-            if upto > shard.committed:
-                break
-            raise Hole(f"event {shard.owned.epoch}-{upto + 1} is missing, {position} came instead")
-        upto = position.seq
+    upto, tip = shard.committed, shard.tip
+    for raw in found:
         try:
-            events.append(parse_event(position, fields))
-        except MalformedEvent as error:
-            dead.append(garbled_letter(position, fields, str(error)))
+            entry = parse_entry(*raw)
+            if (entry.epoch, entry.before) != (shard.owned.epoch, upto):
+                raise Hole(f"event {shard.owned.epoch}-{upto + 1} is missing, {raw.position} came instead")
+            if entry.after != tip:
+                raise Rewritten(f"entry {raw.position} does not follow the one that the ledger has")
+        except (Hole, Rewritten, MalformedEntry):
+            if entries:
+                break
+            raise
+        upto, tip = entry.seq, entry.tip
+        entries.append(entry)
+        try:
+            events += events_of(entry)
+        except MalformedEntry as error:
+            dead += unread_letters(entry, str(error))
+        if len(events) >= EVENTS_PER_COMMIT_MAX:
+            break
     owned = shard.owned
-    return Batch(owned.shard, owned.epoch, owned.generation, shard.committed, upto, events, dead, shard.chain)
+    return Batch(
+        owned.shard, owned.epoch, owned.generation, shard.committed, upto, entries, events, dead, shard.tip, shard.chain
+    )

@@ -15,14 +15,15 @@ docs/architecture.md ("Recovery") says why; its steps have the same numbers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from coupon_svc.domain.books import Book
 from coupon_svc.domain.bounds import IDEMPOTENCY_MS
 from coupon_svc.domain.clock import now_ms
-from coupon_svc.domain.events import COUPON_ASSIGNED, MalformedEvent, parse_event
+from coupon_svc.domain.events import COUPON_ASSIGNED, Entry, Event, MalformedEntry, events_of, parse_entry
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.lists import key_of_list
 from coupon_svc.domain.position import Position
@@ -30,7 +31,7 @@ from coupon_svc.postgres import recovery
 from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.database import LedgerConnection, LedgerRow, within
 from coupon_svc.postgres.errors import BookBusy, HistoryForked
-from coupon_svc.postgres.events import Batch, DeadLetter, garbled_letter
+from coupon_svc.postgres.events import Batch, DeadLetter, garbled_letter, unread_letters
 from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago
 from coupon_svc.postgres.outstanding import account_piece, held_by_book
 from coupon_svc.postgres.processes import gone_processes
@@ -147,9 +148,11 @@ class Recoverer:
         """Raises HistoryForked when the ledger had events that it lacks now and the stream has not kept: it went back."""
         while reached < told:
             before = reached
-            for entry in await self._store.stream_after(shard, epoch, reached):
-                if entry.position == (epoch, reached + 1):
-                    reached += 1
+            for raw in await self._store.stream_after(shard, epoch, reached):
+                with contextlib.suppress(MalformedEntry):
+                    entry = parse_entry(*raw)
+                    if (entry.epoch, entry.before) == (epoch, reached):
+                        reached = entry.seq
             if reached == before:
                 raise HistoryForked(
                     f"the ledger had {told} events of epoch {epoch}, and lacks {reached + 1}: it went back"
@@ -303,25 +306,31 @@ class Recoverer:
         """The records of the last 24 hours, in one pass over the shard's events since then."""
         shard, since = term.shard, now_ms() - IDEMPOTENCY_MS
         mark = await _step(connection, mark_of_a_day_ago(connection, shard))
-        events = await _step(connection, recovery.late_idempotent_events(connection, shard, mark, since))
-        upto: Mark | None = mark
-        while upto is not None:
-            by_book: dict[str, list[LedgerRow]] = {}
-            for event in events:
-                by_book.setdefault(event["book_id"], []).append(event)
-            for book_id, rows in by_book.items():
-                if book := books.get(book_id):  # else somebody put it into the stream by hand
-                    await self._restore_records(term, book, rows)
-            events, upto = await _step(connection, recovery.idempotent_events(connection, shard, upto, since))
+        await self._restore_keys(
+            term, books, await _step(connection, recovery.late_idempotent_events(connection, shard, mark, since))
+        )
+        for page_behind in (recovery.old_idempotent_events, recovery.idempotent_events):
+            upto: Mark | None = mark
+            while upto is not None:
+                events, upto = await _step(connection, page_behind(connection, shard, upto, since))
+                await self._restore_keys(term, books, events)
 
-    async def _restore_records(self, term: Term, book: Book, rows: Sequence[LedgerRow]) -> None:
+    async def _restore_keys(self, term: Term, books: Mapping[str, Book], events: Sequence[Event]) -> None:
+        by_book: dict[str, list[Event]] = {}
+        for event in events:
+            by_book.setdefault(event.book_id, []).append(event)
+        for book_id, of_book in by_book.items():
+            if book := books.get(book_id):  # else somebody put it into the stream by hand
+                await self._restore_records(term, book, of_book)
+
+    async def _restore_records(self, term: Term, book: Book, events: Sequence[Event]) -> None:
         now = now_ms()
         records = []
-        for row in rows:
-            key, ttl_ms = str(row["idem"]), max(1, row["at_ms"] + IDEMPOTENCY_MS - now)
-            records.append((key, _record(row, book).encode(), ttl_ms))
+        for event in events:
+            key, ttl_ms = str(event.idem), max(1, event.at_ms + IDEMPOTENCY_MS - now)
+            records.append((key, _record(event, book).encode(), ttl_ms))
             if list_key := key_of_list(key):
-                records.append((list_key, ListRecord(row["fingerprint"]).encode(), ttl_ms))
+                records.append((list_key, ListRecord(str(event.fingerprint)).encode(), ttl_ms))
         for some in _chunks(records, KEYS_PER_CALL_MAX):
             await self._store.restore_idem(term, book.tenant_id, book.book_id, some)
 
@@ -391,28 +400,34 @@ def _made_up(entry: StreamEntry, begun: NewEpoch, made: int | None) -> bool:
     return True
 
 
-def _by_epoch(shard: int, entries: Sequence[StreamEntry]) -> list[tuple[int, Batch]]:
+def _by_epoch(shard: int, found: Sequence[StreamEntry]) -> list[tuple[int, Batch]]:
     """Stream entries as one batch for each epoch among them. Their generation is 0: nobody compares it."""
-    parts: dict[int, tuple[list[Any], list[DeadLetter], list[int]]] = {}
-    for position, fields in entries:
-        epoch, seq = position
-        events, dead, seqs = parts.setdefault(epoch, ([], [], []))
+    parts: dict[int, tuple[list[Entry], list[Event], list[DeadLetter], list[int]]] = {}
+    for raw in found:
+        epoch, seq = raw.position
+        entries, events, dead, seqs = parts.setdefault(epoch, ([], [], [], []))
         seqs.append(seq)
         try:
-            events.append(parse_event(position, fields))
-        except MalformedEvent as error:
-            dead.append(garbled_letter(position, fields, str(error)))
+            entry = parse_entry(*raw)
+        except MalformedEntry as error:
+            dead.append(garbled_letter(raw.position, raw.fields, str(error)))
+            continue
+        entries.append(entry)
+        try:
+            events += events_of(entry)
+        except MalformedEntry as error:
+            dead += unread_letters(entry, str(error))
     return [
-        (epoch, Batch(shard, epoch, 0, seqs[0] - 1, seqs[-1], events, dead))
-        for epoch, (events, dead, seqs) in parts.items()
+        (epoch, Batch(shard, epoch, 0, seqs[0] - 1, seqs[-1], entries, events, dead))
+        for epoch, (entries, events, dead, seqs) in parts.items()
     ]
 
 
-def _record(row: LedgerRow, book: Book) -> AssignRecord | RedeemRecord:
-    """What is answered to a request whose event the ledger has in this row, when it comes again."""
-    position = Position(row["epoch"], row["seq"])
-    most = book.max_redemptions_per_code
-    if row["event"] == COUPON_ASSIGNED:
-        return AssignRecord(row["fingerprint"], row["code"], row["at_ms"], position, position, book.ack, most)
-    left = None if most is None else most - row["uses"]
-    return RedeemRecord(row["fingerprint"], row["user_id"], row["at_ms"], position, row["uses"], left)
+def _record(event: Event, book: Book) -> AssignRecord | RedeemRecord:
+    """What is answered to a request whose event the ledger has, when it comes again."""
+    position, most, fingerprint = event.position, book.max_redemptions_per_code, str(event.fingerprint)
+    if event.event == COUPON_ASSIGNED:
+        return AssignRecord(fingerprint, event.code, event.at_ms, position, position, book.ack, most)
+    uses = event.uses or 0
+    left = None if most is None else most - uses
+    return RedeemRecord(fingerprint, event.user_id, event.at_ms, position, uses, left)

@@ -80,7 +80,7 @@ class Shard:
         self._owned = owned
         self._committed = owned.committed
         self._chain = owned.chain
-        self._entry = ""
+        self._tip = owned.tip
         self._recovery_wanted: str | None = None
         self._clocks_were_apart = False
         self.pools: dict[str, Pool] = {}
@@ -110,13 +110,13 @@ class Shard:
 
     @property
     def chain(self) -> bytes:
-        """The hash of the ledger's row at `committed`."""
+        """The hash of the ledger's entry at `committed`."""
         return self._chain
 
     @property
-    def entry(self) -> str:
-        """The digest of the stream's entry at `committed`, "" where it is not known."""
-        return self._entry
+    def tip(self) -> str:
+        """The tip of the ledger's entry at `committed`: the next one of the stream must follow it."""
+        return self._tip
 
     @property
     def state(self) -> State:
@@ -151,12 +151,7 @@ class Shard:
         """The ledger has the shard as `owned`, whatever was thought. `Opening` stays."""
         if self._allows("found_in_ledger", Opening):
             self._owned = owned
-            self._committed, self._chain, self._entry = owned.committed, owned.chain, ""
-
-    def entry_matched(self, digest: str) -> None:
-        """The stream's entry at `committed` is the ledger's, and this is its digest. `Opening` stays."""
-        if self._allows("entry_matched", Opening):
-            self._entry = digest
+            self._committed, self._chain, self._tip = owned.committed, owned.chain, owned.tip
 
     def found_clocks_apart(self) -> bool:
         """Redis's clock is wrong, or was a moment ago: what it dated is not kept. `Opening` stays. False if known before."""
@@ -174,7 +169,7 @@ class Shard:
         """A new epoch has begun: nothing that was known of the last one is of use."""
         if self._allows("recovered", Recovering):
             self._owned = owned
-            self._committed, self._chain, self._entry = 0, owned.chain, ""
+            self._committed, self._chain, self._tip = 0, owned.chain, ""
             self._recovery_wanted, self._clocks_were_apart = None, False
             self.pools.clear()
             self._gone.clear()
@@ -227,12 +222,12 @@ class Shard:
         if isinstance(self._state, Stopped):
             self._enter(Shut(), logging.WARNING, "is not stopped in both stores yet")
 
-    def advanced(self, term: Term, committed: int, chain: bytes, entry: str) -> bool:
+    def advanced(self, term: Term, committed: int, chain: bytes, tip: str) -> bool:
         """The ledger has reached `committed` in `term`. False, and nothing changes, when that term is over: a position of
         the epoch before says nothing in the new one."""
         if term != self.term:
             return False
-        self._committed, self._chain, self._entry = committed, chain, entry
+        self._committed, self._chain, self._tip = committed, chain, tip
         return True
 
     def _enter(self, state: State, level: int, what: str) -> None:

@@ -79,7 +79,7 @@ class Showing:
         term, committed = shard.term, shard.committed
         trim_seq = shard.trim_seq(asyncio.get_running_loop().time())
         seq = await self._store.publish_position(
-            term, committed, "seen", entry=shard.entry, ledger_ms=self._clock.now_ms(), trim_seq=trim_seq
+            term, committed, "seen", tip=shard.tip, ledger_ms=self._clock.now_ms(), trim_seq=trim_seq
         )
         if seq > committed and not await next_event_is_there(self._store, term, committed):
             raise Hole(f"event {committed + 1} is not in the stream")

@@ -10,6 +10,7 @@ from coupon_svc.postgres import outstanding
 from coupon_svc.postgres.database import LedgerSession
 from coupon_svc.postgres.errors import BookBusy, LedgerUnavailable
 from coupon_svc.postgres.marks import note_marks
+from coupon_svc.postgres.parts import make_parts
 from coupon_svc.postgres.shards import connection_name
 from coupon_svc.writer.shard import Shard
 
@@ -23,7 +24,7 @@ ENOUGH_CODES = 20_000
 
 
 class Upkeep:
-    """Once a minute: marks, and the books that were lent much. Once an hour: every book."""
+    """Once a minute: marks, and the books that were lent much. Once an hour: every book, and parts for months to come."""
 
     def __init__(self, url: str, writer_id: str, shards: Mapping[int, Shard]) -> None:
         self._writer_id = writer_id
@@ -60,6 +61,8 @@ class Upkeep:
                 continue  # there is another turn
         if sweep:
             await self._prune(shards)
+            async with self.session.work(STATEMENTS_TIMEOUT_S) as connection:
+                await make_parts(connection)
 
     async def _account_piece(self, book_id: str) -> bool:
         async with self.session.work(STATEMENTS_TIMEOUT_S) as connection:

@@ -134,7 +134,7 @@ async def events_table_locked(run: Run) -> None:
         await probe.goes_on()
         transaction = ledger.transaction()
         await transaction.start()
-        await ledger.execute("LOCK TABLE events IN SHARE MODE")
+        await ledger.execute("LOCK TABLE entries IN SHARE MODE")
         async with under_load(run):
 
             async def refused() -> bool:

@@ -280,7 +280,7 @@ def _decide(state: State, bounds: Bounds, user: int, place: int) -> Iterator[Ste
 
 
 def fence(process: Process, node: Node, bounds: Bounds, seen: int) -> bool:
-    """lua/shared/fence.lua: this Redis is in the caller's epoch, not behind it, and has had no other master since."""
+    """lua/include/fence.lua: this Redis is in the caller's epoch, not behind it, and has had no other master since."""
     if node.epoch != process.epoch and not ("epoch" in bounds.off and node.epoch):
         return False
     if node.seq < seen and "seen" not in bounds.off:
@@ -465,7 +465,7 @@ def _tried(state: State, user: int) -> State:
 
 
 def _made(state: State, user: int, place: int, event: Event, holders: frozenset[Holder], free: frozenset[int]) -> State:
-    """lua/shared/assigned.lua: the event, what Redis keeps of it, and the key's record in one step."""
+    """lua/include/assigned.lua: the event, what Redis keeps of it, and the key's record in one step."""
     at = state.processes[place].node
     node = state.nodes[at]
     idem = node.idem | {event} if event.key else node.idem

@@ -38,7 +38,7 @@ MODELLED_SCRIPTS = frozenset(
         "doubt_shard",
         "load_codes",
         "open_shard",
-        "publish_position",
+        "publish_positions",
         "redeem_coupon",
         "release_coupon",
         "restore_book",

@@ -46,18 +46,18 @@ SAFEGUARDS = {
     ),
     "epoch": Safeguard(
         "a script of the data plane compares the epoch",
-        "lua/shared/fence.lua",
+        "lua/include/fence.lua",
         _SMALL._replace(kinds=frozenset({WISH}), epochs=3),
     ),
     "seen": Safeguard(
         "a script compares the highest seq that its caller has seen",
-        "lua/shared/fence.lua",
+        "lua/include/fence.lua",
         _EARLY._replace(kinds=frozenset({"swap"})),
         also="fence_replid",
     ),
     "fence_replid": Safeguard(
         "a script compares the server's replid with the certified one",
-        "lua/shared/fence.lua, lua/include/owner.lua",
+        "lua/include/fence.lua, lua/include/owner.lua",
         _EARLY._replace(kinds=frozenset({"swap"}), mode="ledger", processes=2),
     ),
     "replid": Safeguard(
@@ -115,12 +115,12 @@ SAFEGUARDS = {
     ),
     "replay": Safeguard(
         "an Idempotency-Key that was used is looked up before anything else",
-        "lua/shared/replay.lua",
+        "lua/include/replay.lua",
         _SMALL._replace(codes=2, tries=2, faults=0),
     ),
     "limit": Safeguard(
         "a user's codes are counted in the step that gives one more",
-        "lua/shared/limit.lua",
+        "lua/include/limit.lua",
         _SMALL._replace(codes=2, tries=2, faults=0, limit=True),
     ),
     "quarantine": Safeguard(
@@ -175,7 +175,7 @@ SAFEGUARDS = {
     ),
     "entry": Safeguard(
         "an owner compares the entry at the committed position with the ledger's",
-        "lua/publish_position.lua, lua/open_shard.lua",
+        "lua/publish_positions.lua, lua/open_shard.lua",
         _PUT_BACK._replace(kinds=frozenset({"put_back_committed"})),
         also="tip",
     ),
@@ -248,7 +248,7 @@ SAFEGUARDS = {
     ),
     "counts": Safeguard(
         "pool and held codes are counted before a code is said to be nobody's",
-        "lua/shared/holder.lua, lua/load_codes.lua",
+        "lua/include/holder.lua, lua/load_codes.lua",
         _SMALL._replace(kinds=frozenset({"del_holders"}), redeems=1),
     ),
     "attempt": Safeguard(

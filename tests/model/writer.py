@@ -234,7 +234,7 @@ def write(ledger: Ledger, events: tuple[Event, ...], bounds: Bounds) -> Ledger:
 
 
 def _publish(state: State, bounds: Bounds, place: int, writer: Writer, batch: Batch, who: str) -> Step:
-    """lua/publish_position.lua: with the term in which the batch was read, whatever the writer's is by now."""
+    """lua/publish_positions.lua: with the term in which the batch was read, whatever the writer's is by now."""
     node = state.nodes[writer.node]
     term = writer.term if "publish_term" in bounds.off else batch.term
     if writer.term == term:

@@ -40,7 +40,7 @@ def api_requests(shard: Shard, book: str) -> dict[str, Callable[[Caller], Reply]
 def owner_requests(shard: Shard, book: str) -> dict[str, Callable[[Owner], Reply]]:
     return {
         "open_shard": shard.open_shard,
-        "publish_position": lambda owner: shard.publish_position(2, owner, trim_seq=2, message="told"),
+        "publish_positions": lambda owner: shard.publish_position(2, owner, trim_seq=2, message="told"),
         "put_book": lambda owner: shard.put_book(book, 2, owner, known=True, status="closed"),
         "load_codes": lambda owner: shard.load_codes(book, ["D-4"], owner, unlent=1),
     }

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple, Self
 from redis import Redis
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.domain.events import Event, parse_event
+from coupon_svc.domain.events import Event, events_of, parse_entry
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
 from coupon_svc.domain.shards import new_book_id
 from coupon_svc.redis.calls import KeyTable, bind_operation, call_command, open_section
 from coupon_svc.redis.keys import ShardKeys
-from coupon_svc.redis.scripts import Scripts
+from coupon_svc.redis.scripts import Script, Scripts
 
 Reply = list[Any]
 
@@ -125,6 +125,7 @@ class Shard:
         owner: Owner = OWNER,
         *,
         committed: int = 0,
+        tip: str | None = None,
         backlog_max: int = 1000,
         run_id: str = RUN_ID,
         replid: str = "",
@@ -132,7 +133,8 @@ class Shard:
     ) -> Reply:
         return self._run(
             "open_shard", **owner._asdict(), run_id=run_id, replid=replid or self.server.replid,
-            backlog_max=backlog_max, committed=committed, installation=installation,
+            backlog_max=backlog_max, committed=committed,
+            tip=self.tip() if tip is None else tip, installation=installation,
         )  # fmt: skip
 
     def publish_position(
@@ -143,16 +145,25 @@ class Shard:
         ledger: str = "committed",
         trim_seq: int = 0,
         message: str = "",
-        entry: str = "",
+        tip: str | None = None,
         ledger_ms: int | str = "",
         run_id: str = RUN_ID,
         installation: str = INSTALLATION,
     ) -> Reply:
-        return self._run(
-            "publish_position", **owner._asdict(), events=self.keys.events, committed=committed, ledger=ledger,
-            trim_seq=trim_seq, channel=CHANNEL, message=message, entry=entry, ledger_ms=ledger_ms, run_id=run_id,
-            installation=installation,
+        script = self.server.scripts["publish_positions"]
+        reply = self._send(
+            script, meta=[self.keys.meta], events=[self.keys.events], ledger=ledger, channel=CHANNEL, message=message,
+            ledger_ms=ledger_ms, run_id=run_id, installation=installation, epochs=[owner.epoch],
+            generations=[owner.generation], committed=[committed], tips=[self.tip() if tip is None else tip],
+            trim_seqs=[trim_seq],
         )  # fmt: skip
+        verdict: Reply = reply[1][0] if reply[0] == "ok" else reply
+        return verdict
+
+    def tip(self) -> str:
+        """The tip of the last entry, as the ledger would have it."""
+        tip: str = self.redis.hget(self.keys.meta, "tip") or ""
+        return tip
 
     def put_book(self, book_id: str, version: int, owner: Owner = OWNER, *, known: bool = False, **rules: Any) -> Reply:
         """`rules` are those that differ from an active book's without limits; for a known book only those are sent."""
@@ -294,8 +305,10 @@ class Shard:
 
     def _run(self, name: str, **named: Any) -> Reply:
         """The reply as it came, once the binding has taken it: it has the fields that the script's header names."""
-        script = self.server.scripts[name]
-        reply: Reply = self.server.run.execute_command(*script.pack(meta=self.keys.meta, **named))
+        return self._send(self.server.scripts[name], meta=self.keys.meta, **named)
+
+    def _send(self, script: Script, **named: Any) -> Reply:
+        reply: Reply = self.server.run.execute_command(*script.pack(**named))
         assert list(script.reply(reply))[: len(reply)] == reply
         return reply
 
@@ -390,7 +403,8 @@ class Shard:
         """The stream as the ledger reads it."""
         parsed = []
         for entry_id, fields in self.entries():
-            parsed.append(parse_event(Position.parse(entry_id), [part for pair in fields.items() for part in pair]))
+            flat = [part.encode() for pair in fields.items() for part in pair]
+            parsed += events_of(parse_entry(Position.parse(entry_id), flat))
         return parsed
 
     def snapshot(self) -> dict[str, tuple[bytes, int]]:

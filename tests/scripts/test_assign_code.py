@@ -37,14 +37,14 @@ def test_the_named_code_is_assigned_and_leaves_the_pool(shard: Shard) -> None:
     assert shard.holders(book) == {"B-2": f"4-1 0 {at_ms} u"}
     assert shard.coupons("u") == [f"{book}:B-2"]
     assert shard.events() == [Event(4, 1, "coupon_assigned", book, "B-2", "u", int(at_ms))]
-    assert list(shard.entries()[0][1]) == ["event", "book", "code", "user", "at_ms", "idem", "fingerprint"]
+    assert list(shard.entries()[0][1]) == ["n", "after", "tip", "at_ms", "events"]
 
 
 def test_of_the_meta_only_the_seq_moves_and_of_the_book_nothing(shard: Shard) -> None:
     book = shard.new_book("A-1")
     meta, rules = shard.meta(), shard.book(book)
     shard.assign_code(book, "u", "A-1")
-    assert shard.meta() == {**meta, "seq": "1"}
+    assert shard.meta() == {**meta, "seq": "1", "tip": shard.tip()}
     assert shard.book(book) == rules
 
 

@@ -22,7 +22,9 @@ def test_a_new_shard_is_certified(unopened: Shard) -> None:
         "recovery": f"{GENERATION}-{RECOVERED}",
         "seq": "0",
         "committed": "0",
-        "run_id": "run-1",
+        "format": "2",
+        "tip": "",
+        "run": "run-1",
         "replid": unopened.server.replid,
         "backlog_max": "500",
         "installation": INSTALLATION,
@@ -37,7 +39,7 @@ def test_the_new_epoch_begins_at_one_and_the_older_events_are_dropped(shard: Sha
         assert shard.certify_shard(NEXT, run_id="run-2", backlog_max=9) == ["ok"]
     meta = shard.meta()
     assert (meta["epoch"], meta["seq"], meta["committed"]) == ("5", "0", "0")
-    assert (meta["run_id"], meta["replid"], meta["backlog_max"]) == ("run-2", shard.server.replid, "9")
+    assert (meta["run"], meta["replid"], meta["backlog_max"]) == ("run-2", shard.server.replid, "9")
     assert shard.entries() == []
     shard.keep_ledger_at_hand()
     assert shard.assign_coupon(book, "w", CALLER._replace(epoch=5))[:4:3] == ["ok", "5-1"]

@@ -95,7 +95,7 @@ async def test_a_rebuilt_shard_is_certified_and_taken_over(owned: Owned) -> None
     assert (meta.run_id, meta.replid) == (identity.run_id, identity.replid)
     assert (meta.epoch, meta.seq, meta.backlog_max) == (2, 0, 1000)
     assert await store.pool_counts(term.shard, BOOK) == (0, len(coupons), len(coupons))
-    assert await store.open_shard(term._replace(generation=4), 0, 1000) == 0
+    assert await store.open_shard(term._replace(generation=4), 0, "", 1000) == 0
     with pytest.raises(ShardNotUsable):
         await store.shut_shard(term)
 
@@ -125,4 +125,4 @@ async def test_what_is_certified_is_the_server_that_was_shut_whoever_answers_by_
     meta = await store.read_meta(term.shard)
     assert meta.run_id == "the run that was shut" != (await store.connect()).run_id
     with pytest.raises(ShardNotUsable):
-        await store.open_shard(term, 0, 1000)
+        await store.open_shard(term, 0, "", 1000)

@@ -10,12 +10,14 @@ from coupon_svc.domain.events import (
     COUPON_ASSIGNED,
     COUPON_REDEEMED,
     RECORD_FIELDS,
+    Entry,
     Event,
-    MalformedEvent,
-    is_event,
-    parse_event,
+    MalformedEntry,
+    events_of,
+    parse_entry,
 )
-from coupon_svc.domain.position import Position
+from coupon_svc.domain.position import Epoch, Position, Seq
+from tests.entries import entry_of, fields_of
 from tests.unit.test_position import positions
 
 AT = Position.parse("4-17")
@@ -35,8 +37,8 @@ redeemed = st.builds(
 )  # fmt: skip
 
 
-def entry(event: Event) -> list[str]:
-    """The fields as assign_coupon.lua and redeem_coupon.lua write them."""
+def old_fields(event: Event) -> list[bytes]:
+    """The fields as scripts of older versions wrote them, one event in each entry."""
     fields = {
         "event": event.event,
         "book": event.book_id,
@@ -47,13 +49,29 @@ def entry(event: Event) -> list[str]:
     if event.event == COUPON_REDEEMED:
         fields |= {"uses": str(event.uses), "reference": event.reference or "", "metadata": event.metadata or ""}
     fields |= {"idem": event.idem or "", "fingerprint": event.fingerprint or ""}
-    return [part for pair in fields.items() for part in pair]
+    return [part.encode() for pair in fields.items() for part in pair]
+
+
+def new_fields(entry: Entry) -> list[bytes]:
+    return [part if isinstance(part, bytes) else part.encode() for pair in fields_of(entry).items() for part in pair]
 
 
 @given(assigned | redeemed)
-def test_an_event_comes_back_from_its_entry(event: Event) -> None:
-    assert parse_event(event.position, entry(event)) == event
-    assert is_event(entry(event), event)
+def test_an_event_comes_back_from_an_entry_of_an_older_version(event: Event) -> None:
+    entry = parse_entry(event.position, old_fields(event))
+    assert (entry.n, entry.after, entry.tip) == (1, "", "")
+    assert events_of(entry) == [event]
+
+
+@given(st.lists(assigned | redeemed, min_size=1, max_size=5), texts, texts)
+def test_events_come_back_from_their_entry(events: list[Event], after: str, tip: str) -> None:
+    epoch, at_ms = events[0].epoch, events[0].at_ms
+    events = [event._replace(epoch=epoch, seq=seq, at_ms=at_ms) for seq, event in enumerate(events, 8)]
+    entry = entry_of(*events, after=after, tip=tip)
+    parsed = parse_entry(Position(Epoch(entry.epoch), Seq(entry.seq)), new_fields(entry))
+    assert parsed == entry
+    assert events_of(parsed) == events
+    assert (parsed.before, list(parsed.seqs)) == (7, [event.seq for event in events])
 
 
 @given(assigned | redeemed)
@@ -64,24 +82,33 @@ def test_the_hash_covers_every_field_but_the_epoch_which_it_covers_apart(event: 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [
-        ("event", "coupon_eaten"),
-        ("at_ms", "yesterday"),
-        ("at_ms", "0"),
-        ("at_ms", str(1 << 63)),
-        ("uses", str(1 << 31)),
-    ],
+    [("n", "0"), ("n", "many"), ("n", str(1 << 31)), ("at_ms", "yesterday"), ("at_ms", "0"), ("at_ms", str(1 << 63))],
 )
 def test_an_entry_with_a_field_that_no_script_writes_is_malformed(name: str, value: str) -> None:
-    fields = entry(Event(4, 17, COUPON_REDEEMED, "b", "c", "u", 1, 1))
-    fields[fields.index(name) + 1] = value
-    with pytest.raises(MalformedEvent) as error:
-        parse_event(AT, fields)
+    fields = new_fields(entry_of(Event(4, 17, COUPON_ASSIGNED, "b", "c", "u", 1)))
+    fields[fields.index(name.encode()) + 1] = value.encode()
+    with pytest.raises(MalformedEntry) as error:
+        parse_entry(AT, fields)
     assert value not in str(error.value)
 
 
-@pytest.mark.parametrize("number", range(0, 10, 2))
-def test_an_entry_without_one_of_its_fields_is_malformed(number: int) -> None:
-    fields = entry(Event(4, 17, COUPON_REDEEMED, "b", "c", "u", 1, 1))
-    with pytest.raises(MalformedEvent):
-        parse_event(AT, fields[:number] + fields[number + 2 :])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{}", b"\xff", b"[[]]", b'[["coupon_eaten","b","c","u","",""]]', b'[["coupon_assigned","b","c","u",""]]',
+        b'[["coupon_redeemed","b","c","u","","","none","",""]]', b'[["coupon_redeemed","b","c","u","","","0","",""]]',
+        b'[["coupon_assigned","b","c",1,"",""]]', b"[]",
+    ],
+)  # fmt: skip
+def test_events_that_no_script_writes_are_malformed(body: bytes) -> None:
+    entry = entry_of(Event(4, 17, COUPON_ASSIGNED, "b", "c", "u", 1))._replace(body=body)
+    with pytest.raises(MalformedEntry):
+        events_of(entry)
+
+
+@pytest.mark.parametrize(
+    "fields", [[], [b"by", b"hand"], [b"n", b"1"], [b"event"], [b"event", b"\xff", b"at_ms", b"1"]]
+)
+def test_what_somebody_put_into_the_stream_is_malformed(fields: list[bytes]) -> None:
+    with pytest.raises(MalformedEntry):
+        parse_entry(AT, fields)

@@ -17,7 +17,7 @@ from coupon_svc.writer.opening import Opener, went_back
 from coupon_svc.writer.shard import Open, Shard, Shut, State, Stopped
 
 HERE = Identity("run", "history")
-TAKEN = OwnedShard(3, 4, 7, 2, CHAIN_START)
+TAKEN = OwnedShard(3, 4, 7, 2, CHAIN_START, "")
 
 
 @pytest.fixture

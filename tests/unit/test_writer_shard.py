@@ -27,7 +27,7 @@ from coupon_svc.writer.shard import (
     term_of,
 )
 
-TAKEN = OwnedShard(3, 1, 7, 2, CHAIN_START)
+TAKEN = OwnedShard(3, 1, 7, 2, CHAIN_START, "")
 AFTER = TAKEN._replace(epoch=2, committed=0, chain=b"r" * 32)
 HERE = Identity("run", "history")
 SHUT, OPENING, RECOVERING, OPEN, STOPPED = Shut(), Opening(), Recovering(), Open(HERE), Stopped("forked")
@@ -88,10 +88,6 @@ def found_in_ledger(shard: Shard) -> None:
     shard.found_in_ledger(TAKEN)
 
 
-def entry_matched(shard: Shard) -> None:
-    shard.entry_matched("digest")
-
-
 def found_clocks_apart(shard: Shard) -> None:
     shard.found_clocks_apart()
 
@@ -113,7 +109,6 @@ TABLE: dict[Transition, tuple[State | None, State | None, State | None, State | 
     # from:                Shut     Opening     Recovering  Open     Stopped
     opening_begins:        (OPENING, REFUSED,    REFUSED,    REFUSED, REFUSED),
     found_in_ledger:       (REFUSED, OPENING,    REFUSED,    REFUSED, STOPPED),
-    entry_matched:         (REFUSED, OPENING,    REFUSED,    REFUSED, STOPPED),
     found_clocks_apart:    (REFUSED, OPENING,    REFUSED,    REFUSED, STOPPED),
     recovery_begins:       (REFUSED, RECOVERING, REFUSED,    REFUSED, STOPPED),
     recovered:             (REFUSED, REFUSED,    OPENING,    REFUSED, STOPPED),
@@ -222,30 +217,29 @@ def test_clocks_that_were_apart_ask_for_a_recovery_once() -> None:
 
 def test_a_recovery_forgets_what_was_known_of_the_epoch_before() -> None:
     shard = shard_in(OPEN)
-    assert shard.advanced(shard.term, 9, b"h" * 32, "digest")
+    assert shard.advanced(shard.term, 9, b"h" * 32, "tip")
     found(shard)
     opening_begins(shard)
     recovery_begins(shard)
     recovered(shard)
 
-    assert (shard.term.epoch, shard.committed, shard.chain, shard.entry) == (2, 0, AFTER.chain, "")
+    assert (shard.term.epoch, shard.committed, shard.chain, shard.tip) == (2, 0, AFTER.chain, "")
 
 
 def test_a_position_of_another_term_changes_nothing() -> None:
     shard = shard_in(OPEN)
 
-    assert not shard.advanced(term_of(AFTER), 9, b"h" * 32, "digest")
+    assert not shard.advanced(term_of(AFTER), 9, b"h" * 32, "tip")
 
-    assert (shard.committed, shard.chain, shard.entry) == (7, CHAIN_START, "")
+    assert (shard.committed, shard.chain, shard.tip) == (7, CHAIN_START, "")
 
 
 def test_the_opener_takes_the_shard_as_the_ledger_has_it() -> None:
     shard = shard_in(OPENING)
 
-    shard.found_in_ledger(TAKEN._replace(committed=12))
-    shard.entry_matched("digest")
+    shard.found_in_ledger(TAKEN._replace(committed=12, tip="t12"))
 
-    assert (shard.committed, shard.entry) == (12, "digest")
+    assert (shard.committed, shard.tip) == (12, "t12")
 
 
 def test_the_log_says_what_was_found_but_no_text_of_an_unforeseen_error(caplog: pytest.LogCaptureFixture) -> None:
