@@ -48,7 +48,8 @@ def _without_text(file: str, text: str, instead: str = "") -> None:
 
 def _cut(script: Script, text: str, instead: str = "") -> Script:
     body = script.body.replace(text, instead)
-    return store_scripts.bind_script(script.name, script.first_line, script.contract, body)
+    names = "" if script.name.startswith("call_") else None
+    return store_scripts.bind_script(script.name, script.first_line, script.contract, body, names)
 
 
 def record_epoch() -> None:
@@ -151,12 +152,12 @@ def replay() -> None:
 
 def replid() -> None:
     """Scripts do not ask in which history the server is."""
-    _without_text("shared/fence", "if not is_in_history(replid) then", "if false then")
+    _without_text("include/fence", "if not is_in_history(replid) then", "if false then")
 
 
 def lock() -> None:
     """A redeem does not mind that somebody else has the code locked."""
-    _without_text("shared/lock", 'if held_token and shown_token == "" then', "if false then")
+    _without_text("include/lock", 'if held_token and shown_token == "" then', "if false then")
 
 
 def lease() -> None:
@@ -178,8 +179,7 @@ def lease() -> None:
 
 def epoch() -> None:
     """Scripts do not compare the epoch."""
-    _without_text("shared/fence", "if kept_epoch ~= epoch then", "if false then")
-    _without_text("include/fence", "if meta.epoch ~= epoch then", "if false then")
+    _without_text("include/fence", "if kept_epoch ~= epoch then", "if false then")
 
 
 def seen_position() -> None:
@@ -275,8 +275,8 @@ def stop_flag() -> None:
 
 def room() -> None:
     """The backlog has no bound."""
-    text = (resource_folder("lua") / "shared" / "room.lua").read_text()
-    _without_text("shared/room", text[text.index("if meta.seq") : text.index("local unseen_ms")])
+    text = (resource_folder("lua") / "include" / "room.lua").read_text()
+    _without_text("include/room", text[text.index("if meta.seq") : text.index("local unseen_ms")])
 
 
 SAFEGUARDS: dict[str, Callable[[], None]] = {
