@@ -184,8 +184,7 @@ def epoch() -> None:
 
 def seen_position() -> None:
     """Neither a script nor the look at Redis once a second compares the position with what was seen."""
-    for folder in ("include", "shared"):
-        _without_text(f"{folder}/fence", "if meta.seq < tonumber(seen_seq) then", "if false then")
+    _without_text("include/fence", "if meta.seq < tonumber(seen_seq) then", "if false then")
     planes: list[DataPlane] = []
 
     async def read_info(connection: Connection) -> dict[str, str]:
