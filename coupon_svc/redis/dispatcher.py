@@ -259,6 +259,10 @@ class Dispatcher:
             self._plane.doubt(view, reply.why)
             _refuse(pending, Outcome.RECOVERING)
             return
+        if entry is None and operation.makes_event and reply.outcome == "ok":
+            self._plane.doubt(view, "entry")  # an event was made, and the shard's last entry is not that of this call
+            _refuse(pending, Outcome.OUTCOME_UNKNOWN)
+            return
         if reply.outcome in operation.with_position:
             _, last = reply.position
             view.observe(*last)

@@ -202,11 +202,12 @@ async def test_a_caller_is_told_the_entry_of_its_event(service: Service) -> None
     assert service.views[0].seen == (4, 21)
 
 
-async def test_an_entry_of_another_tip_is_not_this_call_s(service: Service) -> None:
+async def test_an_event_in_an_entry_that_is_not_this_call_s_puts_the_shard_in_doubt(service: Service) -> None:
     asked = service.assign("ann")
     await turns()
     service.calls[0].answer([["ok", 21, "another", [reply_to(service.calls[0].sections[0][5][0])]]])
-    assert (await asked).entry is None
+    assert await outcome(asked) is Outcome.OUTCOME_UNKNOWN
+    assert service.doubted == [(0, "entry")]
 
 
 async def test_positions_on_one_connection_only_grow(service: Service) -> None:
