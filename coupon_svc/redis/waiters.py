@@ -69,8 +69,6 @@ class DurabilityWaiters:
         """Tips of messages: of this HEARD_KEPT_S, and of the one before."""
         self._heard_since = monotonic()
         self._tie = count()
-        self.tips_are_told = False
-        """Whether the writers list the tips of their entries, as those of this version do."""
 
     def committed(self, shard: int) -> tuple[int, int]:
         """(epoch, seq) up to which the ledger is known to be."""
@@ -80,7 +78,6 @@ class DurabilityWaiters:
 
     def hear(self, tips: Sequence[str]) -> None:
         """The ledger holds the entries with these tips."""
-        self.tips_are_told = self.tips_are_told or bool(tips)
         self._heard.update(tips)
         for tip in tips:
             for waiter in self._for_entries.pop(tip, ()):

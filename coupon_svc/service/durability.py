@@ -76,7 +76,7 @@ class Durability:
         waiters = self._plane.waiters
         until = monotonic() + self.left_s(begun, self._ledger_wait_s)
         try:
-            if entry is not None and waiters.tips_are_told:
+            if entry is not None:
                 await waiters.wait_for_entry(EntryKey(view.shard, *entry), until)
             else:
                 await waiters.wait(view.shard, position.epoch, position.seq, until)
