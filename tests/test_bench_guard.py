@@ -48,8 +48,8 @@ REDIS_COMMANDS_MAX = {
 REDIS_BYTES_MAX = {"assign_coupon": (140, 90), "lock_coupon": (185, 135), "redeem_coupon": (235, 90)}
 """Sent and received for one operation among 32 that come at once. There is room for smaller calls on a busy machine."""
 
-STATEMENTS_A_COMMIT_MAX = 5
-"""BEGIN, positions, COPY of events, COPY of coupons, COMMIT."""
+STATEMENTS_A_COMMIT_MAX = 1
+"""The function `commit_entries`."""
 
 WAL_BYTES_PER_EVENT_MAX = 1_500
 """It was 940, in batches of two events; every commit moves a position, and pages are written whole after a checkpoint."""
@@ -238,20 +238,16 @@ async def assign_many(stack: Stack, client: httpx.AsyncClient, book_id: str, num
 
 
 def commits_of_events(log: str) -> Iterator[list[str]]:
-    """The statements of each transaction that wrote events, BEGIN and COMMIT among them."""
-    open_by_process: dict[str, list[str]] = {}
+    """The statements of each commit of the writer: those of its connection since the last one."""
+    by_process: dict[str, list[str]] = {}
     for process, statement in re.findall(
         r"\[(\d+)\] LOG:  (?:statement|execute [^:]*): *(.*)", log.replace("\n\t", " ")
     ):
-        words = statement.upper().split()
-        if words[0].rstrip(";") == "BEGIN":
-            open_by_process[process] = []
-        statements = open_by_process.setdefault(process, [])
+        statements = by_process.setdefault(process, [])
         statements.append(statement)
-        if words[0].rstrip(";") == "COMMIT":
-            if any("COPY" in s and "events" in s for s in statements):
-                yield statements
-            open_by_process[process] = []
+        if "commit_entries" in statement:
+            yield statements
+            by_process[process] = []
 
 
 # --- the API process: calls, and processor time

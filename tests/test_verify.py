@@ -39,7 +39,7 @@ async def report_of(stack: Stack) -> Report:
         connection.terminate()
 
 
-TABLES = ("events", "coupons", "redemptions", "books", "codes", "shards", "quarantine", "late_events")
+TABLES = ("entries", "old_events", "coupons", "redemptions", "books", "codes", "shards", "quarantine", "late_events")
 
 
 @pytest.fixture(scope="module")

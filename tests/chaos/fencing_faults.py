@@ -248,7 +248,7 @@ async def backend_stopped_in_a_commit(run: Run) -> None:
         await ledger.execute(f"SELECT pg_terminate_backend(pid) FROM ({_WRITERS_BACKENDS}) AS backends")
 
         async def committing() -> int:
-            rows = await ledger.fetch(_WRITERS_BACKENDS + " AND state = 'active' AND query LIKE 'COMMIT%'")
+            rows = await ledger.fetch(_WRITERS_BACKENDS + " AND state = 'active' AND query LIKE '%commit_entries%'")
             for row in rows:
                 os.kill(row["pid"], signal.SIGSTOP)
                 if await ledger.fetchval("SELECT state = 'active' FROM pg_stat_activity WHERE pid = $1", row["pid"]):
@@ -278,7 +278,7 @@ async def batch_from_before_a_recovery(run: Run) -> None:
         shard = int(probe.books["ledger"][3:5])
         newest = (
             f"{_WRITERS_BACKENDS} AND application_name = (SELECT 'coupon-writer ' || owner FROM shards WHERE shard = $1)"
-            " AND query LIKE 'COMMIT%' ORDER BY state_change DESC LIMIT 1"
+            " AND query LIKE '%commit_entries%' ORDER BY state_change DESC LIMIT 1"
         )
         pid = await until(lambda: ledger.fetchval(newest, shard), HEAL_S, "the connection that commits was to be found")
         await until(

@@ -35,7 +35,8 @@ async def measure_memory(codes: int) -> Memory:
         free = await _used_memory(connection)
         await assign_many(connection, ShardKeys(0, 1), 1, TENANT_ID, BOOK_ID, range(codes))
         assigned = await _used_memory(connection)
-        await owner.publish_position(TERM, codes, "committed", tip="", trim_seq=codes)
+        tip = (await owner.read_meta(TERM.shard)).tip or ""
+        await owner.publish_position(TERM, codes, "committed", tip=tip, trim_seq=codes)
         trimmed = await _used_memory(connection)
         owner.close()
         connection.abort()
