@@ -29,6 +29,7 @@ class Case(NamedTuple):
 CASES = [
     Case("quarantine", "redis_rolled_back", "P1"),
     Case("replay", "api_killed", "P5"),
+    Case("overlay", "scripts_flushed", "P1|a shard was stopped"),
     Case("lease", "redis_rolled_back", "P1|was not lent"),
     Case("epoch", "request_comes_after_a_recovery", "P6"),
     Case("seen_position", "keys_put_back", "P1"),

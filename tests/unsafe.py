@@ -150,6 +150,11 @@ def replay() -> None:
     _without_text("operations/assign_coupon", "if answer then\n  return answer\nend\n")
 
 
+def overlay() -> None:
+    """An operation does not see which codes others of its call have taken."""
+    _without_text("include/pool", "elseif not changed[code] then", "elseif true then")
+
+
 def replid() -> None:
     """Scripts do not ask in which history the server is."""
     _without_text("include/fence", "if not is_in_history(replid) then", "if false then")
@@ -290,6 +295,7 @@ SAFEGUARDS: dict[str, Callable[[], None]] = {
         quarantine,
         rebuild,
         replay,
+        overlay,
         lease,
         epoch,
         seen_position,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import time
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
+from redis.exceptions import ResponseError
 
 from coupon_svc.redis.keys import ShardKeys
 from tests.chaos.fault import SHARDS, Fault
@@ -15,6 +18,8 @@ from tests.chaos.fencing_faults import keys_of, watching
 from tests.chaos.probe import probing, under_load
 from tests.chaos.run import HEAL_S, Run
 from tests.harness import Stack, fresh_database, until
+
+HAND = "by hand"
 
 
 async def another_installation_comes(run: Run) -> None:
@@ -73,15 +78,31 @@ async def _said(part: Any, text: str) -> bool:
 
 
 async def entries_added_by_hand(run: Run) -> None:
-    """XADD with an id that Redis makes up of its clock, or of an epoch to come: passed over, and gone with the recovery. No
-    script can add to the stream until then."""
+    """XADD with an id that Redis makes up of its clock, of an epoch to come, or of the very next position: passed over, and
+    gone with the recovery. No script can add to the stream until then."""
     run.scripts_fail = True
     async with probing(run) as probe, run.stack.redis() as client:
         redis: Any = client
         shard = int(probe.books["ledger"][3:5])
-        made_up = run.random.choice(("*", f"{run.epochs[shard] + run.random.choice((1, 40))}-7"))
+        made_up = run.random.choice(("*", f"{run.epochs[shard] + run.random.choice((1, 40))}-7", "next"))
+        newest = "SELECT code FROM codes WHERE book_id = $1 ORDER BY place DESC LIMIT 1"
+        (nobodys,) = await run.stack.ledger(newest, probe.books["ledger"])
+        event = ["coupon_assigned", probe.books["ledger"], nobodys["code"], HAND, "", ""]
+        at_ms = str(int(time.time() * 1000))
+        entry = {"n": "1", "after": HAND, "tip": HAND, "at_ms": at_ms, "events": json.dumps([event])}
+        keys = keys_of(probe.books["ledger"])
+
+        async def added() -> bool:
+            """False when a script was faster."""
+            seq = int(await redis.hget(keys.meta, "seq"))
+            where = f"{run.epochs[shard]}-{seq + 1}" if made_up == "next" else made_up
+            with contextlib.suppress(ResponseError):
+                await redis.xadd(keys.events, entry, id=where)
+                return True
+            return False
+
         async with under_load(run):
-            await redis.xadd(keys_of(probe.books["ledger"]).events, {"event": "by hand", "code": "x"}, id=made_up)
+            await until(added, HEAL_S, "the entry should be added")
 
             async def recovered() -> bool:
                 return (await run.epochs_now())[shard] > run.epochs[shard]
@@ -93,8 +114,9 @@ async def entries_added_by_hand(run: Run) -> None:
         assert all(now[other] == epoch for other, epoch in run.epochs.items() if other != shard), (
             "others were disturbed"
         )
-        left = await redis.xrange(keys_of(probe.books["ledger"]).events)
-        assert all(fields["event"] != "by hand" for _, fields in left), "the entry should be gone"
+        left = await redis.xrange(keys.events)
+        assert all(fields.get("tip") != HAND for _, fields in left), "the entry should be gone"
+        assert not await run.stack.ledger("SELECT FROM coupons WHERE user_id = $1", HAND), "P4: it was believed"
 
 
 async def meta_garbled(run: Run) -> None:
