@@ -172,14 +172,17 @@ class Opener:
                 recorded = await entry_ending_at(connection, number, epoch, committed)
             if not is_entry(entry, recorded):
                 return f"the stream has another entry at {epoch}-{committed}"
-        if not await next_event_is_there(self._store, shard.term, committed, required=seq > committed):
+        if not await next_event_is_there(self._store, shard.term, committed, shard.tip, required=seq > committed):
             return f"the stream does not go on with event {epoch}-{committed + 1}"
         return None
 
 
-async def next_event_is_there(store: ShardControl, term: Term, committed: int, *, required: bool = True) -> bool:
-    """Whether the event after this one is in the stream, or none at all unless one is `required`. If it was trimmed,
-    only a look or the next event shows that. If a hand-made entry stands there, no script can add its own any more."""
+async def next_event_is_there(
+    store: ShardControl, term: Term, committed: int, tip: str, *, required: bool = True
+) -> bool:
+    """Whether the entry after this one is in the stream and follows it, or none at all unless one is `required`. If it was
+    trimmed, only a look or the next event shows that. If a hand-made entry stands there, no script can add its own any more,
+    and none that follows another one is ever committed."""
     following = await store.stream_after(term.shard, term.epoch, committed, count=1)
     if not following:
         return not required
@@ -187,7 +190,7 @@ async def next_event_is_there(store: ShardControl, term: Term, committed: int, *
         entry = parse_entry(*following[0])
     except MalformedEntry:
         return False
-    return (entry.epoch, entry.before) == (term.epoch, committed)
+    return (entry.epoch, entry.before, entry.after) == (term.epoch, committed, tip)
 
 
 def is_entry(found: StreamEntry, recorded: Entry | None) -> bool:

@@ -76,12 +76,12 @@ class Showing:
         """
         if shard.identity != self._store.identity:
             raise WrongServer("another Redis answers than the one that is certified")
-        term, committed = shard.term, shard.committed
+        term, committed, tip = shard.term, shard.committed, shard.tip
         trim_seq = shard.trim_seq(asyncio.get_running_loop().time())
         seq = await self._store.publish_position(
-            term, committed, "seen", tip=shard.tip, ledger_ms=self._clock.now_ms(), trim_seq=trim_seq
+            term, committed, "seen", tip=tip, ledger_ms=self._clock.now_ms(), trim_seq=trim_seq
         )
-        if seq > committed and not await next_event_is_there(self._store, term, committed):
+        if seq > committed and not await next_event_is_there(self._store, term, committed, tip):
             raise Hole(f"event {committed + 1} is not in the stream")
         for process_id, seen in shard.answered_by_gone(gone, seq):
             async with within(connection, STATEMENTS_TIMEOUT_S):

@@ -7,13 +7,16 @@ from typing import Any, cast
 import pytest
 
 from coupon_svc.domain.chain import CHAIN_START
+from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres.database import LedgerSession
 from coupon_svc.postgres.errors import HistoryForked, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.shards import OwnedShard
+from coupon_svc.redis.codec import StreamEntry
+from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.errors import ClocksApart, CountsDiffer, Fenced, NotSent
 from coupon_svc.redis.meta import ShardMeta, meta_of
 from coupon_svc.redis.server import Identity
-from coupon_svc.writer.opening import Opener, went_back
+from coupon_svc.writer.opening import Opener, next_event_is_there, went_back
 from coupon_svc.writer.shard import Open, Shard, Shut, State, Stopped
 
 HERE = Identity("run", "history")
@@ -113,3 +116,16 @@ def test_a_ledger_that_knows_less_than_redis_has_gone_back(known: ShardMeta, say
     reason = went_back(TAKEN, known)
 
     assert reason is None if says is None else reason is not None and reason.startswith(says)
+
+
+@pytest.mark.parametrize(("seq", "after", "there"), [(3, "theirs", True), (3, "another", False), (4, "theirs", False)])
+async def test_the_next_entry_must_follow_the_one_that_the_ledger_has(seq: int, after: str, there: bool) -> None:
+    """An owner that opened the shard all the same would refuse the entry, and open it again, without end."""
+    fields = [b"n", b"1", b"after", after.encode(), b"tip", b"new", b"at_ms", b"1", b"events", b"[]"]
+
+    class Streams:
+        async def stream_after(self, *_: int, count: int) -> list[StreamEntry]:
+            return [StreamEntry(Position(Epoch(4), Seq(seq)), fields)]
+
+    store = cast(ShardControl, Streams())
+    assert await next_event_is_there(store, Term(3, 4, 7), 2, "theirs") is there
