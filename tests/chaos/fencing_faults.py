@@ -10,6 +10,8 @@ import contextlib
 import os
 import secrets
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -151,7 +153,8 @@ async def keys_put_back_unseen(run: Run) -> None:
 
 async def keys_put_back_unheard(run: Run) -> None:
     """The same, and the API process that is asked has heard no message: it makes its own events at positions that the ledger
-    has. They are other entries there, and are never durable."""
+    has. They are other entries there, and are never durable. Where the stream shows two histories, the shard is stopped, and
+    an operator goes on with the ledger's."""
     run.loses_records = True
     deaf = run.random.randrange(len(run.apis))
     seeing = run.apis[1 - deaf]
@@ -171,7 +174,29 @@ async def keys_put_back_unheard(run: Run) -> None:
         await _put_back(run, kept)
         asked = [probe.assign("ledger", at=run.apis[deaf].base_url) for _ in range(5)]
         _require_refused(run, given, list(await asyncio.gather(*asked)))
+        shard = int(probe.books["ledger"][3:5])
+
+        async def told() -> str:
+            rows = await run.stack.ledger("SELECT epoch, stopped FROM shards WHERE shard = $1", shard)
+            return rows[0]["stopped"] or ("recovered" if rows[0]["epoch"] > run.epochs[shard] else "")
+
+        word = await until(told, HEAL_S, "the shard should be recovered or stopped")
+        if word != "recovered":
+            assert "differs from the one in the ledger" in word, word
+            await adopted(run)
     await run.recovered(all_shards=False)
+
+
+async def adopted(run: Run) -> None:
+    """As an operator goes on with the ledger as it is (docs/operations.md)."""
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "coupon_svc", "adopt", "--yes"],
+        env={**os.environ, **run.stack.environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def deafened(module: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import asyncpg
 
 from tests.backup import Backup
 from tests.chaos.fault import SHARDS, Fault
-from tests.chaos.fencing_faults import lacks_proc, state_of, watching
+from tests.chaos.fencing_faults import adopted, lacks_proc, state_of, watching
 from tests.chaos.network import APIS, identity, network, promote, replica_stage
 from tests.chaos.network_faults import clients_at_work, left_behind
 from tests.chaos.probe import under_load
@@ -189,14 +186,7 @@ async def ledger_restored(run: Run) -> None:
 
         await until(stopped, HEAL_S, "every shard should stop, and say that the ledger went back")
         run.restored_upto_s = time.monotonic()
-        adopted = await asyncio.to_thread(
-            subprocess.run,
-            [sys.executable, "-m", "coupon_svc", "adopt", "--yes"],
-            env={**os.environ, **run.stack.environment},
-            capture_output=True,
-            text=True,
-        )
-        assert adopted.returncode == 0, adopted.stderr
+        await adopted(run)
     run.start_writer(1)
     await run.recovered()
 

@@ -25,7 +25,6 @@ from tests.model.state import (
     held,
     quarantined,
     replaced,
-    same_event,
     tip_at,
 )
 
@@ -117,9 +116,9 @@ def follows(ledger: Ledger, node: Node, at: Position, bounds: Bounds) -> bool:
 
 
 def agrees_at(ledger: Ledger, node: Node, position: Position) -> bool:
-    """Whether the stream has the very entry that the ledger has at a position: two histories may count alike."""
-    known = [event for event in ledger.events if event.position == position]
-    return not known or any(same_event(event, known[0]) for event in node.stream)
+    """Whether a Redis that stands at a position has the very entry that the ledger has there: two histories may count
+    alike. One that is further says with its next entry what it follows."""
+    return node.seq != position[1] or node.tip == tip_at(ledger, position)
 
 
 def _look(state: State, bounds: Bounds, place: int, writer: Writer, who: str) -> Iterator[Step]:
@@ -240,15 +239,16 @@ def _publish(state: State, bounds: Bounds, place: int, writer: Writer, batch: Ba
     if writer.term == term:
         writer = writer._replace(committed=batch.upto)
     writer = writer._replace(batch=None)
+    # The message says what the ledger holds, and is sent whatever Redis holds.
+    state = state._replace(told=replaced(state.told, term[0], max(state.told[term[0]], batch.upto)))
+    if lies := {event.tip for event in batch.events} - {event.tip for event in state.ledger.events}:
+        state = state._replace(lies=state.lies | lies)
     forked = "entry" not in bounds.off and not agrees_at(state.ledger, node, (term[0], batch.upto))
     if not owner_fence(node, term, bounds) or not node.committed <= batch.upto <= node.seq or forked:
         amiss = writer._replace(opened_on=None) if writer.term == term else writer
-        return f"{who} cannot tell the position", with_writer(state, place, amiss)
-    told = replaced(state.told, term[0], max(state.told[term[0]], batch.upto))
+        return f"{who} tells the position, and finds the shard amiss", with_writer(state, place, amiss)
     node = node._replace(committed=batch.upto)
-    if lies := {event.tip for event in batch.events} - {event.tip for event in state.ledger.events}:
-        state = state._replace(lies=state.lies | lies)
-    return f"{who} tells the position {term[0]}-{batch.upto}", with_node(state._replace(told=told), place, writer, node)
+    return f"{who} tells the position {term[0]}-{batch.upto}", with_node(state, place, writer, node)
 
 
 # --- lending
