@@ -4,7 +4,7 @@ shut_shard: the first step of a recovery. From now on no script of an older epoc
 The epoch it was in stays on record as `was`.
 
 Keys
-  meta      hash    read, write
+  meta      hash    read, write, delete
 
 Args
   generation    int   of the owner
@@ -16,6 +16,10 @@ Replies, the first that applies
   fenced     a newer owner has been here, or a newer recovery of this one
   ok
 ]]
+local kept_type = redis.call("TYPE", meta_key).ok
+if kept_type ~= "hash" and kept_type ~= "none" then
+  redis.call("DEL", meta_key) -- nobody's meta any more, and in the way of one
+end
 local kept_generation, kept_epoch, recovery, kept_installation = unpack(
   redis.call("HMGET", meta_key, "generation", "epoch", "recovery", "installation"))
 if kept_installation and kept_installation ~= installation then

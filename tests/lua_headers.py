@@ -61,6 +61,7 @@ COMMANDS = {
     "XTRIM": ("stream", "trim"),
     "XRANGE": ("stream", "read"),
     "EXISTS": ("", "read"),
+    "TYPE": ("", "read"),
     "PTTL": ("", "read"),
     "DEL": ("", "delete"),
     "UNLINK": ("", "delete"),

@@ -350,14 +350,17 @@ class ShardControl:
     # --- reading
 
     async def read_meta(self, shard: int) -> ShardMeta:
-        """The shard's meta as it is, whoever wrote it. Raises StoreError."""
-        flat = await self._ask("HGETALL", self._keys[shard].meta)
+        """The shard's meta as it is, whoever wrote it; an empty one where the key has another type. Raises StoreError."""
+        try:
+            flat = await self._ask("HGETALL", self._keys[shard].meta)
+        except WrongKeyType:
+            flat = []
         return meta_of(dict(zip(flat[::2], flat[1::2], strict=True)))
 
     async def stream_after(
         self, shard: int, epoch: int, seq: int, count: int = ENTRIES_PER_READ_MAX
     ) -> list[StreamEntry]:
-        """Up to `count` entries that follow (epoch, seq), without waiting. Raises StoreError."""
+        """Up to `count` entries that follow (epoch, seq), without waiting. Raises StoreError, WrongKeyType."""
         entries = await self._ask_bytes("XRANGE", self._keys[shard].events, f"({epoch}-{seq}", "+", "COUNT", count)
         return [StreamEntry.of(entry) for entry in entries]
 

@@ -39,6 +39,7 @@ from coupon_svc.postgres.recovery import NewEpoch, Settled, Verdict
 from coupon_svc.postgres.shards import OwnedShard
 from coupon_svc.redis.codec import AssignRecord, ListRecord, RedeemRecord, StreamEntry, encode_book
 from coupon_svc.redis.control import KEYS_PER_CALL_MAX, ShardControl, Term
+from coupon_svc.redis.errors import WrongKeyType
 from coupon_svc.redis.meta import ShardMeta
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.shard import term_of
@@ -130,7 +131,7 @@ class Recoverer:
         # The last event that a script made in the live epoch, where this Redis knows it.
         made = now.seq if now.was == live else None
         epoch, seq = 0, 0
-        while entries := await self._store.stream_after(shard, epoch, seq):
+        while entries := await self._stream_after(shard, epoch, seq):
             for number, batch in _by_epoch(shard, [entry for entry in entries if not _made_up(entry, begun, made)]):
                 if number == live:
                     reached = await _step(connection, recovery.drain(connection, self._writer_id, begun, batch))
@@ -144,11 +145,18 @@ class Recoverer:
         stands = live > 0 and meta.epoch == live and meta.seq == reached and dead is None
         return reached, stands
 
+    async def _stream_after(self, shard: int, epoch: int, seq: int) -> list[StreamEntry]:
+        """A key of another type in the stream's place holds nothing; it goes when the shard is certified."""
+        try:
+            return await self._store.stream_after(shard, epoch, seq)
+        except WrongKeyType:
+            return []
+
     async def _require_told(self, shard: int, epoch: int, reached: int, told: int) -> None:
         """Raises HistoryForked when the ledger had events that it lacks now and the stream has not kept: it went back."""
         while reached < told:
             before = reached
-            for raw in await self._store.stream_after(shard, epoch, reached):
+            for raw in await self._stream_after(shard, epoch, reached):
                 with contextlib.suppress(MalformedEntry):
                     entry = parse_entry(*raw)
                     if (entry.epoch, entry.before) == (epoch, reached):

@@ -16,7 +16,7 @@ from tests.harness import until
 MANY = 48
 CALLS_TAKE_S = 0.004
 """About as long as Redis is at the calls that have waited for it."""
-KINDS = ("book", "free", "holders", "coupons", "idem", "lock", "quarantine")
+KINDS = ("meta", "events", "book", "free", "holders", "coupons", "idem", "lock", "quarantine")
 """Of keys, as docs/redis.md has them."""
 
 

@@ -53,7 +53,7 @@ async def another_installation_comes(run: Run) -> None:
 
 async def _identities(run: Run) -> list[Any]:
     redis: Any = run.stack.redis()
-    fields = ("epoch", "generation", "installation", "recovery", "run_id", "replid")
+    fields = ("epoch", "generation", "installation", "recovery", "run", "replid")
     async with redis:
         return [await redis.hmget(ShardKeys(shard, SHARDS).meta, fields) for shard in range(SHARDS)]
 
