@@ -12,6 +12,7 @@ from coupon_svc.redis.errors import ReplyError
 _ONE_KEY: dict[str, tuple[str, ...]] = {
     "DEL": (),
     "GET": (),
+    "HDEL": ("field",),
     "HGET": ("field",),
     "HINCRBY": ("field", "1"),
     "HLEN": (),
@@ -22,9 +23,9 @@ _ONE_KEY: dict[str, tuple[str, ...]] = {
     "SET": ("value",),
     "SISMEMBER": ("member",),
     "SREM": ("member",),
+    "TYPE": (),
     "UNLINK": (),
     "XADD": ("*", "field", "value"),
-    "XRANGE": ("-", "+"),
     "XTRIM": ("MINID", "1"),
     "ZADD": ("0", "member"),
     "ZCARD": (),
