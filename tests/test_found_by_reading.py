@@ -179,7 +179,7 @@ class Talk:
 
     def send(self, *command: Any) -> asyncio.Future[Any]:
         future = asyncio.get_running_loop().create_future()
-        future.set_result(["i", "1", None, "1", "1-1", "r", "p", "10", "0", "100", "1000", "1000"])
+        future.set_result(["i", "1", None, "1", "1-1", "2", "r", "p", "10", "t", "0", "100", "1000", "1000"])
         return future
 
     def submit(self, command: Any, on_reply: Any) -> None:

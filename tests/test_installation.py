@@ -159,9 +159,9 @@ ANOTHER_TYPE: dict[str, str] = {}
 
 
 def certified(**changes: str) -> dict[str, str]:
-    meta = {"installation": "inst-1", "epoch": "3", "generation": "1", "recovery": "1-3", "run_id": "r", "replid": "p"}
+    meta = {"installation": "inst-1", "epoch": "3", "generation": "1", "recovery": "1-3", "run": "r", "replid": "p"}
     numbers = {"seq": "9", "committed": "9", "backlog_max": "10", "ledger_at_ms": "999000", "owner_at_ms": "999000"}
-    return meta | numbers | changes
+    return meta | numbers | {"format": "2", "tip": "t"} | changes
 
 
 async def open_shards(
@@ -178,10 +178,10 @@ async def open_shards(
 
 
 async def test_what_does_not_parse_shuts_its_own_shard_alone() -> None:
-    torn = [certified(**{field: "x"}) for field in ("seq", "committed", "backlog_max", "epoch")]
+    torn = [certified(**{field: "x"}) for field in ("seq", "committed", "backlog_max", "epoch", "format")]
     others = (certified(installation="inst-2"), {"seq": "9"}, ANOTHER_TYPE)
     _, opened = await open_shards(certified(), *torn, *others, certified())
-    assert opened == [True, *[False] * 7, True]
+    assert opened == [True, *[False] * 8, True]
 
 
 async def test_nothing_is_opened_before_postgres_has_said_whose_it_is() -> None:
@@ -198,7 +198,7 @@ async def test_a_process_cut_off_from_postgres_leaves_a_redis_to_which_no_owner_
 async def test_every_process_has_seen_what_the_ledger_has() -> None:
     """An event at or below it is none that this process can have made: keys of a moment ago were put back."""
     plane, _ = await open_shards(certified())
-    plane._listener.on_message(["message", "cb:positions:inst-1", "0 3 14"])
+    plane._listener.on_message(["message", "cb:positions:inst-1", "[[0, 3, 14, []]]"])
     assert plane.seen() == [(0, (3, 14))]
-    plane._listener.on_message(["message", "cb:positions:inst-1", "0 2 77"])
+    plane._listener.on_message(["message", "cb:positions:inst-1", "[[0, 2, 77, []]]"])
     assert plane.seen() == [(0, (3, 14))]

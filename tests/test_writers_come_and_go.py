@@ -19,7 +19,7 @@ from coupon_svc.postgres.database import LedgerConnection, LedgerSession
 from coupon_svc.postgres.liveness import LOOKS_APART_MAX_S, Watch
 from coupon_svc.postgres.shards import OwnedShard, drop_writer, renew_writer, writer_beats
 from coupon_svc.redis.control import ShardControl, Term
-from coupon_svc.redis.errors import StoreError
+from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import Identity
@@ -332,6 +332,10 @@ class OddStore(ShardControl):
             return int("a torn field")
         self.told.append(term.shard)
         return committed
+
+    async def publish_positions(self, published: Any, *_: Any, **__: Any) -> list[int | ShardNotUsable]:
+        self.told += [one.term.shard for one in published if one.term.shard != 1]
+        return [ShardNotUsable("torn") if one.term.shard == 1 else one.committed for one in published]
 
 
 class Answering:

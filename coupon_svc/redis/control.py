@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
@@ -201,9 +201,7 @@ class ShardControl:
         if reply.outcome == "clock":
             assert ledger_ms is not None
             raise ClocksApart(clocks_apart(int(reply.now_ms) - ledger_ms))
-        return [
-            int(said) if word == "ok" else shard_not_usable("publish_positions", said) for word, said in reply.verdicts
-        ]
+        return [_seq_of(verdict) for verdict in reply.verdicts]
 
     async def clock_ms(self) -> int:
         """Redis's clock, in Unix milliseconds. Raises StoreError."""
@@ -456,6 +454,15 @@ class ShardControl:
 def _flat(fields: Mapping[str, str]) -> list[str]:
     """Field, value, field, value, …"""
     return [part for pair in fields.items() for part in pair]
+
+
+def _seq_of(verdict: Sequence[Any]) -> int | ShardNotUsable:
+    """The shard's seq in what was said of it, or what is amiss with it."""
+    try:
+        word, said = verdict
+        return int(said) if word == "ok" else shard_not_usable("publish_positions", said)
+    except (ValueError, TypeError):
+        return shard_not_usable("publish_positions", "meta")
 
 
 def _foreign(theirs: str, ours: str) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from coupon_svc.redis.connection import Connection
 from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
-from coupon_svc.redis.meta import META_FIELDS, ShardMeta, parse_meta
+from coupon_svc.redis.meta import FORMAT, META_FIELDS, ShardMeta, parse_meta
 from coupon_svc.redis.server import Identity, judge, read_info, refuses_writes
 from coupon_svc.redis.shard_view import Certificate
 
@@ -30,6 +30,8 @@ class ServerReading(NamedTuple):
         """What certifies the shard for this server. None without it, or when a field was changed by hand."""
         meta = self.metas[shard]
         if meta is None or (meta.run_id, meta.replid) != (self.identity.run_id, self.identity.replid):
+            return None
+        if meta.format != FORMAT or meta.tip is None:
             return None
         if meta.epoch is None or meta.seq is None or meta.committed is None or meta.backlog_max is None:
             return None

@@ -3,15 +3,16 @@
 -- followed another one for a moment has another replid, on a connection that stayed open.
 -- Returns a refusal; or nil, and the meta with its numbers.
 local function owner_fence(meta_key, epoch, generation)
-  local kept_epoch, kept_generation, seq, tip, committed, replid, run_id, backlog_max, installation = unpack(redis.call(
-    "HMGET", meta_key, "epoch", "generation", "seq", "tip", "committed", "replid", "run", "backlog_max", "installation"))
+  local kept_epoch, kept_generation, seq, tip, committed, replid, run_id, backlog_max, installation, format = unpack(redis.call(
+    "HMGET", meta_key, "epoch", "generation", "seq", "tip", "committed", "replid", "run", "backlog_max", "installation",
+    "format"))
   if kept_epoch ~= epoch then
     return {"suspect", "epoch"}
   end
   if kept_generation ~= generation then
     return {"suspect", "owner"}
   end
-  if not (replid and run_id and tip and tonumber(backlog_max))
+  if not (replid and run_id and tip and tonumber(backlog_max)) or format ~= FORMAT
     or not string.find(seq or "", "^%d+$") or not string.find(committed or "", "^%d+$") then
     return {"suspect", "meta"}
   end
