@@ -15,7 +15,7 @@ CREATE TABLE entries (
     after         text        NOT NULL,  -- the tip of the entry before, '' at the beginning of an epoch
     tip           text        NOT NULL,  -- tells it from any other entry at the same position
     at_ms         bigint      NOT NULL,  -- of all its events, by Redis's clock
-    keyed         boolean     NOT NULL,  -- whether one of its events carries an Idempotency-Key
+    keyed         boolean     NOT NULL,  -- whether an event of it may carry an Idempotency-Key
     events        bytea       NOT NULL,  -- JSON, byte for byte as it stood in the stream
     chain         bytea       NOT NULL,
     committed_at  timestamptz NOT NULL DEFAULT now(),
@@ -65,7 +65,8 @@ END $$;
 CREATE TRIGGER an_epoch_ends BEFORE UPDATE OF epoch ON shards
     FOR EACH ROW WHEN (new.epoch <> old.epoch) EXECUTE FUNCTION keep_end_of_epoch();
 
--- The events of an entry, for people and for `verify`; nothing where they cannot be read.
+-- The events of an entry, for people and for `verify`; nothing where they cannot be read. A text with NUL, which no column
+-- can hold, is shown with another sign in its place, so that it hides no other event.
 CREATE FUNCTION events_of_entry(entry_seq bigint, entry_n integer, body bytea)
 RETURNS TABLE (seq bigint, event text, book_id text, code text, user_id text, uses integer, reference text, metadata text,
                idem text, fingerprint text) LANGUAGE plpgsql IMMUTABLE AS $$
@@ -73,7 +74,7 @@ BEGIN
     RETURN QUERY
     SELECT entry_seq - entry_n + place, e ->> 0, e ->> 1, e ->> 2, e ->> 3, (e ->> 6)::integer, nullif(e ->> 7, ''),
            nullif(e ->> 8, ''), nullif(e ->> 4, ''), nullif(e ->> 5, '')
-    FROM jsonb_array_elements(convert_from(body, 'UTF8')::jsonb) WITH ORDINALITY AS of_entry (e, place);
+    FROM jsonb_array_elements(replace(convert_from(body, 'UTF8'), '\u0000', '\ufffd')::jsonb) WITH ORDINALITY AS of_entry (e, place);
 EXCEPTION WHEN OTHERS THEN
     RETURN;
 END $$;

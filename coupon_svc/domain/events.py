@@ -86,6 +86,8 @@ def parse_entry(position: Position, fields: Sequence[bytes]) -> Entry:
     try:
         if fields[0] == b"n":
             _, n, _, after, _, tip, _, at_ms, _, body = fields
+            if b"\0" in after + tip:  # which no column of the ledger can hold
+                raise ValueError
             return Entry(epoch, seq, _int(n.decode(), 31), after.decode(), tip.decode(), _int(at_ms.decode(), 63), body)
         values = {name.decode(): value.decode() for name, value in zip(fields[::2], fields[1::2], strict=True)}
         names = ["event", "book", "code", "user", "idem", "fingerprint"]

@@ -35,7 +35,7 @@ _EVENTS = f"""
 _DEAD_LETTERS = """
     SELECT seq, fields, reason, book_id, code, epoch, chain, false AS late
     FROM dead_letters d WHERE shard = $1 AND (chain IS NOT NULL OR NOT EXISTS (
-        SELECT FROM entries e WHERE e.shard = $1 AND (e.epoch, e.seq) <= (d.epoch, d.seq)))
+        SELECT FROM entries e WHERE e.shard = $1 AND (e.epoch, e.seq - e.n) < (d.epoch, d.seq)))
     ORDER BY epoch, seq
 """
 _ENTRIES = f"""

@@ -115,11 +115,14 @@ class Rows:
         """Add what a batch brings. Returns the hash of its last entry."""
         shard, head = batch.shard, batch.chain
         keyed = {event.seq for event in batch.events if event.idem is not None}
+        unsure = (
+            bool(batch.dead) or not batch.events
+        )  # of some events nothing follows, and their entry may have other keys
         for entry in batch.entries:
             epoch, seq, n, after, tip, at_ms, body = entry
             head = chain_hash(head, shard, epoch, entry[1:])
             self._entries.append(
-                (shard, epoch, seq, n, after, tip, at_ms, not keyed.isdisjoint(entry.seqs), body, head)
+                (shard, epoch, seq, n, after, tip, at_ms, unsure or not keyed.isdisjoint(entry.seqs), body, head)
             )
         self.add_events(shard, batch.events)
         self._dead += [(shard, batch.epoch, *letter) for letter in batch.dead]
