@@ -250,7 +250,9 @@ def position_and_epoch() -> None:
 
 
 def own_epoch() -> None:
-    """Whoever waits for the ledger takes a position of a newer epoch for his own."""
+    """Whoever waits for the ledger takes a position of a newer epoch for his own. (Who made an event waits for its entry: so
+    the tip stands in for this, and is out as well.)"""
+    tip()
 
     async def wait(self: DurabilityWaiters, shard: int, epoch: int, seq: int, until: float) -> None:
         try:
