@@ -489,7 +489,7 @@ class Command:
         )
 
     async def ended(self) -> tuple[int, str, str]:
-        out, error = await asyncio.to_thread(self.process.communicate, timeout=30)
+        out, error = await asyncio.to_thread(self.process.communicate, timeout=60)
         return self.process.returncode, out, error
 
 
