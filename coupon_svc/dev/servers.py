@@ -283,6 +283,8 @@ class EmbeddedRedis(EmbeddedServer):
             'save ""',
             # Evicting a lock or a code would break promises: when memory is out, writes are refused instead.
             "maxmemory-policy noeviction",
+            # A listpack is read from its beginning: with the default of 512, an assign in a small book costs more.
+            "hash-max-listpack-entries 64",
             f"user default on >{self._settings['admin_password']} ~* &* +@all",
             f"user coupon on >{self._settings['service_password']} resetchannels {self.service_rules}",
         ]
