@@ -13,16 +13,18 @@ from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.books import BookAnswers, Books
 from coupon_svc.http.coupons import Coupons
 from coupon_svc.http.cursors import Cursors
+from coupon_svc.http.jobs import JobAnswers, Jobs
 from coupon_svc.http.limits import Limits, drain_at_sigterm
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.openapi import openapi_document
 from coupon_svc.http.public import Public
 from coupon_svc.http.routes import OPERATIONS, PUBLIC_PATHS, Api, make_app
+from coupon_svc.http.schemas import REJECTED_SHOWN_MAX
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.uploads import Uploads
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
-from coupon_svc.service import books
+from coupon_svc.service import books, jobs
 from coupon_svc.service.api_keys import ApiKeys
 from coupon_svc.service.assign import Assigning
 from coupon_svc.service.code_directory import CodeDirectory
@@ -47,6 +49,8 @@ def make_api(settings: Settings | None = None) -> Api:
     database = Database(settings.database_url, "coupon-api")
     lookups = Database(settings.database_url, "coupon-api-lookups", size=4)  # they must not stand behind uploads
     bulk = Database(settings.database_url, "coupon-api-uploads", size=4)  # what is slow has connections of its own
+    bodies = Database(settings.database_url, "coupon-api-files", size=2)
+    job_work = Database(settings.database_url, "coupon-api-jobs", size=2 * jobs.WORKERS)
     uploads = Uploads(bulk)
     registration = Registration(settings.database_url, plane)
     missed = MissedMessages(plane.waiters, lookups)
@@ -60,6 +64,8 @@ def make_api(settings: Settings | None = None) -> Api:
     reading = Reading(plane, directory, waiting, durability)
     book_service = books.Books(plane, waiting, database, uploads, settings.shards, BookAnswers())
 
+    job_service = jobs.Jobs(uploads, bodies, job_work, lookups, book_service.in_force, JobAnswers(), REJECTED_SHOWN_MAX)
+
     metrics = Metrics()
     public = Public(Health(plane), metrics, openapi_document(OPERATIONS, PUBLIC_PATHS))
 
@@ -69,22 +75,27 @@ def make_api(settings: Settings | None = None) -> Api:
         await plane.start()
         await registration.start()
         await uploads.start()
+        await job_service.start()
         await missed.start()
         try:
             with drain_at_sigterm(asyncio.get_running_loop(), settings.drain_ms, drain):
                 yield
         finally:
             await missed.stop()
+            await job_service.stop()
             await uploads.stop()
             await registration.stop()
             await plane.stop()
             await database.close()
             await lookups.close()
             await bulk.close()
+            await bodies.close()
+            await job_work.close()
 
     cursors = Cursors(lambda: registration.receipt_secret)
     api = make_app(
-        Books(book_service, cursors),
+        Books(book_service, job_service, cursors),
+        Jobs(job_service, cursors),
         Coupons(assigning, redeeming, reading, cursors),
         public,
         KeyRing(ApiKeys(lookups).find, settings.key_cache_ms),

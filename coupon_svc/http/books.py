@@ -12,10 +12,11 @@ from msgspec import UNSET
 from coupon_svc.domain.books import InvalidPeriod
 from coupon_svc.domain.clock import rfc3339, to_ms
 from coupon_svc.domain.codes import Generated, InvalidPattern, parse_pattern
-from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.http import schemas
 from coupon_svc.http.call import Answer, Call
 from coupon_svc.http.cursors import Cursors
+from coupon_svc.http.files import FileBody
 from coupon_svc.http.inputs import encode_metadata, invalid
 from coupon_svc.http.operations import operation
 from coupon_svc.service.books import (
@@ -33,6 +34,7 @@ from coupon_svc.service.books import (
     Books as BookService,
 )
 from coupon_svc.service.idempotency import KeptAnswer
+from coupon_svc.service.jobs import Jobs, UploadFile
 
 MOMENT_MIN_MS, MOMENT_END_MS = 0, 253_402_300_800_000
 HEADER_WORDS = frozenset({"code", "codes", "coupon_code"})
@@ -44,8 +46,9 @@ _encode = msgspec.json.Encoder().encode
 class Books:
     """The control plane. Refusals are raised as Refused."""
 
-    def __init__(self, service: BookService, cursors: Cursors) -> None:
+    def __init__(self, service: BookService, jobs: Jobs, cursors: Cursors) -> None:
         self._service = service
+        self._jobs = jobs
         self._cursors = cursors
 
     @operation(
@@ -83,16 +86,21 @@ class Books:
     @operation(
         "POST",
         "/coupons/codes",
-        summary="Add codes to a book: a list, or more generated ones",
+        summary="Add codes to a book: a list, a file, or more generated ones",
         tag="Codes",
         scopes=("codes:write",),
         body=schemas.UploadCodes,
-        answers={200: schemas.UploadAnswer},
+        file_query=schemas.UploadFile,
+        answers={200: schemas.UploadAnswer, 202: schemas.JobAnswer},
         refusals=(Outcome.BOOK_NOT_FOUND, Outcome.BOOK_CLOSED, Outcome.PATTERN_CAPACITY, Outcome.OUTCOME_UNKNOWN),
+        location="/coupons/jobs/{job_id}",
     )
     async def upload_codes(self, call: Call) -> Answer:
         """Add codes to a book, from a list or by a pattern. Added in Postgres; answered once Redis knows of them. It may be
-        repeated with a list; codes by a pattern are new ones each time, unless the Idempotency-Key is the same."""
+        repeated with a list; codes by a pattern are new ones each time, unless the Idempotency-Key is the same. A file is
+        received as it comes, and then worked off as a job; it may be repeated."""
+        if call.file is not None:
+            return await self._upload_file(call, call.file)
         body: schemas.UploadCodes = call.body
         if (body.codes is None) == (body.generate is None):
             raise invalid("", "give either codes or generate")
@@ -100,6 +108,21 @@ class Books:
         idempotency = call.idempotency()
         done = await self._service.upload_codes(UploadCodes(call.key.tenant_id, body.book_id, codes, idempotency))
         return _kept(done)
+
+    async def _upload_file(self, call: Call, file: FileBody) -> Answer:
+        query: schemas.UploadFile = call.query
+        done = await self._jobs.upload_file(
+            UploadFile(
+                tenant_id=call.key.tenant_id,
+                book_id=query.book_id,
+                kind=file.kind,
+                body=file.pieces,
+                idempotency_key=call.idempotency_key,
+                fingerprint=call.file_fingerprint(file),
+            )
+        )
+        job_id = msgspec.json.decode(done.answer.body)["job_id"]
+        return Answer(done.answer.status, msgspec.Raw(done.answer.body), done.replayed, f"/coupons/jobs/{job_id}")
 
     @operation(
         "GET",
@@ -133,19 +156,6 @@ class Books:
         page = await self._service.list_books(ListBooks(call.key.tenant_id, query.limit, before))
         books = [book_answer(live) for live in page.books]
         return Answer(200, schemas.BooksPage(books, self._cursors.seal(list_name, *page.next) if page.next else None))
-
-    @operation(
-        "GET",
-        "/coupons/jobs/{job_id}",
-        summary="Read an upload's job; no upload makes one yet, so there is none to read",
-        tag="Codes",
-        scopes=("codes:write",),
-        answers={},
-        refusals=(Outcome.JOB_NOT_FOUND,),
-    )
-    async def read_job(self, call: Call) -> Answer:
-        """Refuse: no upload makes a job yet."""
-        raise Refused(Outcome.JOB_NOT_FOUND)
 
     @operation(
         "PATCH",

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from coupon_svc.domain.api_keys import ApiKey
+from coupon_svc.http.files import FileBody
 from coupon_svc.service.idempotency import NO_IDEMPOTENCY, Idempotency
 
 _encode_in_order = msgspec.json.Encoder(order="deterministic").encode
@@ -17,11 +18,12 @@ _encode_in_order = msgspec.json.Encoder(order="deterministic").encode
 class Call:
     """One request as its handler sees it. Key, scope, query, body and Idempotency-Key have been checked.
 
-    `query` and `body` are of the types that the operation declares, or None. `path` holds the parameters of the path as they
+    `query` and `body` are of the types that the operation declares, or None. `file` is a body that is one, still to be read;
+    `query` is of its type then. `path` holds the parameters of the path as they
     were sent, percent-decoded.
     """
 
-    __slots__ = ("body", "idempotency_key", "key", "method", "path", "query", "template")
+    __slots__ = ("body", "file", "idempotency_key", "key", "method", "path", "query", "template")
 
     def __init__(self, key: ApiKey, method: str, template: str, path: Mapping[str, str]) -> None:
         self.key = key
@@ -31,6 +33,7 @@ class Call:
         self.path = path
         self.query: Any = None
         self.body: Any = None
+        self.file: FileBody | None = None
         self.idempotency_key: str | None = None
 
     def idempotency(self, code: str = "") -> Idempotency:
@@ -41,10 +44,16 @@ class Call:
         """
         if self.idempotency_key is None:
             return NO_IDEMPOTENCY
-        path = self.template.format(code=code)
-        seen = hashlib.blake2b(f"{self.method} {path}\n".encode(), digest_size=16)
+        seen = self._fingerprint(self.template.format(code=code))
         seen.update(_encode_in_order(self.body))
         return Idempotency(self.idempotency_key, seen.hexdigest())
+
+    def file_fingerprint(self, file: FileBody) -> hashlib.blake2b:
+        """The fingerprint of this request, to which the bytes of its file are still to be added as they arrive."""
+        return self._fingerprint(f"{self.template} {file.kind}")
+
+    def _fingerprint(self, path: str) -> hashlib.blake2b:
+        return hashlib.blake2b(f"{self.method} {path}\n".encode(), digest_size=16)
 
 
 class Answer(msgspec.Struct, frozen=True):

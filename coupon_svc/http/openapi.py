@@ -46,6 +46,10 @@ _IDEMPOTENCY_KEY = {
     "description": "1..255 printable ASCII characters, bare or quoted. The same key with the same request has one effect.",
     "example": "order-4711",
 }
+_FILES: dict[str, Any] = {  # any bytes are a file: what is wrong with it, its job tells
+    "text/csv": {"schema": {}, "example": "code\nWELCOME-1\nWELCOME-2\n"},
+    "text/plain": {"schema": {}, "example": "WELCOME-1\nWELCOME-2\n"},
+}
 _REQUEST_ID_SENT = {
     "name": "X-Request-Id",
     "in": "header",
@@ -88,7 +92,8 @@ _NUMBERS: dict[Outcome, dict[str, Any]] = {
                 "required": ["pointer", "detail"],
             },
             "description": "what is wrong, and where (RFC 6901; the name of a parameter of path or query likewise)",
-        }
+        },
+        "line": {"type": "integer", "minimum": 1, "description": "of a file: the line that cannot be read"},
     },
     Outcome.PATTERN_CAPACITY: {"capacity": _NUMBER, "requested": _NUMBER, "already_used": _NUMBER},
     Outcome.USER_CODE_LIMIT: {"limit": _NUMBER, "held": _NUMBER},
@@ -149,6 +154,8 @@ def _operation(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
     parameters = _path_parameters(operation.path)
     if operation.query is not None:
         parameters += _query_parameters(operation.query)
+    if operation.file_query is not None:
+        parameters += _query_parameters(operation.file_query)
     if operation.method == "POST":
         parameters.append(_IDEMPOTENCY_KEY)
     parameters.append(_REQUEST_ID_SENT)
@@ -165,6 +172,9 @@ def _operation(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
             "required": any(field.required for field in msgspec.structs.fields(operation.body)),
             "content": {"application/json": {"schema": refs[operation.body], "example": _example(operation.body)}},
         }
+        if operation.file_query is not None:
+            described["requestBody"]["content"] |= _FILES
+            described["requestBody"]["description"] = "A file may come with `Content-Encoding: gzip`."
     return described
 
 
@@ -190,7 +200,8 @@ def _responses(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
         if answer is not None:
             response["content"] = {"application/json": {"schema": refs[answer], "example": _example(answer)}}
         if operation.method == "POST":
-            response["headers"] = _HEADERS_OF_ALL | _REPLAYED | _location(operation.location)
+            location = operation.location if status in (201, 202) else None
+            response["headers"] = _HEADERS_OF_ALL | _REPLAYED | _location(location)
         responses[str(status)] = response
     return responses | _problems((*operation.outcomes, *ANY_OPERATION))
 

@@ -72,12 +72,14 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     query: type[msgspec.Struct] | None
     """The query parameters that are known; None: none is."""
     body: type[msgspec.Struct] | None
+    file_query: type[msgspec.Struct] | None
+    """The query parameters of a request that brings a file instead of JSON; None: it may not."""
     answers: dict[int, type[msgspec.Struct] | None]
     """Status -> type of the body, None for an empty one."""
     outcomes: tuple[Outcome, ...]
     """What it is refused with, beyond ANY_OPERATION."""
     location: str | None
-    """The address that an answer's Location header names."""
+    """The address that the Location header of a 201 or 202 names."""
     hot: bool
     """Whether it takes the fast path past ASGI: a POST whose code, if there is one, is the last part of the path."""
 
@@ -108,6 +110,7 @@ def operation(
     refusals: tuple[Outcome, ...] = (),
     query: type[msgspec.Struct] | None = None,
     body: type[msgspec.Struct] | None = None,
+    file_query: type[msgspec.Struct] | None = None,
     location: str | None = None,
     hot: bool = False,
 ) -> Callable[[F], F]:
@@ -127,6 +130,7 @@ def operation(
             scopes=scopes,
             query=query,
             body=body,
+            file_query=file_query,
             answers=answers,
             outcomes=outcomes,
             location=location,

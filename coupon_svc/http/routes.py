@@ -15,6 +15,7 @@ from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.books import Books
 from coupon_svc.http.coupons import Coupons
 from coupon_svc.http.endpoint import ENCODED_SLASH, Endpoint
+from coupon_svc.http.jobs import Jobs
 from coupon_svc.http.limits import Limits
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.operations import Operation, PublicPath, declared_in
@@ -22,7 +23,7 @@ from coupon_svc.http.public import Public, PublicEndpoint, not_found
 from coupon_svc.http.request_id import make_request_ids
 
 OPERATIONS: tuple[Operation, ...] = tuple(
-    declaration for handlers in (Books, Coupons) for declaration, _ in declared_in(handlers)
+    declaration for handlers in (Books, Jobs, Coupons) for declaration, _ in declared_in(handlers)
 )
 """Every operation of the service, as its handler declares it."""
 PUBLIC_PATHS: tuple[PublicPath, ...] = tuple(declaration for declaration, _ in declared_in(Public))
@@ -32,6 +33,7 @@ _PLAIN = re.compile(rb"[A-Za-z0-9._~-]+")
 
 def make_app(
     books: Books,
+    jobs: Jobs,
     coupons: Coupons,
     public: Public,
     keys: KeyRing,
@@ -42,7 +44,7 @@ def make_app(
     """The whole HTTP application. A path has one endpoint for all its methods, so that a wrong one is answered 405."""
     endpoints: dict[str, Endpoint] = {}
     hot_paths = set()
-    for operation, handler in (*declared_in(books), *declared_in(coupons)):
+    for operation, handler in (*declared_in(books), *declared_in(jobs), *declared_in(coupons)):
         endpoints.setdefault(operation.path, Endpoint(keys, metrics)).add(operation, handler)
         if operation.hot:
             hot_paths.add(operation.path)

@@ -236,6 +236,12 @@ class Page(Query, frozen=True):
     ) = UNSET
 
 
+class UploadFile(Query, frozen=True):
+    """Where the codes of a file belong."""
+
+    book_id: Annotated[str, Meta(description="the book that the codes of a file are for; only with a file")]
+
+
 class ListCoupons(Page, frozen=True):
     """Which of a user's coupons."""
 
@@ -304,7 +310,7 @@ class BooksPage(msgspec.Struct, frozen=True):
 class RejectedCode(msgspec.Struct, frozen=True):
     """An entry of an upload that was not inserted."""
 
-    row: Annotated[int, Meta(ge=1, description="its place in the list, from 1")]
+    row: Annotated[int, Meta(ge=1, description="its place in the list, or its line in the file, from 1")]
     code: Annotated[str, Meta(description="the code; of an invalid one the first 64 characters, as sent")]
     reason: Literal["invalid", "duplicate_in_upload", "duplicate_in_book", "duplicate_in_other_book"]
     detail: Annotated[
@@ -314,6 +320,58 @@ class RejectedCode(msgspec.Struct, frozen=True):
             " the book that has it"
         ),
     ]
+
+
+class JobAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """How far an upload file is, and what became of its rows."""
+
+    job_id: Annotated[str, Meta(description="the job's id")]
+    book_id: BookId
+    status: Annotated[
+        Literal["running", "succeeded", "failed"],
+        Meta(description="`succeeded`: the codes can be assigned; `failed`: what `inserted` counts stays"),
+    ]
+    progress: Annotated[float, Meta(ge=0, le=1, description="how much of the work is done")]
+    received: Annotated[int, Meta(ge=0, description="rows of the file that are neither blank nor its header")]
+    inserted: Annotated[int, Meta(ge=0, description="codes that are new in the book, so far")]
+    duplicates: Annotated[int, Meta(ge=0, description="codes that the tenant had already, or that the file has twice")]
+    invalid: Annotated[int, Meta(ge=0, description="rows that hold no code")]
+    blank: Annotated[int, Meta(ge=0, description="rows with nothing in them, which were skipped")]
+    header: Annotated[str, Meta(description="the heading of the column of codes; null: the file has none")] | None
+    warnings: Annotated[list[str], Meta(description="what looks wrong with the file, for people")]
+    rejected: Annotated[list[RejectedCode], Meta(description="the first 100 rows that were not inserted")]
+    rejected_truncated: Annotated[bool, Meta(description="whether more rows were not inserted")]
+    error: Annotated[str, Meta(description="why it failed: an outcome, as `book_closed`")] | None
+    created_at: Time
+    finished_at: Annotated[Time, Meta(description="RFC 3339, in UTC; null: not yet")] | None
+    EXAMPLE: ClassVar[dict[str, Any]] = {
+        "job_id": "job_64d0c4a54b9c2f30af5a1e77",
+        "book_id": _BOOK_ID,
+        "status": "running",
+        "progress": 0.42,
+        "received": 3,
+        "inserted": 1,
+        "duplicates": 0,
+        "invalid": 1,
+        "blank": 0,
+        "header": "code",
+        "warnings": [],
+        "rejected": [
+            {"row": 3, "code": "no", "reason": "invalid", "detail": "it has 2 characters; a code has 3 to 64"}
+        ],
+        "rejected_truncated": False,
+        "error": None,
+        "created_at": _MOMENT,
+        "finished_at": None,
+    }
+
+
+class RejectedPage(msgspec.Struct, frozen=True):
+    """A part of the rows of an upload that were not inserted, in the order of the file."""
+
+    rejected: Annotated[list[RejectedCode], Meta(description="rows of this page, in the order of the file")]
+    next_cursor: NextCursor | None
+    EXAMPLE: ClassVar[dict[str, Any]] = {"rejected": JobAnswer.EXAMPLE["rejected"], "next_cursor": None}
 
 
 class UploadAnswer(msgspec.Struct, frozen=True, kw_only=True):

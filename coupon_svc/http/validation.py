@@ -56,6 +56,17 @@ def check_request(
     return query, body, idempotency_key
 
 
+def check_file_request(
+    operation: Operation, query_string: bytes, headers: Mapping[bytes, bytes]
+) -> tuple[Any, str | None]:
+    """(query, Idempotency-Key) of a request that brings a file, which is still to be read.
+
+    Raises Refused for the first that applies: invalid_idempotency_key, invalid_request.
+    """
+    key = parse_idempotency_key(headers[b"idempotency-key"]) if b"idempotency-key" in headers else None
+    return decode_query(operation.file_query, query_string), key
+
+
 def is_json(content_type: bytes) -> bool:
     """Whether a Content-Type header, whatever its parameters, is that of JSON."""
     return content_type.partition(b";")[0].strip().lower() == b"application/json"

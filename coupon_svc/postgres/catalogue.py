@@ -149,9 +149,10 @@ async def update_book(connection: asyncpg.Connection, tenant_id: int, book_id: s
 
 
 async def insert_codes(
-    connection: asyncpg.Connection, tenant_id: int, book_id: str, codes: Collection[str]
+    connection: asyncpg.Connection, tenant_id: int, book_id: str, codes: Collection[str], *, tell: bool = True
 ) -> tuple[Book, dict[str, str]]:
-    """Add up to PIECE_CODES codes to a book; those that the tenant has already, in any book, are left out.
+    """Add up to PIECE_CODES codes to a book, and `tell` its owner so; those that the tenant has already, in any book, are
+    left out.
 
     Returns the book as it is then, and the codes that were left out with the books that have them. Raises
     Refused(book_closed); TakeTurns when one of them belongs to an upload that may still come to nothing.
@@ -164,7 +165,7 @@ async def insert_codes(
     taken = await books_of(connection, tenant_id, left_out)
     if len(taken) < len(left_out):
         raise TakeTurns
-    return await _count_in(connection, span, len(inserted)), taken
+    return await _count_in(connection, span, len(inserted), tell=tell), taken
 
 
 async def generate_codes(

@@ -54,6 +54,16 @@ async def recall(
     return Remembered(row["status"], row["answer"], row["unfinished"])
 
 
+async def is_remembered(connection: asyncpg.Connection, scope: str, key: str) -> bool:
+    """Whether this key was answered in the last 24 hours: for a request whose fingerprint is not known yet."""
+    found: bool = await connection.fetchval(
+        f"SELECT EXISTS (SELECT FROM idempotency_keys WHERE scope = $1 AND key = $2 AND created_at > {_KEPT_SINCE})",
+        scope,
+        key,
+    )
+    return found
+
+
 async def remember(
     connection: asyncpg.Connection, call: IdempotentCall, status: int, answer: bytes, upload_id: int | None = None
 ) -> None:

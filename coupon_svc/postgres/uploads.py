@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 import asyncpg
@@ -30,6 +30,7 @@ from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.idempotency import IdempotentCall, Remembered, recall
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 TURN_WAIT_S = 10.0
 PIECE_TIMEOUT_S = 10.0
@@ -94,8 +95,11 @@ class Uploads:
             await asyncio.gather(self._sweeper, return_exceptions=True)
 
     @asynccontextmanager
-    async def turn(self, tenant_id: int, wait_s: float = TURN_WAIT_S) -> AsyncIterator[Turn]:
-        """The tenant's turn. Nothing that a dead upload has left is there any more.
+    async def turn(
+        self, tenant_id: int, wait_s: float = TURN_WAIT_S, *, database: Database | None = None
+    ) -> AsyncIterator[Turn]:
+        """The tenant's turn, on a connection of `database` if one is given. Nothing that a dead upload has left is there any
+        more.
 
         Raises Refused(store_unavailable) when it does not come in time; LedgerUnavailable.
         """
@@ -103,7 +107,7 @@ class Uploads:
         deadline = loop.time() + wait_s
         async with (
             self._turns.slot(tenant_id, wait_s),
-            self._database.connection(None, wait_s=max(0.0, deadline - loop.time())) as connection,
+            (database or self._database).connection(None, wait_s=max(0.0, deadline - loop.time())) as connection,
         ):
             turn = Turn(connection, tenant_id)
             while not await turn.begin():
@@ -144,6 +148,12 @@ class Turn:
         if not self._connection.is_closed():
             with contextlib.suppress(LedgerUnavailable):
                 await self._step(self._connection.execute("SELECT pg_advisory_unlock_all()"))
+
+    async def run(
+        self, work: Callable[Concatenate[asyncpg.Connection, P], Awaitable[T]], *args: P.args, **kw: P.kwargs
+    ) -> T:
+        """What `work` does with the turn's connection and the arguments, within PIECE_TIMEOUT_S."""
+        return await self._step(work(self._connection, *args, **kw))
 
     async def recall(self, call: IdempotentCall) -> Remembered | None:
         """As `idempotency.recall`; the key is this turn's until it ends."""

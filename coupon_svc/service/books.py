@@ -210,7 +210,7 @@ class Books:
             done = await self._create_at_once(new, wanted.generate, idempotent)
         except TakeTurns:
             done = await self._create_in_pieces(new, wanted.generate, idempotent)
-        in_force = await self._in_force(done.book)
+        in_force = await self.in_force(done.book)
         if wanted.generate and not in_force:  # a book without codes has nothing that could be found missing
             raise Refused(Outcome.OUTCOME_UNKNOWN)
         return done
@@ -272,7 +272,7 @@ class Books:
             done = await self._upload_at_once(wanted.tenant_id, wanted.book_id, codes, idempotent)
         except TakeTurns:
             done = await self._upload_in_pieces(wanted.tenant_id, wanted.book_id, codes, idempotent)
-        if not await self._in_force(done.book):
+        if not await self.in_force(done.book):
             raise Refused(Outcome.OUTCOME_UNKNOWN)
         return done
 
@@ -351,7 +351,7 @@ class Books:
         self._plane.view_of_book(book_id)
         async with self._database.connection() as connection, connection.transaction():
             book = await catalogue.update_book(connection, tenant_id, book_id, wanted.changes.columns())
-        if not await self._in_force(book):
+        if not await self.in_force(book):
             raise Refused(Outcome.OUTCOME_UNKNOWN)
         try:
             return await self.read_book(ReadBook(tenant_id, book_id))
@@ -370,7 +370,7 @@ class Books:
             reply = await self._waiting.decide(reply, "read_book", view, parameters, begun)
         return reply
 
-    async def _in_force(self, book: Book) -> bool:
+    async def in_force(self, book: Book) -> bool:
         """Wait until Redis has this version of the book, at most IN_FORCE_WAIT_S."""
         deadline, pause = monotonic() + IN_FORCE_WAIT_S, 0.002
         while monotonic() < deadline:

@@ -31,6 +31,7 @@ from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.books import BookAnswers, Books
 from coupon_svc.http.coupons import Coupons
 from coupon_svc.http.cursors import Cursors
+from coupon_svc.http.jobs import JobAnswers, Jobs
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.public import Public
 from coupon_svc.http.routes import Api, make_app
@@ -39,7 +40,7 @@ from coupon_svc.postgres.database import Database, open_connection
 from coupon_svc.postgres.uploads import Uploads
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
-from coupon_svc.service import books
+from coupon_svc.service import books, jobs
 from coupon_svc.service.api_keys import ApiKeys
 from coupon_svc.service.assign import AssignCode, AssignCoupon, AssignCoupons, Assigned
 from coupon_svc.service.code_directory import CodeDirectory
@@ -208,10 +209,13 @@ def postgres_only_app(url: str) -> Api:
     durability = Durability(plane, 5_000)
     directory = CodeDirectory(database)
     waiting = Waiting(plane, directory, database, durability, ReceiptRescue(plane, database, durability, registration))
-    book_service = books.Books(plane, waiting, database, Uploads(database), 16, BookAnswers())
+    uploads = Uploads(database)
+    book_service = books.Books(plane, waiting, database, uploads, 16, BookAnswers())
+    job_service = jobs.Jobs(uploads, database, database, database, book_service.in_force, JobAnswers(), 100)
     cursors = Cursors(lambda: registration.receipt_secret)
     return make_app(
-        Books(book_service, cursors),
+        Books(book_service, job_service, cursors),
+        Jobs(job_service, cursors),
         Coupons(
             PostgresOnly(pool),
             Redeeming(plane, directory, waiting, durability),
