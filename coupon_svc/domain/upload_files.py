@@ -300,9 +300,7 @@ class FileReader:
 
     def _take_record(self, row: int, cells: Sequence[str]) -> None:
         text = cells[self._column] if self._column < len(cells) else ""
-        if not self._is_csv:
-            text = text.rstrip(SEPARATORS + " ")
-        text = _cleaned(text)
+        text = _cleaned(text.rstrip(SEPARATORS + " "))
         if not text and not any(cell.strip(_BLANK) for cell in cells):
             self.blank += 1
             return

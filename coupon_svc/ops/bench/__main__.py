@@ -25,6 +25,7 @@ from coupon_svc.ops.bench.run import describe_run
 from coupon_svc.ops.bench.scripts import bench_scripts
 from coupon_svc.ops.bench.toll import TollPlan, bench_toll, counts, quartiles, toll_figures
 from coupon_svc.ops.bench.turns import CONNECTIONS
+from coupon_svc.ops.bench.uploads import bench_upload, show_upload
 
 QUICK_HTTP = HttpPlan(rounds=2, seconds=1.5, tail_rounds=1, tail_seconds=3.0)
 SERVED: dict[str, Callable[[int], None]] = {"echo": serve_echo, "postgres-only": serve_postgres_only}
@@ -58,6 +59,7 @@ def _arguments() -> argparse.Namespace:
     )
     what.add_argument("--memory", action="store_true", help="bytes a code takes in Redis")
     what.add_argument("--rebuild", action="store_true", help="how long Redis takes to be rebuilt")
+    what.add_argument("--upload", action="store_true", help="how long a file of codes takes, beside COPY")
     what.add_argument("--render", action="store_true", help="write benchmarks.md anew from benchmarks.json")
     what.add_argument("--serve", choices=SERVED, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -65,7 +67,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where benchmarks.md goes; default: docs")
     parser.add_argument("--rounds", type=int, metavar="N", help="of the lines over HTTP")
-    parser.add_argument("--codes", type=int, default=1_000_000, metavar="N", help="of --memory and --rebuild")
+    parser.add_argument("--codes", type=int, default=1_000_000, metavar="N", help="of --memory, --rebuild and --upload")
     parser.add_argument(
         "--codes-max", type=int, default=CODES_A_BOOK_DEFAULT_MAX, metavar="N", help="of --growth: the largest book"
     )
@@ -76,6 +78,9 @@ def _arguments() -> argparse.Namespace:
 def _measure(args: argparse.Namespace) -> int:
     if args.memory:
         show_memory(asyncio.run(measure_memory(args.codes)))
+        return 0
+    if args.upload:
+        show_upload(bench_upload(args.codes))
         return 0
     if args.rebuild:
         bench_rebuild(args.codes)

@@ -1,0 +1,123 @@
+"""How long a file of codes takes to come in, beside a plain COPY of the same rows into a table with the same indexes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import asyncpg
+import httpx
+
+from coupon_svc.dev.throwaway import throwaway_service
+from coupon_svc.domain.codes import parse_pattern
+from coupon_svc.ops.bench.figures import BenchError
+from coupon_svc.postgres.catalogue import ROUND, random_places
+
+_PATTERN = parse_pattern("############", "alphanumeric")
+_BLOCK = 10_000
+_SAME_TABLE = "CREATE TABLE copied (LIKE codes INCLUDING ALL)"
+
+
+class UploadFigures(NamedTuple):
+    """Of one file: seconds until it was received, until its job had succeeded, and for COPY; MiB by which the API process
+    grew."""
+
+    codes: int
+    body_bytes: int
+    received_s: float
+    succeeded_s: float
+    copy_s: float
+    growth_mib: float
+
+
+def bench_upload(codes: int) -> UploadFigures:
+    """Upload a file of that many codes to a service of its own, and COPY them. Raises BenchError."""
+    with throwaway_service("bench") as told:
+        return asyncio.run(_measure(told, codes))
+
+
+def show_upload(figures: UploadFigures) -> None:
+    """Print the figures."""
+    print(f"{figures.codes} codes, {figures.body_bytes / 1e6:.0f} MB")
+    print(f"received after          {figures.received_s:8.2f} s")
+    print(f"job succeeded after     {figures.succeeded_s:8.2f} s")
+    print(f"COPY of the same rows   {figures.copy_s:8.2f} s")
+    print(f"upload / COPY           {figures.succeeded_s / figures.copy_s:8.2f}")
+    print(f"growth of the API       {figures.growth_mib:8.1f} MiB")
+
+
+def _blocks(codes: int) -> Iterator[list[str]]:
+    """The codes, drawn anew each time; of 62 bits each, so that hardly any two are alike."""
+    for start in range(0, codes, _BLOCK):
+        yield list(_PATTERN.draw(min(_BLOCK, codes - start)))
+
+
+async def _measure(told: dict[str, Any], codes: int) -> UploadFigures:
+    (pid,) = told["pids"]["api"]
+    headers = {"Authorization": f"Bearer {told['api_key']}"}
+    async with httpx.AsyncClient(base_url=told["base_url"], headers=headers, timeout=600) as client:
+        book_id = (await client.post("/coupons", json={"name": "bench"})).json()["book_id"]
+        await _run(client, book_id, 1_000)  # whatever is made at the first upload
+        lines = ["\n".join(block) + "\n" for block in _blocks(codes)]
+        before = _peak_mib(pid)
+        received_s, succeeded_s, inserted = await _run(client, book_id, codes, lines)
+        growth_mib = _peak_mib(pid) - before
+    if inserted != codes:
+        raise BenchError(f"{inserted} of {codes} codes were inserted")
+    copy_s = await _copy(told["database_url"], book_id, lines)
+    return UploadFigures(codes, sum(map(len, lines)), received_s, succeeded_s, copy_s, growth_mib)
+
+
+async def _run(
+    client: httpx.AsyncClient, book_id: str, codes: int, lines: list[str] | None = None
+) -> tuple[float, float, int]:
+    """Upload a file and wait for its job: (seconds until received, until succeeded, codes inserted)."""
+
+    async def body() -> AsyncIterator[bytes]:
+        for block in lines or ["\n".join(block) + "\n" for block in _blocks(codes)]:
+            yield block.encode()
+
+    began = time.monotonic()
+    sent = await client.post(
+        "/coupons/codes", params={"book_id": book_id}, content=body(), headers={"Content-Type": "text/csv"}
+    )
+    received_s = time.monotonic() - began
+    if sent.status_code != 202:
+        raise BenchError(f"the upload was answered {sent.status_code}")
+    while True:
+        job = (await client.get(sent.headers["location"])).json()
+        if job["status"] != "running":
+            break
+        await asyncio.sleep(0.1)
+    if job["status"] != "succeeded":
+        raise BenchError(f"the job has failed: {job['error']}")
+    return received_s, time.monotonic() - began, job["inserted"]
+
+
+async def _copy(url: str, book_id: str, lines: list[str]) -> float:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(_SAME_TABLE)
+
+        async def rows() -> AsyncIterator[bytes]:
+            for block in lines:
+                places = iter(random_places(block.count("\n"), 0, ROUND))
+                yield "".join(f"1\t{code}\t{book_id}\t{next(places)}\n" for code in block.split()).encode()
+
+        await connection.execute("CHECKPOINT")
+        began = time.monotonic()
+        await connection.copy_to_table("copied", source=rows(), format="text", timeout=3600)
+        return time.monotonic() - began
+    finally:
+        await connection.close()
+
+
+def _peak_mib(pid: int) -> float:
+    """The most memory that a process has had so far."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise BenchError("the process has ended")

@@ -1,0 +1,134 @@
+"""Jobs of upload files: worked off once, whoever dies, and nobody waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import asyncpg
+import httpx
+import pytest
+
+from tests.harness import Stack, until
+from tests.routes.helpers import assign, counters, make_book, patch, upload
+from tests.routes.test_upload_files import over, send
+from tests.test_verify import report_of
+
+CODES = [f"JOB-{number:05}" for number in range(9_000)]
+FILE = "\n".join(reversed(CODES)).encode()
+TAKEN_OVER_S = 10.0
+STALL = 4712
+
+
+@pytest.fixture
+async def stack(make_stack: Callable[[], Awaitable[Stack]]) -> AsyncIterator[Stack]:
+    """A stack of one's own, whose jobs can be held up."""
+    stack = await make_stack()
+    stack.writer()
+    stack.api()
+    await stack.ready()
+    yield stack
+    report = await report_of(stack)
+    assert report.holds, report
+    assert await stack.ledger("SELECT FROM staged_codes") == []
+    assert await stack.ledger("SELECT FROM jobs WHERE NOT emptied") == []
+
+
+@contextlib.asynccontextmanager
+async def held_up(stack: Stack, after: int) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
+    """While in force, no job moves on that has worked off `after` rows. Gives whether one is held up."""
+    await stack.ledger(
+        "CREATE FUNCTION stall() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" PERFORM pg_advisory_xact_lock({STALL}); RETURN NEW; END $$"
+    )
+    await stack.ledger(
+        "CREATE TRIGGER stall BEFORE UPDATE ON jobs FOR EACH ROW"
+        f" WHEN (NEW.done_rows > OLD.done_rows AND OLD.done_rows >= {after}) EXECUTE FUNCTION stall()"
+    )
+    holder = await asyncpg.connect(stack.database_url)
+    await holder.execute(f"SELECT pg_advisory_lock({STALL})")
+
+    async def is_held_up() -> bool:
+        waits = f"SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = {STALL} AND NOT granted"
+        return bool(await stack.ledger(waits))
+
+    try:
+        yield is_held_up
+    finally:
+        await holder.close()
+        await stack.ledger("DROP FUNCTION stall CASCADE")
+
+
+async def job_of(client: httpx.AsyncClient, sent: httpx.Response) -> tuple[str, int]:
+    """(status, codes inserted so far)."""
+    job = (await client.get(sent.headers["location"])).json()
+    return job["status"], job["inserted"]
+
+
+async def test_another_process_goes_on_with_the_job_of_one_that_died(stack: Stack) -> None:
+    dying = stack.parts[-1]
+    async with await stack.client("t") as client:
+        book = await make_book(client, codes=[CODES[4_711]])
+        async with held_up(stack, 2_000) as is_held_up:
+            sent = await send(client, book, FILE + b"\nno\n" + FILE)
+            await until(is_held_up)
+            assert await job_of(client, sent) == ("running", 1_000)
+            dying.kill()
+    stack.api(1)
+    await stack.ready()
+    async with await stack.client("t") as client:
+        async with asyncio.timeout(TAKEN_OVER_S):
+            job = await over(client, sent)
+        assert (job["status"], job["received"], job["inserted"]) == ("succeeded", 18_001, 8_999)
+        assert (job["duplicates"], job["invalid"]) == (9_001, 1)
+        assert (await counters(client, book))["available"] == 9_000
+    rows = await stack.ledger("SELECT count(*) AS rows, count(DISTINCT row) AS different FROM rejected_codes")
+    assert tuple(rows[0]) == (9_002, 9_002)
+
+
+async def test_a_book_that_is_closed_meanwhile_keeps_what_is_in(stack: Stack) -> None:
+    async with await stack.client("t") as client:
+        book = await make_book(client, codes=[])
+        async with held_up(stack, 2_000) as is_held_up:
+            sent = await send(client, book, FILE)
+            await until(is_held_up)
+            closing = asyncio.create_task(patch(client, book, status="closed"))
+            await asyncio.sleep(0.2)
+        await closing
+        job = await over(client, sent)
+        assert (job["status"], job["error"]) == ("failed", "book_closed")
+        assert 2_000 <= job["inserted"] < 9_000
+        assert (await counters(client, book))["total"] == job["inserted"]
+        assert job["finished_at"] is not None
+
+        async def emptied() -> bool:
+            return not await stack.ledger("SELECT FROM jobs WHERE NOT emptied")
+
+        await until(emptied)
+
+
+async def test_hot_work_and_other_uploads_of_the_tenant_do_not_wait_for_a_job(stack: Stack) -> None:
+    async with await stack.client("t") as client:
+        other = await make_book(client)
+        book = await make_book(client, codes=["NAMED-1"])
+        body = "\n".join(f"LONG-{number:06}" for number in range(60_000)).encode()
+        sent = await send(client, book, body)
+        done = 0
+        while (await job_of(client, sent))[0] == "running":
+            await assign(client, other, f"u{done}")
+            await patch(client, book, name=f"b{done}")
+            await upload(client, book, [f"SMALL-{done}"])
+            if done == 0:  # needs the turn
+                await upload(client, other, [f"TURN-{number}" for number in range(2_500)])
+                assert (await job_of(client, sent))[0] == "running"
+            done += 1
+            if done >= 15:
+                break
+        assert done >= 2
+        assert (await over(client, sent))["inserted"] == 60_000
+
+        async def emptied() -> bool:
+            return not await stack.ledger("SELECT FROM jobs WHERE NOT emptied")
+
+        await until(emptied)
