@@ -11,6 +11,7 @@ from typing import Any
 from coupon_svc.config import Settings, load_settings
 from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.books import BookAnswers, Books
+from coupon_svc.http.codes_out import CodesOut
 from coupon_svc.http.coupons import Coupons
 from coupon_svc.http.cursors import Cursors
 from coupon_svc.http.jobs import JobAnswers, Jobs
@@ -30,6 +31,7 @@ from coupon_svc.service.assign import Assigning
 from coupon_svc.service.code_directory import CodeDirectory
 from coupon_svc.service.durability import Durability
 from coupon_svc.service.health import Health
+from coupon_svc.service.listing import Listing
 from coupon_svc.service.missed_messages import MissedMessages
 from coupon_svc.service.reading import Reading
 from coupon_svc.service.receipt_rescue import ReceiptRescue
@@ -51,6 +53,7 @@ def make_api(settings: Settings | None = None) -> Api:
     bulk = Database(settings.database_url, "coupon-api-uploads", size=4)  # what is slow has connections of its own
     bodies = Database(settings.database_url, "coupon-api-files", size=2)
     job_work = Database(settings.database_url, "coupon-api-jobs", size=2 * jobs.WORKERS)
+    lists = Database(settings.database_url, "coupon-api-lists", size=4)
     uploads = Uploads(bulk)
     registration = Registration(settings.database_url, plane)
     missed = MissedMessages(plane.waiters, lookups)
@@ -63,6 +66,7 @@ def make_api(settings: Settings | None = None) -> Api:
     redeeming = Redeeming(plane, directory, waiting, durability)
     reading = Reading(plane, directory, waiting, durability)
     book_service = books.Books(plane, waiting, database, uploads, settings.shards, BookAnswers())
+    listing = Listing(plane, lists, book_service, reading, durability)
 
     job_service = jobs.Jobs(uploads, bodies, job_work, lookups, book_service.in_force, JobAnswers(), REJECTED_SHOWN_MAX)
 
@@ -89,14 +93,18 @@ def make_api(settings: Settings | None = None) -> Api:
             await database.close()
             await lookups.close()
             await bulk.close()
+            await lists.close()
             await bodies.close()
             await job_work.close()
 
     cursors = Cursors(lambda: registration.receipt_secret)
     api = make_app(
-        Books(book_service, job_service, cursors),
-        Jobs(job_service, cursors),
-        Coupons(assigning, redeeming, reading, cursors),
+        (
+            Books(book_service, job_service, cursors),
+            Jobs(job_service, cursors),
+            CodesOut(listing, cursors),
+            Coupons(assigning, redeeming, reading, cursors),
+        ),
         public,
         KeyRing(ApiKeys(lookups).find, settings.key_cache_ms),
         metrics,

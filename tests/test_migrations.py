@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 
 from coupon_svc.postgres.errors import DatabaseUnfit
+from coupon_svc.postgres.keys import SCOPES, create_key, find_key, hash_key
 from coupon_svc.postgres.migrations import migrate, read_migrations
 from coupon_svc.resources import resource_folder
 from tests.conftest import SHARDS
@@ -80,6 +81,21 @@ async def test_a_database_of_the_version_before_is_brought_up(ledger: asyncpg.Co
     newest.write_text(text)
     assert await migrate(ledger, SHARDS, folder) == ["0011_checksums"]
     assert await noted(ledger) == {one.name: one.checksum for one in read_migrations(folder)}
+
+
+async def test_only_keys_with_all_scopes_get_a_new_one(ledger: asyncpg.Connection, folder: Path) -> None:
+    await ledger.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    newest = folder / "0014_codes_in_order.sql"
+    text = newest.read_text()
+    newest.unlink()
+    await migrate(ledger, SHARDS, folder)
+    before = tuple(scope for scope in SCOPES if scope != "codes:read")
+    for key, scopes in (("all", before), ("some", before[1:])):
+        await create_key(ledger, "acme", key, scopes)
+    newest.write_text(text)
+    assert await migrate(ledger, SHARDS, folder) == ["0014_codes_in_order"]
+    found = [await find_key(ledger, hash_key(key)) for key in ("all", "some")]
+    assert [one.scopes if one else None for one in found] == [frozenset(SCOPES), frozenset(before[1:])]
 
 
 async def test_what_a_migration_needs_is_noted(ledger: asyncpg.Connection, folder: Path) -> None:

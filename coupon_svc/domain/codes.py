@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -14,6 +14,7 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 
 CODE_LENGTH_MIN, CODE_LENGTH_MAX = 3, 64
 _CODE = re.compile(r"[A-Z0-9][A-Z0-9._~+@-]{2,63}")
+_PREFIX = re.compile(r"[A-Z0-9][A-Z0-9._~+@-]{0,63}")
 _SYMBOL = re.compile(r"[A-Z0-9._~+@-]")
 
 ALPHABETS = {
@@ -22,6 +23,9 @@ ALPHABETS = {
     "letters": "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
     "digits": "0123456789",
 }
+
+
+CodeStatus = Literal["available", "assigned", "locked", "redeemed", "quarantined"]
 
 
 def normalise_code(text: str) -> str | None:
@@ -34,6 +38,12 @@ def normalise_code(text: str) -> str | None:
         return None
     code = code.upper()
     return code if _CODE.fullmatch(code) else None
+
+
+def normalise_prefix(text: str) -> str | None:
+    """The one spelling of what codes begin with; None when no code begins so. Nothing is a beginning of every code."""
+    prefix = text.strip().upper() if text.isascii() else ""
+    return prefix if _PREFIX.fullmatch(prefix) or not text else None
 
 
 def why_invalid(text: str) -> str:

@@ -17,7 +17,7 @@ from coupon_svc.http.inputs import check_user_id, encode_metadata
 from coupon_svc.http.operations import BOOK_SHUT, NO_ROOM, NOT_REDEEMABLE, operation
 from coupon_svc.http.problems import PROBLEMS
 from coupon_svc.service.assign import AssignCode, AssignCoupon, AssignCoupons, Assigned
-from coupon_svc.service.reading import Coupon, ListCoupons, ListPlace, ReadCode, Reading
+from coupon_svc.service.reading import CodeRead, Coupon, ListCoupons, ListPlace, ReadCode, Reading
 from coupon_svc.service.redeem import LockCoupon, RedeemCoupon, Redeeming, UnlockCoupon
 
 
@@ -239,32 +239,7 @@ class Coupons:
         """Show a code. Read from Redis; answered once the ledger has what is shown, or in an `ack = redis` book at once. It
         may be repeated at will."""
         read = await self._reading.read_code(ReadCode(call.key.tenant_id, _code(call)))
-        coupon = read.coupon
-        if coupon is None:
-            answer = schemas.CodeAnswer(
-                code=read.code,
-                book_id=read.book_id,
-                status="quarantined" if read.quarantined else "available",
-                book_status=read.book_phase,
-                user_id=None,
-                assigned_at=None,
-                redemptions_used=0,
-                redemptions_left=read.redemptions_max,
-                locked_until=None,
-            )
-        else:
-            answer = schemas.CodeAnswer(
-                code=coupon.code,
-                book_id=coupon.book_id,
-                status=coupon.status,
-                book_status=read.book_phase,
-                user_id=coupon.user_id,
-                assigned_at=rfc3339(coupon.assigned_at_ms),
-                redemptions_used=coupon.redemptions_used,
-                redemptions_left=coupon.redemptions_left,
-                locked_until=_moment(coupon.locked_until_ms),
-            )
-        return Answer(200, answer)
+        return Answer(200, code_answer(read))
 
     @operation(
         "GET",
@@ -290,6 +265,34 @@ class Coupons:
         coupons = [_coupon_answer(coupon) for coupon in page.coupons]
         next_cursor = self._cursors.seal(list_name, *page.next) if page.next else None
         return Answer(200, schemas.CouponsPage(coupons, next_cursor))
+
+
+def code_answer(read: CodeRead) -> schemas.CodeAnswer:
+    """A code as callers see it."""
+    coupon = read.coupon
+    if coupon is None:
+        return schemas.CodeAnswer(
+            code=read.code,
+            book_id=read.book_id,
+            status=read.status,
+            book_status=read.book_phase,
+            user_id=None,
+            assigned_at=None,
+            redemptions_used=0,
+            redemptions_left=read.redemptions_max,
+            locked_until=None,
+        )
+    return schemas.CodeAnswer(
+        code=coupon.code,
+        book_id=coupon.book_id,
+        status=coupon.status,
+        book_status=read.book_phase,
+        user_id=coupon.user_id,
+        assigned_at=rfc3339(coupon.assigned_at_ms),
+        redemptions_used=coupon.redemptions_used,
+        redemptions_left=coupon.redemptions_left,
+        locked_until=_moment(coupon.locked_until_ms),
+    )
 
 
 def _code(call: Call) -> str:

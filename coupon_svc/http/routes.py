@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
+from itertools import chain
 from typing import Any
 from urllib.parse import unquote
 
@@ -13,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.books import Books
+from coupon_svc.http.codes_out import CodesOut
 from coupon_svc.http.coupons import Coupons
 from coupon_svc.http.endpoint import ENCODED_SLASH, Endpoint
 from coupon_svc.http.jobs import Jobs
@@ -22,8 +24,10 @@ from coupon_svc.http.operations import Operation, PublicPath, declared_in
 from coupon_svc.http.public import Public, PublicEndpoint, not_found
 from coupon_svc.http.request_id import make_request_ids
 
+HANDLERS = (Books, Jobs, CodesOut, Coupons)
+"""The classes that declare the operations of the service."""
 OPERATIONS: tuple[Operation, ...] = tuple(
-    declaration for handlers in (Books, Jobs, Coupons) for declaration, _ in declared_in(handlers)
+    declaration for declaration, _ in chain.from_iterable(map(declared_in, HANDLERS))
 )
 """Every operation of the service, as its handler declares it."""
 PUBLIC_PATHS: tuple[PublicPath, ...] = tuple(declaration for declaration, _ in declared_in(Public))
@@ -32,27 +36,31 @@ _PLAIN = re.compile(rb"[A-Za-z0-9._~-]+")
 
 
 def make_app(
-    books: Books,
-    jobs: Jobs,
-    coupons: Coupons,
+    handlers: Iterable[object],
     public: Public,
     keys: KeyRing,
     metrics: Metrics,
     lifespan: Callable[[Any], AbstractAsyncContextManager[None]],
     limits: Limits | None = None,
 ) -> Api:
-    """The whole HTTP application. A path has one endpoint for all its methods, so that a wrong one is answered 405."""
+    """The whole HTTP application. `handlers` are instances of HANDLERS. A path has one endpoint for all its methods, so that
+    a wrong one is answered 405."""
     endpoints: dict[str, Endpoint] = {}
     hot_paths = set()
-    for operation, handler in (*declared_in(books), *declared_in(jobs), *declared_in(coupons)):
+    for operation, handler in chain.from_iterable(map(declared_in, handlers)):
         endpoints.setdefault(operation.path, Endpoint(keys, metrics)).add(operation, handler)
         if operation.hot:
             hot_paths.add(operation.path)
-    # A path is matched before those that have a parameter in its place.
-    routes = [Route(path, endpoints[path]) for path in sorted(endpoints, key=lambda path: path.count("{"))]
+    routes = [Route(path, endpoints[path]) for path in sorted(endpoints, key=_where_parameters_stand)]
     routes += [Route(path.path, PublicEndpoint(answer)) for path, answer in declared_in(public)]
     hot = {path: endpoints[path] for path in hot_paths}
     return Api(Router(routes, redirect_slashes=False, default=not_found, lifespan=lifespan), hot, limits)
+
+
+def _where_parameters_stand(path: str) -> list[bool]:
+    """Sorts paths so that each is matched before those that have a parameter in its place: `/coupons/codes/{code}` before
+    `/coupons/{book_id}/codes`."""
+    return [part.startswith("{") for part in path.split("/")]
 
 
 class Api:

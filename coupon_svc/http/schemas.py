@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from coupon_svc.domain.books import Ack, BookStatus
+from coupon_svc.domain.codes import CodeStatus
 
 CODES_PER_UPLOAD_MAX = 20_000
 GENERATED_PER_CALL_MAX = 1_000_000
@@ -250,6 +251,15 @@ class ListCoupons(Page, frozen=True):
         Annotated[Literal["assigned", "locked", "redeemed"], Meta(description="only coupons of this status")]
         | UnsetType
     ) = UNSET
+
+
+class ListCodes(Page, frozen=True):
+    """Which of a book's codes."""
+
+    status: Annotated[CodeStatus, Meta(description="only codes of this status")] | UnsetType = UNSET
+    prefix: Annotated[str, Meta(description="only codes that begin so; case-insensitive, as codes are")] | UnsetType = (
+        UNSET
+    )
 
 
 class CodeCounters(msgspec.Struct, frozen=True):
@@ -536,7 +546,7 @@ class CodeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     code: Code
     book_id: BookId
     status: Annotated[
-        Literal["available", "assigned", "locked", "redeemed", "quarantined"],
+        CodeStatus,
         Meta(
             description="`redeemed`: all uses are spent; `quarantined`: it may have been assigned before records were lost"
         ),
@@ -550,6 +560,14 @@ class CodeAnswer(msgspec.Struct, frozen=True, kw_only=True):
     redemptions_left: UsesLeft | None
     locked_until: LockedUntil | None
     EXAMPLE: ClassVar[dict[str, Any]] = {**CouponAnswer.EXAMPLE, "book_status": "active"}
+
+
+class CodesPage(msgspec.Struct, frozen=True):
+    """A part of a book's codes, in their order. A page may have fewer codes than its limit, or none, before the last one."""
+
+    codes: list[CodeAnswer]
+    next_cursor: NextCursor | None
+    EXAMPLE: ClassVar[dict[str, Any]] = {"codes": [CodeAnswer.EXAMPLE], "next_cursor": None}
 
 
 class ProblemBody(msgspec.Struct, kw_only=True):

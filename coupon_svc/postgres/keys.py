@@ -10,7 +10,7 @@ import asyncpg
 
 from coupon_svc.domain.api_keys import ApiKey
 
-SCOPES = ("books:write", "books:read", "codes:write", "coupons:assign", "coupons:redeem", "coupons:read")
+SCOPES = ("books:write", "books:read", "codes:write", "codes:read", "coupons:assign", "coupons:redeem", "coupons:read")
 
 
 _SELECT = """

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from coupon_svc.domain.codes import CodeStatus
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.redis.calls import QUARANTINED
@@ -73,6 +74,12 @@ class CodeRead(msgspec.Struct, frozen=True):
     coupon: Coupon | None
     quarantined: bool
 
+    @property
+    def status(self) -> CodeStatus:
+        if self.coupon is not None:
+            return self.coupon.status
+        return "quarantined" if self.quarantined else "available"
+
 
 class CouponsPage(msgspec.Struct, frozen=True):
     """`next` is where the next page begins, None on the last one."""
@@ -105,16 +112,24 @@ class Reading:
         book_id = self._directory.known_book(tenant_id, code)
         if book_id is None:
             book_id = await self._directory.book_of_code(tenant_id, code, self._durability.left_s(begun))
-        read = await self._read_codes(tenant_id, book_id, [code], begun)
-        (coupon,) = read.coupons
-        return CodeRead(
-            code,
-            book_id,
-            read.book_phase,
-            read.redemptions_max,
-            coupon if isinstance(coupon, Coupon) else None,
-            coupon == QUARANTINED,
-        )
+        (read,) = await self.read_codes(tenant_id, book_id, [code], begun)
+        return read
+
+    async def read_codes(self, tenant_id: int, book_id: str, codes: list[str], begun: float) -> list[CodeRead]:
+        """Up to 1,000 codes that the book has, each as `read_code` shows it. `begun`: when the request began, by the
+        monotonic clock. Raises Refused(book_not_found)."""
+        read = await self._read_codes(tenant_id, book_id, codes, begun)
+        return [
+            CodeRead(
+                code,
+                book_id,
+                read.book_phase,
+                read.redemptions_max,
+                coupon if isinstance(coupon, Coupon) else None,
+                coupon == QUARANTINED,
+            )
+            for code, coupon in zip(codes, read.coupons, strict=True)
+        ]
 
     async def list_coupons(self, wanted: ListCoupons) -> CouponsPage:
         """Raises Refused(book_not_found) for a book that the tenant does not have."""

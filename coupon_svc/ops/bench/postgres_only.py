@@ -213,14 +213,13 @@ def postgres_only_app(url: str) -> Api:
     book_service = books.Books(plane, waiting, database, uploads, 16, BookAnswers())
     job_service = jobs.Jobs(uploads, database, database, database, book_service.in_force, JobAnswers(), 100)
     cursors = Cursors(lambda: registration.receipt_secret)
+    redeeming = Redeeming(plane, directory, waiting, durability)
+    reading = Reading(plane, directory, waiting, durability)
     return make_app(
-        Books(book_service, job_service, cursors),
-        Jobs(job_service, cursors),
-        Coupons(
-            PostgresOnly(pool),
-            Redeeming(plane, directory, waiting, durability),
-            Reading(plane, directory, waiting, durability),
-            cursors,
+        (
+            Books(book_service, job_service, cursors),
+            Jobs(job_service, cursors),
+            Coupons(PostgresOnly(pool), redeeming, reading, cursors),
         ),
         Public(Health(plane), metrics, {}),
         KeyRing(ApiKeys(database).find, 5_000),
