@@ -261,14 +261,16 @@ class Recorder(httpx.AsyncBaseTransport):
         self.seen.add((name, status))
         assert status in operation["responses"], f"{name} answered {status}: {response.text}"
         described = operation["responses"][status]
-        for header in described.get("headers", {}):
-            if header != "Idempotent-Replayed":
+        for header, told in described.get("headers", {}).items():
+            if told.get("required", "$ref" in told):
                 assert header in response.headers, f"{name} {status}: no {header}"
         if "content" not in described:
             assert response.content == b"", f"{name} {status}: {response.text}"
             return
         media_type = response.headers["content-type"].partition(";")[0]
         assert media_type in described["content"], f"{name} {status}: {media_type}"
+        if media_type == "text/csv":
+            return
         schema = _absolute(described["content"][media_type].get("schema", True))
         problems = [e.message for e in Draft202012Validator(schema, registry=REGISTRY).iter_errors(response.json())]
         assert not problems, f"{name} {status}: {problems} in {response.text}"
@@ -363,6 +365,7 @@ async def _walk(client: httpx.AsyncClient) -> None:
     for path in ("/coupons", f"/coupons/{book}/codes", "/users/u/coupons", "/users/a%2Fb/coupons"):
         for query in ("", "?limit=1", "?limit=0", "?cursor=x", "?book_id=none", "?status=locked", "?status=x"):
             await client.get(path + query)
+    await client.get(f"/coupons/{book}/codes", headers={"Accept": "text/csv"})
     for path in (f"/coupons/{book}", "/coupons/none", "/coupons/codes/A-1", "/coupons/codes/A-3", "/coupons/jobs/none"):
         await client.get(path)
     locked = await client.post("/coupons/lock/A-2")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
 
 from coupon_svc.domain.api_keys import ApiKey
 from coupon_svc.http.files import FileBody
+from coupon_svc.http.response import Headers
 from coupon_svc.service.idempotency import NO_IDEMPOTENCY, Idempotency
 
 _encode_in_order = msgspec.json.Encoder(order="deterministic").encode
@@ -19,11 +20,11 @@ class Call:
     """One request as its handler sees it. Key, scope, query, body and Idempotency-Key have been checked.
 
     `query` and `body` are of the types that the operation declares, or None. `file` is a body that is one, still to be read;
-    `query` is of its type then. `path` holds the parameters of the path as they
-    were sent, percent-decoded.
+    `query` is of its type then. `path` holds the parameters of the path as they were sent, percent-decoded. `accept` is the
+    Accept header.
     """
 
-    __slots__ = ("body", "file", "idempotency_key", "key", "method", "path", "query", "template")
+    __slots__ = ("accept", "body", "file", "idempotency_key", "key", "method", "path", "query", "template")
 
     def __init__(self, key: ApiKey, method: str, template: str, path: Mapping[str, str]) -> None:
         self.key = key
@@ -34,6 +35,7 @@ class Call:
         self.query: Any = None
         self.body: Any = None
         self.file: FileBody | None = None
+        self.accept = b""
         self.idempotency_key: str | None = None
 
     def idempotency(self, code: str = "") -> Idempotency:
@@ -67,5 +69,14 @@ class Answer(msgspec.Struct, frozen=True):
     """The Location header."""
 
 
-Handler = Callable[[Call], Awaitable[Answer]]
+class StreamedAnswer(msgspec.Struct, frozen=True):
+    """What a handler returns instead: a body of any length. `pieces` is read no faster than the caller takes it; when it
+    raises, the connection is closed without the end of the body."""
+
+    status: int
+    headers: Headers
+    pieces: AsyncGenerator[bytes]
+
+
+Handler = Callable[[Call], Awaitable[Answer | StreamedAnswer]]
 """Answers an operation, or raises Refused."""

@@ -6,24 +6,27 @@ second."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from coupon_svc.domain.errors import Unavailable
+from coupon_svc.domain.errors import CouponError, Unavailable, error_location
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.auth import KeyRing
-from coupon_svc.http.call import Answer, Call, Handler
+from coupon_svc.http.call import Answer, Call, Handler, StreamedAnswer
 from coupon_svc.http.files import ClientGone, file_body, file_kind
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.operations import Operation
 from coupon_svc.http.problems import log_failure, problem_response
 from coupon_svc.http.request_id import request_id_of
-from coupon_svc.http.response import Response, send_response
+from coupon_svc.http.response import Response, send_pieces, send_response
 from coupon_svc.http.validation import check_file_request, check_request
+
+log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX = 2 * 1024 * 1024
 ENCODED_SLASH = "\udc2f"
@@ -66,8 +69,21 @@ class Endpoint:
         response = await self.respond(
             request_id_of(scope), scope["method"], path, scope["query_string"], dict(scope["headers"]), receive
         )
-        if response is not None:
+        if response is None:
+            return
+        if response.pieces is None:
             await send_response(send, response)
+            return
+        # Without the end of its body the connection is closed: the caller sees that the answer is short.
+        name = self._methods[scope["method"]].operation.name
+        try:
+            await send_pieces(send, receive, response)
+        except asyncio.CancelledError:
+            log.info("answer of %s cut short: the process stops", name)
+        except CouponError as error:
+            log.warning("answer of %s cut short: %s", name, type(error).__name__)
+        except Exception as error:
+            log.error("answer of %s cut short: %s at %s", name, type(error).__name__, error_location(error))
 
     async def respond(
         self,
@@ -97,6 +113,7 @@ class Endpoint:
             if key.scopes.isdisjoint(operation.scopes):
                 raise Refused(Outcome.MISSING_SCOPE, scopes=list(operation.scopes))
             call = Call(key, method, operation.path, path)
+            call.accept = headers.get(b"accept", b"")
             if operation.file_query is not None and (kind := file_kind(headers)):
                 call.file = file_body(kind, headers, body)  # type: ignore[arg-type]  # a hot path takes no file
                 call.query, call.idempotency_key = check_file_request(operation, query_string, headers)
@@ -107,7 +124,7 @@ class Endpoint:
                 call.query, call.body, call.idempotency_key = check_request(
                     operation, decoder, query_string, headers, content
                 )
-            response = _encoded(await handler(call))
+            response = await _encoded(await handler(call), method)
             outcome = "ok"
         except ClientGone:
             outcome = "client_gone"
@@ -133,13 +150,23 @@ class Endpoint:
         return problem_response(refused, request_id, allow)
 
 
-def _encoded(answer: Answer) -> Response:
+async def _encoded(answer: Answer | StreamedAnswer, method: str) -> Response:
+    if isinstance(answer, StreamedAnswer):
+        if method == "HEAD":  # nobody reads the pieces
+            await answer.pieces.aclose()
+            return Response(answer.status, answer.headers, b"", _nothing())
+        return Response(answer.status, answer.headers, b"", answer.pieces)
     headers = [] if answer.body is None else [_JSON]
     if answer.replayed:
         headers.append((b"idempotent-replayed", b"true"))
     if answer.location is not None:
         headers.append((b"location", answer.location.encode()))
     return Response(answer.status, headers, b"" if answer.body is None else _encode(answer.body))
+
+
+async def _nothing() -> AsyncGenerator[bytes]:
+    return
+    yield b""
 
 
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive) -> bytes:

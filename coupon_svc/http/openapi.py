@@ -199,6 +199,12 @@ def _responses(operation: Operation, refs: dict[Any, Any]) -> dict[str, Any]:
         response: dict[str, Any] = {"description": HTTPStatus(status).phrase, "headers": _HEADERS_OF_ALL}
         if answer is not None:
             response["content"] = {"application/json": {"schema": refs[answer], "example": _example(answer)}}
+        if operation.csv is not None:
+            response["content"]["text/csv"] = {"schema": {"type": "string"}, "example": operation.csv.example}
+            response["headers"] = _HEADERS_OF_ALL | {
+                name: {"schema": {"type": "string"}, "description": f"of CSV alone: {text}"}
+                for name, text in operation.csv.headers.items()
+            }
         if operation.method == "POST":
             location = operation.location if status in (201, 202) else None
             response["headers"] = _HEADERS_OF_ALL | _REPLAYED | _location(location)

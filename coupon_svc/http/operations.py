@@ -57,6 +57,14 @@ _ANY_BODY = (Outcome.BODY_TOO_LARGE, Outcome.UNSUPPORTED_MEDIA_TYPE, Outcome.MAL
 _ANY_POST = (Outcome.INVALID_IDEMPOTENCY_KEY, Outcome.IDEMPOTENCY_KEY_REUSED, Outcome.IDEMPOTENCY_IN_PROGRESS)
 
 
+class CsvAnswer(msgspec.Struct, frozen=True):
+    """What an operation answers to whom accepts `text/csv`: a body of any length."""
+
+    example: str
+    headers: dict[str, str]
+    """Name -> what it says."""
+
+
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """One method of one path, for callers with a key."""
 
@@ -78,6 +86,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """Status -> type of the body, None for an empty one."""
     outcomes: tuple[Outcome, ...]
     """What it is refused with, beyond ANY_OPERATION."""
+    csv: CsvAnswer | None
+    """The answer in CSV to whom asks for it; None where there is none."""
     location: str | None
     """The address that the Location header of a 201 or 202 names."""
     hot: bool
@@ -111,6 +121,7 @@ def operation(
     query: type[msgspec.Struct] | None = None,
     body: type[msgspec.Struct] | None = None,
     file_query: type[msgspec.Struct] | None = None,
+    csv: CsvAnswer | None = None,
     location: str | None = None,
     hot: bool = False,
 ) -> Callable[[F], F]:
@@ -133,6 +144,7 @@ def operation(
             file_query=file_query,
             answers=answers,
             outcomes=outcomes,
+            csv=csv,
             location=location,
             hot=hot,
         )

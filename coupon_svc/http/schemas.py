@@ -85,6 +85,7 @@ Position = Annotated[
 UsesLeft = Annotated[int, Meta(ge=0, description="how often the code may still be redeemed; null: without limit")]
 UsesMade = Annotated[int, Meta(ge=0, description="how often the code was redeemed")]
 LockedUntil = Annotated[Time, Meta(description="when its lock ends by itself; null without a lock")]
+PageCursor = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]*(?![\s\S])", description="`next_cursor` of the page before")]
 NextCursor = Annotated[str, Meta(description="the `cursor` of the next page; null on the last one")]
 _BOOK_ID, _CODE, _USER = "bk_08wazn8pg1mwcdvjs8", "SUMMER-9SJG-2HF7", "user-1"
 _TOKEN, _MOMENT = "lk_50kkcqIRntRxrmigCOPKjESC", "2026-11-22T14:48:57.476Z"
@@ -231,10 +232,7 @@ class Page(Query, frozen=True):
     """Which part of a list."""
 
     limit: Annotated[int, Meta(ge=1, le=1000, description="how many entries a page has at most")] = 50
-    cursor: (
-        Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]*(?![\s\S])", description="`next_cursor` of the page before")]
-        | UnsetType
-    ) = UNSET
+    cursor: PageCursor | UnsetType = UNSET
 
 
 class UploadFile(Query, frozen=True):
@@ -253,9 +251,16 @@ class ListCoupons(Page, frozen=True):
     ) = UNSET
 
 
-class ListCodes(Page, frozen=True):
+class ListCodes(Query, frozen=True):
     """Which of a book's codes."""
 
+    limit: (
+        Annotated[
+            int, Meta(ge=1, le=1000, description="how many codes a page has at most; 50 unless given; not for CSV")
+        ]
+        | UnsetType
+    ) = UNSET
+    cursor: PageCursor | UnsetType = UNSET
     status: Annotated[CodeStatus, Meta(description="only codes of this status")] | UnsetType = UNSET
     prefix: Annotated[str, Meta(description="only codes that begin so; case-insensitive, as codes are")] | UnsetType = (
         UNSET

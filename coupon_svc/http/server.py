@@ -272,7 +272,7 @@ class CouponProtocol(HttpToolsProtocol):
         if self._default_headers is not self.server_state.default_headers:  # the date changes once per second
             self._default_headers = self.server_state.default_headers
             self._default_lines = b"".join(b"%b: %b\r\n" % header for header in self._default_headers)
-        status, headers, body = response
+        status, headers, body, _ = response
         lines = b"%bx-request-id: %b\r\n" % (STATUS_LINE[status] + self._default_lines, request_id)
         for header in headers:
             lines += b"%b: %b\r\n" % header

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import asyncpg
 
 from coupon_svc.domain.codes import CodeStatus
+from coupon_svc.domain.position import Position
+from coupon_svc.postgres.database import one_row
 
 LOOKED_AT_MAX = 2_000
 """How many codes one page of one status looks at, at most."""
@@ -100,3 +102,64 @@ def _statement(status: CodeStatus | None, redemptions_max: int | None) -> str:
     if status == "redeemed":
         return _REDEEMED_ONCE if redemptions_max == 1 else _REDEEMED
     return _HELD
+
+
+# --- as of a position
+
+ROWS_PER_PAGE = 1_000
+
+# Which codes there are, by what is wanted. Each reads one range of one index.
+_FROM_CODES = """
+    SELECT code, place = -1 AS quarantined FROM codes
+    WHERE book_id = $1 AND code >= $2 AND code < $3 AND place >= -1 ORDER BY code LIMIT $4
+"""
+_FROM_COUPONS = """
+    SELECT code, false AS quarantined FROM coupons
+    WHERE book_id = $1 AND code >= $2 AND code < $3 ORDER BY code LIMIT $4
+"""
+_FROM_QUARANTINE = """
+    SELECT code, true AS quarantined FROM quarantine
+    WHERE book_id = $1 AND code >= $2 AND code < $3 ORDER BY code LIMIT $4
+"""
+# What came after the position is as if it were not there. The newest use that counts is the first from above.
+_AS_OF = """
+    SELECT looked_at.code, quarantined, user_id, assigned_at_ms, coalesce(used, 0) AS used
+    FROM ({looked_at}) AS looked_at
+    LEFT JOIN LATERAL (SELECT user_id, assigned_at_ms, uses FROM coupons c
+                       WHERE c.book_id = $1 AND c.code = looked_at.code AND (epoch, seq) <= ($5, $6) LIMIT 1
+                      ) AS holder ON true
+    LEFT JOIN LATERAL (SELECT r.uses AS used FROM redemptions r
+                       WHERE holder.uses > 0 AND r.book_id = $1 AND r.code = looked_at.code AND (epoch, seq) <= ($5, $6)
+                       ORDER BY r.uses DESC LIMIT 1) AS spent ON true
+    ORDER BY looked_at.code
+"""
+
+
+class CodeAsOf(NamedTuple):
+    """A code as it was at a position: who held it, and how many of its uses were made. Quarantined: as it is now."""
+
+    code: str
+    quarantined: bool
+    user_id: str | None
+    assigned_at_ms: int | None
+    used: int
+
+
+async def ledger_position(connection: asyncpg.Connection, shard: int) -> Position:
+    """Up to where the ledger has the events of a shard."""
+    return Position(*await one_row(connection, "SELECT epoch, committed FROM shards WHERE shard = $1", shard))
+
+
+async def codes_as_of(
+    connection: asyncpg.Connection, of: CodesRange, position: Position, status: CodeStatus | None
+) -> list[CodeAsOf]:
+    """The next ROWS_PER_PAGE codes of a book as they were at `position`; none at the end. All of `status` are among them,
+    and others may be."""
+    looked_at = _FROM_CODES
+    if status in ("assigned", "redeemed"):
+        looked_at = _FROM_COUPONS
+    elif status == "quarantined":
+        looked_at = _FROM_QUARANTINE
+    statement = _AS_OF.format(looked_at=looked_at)
+    rows = await connection.fetch(statement, of.book_id, *of.bounds, ROWS_PER_PAGE, position.epoch, position.seq)
+    return [CodeAsOf(*row) for row in rows]

@@ -74,8 +74,8 @@ class TenantSlots:
 
 
 def busy() -> Refused:
-    """The refusal of a request that other uploads of its tenant stood before."""
-    return Refused(Outcome.STORE_UNAVAILABLE, "Other uploads of yours are still running. Nothing was done.")
+    """The refusal of a request that others of its tenant stood before."""
+    return Refused(Outcome.STORE_UNAVAILABLE, "Other requests of yours are still running. Nothing was done.")
 
 
 class Uploads:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from time import monotonic
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -11,11 +14,21 @@ from coupon_svc.domain.codes import CodeStatus
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres.database import Database
-from coupon_svc.postgres.listing import CodesRange, look_at_codes
+from coupon_svc.postgres.errors import LedgerUnavailable
+from coupon_svc.postgres.listing import CodeAsOf, CodesRange, codes_as_of, ledger_position, look_at_codes
+from coupon_svc.postgres.uploads import TenantSlots
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.service.books import Books, ReadBook
-from coupon_svc.service.durability import Durability
+from coupon_svc.service.durability import STATEMENTS_S, Durability
 from coupon_svc.service.reading import LOOKED_AT_ONCE_MIN, CodeRead, Reading
+
+SLOTS_PER_TENANT = 2
+"""How many pages of a tenant's lists and exports are read from Postgres at a time."""
+PAGE_PATIENCE_S = 30.0
+"""How long an export under way waits for Postgres, once per page, before it breaks off."""
+PAUSE_S = 0.5
+
+ExportedStatus = Literal["available", "assigned", "redeemed", "quarantined"]
 
 
 class ListCodes(msgspec.Struct, frozen=True):
@@ -36,6 +49,34 @@ class CodesPage(msgspec.Struct, frozen=True):
     next: str | None
 
 
+class ExportCodes(msgspec.Struct, frozen=True):
+    """All of a book's codes, or those of one status or with one beginning. A locked code is an assigned one here."""
+
+    tenant_id: int
+    book_id: str
+    status: ExportedStatus | None = None
+    prefix: str = ""
+
+
+class ExportedCode(NamedTuple):
+    """A code as it was at the export's position. None stands for nobody, and for no limit."""
+
+    code: str
+    status: ExportedStatus
+    user_id: str | None
+    assigned_at_ms: int | None
+    redemptions_used: int
+    redemptions_left: int | None
+
+
+class Export(NamedTuple):
+    """A book's codes as they were at a position of its shard; `pages` may be read once, at any speed."""
+
+    shard: int
+    position: Position
+    pages: AsyncIterator[list[ExportedCode]]
+
+
 class Listing:
     """The use cases. They raise Refused, and LedgerUnavailable; they may be repeated at will."""
 
@@ -47,6 +88,7 @@ class Listing:
         self._books = books
         self._reading = reading
         self._durability = durability
+        self._slots = TenantSlots(SLOTS_PER_TENANT)
 
     async def list_codes(self, wanted: ListCodes) -> CodesPage:
         """A page costs the same in a book of any size: of one status, a bounded number of codes is looked at.
@@ -57,7 +99,10 @@ class Listing:
         live = await self._books.read_book(ReadBook(wanted.tenant_id, wanted.book_id))
         if live.book.ack is Ack.REDIS and wanted.status is not None:
             await self._ledger_has_caught_up(wanted.book_id, begun)
-        async with self._database.connection(self._durability.left_s(begun), only_reads=True) as connection:
+        async with (
+            self._slots.slot(wanted.tenant_id, self._durability.left_s(begun)),
+            self._database.connection(self._durability.left_s(begun), only_reads=True) as connection,
+        ):
             looked_at = await look_at_codes(
                 connection,
                 CodesRange(wanted.book_id, wanted.prefix, wanted.after),
@@ -77,9 +122,55 @@ class Listing:
                     return CodesPage(codes, read.code if there_is_more else None)
         return CodesPage(codes, looked_at.last)
 
+    async def export_codes(self, wanted: ExportCodes) -> Export:
+        """A book of any size, page by page, as the ledger has it at the position where it is now. Nothing is read ahead, and
+        no connection is held between two pages. A page that Postgres cannot give is asked for again for PAGE_PATIENCE_S.
+
+        Raises Refused: book_not_found; ledger_behind.
+        """
+        begun = monotonic()
+        live = await self._books.read_book(ReadBook(wanted.tenant_id, wanted.book_id))
+        if live.book.ack is Ack.REDIS:
+            await self._ledger_has_caught_up(wanted.book_id, begun)
+        shard = self._plane.view_of_book(wanted.book_id).shard
+        async with self._database.connection(self._durability.left_s(begun), only_reads=True) as connection:
+            position = await ledger_position(connection, shard)
+        return Export(shard, position, self._pages(wanted, position, live.book.max_redemptions_per_code))
+
+    async def _pages(
+        self, wanted: ExportCodes, position: Position, redemptions_max: int | None
+    ) -> AsyncIterator[list[ExportedCode]]:
+        of = CodesRange(wanted.book_id, wanted.prefix)
+        while rows := await self._page(wanted, of, position):
+            page = [_exported(row, redemptions_max) for row in rows]
+            yield [code for code in page if wanted.status is None or code.status == wanted.status]
+            of = of._replace(after=rows[-1].code)
+
+    async def _page(self, wanted: ExportCodes, of: CodesRange, position: Position) -> list[CodeAsOf]:
+        until = monotonic() + PAGE_PATIENCE_S
+        while True:
+            try:
+                async with (
+                    self._slots.slot(wanted.tenant_id, PAGE_PATIENCE_S),
+                    self._database.connection(STATEMENTS_S, only_reads=True, wait_s=PAGE_PATIENCE_S) as connection,
+                ):
+                    return await codes_as_of(connection, of, position, wanted.status)
+            except LedgerUnavailable:
+                if monotonic() > until:
+                    raise
+            await asyncio.sleep(PAUSE_S)
+
     async def _ledger_has_caught_up(self, book_id: str, begun: float) -> None:
         """Return once the ledger has what was answered before this request began. In an `ack = redis` book an assign may be
         answered before; a list by status begins with what the ledger has."""
         view = self._plane.view_of_book(book_id)  # its position is at least that of the book just read
         epoch, seq = view.seen
         await self._durability.wait(view, Position(Epoch(epoch), Seq(seq)), begun, Outcome.LEDGER_BEHIND)
+
+
+def _exported(row: CodeAsOf, redemptions_max: int | None) -> ExportedCode:
+    left = None if redemptions_max is None else redemptions_max - row.used
+    status: ExportedStatus = "quarantined" if row.quarantined else "available"
+    if row.user_id is not None:
+        status = "redeemed" if left == 0 else "assigned"
+    return ExportedCode(row.code, status, row.user_id, row.assigned_at_ms, row.used, left)
