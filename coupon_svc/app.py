@@ -33,6 +33,7 @@ from coupon_svc.service.durability import Durability
 from coupon_svc.service.health import Health
 from coupon_svc.service.listing import Listing
 from coupon_svc.service.missed_messages import MissedMessages
+from coupon_svc.service.patterns import Patterns
 from coupon_svc.service.reading import Reading
 from coupon_svc.service.receipt_rescue import ReceiptRescue
 from coupon_svc.service.redeem import Redeeming
@@ -102,7 +103,7 @@ def make_api(settings: Settings | None = None) -> Api:
         (
             Books(book_service, job_service, cursors),
             Jobs(job_service, cursors),
-            CodesOut(listing, cursors),
+            CodesOut(listing, Patterns(lists), cursors),
             Coupons(assigning, redeeming, reading, cursors),
         ),
         public,

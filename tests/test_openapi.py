@@ -366,6 +366,8 @@ async def _walk(client: httpx.AsyncClient) -> None:
         for query in ("", "?limit=1", "?limit=0", "?cursor=x", "?book_id=none", "?status=locked", "?status=x"):
             await client.get(path + query)
     await client.get(f"/coupons/{book}/codes", headers={"Accept": "text/csv"})
+    for pattern in ("AB####", "!"):
+        await client.post("/coupons/patterns/preview", json={"pattern": pattern, "total": 1})
     for path in (f"/coupons/{book}", "/coupons/none", "/coupons/codes/A-1", "/coupons/codes/A-3", "/coupons/jobs/none"):
         await client.get(path)
     locked = await client.post("/coupons/lock/A-2")

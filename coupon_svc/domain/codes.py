@@ -142,6 +142,11 @@ def fits(pattern: Pattern, requested: int, used: int) -> bool:
     return 2 * (used + requested) <= pattern.capacity
 
 
+def guess_probability(pattern: Pattern, codes: int) -> float:
+    """The chance that one guess within the pattern names one of so many codes that lie in it."""
+    return min(1.0, codes / pattern.capacity)
+
+
 def check_capacity(pattern: Pattern, requested: int, used: int) -> None:
     """Raises Refused(pattern_capacity) unless the codes fit."""
     if not fits(pattern, requested, used):

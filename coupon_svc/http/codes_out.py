@@ -1,14 +1,15 @@
-"""How codes leave the service: lists of a book's codes. Each function parses one call, runs one use case and tells its
-result."""
+"""How codes leave the service: lists of a book's codes, and samples of a pattern. Each function parses one call, runs one
+use case and tells its result."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 
+import msgspec
 from msgspec import UNSET
 
 from coupon_svc.domain.clock import rfc3339
-from coupon_svc.domain.codes import normalise_prefix
+from coupon_svc.domain.codes import Generated, InvalidPattern, normalise_prefix, parse_pattern
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.http import schemas
 from coupon_svc.http.call import Answer, Call, StreamedAnswer
@@ -18,6 +19,7 @@ from coupon_svc.http.cursors import Cursors
 from coupon_svc.http.inputs import invalid
 from coupon_svc.http.operations import CsvAnswer, operation
 from coupon_svc.service.listing import ExportCodes, ExportedCode, ListCodes, Listing
+from coupon_svc.service.patterns import Patterns
 
 EXPORT_COLUMNS = ("code", "status", "user_id", "assigned_at", "redemptions_used", "redemptions_left")
 PAGE_SIZE = 50
@@ -26,8 +28,9 @@ PAGE_SIZE = 50
 class CodesOut:
     """Refusals are raised as Refused."""
 
-    def __init__(self, listing: Listing, cursors: Cursors) -> None:
+    def __init__(self, listing: Listing, patterns: Patterns, cursors: Cursors) -> None:
         self._listing = listing
+        self._patterns = patterns
         self._cursors = cursors
 
     @operation(
@@ -60,6 +63,33 @@ class CodesOut:
         )
         next_cursor = self._cursors.seal(list_name, 0, page.next) if page.next else None
         return Answer(200, schemas.CodesPage([code_answer(read) for read in page.codes], next_cursor))
+
+    @operation(
+        "POST",
+        "/coupons/patterns/preview",
+        summary="Show what a pattern is good for, before anything is generated",
+        tag="Codes",
+        scopes=("books:write",),
+        body=schemas.PreviewPattern,
+        answers={200: schemas.PatternAnswer},
+    )
+    async def preview_pattern(self, call: Call) -> Answer:
+        """Show what a pattern can name and what of it is used. Counted in Postgres; answered at once. It makes nothing, and
+        may be repeated at will."""
+        body: schemas.PreviewPattern = call.body
+        try:
+            wanted = Generated(parse_pattern(body.pattern, body.alphabet), body.total)
+        except InvalidPattern as error:
+            raise invalid(f"/{error.field}", error.reason) from None
+        preview = await self._patterns.preview_pattern(call.key.tenant_id, wanted)
+        answer = schemas.PatternAnswer(
+            capacity=msgspec.Raw(b"%d" % preview.capacity),  # it may have a hundred digits
+            already_used=preview.already_used,
+            guess_probability=preview.guess_probability,
+            samples=preview.samples,
+            fits=preview.fits,
+        )
+        return Answer(200, answer)
 
     async def _export(self, call: Call) -> StreamedAnswer:
         query: schemas.ListCodes = call.query

@@ -66,7 +66,7 @@ _ALL_CODES = """
     SELECT coalesce((SELECT sum(total) FROM books WHERE tenant_id = $1), 0)
          + coalesce((SELECT sum(codes) FROM uploads WHERE tenant_id = $1), 0)
 """
-_CODES_IN_PATTERN = """
+CODES_IN_PATTERN = """
     SELECT count(*) FROM codes WHERE tenant_id = $1 AND code >= $2 AND code < $3 AND code ~ $4
 """
 
@@ -206,7 +206,7 @@ async def require_capacity(connection: asyncpg.Connection, tenant_id: int, patte
     """
     await connection.execute("SELECT pg_advisory_xact_lock($1, $2)", _GENERATE_LOCK, tenant_id)
     if not fits(pattern, total, await connection.fetchval(_ALL_CODES, tenant_id)):
-        used = await connection.fetchval(_CODES_IN_PATTERN, tenant_id, *pattern.bounds, pattern.regex)
+        used = await connection.fetchval(CODES_IN_PATTERN, tenant_id, *pattern.bounds, pattern.regex)
         check_capacity(pattern, total, used)
 
 
