@@ -119,6 +119,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("book_id")
     sub.add_argument("--deal-again", action="store_true", help="yes: a user may be told that a code is taken")
 
+    codes = command("codes", lambda _: codes.print_help(), "upload and export the codes of a book, by the HTTP API")
+    actions = codes.add_subparsers(metavar="ACTION")
+    sub = actions.add_parser("upload", help="add the codes of a file to a book", description=_UPLOAD_DESCRIPTION)
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    sub.set_defaults(run=_codes_upload)
+    sub.add_argument("file", metavar="FILE", help="`.csv`, or `.txt` with one code per line; or - for standard input")
+    sub.add_argument("--book", required=True, metavar="BOOK_ID")
+    sub.add_argument("--type", choices=("csv", "text"), help="what the file is, where its name does not say")
+    sub.add_argument("--json", action="store_true", help="the report for machines")
+    sub = actions.add_parser("export", help="write the codes of a book as CSV", description=_EXPORT_DESCRIPTION)
+    sub.formatter_class = argparse.RawDescriptionHelpFormatter
+    sub.set_defaults(run=_codes_export)
+    sub.add_argument("--book", required=True, metavar="BOOK_ID")
+    sub.add_argument(
+        "--status", choices=("available", "assigned", "redeemed", "quarantined"), help="only codes of this status"
+    )
+    sub.add_argument("--output", default="-", metavar="FILE", help="default: -, which is standard output")
+
     key = command("keys", lambda _: key.print_help(), "make, list and revoke API keys")
     actions = key.add_subparsers(metavar="ACTION")
     for name, run, text in (
@@ -138,6 +156,34 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=_keys_revoke)
     sub.add_argument("key_id", help="as `keys list` shows it")
     return parser
+
+
+_CODES_ENVIRONMENT = """\
+It calls the service at COUPON_URL, e.g. http://127.0.0.1:8080, with the API key in COUPON_KEY. A
+progress bar is shown where standard error is a terminal.
+"""
+_UPLOAD_DESCRIPTION = f"""\
+add the codes of a file to a book, and report what became of each row
+
+The file is sent as it is, compressed with gzip or not. Then the service adds the codes in a job,
+which this command waits for. Run the same command again after an interruption: the same file for
+the same book is the same job, for 24 hours, unless that job failed. The key needs the scope
+codes:write.
+
+{_CODES_ENVIRONMENT}
+Exit status: 0 every row with a code was added or was there already; 1 rows were rejected as
+invalid, or nothing was added; 2 the command was not understood; 130 interrupted.
+"""
+_EXPORT_DESCRIPTION = f"""\
+write the codes of a book as CSV, as of one position
+
+A file is written beside its place and moved there when it is whole; an export that breaks off
+starts again. What goes to standard output cannot: look at the exit status. The key needs the scope
+codes:read, and books:read for a bar that knows its end.
+
+{_CODES_ENVIRONMENT}
+Exit status: 0 it is whole; 1 it is not; 2 the command was not understood; 130 interrupted.
+"""
 
 
 def _load_options(load: argparse.ArgumentParser) -> None:
@@ -354,6 +400,32 @@ def _rebuild(args: argparse.Namespace) -> None:
         which = "no shard" if args.shard is None else f"no shard {args.shard}"
         raise UsageError(f"there is {which} to rebuild; one that is stopped is not rebuilt, see docs/operations.md.")
     print(f"{number} shards are being rebuilt by their writers; `coupon-svc verify` shows when it is done")
+
+
+def _codes_upload(args: argparse.Namespace) -> int:
+    from coupon_svc.ops.codes import Upload, upload_codes
+
+    return _with_the_api(lambda: upload_codes(Upload(args.file, args.book, args.type), as_json=args.json))
+
+
+def _codes_export(args: argparse.Namespace) -> int:
+    from coupon_svc.ops.codes import Export, export_codes
+
+    return _with_the_api(lambda: export_codes(Export(args.output, args.book, args.status)))
+
+
+def _with_the_api(work: Callable[[], int]) -> int:
+    from coupon_svc.ops.codes import CodesError, Interrupted
+
+    try:
+        return work()
+    except CodesError as error:
+        raise UsageError(str(error)) from None
+    except Interrupted as error:
+        print(f"\ncoupon-svc: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ncoupon-svc: interrupted; nothing was done.", file=sys.stderr)
+    return 130
 
 
 def _adopt(args: argparse.Namespace) -> None:
