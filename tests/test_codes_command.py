@@ -415,3 +415,45 @@ def _read(terminal: int) -> bytes:
         return os.read(terminal, 65536)
     except OSError:  # the other side is closed
         return b""
+
+
+# --- both, with a service
+
+
+async def test_an_export_that_is_uploaded_has_the_same_codes(
+    service: Stack, book: tuple[str, str, list[str]], run: Command, tmp_path: Path
+) -> None:
+    book_id, key, expected = book
+    file = str(tmp_path / "codes.csv")
+    await asyncio.to_thread(run, service.base_url, key, "export", "--book", book_id, "--output", file)
+    other = await service.key()
+    async with httpx.AsyncClient(base_url=service.base_url, headers={"Authorization": f"Bearer {other}"}) as client:
+        other_book = await make_book(client, codes=[])
+    ran = await asyncio.to_thread(run, service.base_url, other, "upload", file, "--book", other_book)
+    assert (ran.status, ran.error) == (0, "")
+    assert "1200 received: 1200 inserted, 0 duplicates, 0 invalid; 0 blank" in ran.out
+    assert "below the heading code" in ran.out
+    again = await asyncio.to_thread(run, service.base_url, other, "upload", file, "--book", other_book)
+    assert again.error.startswith("this file was sent before: job ")
+    assert again.out == ran.out
+    copy = tmp_path / "copy.csv"
+    await asyncio.to_thread(run, service.base_url, other, "export", "--book", other_book, "--output", str(copy))
+    assert [line.split(",")[0] for line in copy.read_text().splitlines()[1:]] == expected
+    same = await asyncio.to_thread(run, service.base_url, key, "upload", file, "--book", book_id)
+    assert "1200 received: 0 inserted, 1200 duplicates, 0 invalid" in same.out
+
+
+async def test_an_upload_that_the_service_refuses_says_why_and_another_with_its_rows(
+    service: Stack, run: Command, tmp_path: Path
+) -> None:
+    key = await service.key()
+    file = tmp_path / "codes.txt"
+    file.write_text("A-1\n!\nA-1\n")
+    said = one_line(await asyncio.to_thread(run, service.base_url, key, "upload", str(file), "--book", NO_SUCH_BOOK))
+    assert "404 book_not_found" in said
+    async with httpx.AsyncClient(base_url=service.base_url, headers={"Authorization": f"Bearer {key}"}) as client:
+        book_id = await make_book(client, codes=[])
+    ran = await asyncio.to_thread(run, service.base_url, key, "upload", str(file), "--book", book_id)
+    assert ran.status == 1
+    assert "row 2: !: invalid" in ran.out
+    assert "row 3: A-1: duplicate_in_upload, as in row 1" in ran.out
