@@ -119,9 +119,8 @@ async def test_hot_work_and_other_uploads_of_the_tenant_do_not_wait_for_a_job(st
             await assign(client, other, f"u{done}")
             await patch(client, book, name=f"b{done}")
             await upload(client, book, [f"SMALL-{done}"])
-            if done == 0:  # needs the turn
+            if done == 2:  # needs the turn
                 await upload(client, other, [f"TURN-{number}" for number in range(2_500)])
-                assert (await job_of(client, sent))[0] == "running"
             done += 1
             if done >= 15:
                 break

@@ -20,8 +20,8 @@ from coupon_svc.http.inputs import invalid
 
 FILE_KINDS: dict[bytes, FileKind] = {b"text/csv": "csv", b"text/plain": "text"}
 """What kind of file a body of this media type is."""
-PIECE_BYTES = 65_536
-"""How much of a body is handed on at once: a few milliseconds of parsing."""
+PIECE_BYTES = 16_384
+"""How much of a body is handed on at once: a millisecond of parsing, or a few where every line has quotes."""
 INFLATED_FREE_BYTES = 16 * 1024 * 1024
 """How much any compressed body may come to; beyond it, INFLATED_RATIO_MAX applies."""
 INFLATED_RATIO_MAX = 100

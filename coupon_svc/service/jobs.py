@@ -12,12 +12,14 @@ import logging
 import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from time import monotonic
 from typing import NamedTuple, Protocol
 
 import msgspec
 
 from coupon_svc.domain.books import Book, BookStatus
+from coupon_svc.domain.errors import error_location
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.upload_files import Batch, FileKind, FileReader, UnreadableFile
 from coupon_svc.loops import keep_running
@@ -41,6 +43,8 @@ BLOCK_S = 10.0
 """How long rows of a slow body wait to be staged: so its job is seen to live."""
 STAGE_WAIT_S = 30.0
 """For a connection to stage a block: the caller is not read from meanwhile."""
+STAGE_S = 20.0
+"""For staging it: well below `jobs.SILENT_S`, together with the wait."""
 WORKERS = 2
 """Jobs that a process works off at a time."""
 SLICE_S = 2.0
@@ -156,7 +160,7 @@ class Jobs:
     async def _open(self, wanted: UploadFile) -> Job | None:
         """The job; None when the Idempotency-Key was answered before, and only the body can tell whether it is the same."""
         tenant_id, book_id, key = wanted.tenant_id, wanted.book_id, wanted.idempotency_key
-        async with self._bodies.connection() as connection, connection.transaction():
+        async with self._nothing_happens() as connection, connection.transaction():
             if "\0" in book_id:
                 raise Refused(Outcome.BOOK_NOT_FOUND)
             book = await catalogue.read_book(connection, tenant_id, book_id)
@@ -180,14 +184,15 @@ class Jobs:
         return Received(reader.received, reader.invalid, reader.blank, reader.header, reader.warnings)
 
     async def _stage(self, job: Job, block: Batch) -> None:
-        async with (
-            self._staging.slot(job.tenant_id, STAGE_WAIT_S),
-            self._bodies.connection(30.0, wait_s=STAGE_WAIT_S) as connection,
-        ):
+        async with self._staging.slot(job.tenant_id, STAGE_WAIT_S), self._nothing_happens() as connection:
             await jobs.stage(connection, job.job_no, block)
 
+    def _nothing_happens(self) -> AbstractAsyncContextManager[LedgerConnection]:
+        """A connection for what adds nothing yet: when it fails, nothing was done."""
+        return self._bodies.connection(STAGE_S, only_reads=True, wait_s=STAGE_WAIT_S)
+
     async def _complete(self, wanted: UploadFile, job: Job, received: Received) -> Accepted:
-        async with self._bodies.connection() as connection, connection.transaction():
+        async with self._bodies.connection(wait_s=STAGE_WAIT_S) as connection, connection.transaction():
             call = _idempotent(wanted)
             if call and (before := await recall(connection, call)):
                 await jobs.give_up(connection, job.job_no, Outcome.IDEMPOTENCY_KEY_REUSED)
@@ -206,7 +211,7 @@ class Jobs:
             wanted.fingerprint.update(piece)
         call = _idempotent(wanted)
         assert call is not None
-        async with self._bodies.connection() as connection, connection.transaction():
+        async with self._nothing_happens() as connection, connection.transaction():
             before = await recall(connection, call)
         if before is None:  # its 24 hours have just ended
             raise Refused(Outcome.STORE_UNAVAILABLE)
@@ -265,13 +270,24 @@ class Jobs:
         random.shuffle(tenants)
         more = False
         for tenant_id in tenants:
-            with contextlib.suppress(Refused, TakeTurns):  # the turn is somebody else's
-                async with self._uploads.turn(tenant_id, wait_s=0, database=self._work) as turn:
-                    job = await self._slice(turn, tenant_id)
-                more = more or job is not None
-                if job is not None and not job.is_over and job.is_worked_off and job.job_no not in self._waiting:
-                    self._waiting[job.job_no] = asyncio.create_task(self._succeed(job))
+            try:
+                job = await self._take_turn(tenant_id)
+            except (Refused, TakeTurns):  # the turn is somebody else's
+                continue
+            except LedgerUnavailable:
+                raise
+            except Exception as error:
+                # A job that can never go on must not keep those of others from it.
+                log.error("a job failed: %s at %s", type(error).__name__, error_location(error))
+                continue
+            more = more or job is not None
+            if job is not None and not job.is_over and job.is_worked_off and job.job_no not in self._waiting:
+                self._waiting[job.job_no] = asyncio.create_task(self._succeed(job))
         return more
+
+    async def _take_turn(self, tenant_id: int) -> Job | None:
+        async with self._uploads.turn(tenant_id, wait_s=0, database=self._work) as turn:
+            return await self._slice(turn, tenant_id)
 
     async def _slice(self, turn: Turn, tenant_id: int) -> Job | None:
         """Work for SLICE_S on the tenant's oldest job. Returns it, or None when there is nothing to do."""
