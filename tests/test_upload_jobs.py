@@ -131,3 +131,34 @@ async def test_hot_work_and_other_uploads_of_the_tenant_do_not_wait_for_a_job(st
             return not await stack.ledger("SELECT FROM jobs WHERE NOT emptied")
 
         await until(emptied)
+
+
+async def test_a_body_whose_receiver_has_died_is_given_up(stack: Stack) -> None:
+    async with await stack.client("t") as client:
+        book = await make_book(client, codes=[])
+
+        async def half() -> AsyncIterator[bytes]:
+            yield FILE * 3
+            await asyncio.sleep(60)
+
+        request = asyncio.create_task(send(client, book, half(), {"Content-Type": "text/csv", "Idempotency-Key": "k"}))
+
+        async def staged() -> bool:
+            return bool(await stack.ledger("SELECT FROM staged_codes"))
+
+        await until(staged)
+        stack.parts[-1].kill()
+        with contextlib.suppress(httpx.TransportError):
+            await request
+    await stack.ledger("UPDATE jobs SET touched_at = touched_at - interval '1 hour'")
+    stack.api(1)
+    await stack.ready()
+
+    async def gone() -> bool:
+        rows = await stack.ledger("SELECT state, error, emptied FROM jobs")
+        return [tuple(row) for row in rows] == [("failed", "broken_off", True)]
+
+    await until(gone)
+    async with await stack.client("t") as client:
+        sent = await send(client, book, FILE, {"Content-Type": "text/csv", "Idempotency-Key": "k"})
+        assert (await over(client, sent))["inserted"] == 9_000

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, AsyncIterator
+
 import msgspec
+from msgspec import UNSET
 
 from coupon_svc.domain.clock import rfc3339
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.http import schemas
-from coupon_svc.http.call import Answer, Call
+from coupon_svc.http.call import Answer, Call, StreamedAnswer
+from coupon_svc.http.csv_text import CSV_TYPE, csv_line, wants_csv
 from coupon_svc.http.cursors import Cursors
-from coupon_svc.http.operations import operation
+from coupon_svc.http.inputs import invalid
+from coupon_svc.http.operations import CsvAnswer, operation
 from coupon_svc.service.idempotency import KeptAnswer
 from coupon_svc.service.jobs import JobReport, RejectedRow
 from coupon_svc.service.jobs import Jobs as JobService
 
+REJECTED_COLUMNS = ("row", "code", "reason", "detail")
+PAGE_ROWS = 50
 _encode = msgspec.json.Encoder().encode
 
 
@@ -43,19 +50,30 @@ class Jobs:
         summary="List the rows of an upload that were not added",
         tag="Codes",
         scopes=("codes:write",),
-        query=schemas.Page,
+        query=schemas.ListRejected,
         answers={200: schemas.RejectedPage},
+        csv=CsvAnswer(
+            csv_line(REJECTED_COLUMNS) + csv_line(map(str, schemas.JobAnswer.EXAMPLE["rejected"][0].values())), {}
+        ),
         refusals=(Outcome.JOB_NOT_FOUND,),
     )
-    async def list_rejected(self, call: Call) -> Answer:
-        """List rejected rows, in the order of the file. Read from Postgres; answered at once. It may be repeated at will."""
-        query: schemas.Page = call.query
+    async def list_rejected(self, call: Call) -> Answer | StreamedAnswer:
+        """List rejected rows, in the order of the file; as CSV all of them. Read from Postgres; answered at once. It may be
+        repeated at will."""
+        query: schemas.ListRejected = call.query
         job_id = call.path["job_id"]
+        if wants_csv(call.accept):
+            for name, value in (("limit", query.limit), ("cursor", query.cursor)):
+                if value is not UNSET:
+                    raise invalid(f"/{name}", "CSV is all rows: leave this out, or ask for JSON")
+            pages = await self._service.export_rejected(call.key.tenant_id, job_id)
+            return StreamedAnswer(200, [(b"content-type", CSV_TYPE.encode())], _csv(pages))
+        limit = query.limit or PAGE_ROWS
         list_name = f"rejected {call.key.tenant_id} {job_id}"
         after = self._cursors.open(list_name, query.cursor)[0] if query.cursor else 0
-        rows = await self._service.list_rejected(call.key.tenant_id, job_id, after, query.limit + 1)
-        page = rows[: query.limit]
-        following = self._cursors.seal(list_name, page[-1].row, "") if len(rows) > query.limit else None
+        rows = await self._service.list_rejected(call.key.tenant_id, job_id, after, limit + 1)
+        page = rows[:limit]
+        following = self._cursors.seal(list_name, page[-1].row, "") if len(rows) > limit else None
         return Answer(200, schemas.RejectedPage([_rejected(row) for row in page], following))
 
 
@@ -91,6 +109,12 @@ def _job_answer(report: JobReport) -> schemas.JobAnswer:
         created_at=rfc3339(job.created_at_ms),
         finished_at=rfc3339(job.finished_at_ms) if job.finished_at_ms is not None else None,
     )
+
+
+async def _csv(pages: AsyncIterator[list[RejectedRow]]) -> AsyncGenerator[bytes]:
+    yield csv_line(REJECTED_COLUMNS).encode()
+    async for page in pages:
+        yield "".join(csv_line((str(row.row), row.code, row.reason, row.detail)) for row in page).encode()
 
 
 def _rejected(row: RejectedRow) -> schemas.RejectedCode:

@@ -265,6 +265,18 @@ class ListCoupons(Page, frozen=True):
     ) = UNSET
 
 
+class ListRejected(Query, frozen=True):
+    """Which of the rows that were not inserted."""
+
+    limit: (
+        Annotated[
+            int, Meta(ge=1, le=1000, description="how many rows a page has at most; 50 unless given; not for CSV")
+        ]
+        | UnsetType
+    ) = UNSET
+    cursor: PageCursor | UnsetType = UNSET
+
+
 class ListCodes(Query, frozen=True):
     """Which of a book's codes."""
 

@@ -51,6 +51,7 @@ SLICE_S = 2.0
 """How long a job has its tenant's turn."""
 PAUSE_S = 0.15
 """Between two slices; longer than those who wait for the turn take to ask for it."""
+EXPORT_ROWS = 1_000
 LOOK_EVERY_S = 2.0
 """How often a process looks for jobs that another one has left."""
 
@@ -239,6 +240,23 @@ class Jobs:
         async with self._lookups.connection(only_reads=True) as connection:
             job = await self._find(connection, tenant_id, job_id)
             return await jobs.rejected_after(connection, job.job_no, after, limit)
+
+    async def export_rejected(self, tenant_id: int, job_id: str) -> AsyncIterator[list[RejectedRow]]:
+        """All of the rejected rows, EXPORT_ROWS at a time, each read when it is asked for. Raises Refused(job_not_found) at
+        once."""
+        async with self._lookups.connection(only_reads=True) as connection:
+            job = await self._find(connection, tenant_id, job_id)
+        return self._pages(job)
+
+    async def _pages(self, job: Job) -> AsyncIterator[list[RejectedRow]]:
+        after = 0
+        while True:
+            async with self._lookups.connection(only_reads=True) as connection:
+                rows = await jobs.rejected_after(connection, job.job_no, after, EXPORT_ROWS)
+            if not rows:
+                return
+            yield rows
+            after = rows[-1].row
 
     async def _find(self, connection: LedgerConnection, tenant_id: int, job_id: str) -> Job:
         if not job_id.isprintable() or len(job_id) > 100:

@@ -94,15 +94,20 @@ async def test_the_same_file_again_inserts_nothing(client: httpx.AsyncClient) ->
     assert (job["status"], job["inserted"], job["duplicates"]) == ("succeeded", 0, 7_000)
     assert (await counters(client, book))["available"] == 4_500
     rows: list[int] = []
-    cursor = ""
-    while cursor is not None:
-        page = await client.get(f"/coupons/jobs/{job['job_id']}/rejected?limit=1000" + cursor)
-        rows += [row["row"] for row in page.json()["rejected"]]
-        following = page.json()["next_cursor"]
-        if following is None:
-            break
-        cursor = f"&cursor={following}"
+    query: dict[str, Any] = {"limit": 1_000}
+    while query.get("cursor", "first"):
+        page = (await client.get(f"/coupons/jobs/{job['job_id']}/rejected", params=query)).json()
+        rows += [row["row"] for row in page["rejected"]]
+        query["cursor"] = page["next_cursor"]
     assert rows == list(range(1, 7_001))
+    path = f"/coupons/jobs/{job['job_id']}/rejected"
+    whole = await client.get(path, headers={"Accept": "text/csv"})
+    assert whole.headers["content-type"] == "text/csv; charset=utf-8; header=present"
+    lines = whole.text.split("\r\n")
+    assert lines[:2] == ["row,code,reason,detail", "1,FILE-00000,duplicate_in_book,the book has it already"]
+    assert lines[-2:] == ["7000,FILE-02000,duplicate_in_upload,as in row 2001", ""]
+    assert len(lines) == 7_002
+    refused(await client.get(f"{path}?limit=5", headers={"Accept": "text/csv"}), 422, "invalid_request")
 
 
 async def test_a_compressed_file_is_read_as_it_is(client: httpx.AsyncClient) -> None:
@@ -217,8 +222,11 @@ async def test_what_is_missing_and_what_is_anothers_are_alike(client: httpx.Asyn
         refusals = [await send(other, book_id, b"A-1\n") for book_id in (book, NO_SUCH_BOOK, "x", "bk_\0")]
         refused(refusals[0], 404, "book_not_found")
         assert all(alike(refusals[0], refusal) for refusal in refusals)
-        for path in ("", "/rejected"):
-            refusals = [await other.get(f"/coupons/jobs/{job}{path}") for job in (job_id, "job_none", "%00")]
+        for path, accept in (("", "*/*"), ("/rejected", "*/*"), ("/rejected", "text/csv")):
+            refusals = [
+                await other.get(f"/coupons/jobs/{job}{path}", headers={"Accept": accept})
+                for job in (job_id, "job_none", "%00")
+            ]
             refused(refusals[0], 404, "job_not_found")
             assert all(alike(refusals[0], refusal) for refusal in refusals)
 
