@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 GENERATED_MAX = 50
 """Codes per request: it is the request that is tried here, not how many codes can be made."""
-BEYOND_SCHEMAS = {"/cursor", "/expires_at", "/generate/alphabet"}
+BEYOND_SCHEMAS = {"/alphabet", "/cursor", "/expires_at", "/generate/alphabet"}
 """A cursor is valid when a page answered it, a book ends after it begins, and no symbol stands twice in an alphabet."""
 
 schemathesis.openapi.format(

@@ -41,9 +41,11 @@ def normalise_code(text: str) -> str | None:
 
 
 def normalise_prefix(text: str) -> str | None:
-    """The one spelling of what codes begin with; None when no code begins so. Nothing is a beginning of every code."""
-    prefix = text.strip().upper() if text.isascii() else ""
-    return prefix if _PREFIX.fullmatch(prefix) or not text else None
+    """The one spelling of what codes begin with, trimmed as codes are; None when no code begins so. Every code begins with
+    nothing."""
+    prefix = text.strip()
+    prefix = prefix.upper() if prefix.isascii() else prefix
+    return prefix if not prefix or _PREFIX.fullmatch(prefix) else None
 
 
 def why_invalid(text: str) -> str:

@@ -124,7 +124,8 @@ class Endpoint:
                 call.query, call.body, call.idempotency_key = check_request(
                     operation, decoder, query_string, headers, content
                 )
-            response = await _encoded(await handler(call), method)
+            answer = await handler(call)
+            response = _encoded(answer) if isinstance(answer, Answer) else await _streamed(answer, method)
             outcome = "ok"
         except ClientGone:
             outcome = "client_gone"
@@ -150,12 +151,14 @@ class Endpoint:
         return problem_response(refused, request_id, allow)
 
 
-async def _encoded(answer: Answer | StreamedAnswer, method: str) -> Response:
-    if isinstance(answer, StreamedAnswer):
-        if method == "HEAD":  # nobody reads the pieces
-            await answer.pieces.aclose()
-            return Response(answer.status, answer.headers, b"", _nothing())
-        return Response(answer.status, answer.headers, b"", answer.pieces)
+async def _streamed(answer: StreamedAnswer, method: str) -> Response:
+    if method == "HEAD":  # nobody reads the pieces
+        await answer.pieces.aclose()
+        return Response(answer.status, answer.headers, b"", _nothing())
+    return Response(answer.status, answer.headers, b"", answer.pieces)
+
+
+def _encoded(answer: Answer) -> Response:
     headers = [] if answer.body is None else [_JSON]
     if answer.replayed:
         headers.append((b"idempotent-replayed", b"true"))

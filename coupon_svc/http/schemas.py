@@ -288,9 +288,16 @@ class ListCodes(Query, frozen=True):
     ) = UNSET
     cursor: PageCursor | UnsetType = UNSET
     status: Annotated[CodeStatus, Meta(description="only codes of this status")] | UnsetType = UNSET
-    prefix: Annotated[str, Meta(description="only codes that begin so; case-insensitive, as codes are")] | UnsetType = (
-        UNSET
-    )
+    prefix: (
+        Annotated[
+            str,
+            Meta(
+                description="only codes that begin so; case-insensitive, as codes are",
+                extra_json_schema={"pattern": r"^\s*([A-Za-z0-9][A-Za-z0-9._~+@-]{0,63})?\s*$"},
+            ),
+        ]
+        | UnsetType
+    ) = UNSET
 
 
 class CodeCounters(msgspec.Struct, frozen=True):

@@ -116,7 +116,6 @@ async def test_codes_of_a_book_that_is_shut_are_listed(client: httpx.AsyncClient
         ("status=free", "/status"),
         ("prefix=-A", "/prefix"),
         ("prefix=A%20B", "/prefix"),
-        ("prefix=%20", "/prefix"),
         ("prefix=%C3%9F", "/prefix"),
         ("prefix=" + "A" * 65, "/prefix"),
         ("cursor=!", "/cursor"),

@@ -17,6 +17,7 @@ from coupon_svc.domain.codes import (
     check_capacity,
     fits,
     normalise_code,
+    normalise_prefix,
     parse_pattern,
     why_invalid,
 )
@@ -144,3 +145,21 @@ def test_random_bytes_that_would_favour_some_symbols_are_thrown_away(monkeypatch
     """Of 256 bytes 250 fall on ten digits alike; a use of the other six would make 0 to 5 more likely."""
     monkeypatch.setattr("os.urandom", lambda count: (bytes((253, 7)) * count)[:count])
     assert Counter("".join(parse_pattern("X####", "digits").draw(100))) == {"X": 100, "7": 400}
+
+
+@pytest.mark.parametrize(
+    ("text", "prefix"),
+    [
+        ("", ""),
+        ("  ", ""),
+        (" ab-", "AB-"),
+        ("0" * 64, "0" * 64),
+        ("0" * 65, None),
+        ("-A", None),
+        ("A B", None),
+        ("ß", None),
+        ("A\n", "A"),
+    ],
+)
+def test_a_prefix_is_spelled_as_a_code_is(text: str, prefix: str | None) -> None:
+    assert normalise_prefix(text) == prefix
