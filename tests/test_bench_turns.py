@@ -17,7 +17,7 @@ from coupon_svc.ops.bench.tail import open_loop
 from coupon_svc.ops.bench.turns import Turn, open_ledger, take_turn
 from tests.harness import Stack
 
-LINES = [f"{ack} {kind}" for ack in ("redis", "ledger", "postgres", "pair") for kind in ("plain", "keyed")]
+LINES = ["redis", "ledger", "postgres", "pair"]
 
 
 @asynccontextmanager
@@ -90,20 +90,20 @@ async def test_latency_in_the_open_loop_counts_from_when_a_request_was_due() -> 
 def test_a_line_with_an_answer_that_was_not_good_has_failed_and_so_has_what_is_held_against_it() -> None:
     rounds = _Rounds()
     for line in LINES:
-        rounds.take(line, turn(refilling=1) if line == "postgres keyed" else turn())
-        rounds.take_echoes([line], turn(), turn())
+        rounds.take(line, turn(refilling=1) if line == "postgres" else turn())
+    rounds.echoes = [100.0]
     failed = [figure.id for figure in _figures(rounds) if figure.failed]
-    assert failed == ["postgres_ledger_keyed", "postgres_redis_keyed"]
+    assert failed == ["postgres_ledger", "postgres_redis"]
 
 
-def test_a_pair_is_held_against_two_echoes_and_a_ratio_against_the_echoes_around_it() -> None:
+def test_a_pair_is_held_against_two_echoes() -> None:
     rounds = _Rounds()
     for line in LINES:
-        rounds.take(line, turn(good=60))
-        rounds.take_echoes([line], turn(good=100), turn(good=140))
+        rounds.take(line, turn(good=120 if line == "ledger" else 60))
+    rounds.echoes = [120.0]
     figures: dict[str, Figure] = {figure.id: figure for figure in _figures(rounds)}
-    assert figures["assign_redis_keyed"].samples == [0.5]
-    assert figures["pair_keyed"].samples == [1.0]
+    assert figures["postgres_ledger"].samples == [2.0]
+    assert figures["pair"].samples == [1.0]
 
 
 def test_pairs_lock_a_coupon_and_redeem_it_with_the_token_of_its_lock() -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from coupon_svc.dev.servers import ServerError
 from coupon_svc.dev.throwaway import signals_raise
 from coupon_svc.ops.bench import document
-from coupon_svc.ops.bench.drain import bench_drain
 from coupon_svc.ops.bench.echo import serve_echo
 from coupon_svc.ops.bench.figures import BenchError, Figure, Results
 from coupon_svc.ops.bench.growth import CODES_A_BOOK_DEFAULT_MAX, GrowthPlan, bench_growth
@@ -22,12 +21,12 @@ from coupon_svc.ops.bench.over_http import HttpPlan, bench_http
 from coupon_svc.ops.bench.postgres_only import POOL_SIZE, serve_postgres_only
 from coupon_svc.ops.bench.rebuild import bench_rebuild
 from coupon_svc.ops.bench.run import describe_run
-from coupon_svc.ops.bench.scripts import bench_scripts
-from coupon_svc.ops.bench.toll import TollPlan, bench_toll, counts, quartiles, toll_figures
+from coupon_svc.ops.bench.toll import TollPlan, bench_toll, counts, expectations, toll_figures
 from coupon_svc.ops.bench.turns import CONNECTIONS
 from coupon_svc.ops.bench.uploads import bench_upload, show_upload
 
 QUICK_HTTP = HttpPlan(rounds=2, seconds=1.5, tail_rounds=1, tail_seconds=3.0)
+QUICK_TOLL = TollPlan(rounds=3)
 SERVED: dict[str, Callable[[int], None]] = {"echo": serve_echo, "postgres-only": serve_postgres_only}
 
 
@@ -54,9 +53,7 @@ def _arguments() -> argparse.Namespace:
     what.add_argument(
         "--growth", action="store_true", help="how assigns/s change with processes, connections, books, codes"
     )
-    what.add_argument(
-        "--toll", action="store_true", help="what each process pays for an assign, with one book and with 64"
-    )
+    what.add_argument("--toll", action="store_true", help="what each process pays for an assign, alone")
     what.add_argument("--memory", action="store_true", help="bytes a code takes in Redis")
     what.add_argument("--rebuild", action="store_true", help="how long Redis takes to be rebuilt")
     what.add_argument("--upload", action="store_true", help="how long a file of codes takes, beside COPY")
@@ -99,34 +96,44 @@ def _measure(args: argparse.Namespace) -> int:
 def _table(args: argparse.Namespace, folder: Path | None) -> int:
     say = _narrator()
     say("starting the servers")
-    plan = QUICK_HTTP if args.quick else HttpPlan()
+    plan, toll_plan = (QUICK_HTTP, QUICK_TOLL) if args.quick else (HttpPlan(), TollPlan())
     if args.rounds:
         plan = HttpPlan(args.rounds, plan.seconds, plan.tail_rounds, plan.tail_seconds)
+        toll_plan = TollPlan(args.rounds)
+    tolls = bench_toll(toll_plan, say)
     figures, load_shares = bench_http(plan, say)
-    say("the writer against COPY")
-    figures.append(bench_drain(2 if args.quick else 5, 20_000 if args.quick else 40_000, say))
-    say("scripts in Redis")
-    figures += bench_scripts(15 if args.quick else 60, say)
+    say("bytes of a coupon")
     settings = {
-        "load": f"{CONNECTIONS} connections, {plan.rounds} rounds of 13 turns of {plan.seconds:g} s",
+        "the toll": f"{toll_plan.connections} connections, {toll_plan.rounds} rounds of 5 turns of {toll_plan.seconds:g} s",
+        "the other lines": f"{CONNECTIONS} connections, {plan.rounds} rounds of 6 turns of {plan.seconds:g} s",
         "service": f"16 shards, 1 API process, 1 writer; Postgres-only: 1 process, a pool of {POOL_SIZE}",
     }
-    run = describe_run(_command(), settings, load_shares)
-    print(f"\n{document.render_table(figures)}\n")
-    print(f"the load took {run.load_share[0]:.2f} of a core, {run.load_share[1]:.2f} in its highest turn")
+    memory = asyncio.run(measure_memory(100_000))
+    results = document.read_results(folder) if folder is not None else Results()
+    results.expected, results.toll, results.counts = expectations(tolls), toll_figures(tolls), counts(tolls)
+    results.sizes = {"coupon": memory.assigned, "record": memory.record} | {
+        f"ledger {table}": size for table, size in tolls.ledger_bytes.items()
+    }
+    results.table, results.table_run = figures, describe_run(_command(), settings, load_shares)
+    for part in (
+        document.render_expected(results),
+        document.render_table(results.toll),
+        document.render_table(figures),
+    ):
+        print(f"\n{part}")
+    shares = results.table_run.load_share
+    print(f"\nthe load took {shares[0]:.2f} of a core, {shares[1]:.2f} in its highest turn")
     if folder is not None:
-        results = document.read_results(folder)
-        results.table, results.table_run = figures, run
         document.write_results(folder, results)
         print(f"written to {folder / 'benchmarks.md'}")
     return _status(figures)
 
 
 def _toll(args: argparse.Namespace) -> int:
-    plan = TollPlan(rounds=args.rounds or (3 if args.quick else TollPlan().rounds))
+    plan = TollPlan(rounds=args.rounds or (QUICK_TOLL if args.quick else TollPlan()).rounds)
     tolls = bench_toll(plan, _narrator())
     for figure in toll_figures(tolls):
-        print(f"{figure.what:45} {quartiles(figure):45} goal {figure.goal:<5} {figure.note}")
+        print(f"{figure.what:45} {figure.spread():45} goal {figure.goal:<5} {figure.note}")
     print("\n".join(counts(tolls)))
     return 0
 

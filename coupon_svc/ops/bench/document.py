@@ -33,13 +33,18 @@ def write_results(folder: Path, results: Results) -> None:
 
 def render(results: Results, template: str) -> str:
     """The document. Of the sentences `- [id] …` those remain whose line was not reached."""
-    missed = {figure.id: figure for figure in results.table if figure.reached is not True and figure.goal is not None}
+    missed: dict[str, list[str]] = {}
+    for figure in (*results.toll, *results.table):
+        if figure.goal is not None and figure.reached is not True:
+            missed.setdefault(figure.id, []).append(figure.what)
 
     def sentence(match: re.Match[str]) -> str:
-        figure = missed.get(match[1])
-        return f"- **{figure.what}**: {match[2]}\n" if figure else ""
+        return f"- **{'; '.join(missed[match[1]])}**: {match[2]}\n" if match[1] in missed else ""
 
     parts = {
+        "expected": render_expected(results),
+        "toll": render_table(results.toll),
+        "counts": "\n".join(f"- {line}" for line in results.counts),
         "table": render_table(results.table),
         "table_run": _render_run(results.table_run),
         "growth": render_growth(results.growth),
@@ -58,11 +63,33 @@ def render_table(figures: Sequence[Figure]) -> str:
     """One line for each figure."""
     if not figures:
         return NOT_MEASURED
-    rows = [["what", "median (lowest to highest)", "goal", "", "in figures of this machine"]]
+    rows = [["what", "median (quartiles)", "goal", "", "in figures of this machine"]]
     for figure in figures:
         mark = {True: "reached", False: "not reached", None: "failed" if figure.failed else ""}[figure.reached]
         rows.append([figure.what, figure.spread(), figure.target(), mark, figure.note])
     return _markdown(rows)
+
+
+def render_expected(results: Results) -> str:
+    """What a reader can expect: how many, how long, how many cores, how many bytes."""
+    if not results.expected:
+        return NOT_MEASURED
+    processes = list(results.expected[0].cores)
+    rows = [["", "assigns a second (quartiles)", "p50", "p99", *(f"cores of {name}" for name in processes)]]
+    for one in results.expected:
+        low, median, high = statistics.quantiles(one.rates, n=4, method="inclusive")
+        rate = f"{median:,.0f} ({low:,.0f} to {high:,.0f})"
+        cores = [f"{one.cores[name]:.3f}" for name in processes]
+        rows.append(
+            [f"`ack = {one.name.replace(',', '`,')}", rate, f"{one.p50_ms:.1f} ms", f"{one.p99_ms:.1f} ms", *cores]
+        )
+    sizes = results.sizes
+    kept = (
+        f"A coupon takes {sizes['coupon']:.0f} bytes in Redis and {sizes['ledger coupon']:.0f} in Postgres, its event"
+        f" {sizes['ledger event']:.0f} in Postgres; the record of an Idempotency-Key {sizes['record']:.0f} bytes in Redis,"
+        " for 24 hours."
+    )
+    return f"{_markdown(rows)}\n\n{kept}"
 
 
 def render_growth(tables: Sequence[GrowthTable]) -> str:

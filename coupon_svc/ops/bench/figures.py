@@ -14,15 +14,17 @@ class BenchError(CouponError):
     """Something could not be measured; the message says what and why."""
 
 
+MEASURABLE = 0.15
+"""How far apart the quartiles of a figure may be, as part of its median."""
+
+
 class Figure(msgspec.Struct, kw_only=True):
-    """One line of the table. Its samples are ratios, but for `unit`s that say otherwise."""
+    """One line of a table. Its samples are ratios, one a round."""
 
     id: str
     """names the line for `benchmarks.template.md`"""
     what: str
     samples: list[float] = []
-    unit: str = ""
-    """of the samples: "" is a ratio, else "ms" """
     goal: float | None = None
     less_is_better: bool = False
     failed: str | None = None
@@ -42,18 +44,31 @@ class Figure(msgspec.Struct, kw_only=True):
         return self.median <= self.goal if self.less_is_better else self.median >= self.goal
 
     def spread(self) -> str:
-        """The median, and the lowest and the highest sample."""
+        """The median and the quartiles; `not measurable here` where these are further apart than 15 % of the median."""
         if self.failed is not None or not self.samples:
             return f"failed: {self.failed or 'no sample'}"
-        low, mid, high = (self._text(x) for x in (min(self.samples), self.median, max(self.samples)))
-        return f"{mid} ({low} to {high}) {self.unit}".rstrip()
+        low, high = self.median, self.median
+        if len(self.samples) > 1:
+            low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        text = f"{self.median:.2f} ({low:.2f} to {high:.2f})"
+        return f"{text}, not measurable here" if high - low > MEASURABLE * self.median else text
 
     def target(self) -> str:
         """The goal, as text."""
-        return "–" if self.goal is None else f"{self.goal:g} {self.unit}".rstrip()
+        return "–" if self.goal is None else f"{self.goal:g}"
 
-    def _text(self, value: float) -> str:
-        return f"{value:.1f}" if self.unit else f"{value:.2f}"
+
+class Expectation(msgspec.Struct, kw_only=True):
+    """What a reader can expect of one ack and number of books."""
+
+    name: str
+    rates: list[float]
+    """assigns a second, of each turn, when 64 connections ask as fast as they are answered"""
+    cores: dict[str, float]
+    """that a thousand assigns a second take, by process"""
+    p50_ms: float
+    p99_ms: float
+    """at a stated rate"""
 
 
 class GrowthRow(msgspec.Struct, kw_only=True):
@@ -88,6 +103,12 @@ class Run(msgspec.Struct, kw_only=True):
 class Results(msgspec.Struct, kw_only=True):
     """Everything that stands in docs/benchmarks.md, and every sample behind it: docs/benchmarks.json."""
 
+    expected: list[Expectation] = []
+    sizes: dict[str, float] = {}
+    """bytes, by what they are for"""
+    toll: list[Figure] = []
+    counts: list[str] = []
+    """what the stores counted, a sentence for each ack and number of books"""
     table_run: Run | None = None
     table: list[Figure] = []
     growth_run: Run | None = None

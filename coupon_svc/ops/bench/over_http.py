@@ -1,4 +1,4 @@
-"""Assign, lock and redeem over HTTP against the echo and against Postgres alone, and what the processes take for it."""
+"""Assign over HTTP against Postgres alone, lock and redeem against the echo, and how long an assign takes under load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from coupon_svc.ops.bench import postgres_only
 from coupon_svc.ops.bench.figures import BenchError, Figure, rate_text, ratios
 from coupon_svc.ops.bench.requests import NextRequest, Pairs, Requests
 from coupon_svc.ops.bench.stand import Process, Stand
-from coupon_svc.ops.bench.tail import echo_tail, measure_tail
+from coupon_svc.ops.bench.tail import measure_tails
 from coupon_svc.ops.bench.turns import Ledger, Turn, open_ledger, take_turn
 
 _POSTGRES_RATE_ASSUMED_MAX = 5_000
@@ -25,21 +25,20 @@ GROW_LEASE_S = 2.5
 what the first seconds of a sale see, too, and what a longer one does not."""
 
 ACKS = ("redis", "ledger")
-KINDS = (("plain", False), ("keyed", True))
-"""Without and with an Idempotency-Key."""
 
 
 class HttpPlan(msgspec.Struct, frozen=True):
-    """How long it takes: `rounds` of about 13 turns, then `tail_rounds` of two turns in the open loop."""
+    """How long it takes: `rounds` of six turns, then `tail_rounds` of three turns in the open loop. All requests have an
+    Idempotency-Key."""
 
-    rounds: int = 7
-    seconds: float = 2.5
+    rounds: int = 11
+    seconds: float = 2.0
     tail_rounds: int = 3
     tail_seconds: float = 6.0
 
     @property
     def codes_postgres(self) -> int:
-        return int((WARM_UP_S + 2 * self.rounds * self.seconds) * _POSTGRES_RATE_ASSUMED_MAX)
+        return int((WARM_UP_S + self.rounds * self.seconds) * _POSTGRES_RATE_ASSUMED_MAX)
 
 
 class _Book(msgspec.Struct):
@@ -63,8 +62,8 @@ class _Parts(msgspec.Struct):
     coupons: list[bytes] = []
     """answers of assigns whose coupon was not redeemed yet"""
 
-    def assign(self, ack: str, *, with_key: bool) -> NextRequest:
-        return self.requests.assign(self.books[ack].book_id, with_key=with_key)
+    def assign(self, ack: str) -> NextRequest:
+        return self.requests.assign(self.books[ack].book_id, with_key=True)
 
     def top_up(self, seconds: float) -> None:
         """Let the books last for so many seconds more of turns."""
@@ -80,8 +79,7 @@ class _Rounds:
 
     def __init__(self) -> None:
         self.turns: dict[str, list[Turn]] = {}
-        self.echoes: dict[str, list[float]] = {}
-        self.echo_cpu: dict[str, list[float]] = {}
+        self.echoes: list[float] = []
         self.failed: dict[str, str] = {}
         self.load_shares: list[float] = []
 
@@ -94,12 +92,6 @@ class _Rounds:
 
     def fail(self, name: str, why: str) -> None:
         self.failed.setdefault(name, why)
-
-    def take_echoes(self, names: list[str], before: Turn, after: Turn) -> None:
-        """The echo before and the one after what was measured between them: their mean is what it is held against."""
-        for name in names:
-            self.echoes.setdefault(name, []).append((before.rate + after.rate) / 2)
-            self.echo_cpu.setdefault(name, []).append((before.cpu_us + after.cpu_us) / 2)
 
     def rates(self, name: str) -> list[float]:
         return [turn.rate for turn in self.turns.get(name, [])]
@@ -133,28 +125,25 @@ async def _measure(parts: _Parts, plan: HttpPlan, say: Callable[[str], None]) ->
     try:
         await _warm_up(parts, ledger)
         for number in range(1, plan.rounds + 1):
-            parts.top_up(2 * plan.seconds)
+            parts.top_up(plan.seconds)
             await _round(parts, plan, ledger, rounds)
             say(f"round {number} of {plan.rounds}: {_summary(rounds)}")
         figures = _figures(rounds)
         parts.top_up(plan.tail_rounds * plan.tail_seconds)
-        echo, rate = parts.requests.echo(), statistics.median_high(rounds.echoes["redis keyed"])
-        beside = await echo_tail(parts.echo, echo, rate, plan.tail_rounds, plan.tail_seconds)
-        say(beside)
-        for ack in ACKS:
-            figures.append(
-                await measure_tail(
-                    parts.api,
-                    parts.assign(ack, with_key=True),
-                    ack,
-                    statistics.median_high(rounds.rates(f"{ack} keyed")),
-                    plan.tail_rounds,
-                    plan.tail_seconds,
-                    ledger,
-                    beside,
-                    say,
-                )
-            )
+        highest = {"echo": statistics.median_high(rounds.echoes)}
+        highest |= {ack: statistics.median_high(rounds.rates(ack)) for ack in ACKS}
+        makers = {ack: parts.assign(ack) for ack in ACKS}
+        figures += await measure_tails(
+            parts.api,
+            parts.echo,
+            makers,
+            parts.requests.echo(),
+            highest,
+            plan.tail_rounds,
+            plan.tail_seconds,
+            ledger,
+            say,
+        )
         return figures, rounds.load_shares
     finally:
         await ledger.close()
@@ -165,14 +154,14 @@ async def _warm_up(parts: _Parts, ledger: Ledger) -> None:
     api, requests = parts.api, parts.requests
     await take_turn(parts.echo.port, parts.echo.pid, requests.echo(), WARM_UP_S, None)
     for ack, book in parts.books.items():
-        turn = await take_turn(api.port, api.pid, parts.assign(ack, with_key=True), GROW_LEASE_S, ledger)
+        turn = await take_turn(api.port, api.pid, parts.assign(ack), GROW_LEASE_S, ledger)
         book.left, book.highest = book.left - turn.good, turn.rate
     request = requests.assign(postgres_only.BOOK_ID, with_key=True)
     await take_turn(parts.postgres.port, parts.postgres.pid, request, WARM_UP_S, None)
 
 
 async def _round(parts: _Parts, plan: HttpPlan, ledger: Ledger, rounds: _Rounds) -> None:
-    """Echo, a pair of turns, echo, the next pair, …, echo."""
+    """Each ack, Postgres alone, echo, pairs, echo."""
 
     async def echo() -> Turn:
         turn = await take_turn(parts.echo.port, parts.echo.pid, parts.requests.echo(), plan.seconds, None)
@@ -181,41 +170,29 @@ async def _round(parts: _Parts, plan: HttpPlan, ledger: Ledger, rounds: _Rounds)
             raise BenchError(f"the echo itself did not answer: {dict(turn.bad)}")
         return turn
 
-    before = await echo()
     for ack, book in parts.books.items():
-        for kind, with_key in KINDS:
-            request, keep = parts.assign(ack, with_key=with_key), parts.coupons.append
-            turn = await take_turn(parts.api.port, parts.api.pid, request, plan.seconds, ledger, on_good=keep)
-            rounds.take(f"{ack} {kind}", turn)
-            book.left, book.highest = book.left - turn.good, max(book.highest, turn.rate)
-        after = await echo()
-        rounds.take_echoes([f"{ack} plain", f"{ack} keyed"], before, after)
-        before = after
-    for kind, with_key in KINDS:
-        request = parts.requests.assign(postgres_only.BOOK_ID, with_key=with_key)
-        rounds.take(
-            f"postgres {kind}", await take_turn(parts.postgres.port, parts.postgres.pid, request, plan.seconds, None)
-        )
+        keep = parts.coupons.append
+        turn = await take_turn(parts.api.port, parts.api.pid, parts.assign(ack), plan.seconds, ledger, on_good=keep)
+        rounds.take(ack, turn)
+        book.left, book.highest = book.left - turn.good, max(book.highest, turn.rate)
+    alone = parts.requests.assign(postgres_only.BOOK_ID, with_key=True)
+    rounds.take("postgres", await take_turn(parts.postgres.port, parts.postgres.pid, alone, plan.seconds, None))
     before = await echo()
-    for kind, with_key in KINDS:
-        pairs = Pairs(parts.requests, parts.coupons, with_key=with_key)
-        await _pairs(f"pair {kind}", parts, plan, ledger, rounds, pairs)
-    rounds.take_echoes(["pair plain", "pair keyed"], before, await echo())
-
-
-async def _pairs(name: str, parts: _Parts, plan: HttpPlan, ledger: Ledger, rounds: _Rounds, pairs: Pairs) -> None:
+    pairs = Pairs(parts.requests, parts.coupons, with_key=True)
     turn = await take_turn(
         parts.api.port, parts.api.pid, pairs.next_request, plan.seconds, ledger, on_good=pairs.take_answer
     )
     if pairs.ran_out:
-        rounds.fail(name, "there were not enough coupons to lock")
+        rounds.fail("pair", "there were not enough coupons to lock")
     turn.good = pairs.redeemed  # pairs, not answers
-    rounds.take(name, turn)
+    rounds.take("pair", turn)
+    after = await echo()
+    rounds.echoes.append((before.rate + after.rate) / 2)
 
 
 def _summary(rounds: _Rounds) -> str:
-    parts = [f"{name} {turns[-1].rate:,.0f}/s" for name, turns in rounds.turns.items() if name.endswith("keyed")]
-    return ", ".join([f"echo {rounds.echoes['pair keyed'][-1]:,.0f}/s", *parts])
+    parts = [f"{name} {turns[-1].rate:,.0f}/s" for name, turns in rounds.turns.items()]
+    return ", ".join([f"echo {rounds.echoes[-1]:,.0f}/s", *parts])
 
 
 def _figures(rounds: _Rounds) -> list[Figure]:
@@ -226,33 +203,16 @@ def _figures(rounds: _Rounds) -> list[Figure]:
         figure.failed = next((rounds.failed[name] for name in names if name in rounds.failed), None)
         figures.append(figure)
 
-    kinds = (("keyed", "with an Idempotency-Key"), ("plain", "without one"))
-    for ack, goal in (("redis", 0.8), ("ledger", 0.7)):
-        for kind, words in kinds:
-            name = f"{ack} {kind}"
-            note = f"{rate_text(rounds.rates(name))} against {rate_text(rounds.echoes[name])}"
-            what = f"assign over HTTP, `ack = {ack}`, {words}, against the echo; the backlog drained"
-            figure = Figure(id=f"assign_{ack}_{kind}", what=what, goal=goal, note=note)
-            add([name], ratios(rounds.rates(name), rounds.echoes[name]), figure)
-    for ack, goal in (("ledger", 6.0), ("redis", 8.0)):
-        for kind, words in kinds:
-            name, other = f"{ack} {kind}", f"postgres {kind}"
-            note = f"{rate_text(rounds.rates(name))} against {rate_text(rounds.rates(other))}"
-            what = f"assign over HTTP, `ack = {ack}`, {words}, against Postgres alone"
-            figure = Figure(id=f"postgres_{ack}_{kind}", what=what, goal=goal, note=note)
-            add([name, other], ratios(rounds.rates(name), rounds.rates(other)), figure)
-    for kind, words in kinds:
-        name = f"pair {kind}"
-        note = f"{rate_text(rounds.rates(name))} pairs"
-        what = f"lock + redeem, {words}, against two echoes; the backlog drained"
-        figure = Figure(id=f"pair_{kind}", what=what, goal=0.5, note=note)
-        add([name], [2 * ratio for ratio in ratios(rounds.rates(name), rounds.echoes[name])], figure)
-    for ack in ACKS:
-        for kind, words in kinds:
-            name = f"{ack} {kind}"
-            cpu = [turn.cpu_us for turn in rounds.turns[name]]
-            middle = statistics.median_high(cpu)
-            what = f"processor time of the API process per assign, `ack = {ack}`, {words}, against the echo's"
-            figure = Figure(id=f"cpu_{ack}_{kind}", what=what, goal=1.1, less_is_better=True, note=f"{middle:.0f} µs")
-            add([name], ratios(cpu, rounds.echo_cpu[name]), figure)
+    for ack, goal in (("ledger", 3.0), ("redis", 4.0)):
+        note = f"{rate_text(rounds.rates(ack))} against {rate_text(rounds.rates('postgres'))}"
+        what = f"assigns a second, `ack = {ack}`, against Postgres alone; the backlog drained"
+        figure = Figure(id=f"postgres_{ack}", what=what, goal=goal, note=note)
+        add([ack, "postgres"], ratios(rounds.rates(ack), rounds.rates("postgres")), figure)
+    figure = Figure(
+        id="pair",
+        what="lock + redeem, against two echoes; the backlog drained",
+        goal=0.5,
+        note=f"{rate_text(rounds.rates('pair'))} pairs",
+    )
+    add(["pair"], [2 * ratio for ratio in ratios(rounds.rates("pair"), rounds.echoes)], figure)
     return figures

@@ -15,7 +15,7 @@ _MANY_COUPONS = """
     SELECT '{book}', 0, tenant_id, 'bench', 1, 120, 'ledger', '{{}}', 0, {codes}, {codes}, {codes}, true, 1 FROM tenants;
     INSERT INTO codes SELECT tenant_id, 'C-' || i, '{book}', i FROM tenants, generate_series(1, {codes}) i;
     INSERT INTO coupons SELECT '{book}', 'C-' || i, 'user-' || i, 1795357061878, 0, 1, i FROM generate_series(1, {codes}) i;
-    INSERT INTO events SELECT 0, 1, i, 'coupon_assigned', '{book}', 'C-' || i, 'user-' || i, 1795357061878
+    INSERT INTO old_events SELECT 0, 1, i, 'coupon_assigned', '{book}', 'C-' || i, 'user-' || i, 1795357061878
         FROM generate_series(1, {codes}) i;
     UPDATE shards SET epoch = 1, certified_epoch = 1, committed = {codes} WHERE shard = 0;
 """

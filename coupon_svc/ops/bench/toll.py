@@ -9,10 +9,11 @@ import msgspec
 import uvloop
 
 from coupon_svc.load.processes import cpu_s
-from coupon_svc.ops.bench.figures import BenchError, Figure
+from coupon_svc.ops.bench.figures import BenchError, Expectation, Figure
 from coupon_svc.ops.bench.over_http import GROW_LEASE_S
 from coupon_svc.ops.bench.requests import NextRequest, Requests
 from coupon_svc.ops.bench.stand import Process, Stand
+from coupon_svc.ops.bench.tail import open_loop, percentile_ms
 from coupon_svc.ops.bench.turns import Ledger, Turn, open_ledger, take_turn
 from coupon_svc.postgres.database import LedgerConnection, open_connection
 from coupon_svc.redis.connection import Connection, connect
@@ -24,6 +25,9 @@ GOALS = {
 }
 RATE_GOALS = {"redis": 0.8, "ledger": 0.7}
 _RATE_ASSUMED_MAX = 9_000
+STATED_RATE = 500
+"""Assigns a second at which a reader is told how long one takes: about a fifth of what two cores allow."""
+STATED_S = 10.0
 
 
 class TollPlan(msgspec.Struct, frozen=True):
@@ -57,6 +61,17 @@ class Tolls(msgspec.Struct, kw_only=True):
     echo: list[TollTurn] = []
     assigns: dict[str, list[TollTurn]] = {}
     """By a name as `ledger, 64 books`."""
+    latencies: dict[str, list[float]] = {}
+    """Seconds that each assign took at STATED_RATE, by the same name."""
+    ledger_bytes: dict[str, float] = {}
+    """What Postgres keeps on disk for each assign, in its tables with their indexes."""
+
+
+_SIZES = """
+SELECT 'coupon', pg_total_relation_size('coupons')::float8 / count(*) FROM coupons
+UNION ALL
+SELECT 'event', (SELECT sum(pg_total_relation_size(relid)) FROM pg_partition_tree('entries'))::float8 / sum(n) FROM entries
+"""
 
 
 class _Meter:
@@ -138,6 +153,12 @@ async def _measure(
                 taken = await take(served["api"], make, ledger, meter, plan.seconds)
                 tolls.assigns.setdefault(name, []).append(taken)
             say(f"round {number} of {plan.rounds}: echo {tolls.echo[-1].turn.rate:,.0f}/s, {_last_rates(tolls)}")
+        for name, make in makers.items():
+            tolls.latencies[name], bad = await open_loop(served["api"].port, make, STATED_RATE, STATED_S)
+            if bad:
+                raise BenchError(f"not all answers were good: {dict(bad)}")
+        for table, size in await looking.fetch(_SIZES):
+            tolls.ledger_bytes[table] = size
         return tolls
     finally:
         redis.abort()
@@ -166,21 +187,40 @@ def toll_figures(tolls: Tolls) -> list[Figure]:
             what = f"{process}, `ack = {ack}`, {name.partition(', ')[2]}"
             figures.append(
                 Figure(
-                    id=f"toll_{process}_{name}", what=what, samples=samples, goal=goal, less_is_better=True, note=note
+                    id=f"toll_{process.lower()}_{ack}",
+                    what=what,
+                    samples=samples,
+                    goal=goal,
+                    less_is_better=True,
+                    note=note,
                 )
             )
         rates = [turn.turn.rate / echo.turn.rate for turn, echo in zip(turns, tolls.echo, strict=True)]
         note = f"{statistics.median(turn.turn.rate for turn in turns):,.0f} assigns a second"
         figures.append(
             Figure(
-                id=f"toll_rate_{name}",
-                what=f"assigns to echoes, `ack = {ack}`, {name.partition(', ')[2]}",
+                id=f"toll_rate_{ack}",
+                what=f"assigns a second, against echoes, `ack = {ack}`, {name.partition(', ')[2]}",
                 samples=rates,
                 goal=RATE_GOALS[ack],
                 note=note,
             )
         )
     return figures
+
+
+def expectations(tolls: Tolls) -> list[Expectation]:
+    """A line for each ack and number of books."""
+    return [
+        Expectation(
+            name=name,
+            rates=[turn.turn.rate for turn in turns],
+            cores={process: statistics.median(turn.cores(process) for turn in turns) for process in PROCESSES},
+            p50_ms=percentile_ms(tolls.latencies[name], 0.5),
+            p99_ms=percentile_ms(tolls.latencies[name], 0.99),
+        )
+        for name, turns in tolls.assigns.items()
+    ]
 
 
 def counts(tolls: Tolls) -> list[str]:
@@ -196,10 +236,3 @@ def counts(tolls: Tolls) -> list[str]:
             " an event"
         )
     return lines
-
-
-def quartiles(figure: Figure) -> str:
-    """Median and quartiles; `not measurable here` where they are further apart than 15 % of the median."""
-    low, median, high = statistics.quantiles(figure.samples, n=4) if len(figure.samples) > 1 else 3 * figure.samples
-    text = f"{median:.2f} ({low:.2f} to {high:.2f})"
-    return f"{text}, not measurable here" if high - low > 0.15 * median else text

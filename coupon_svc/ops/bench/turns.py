@@ -62,6 +62,14 @@ class Ledger:
                 raise BenchError(f"the ledger had not caught up after {DRAIN_TIMEOUT_S:.0f} s")
             await asyncio.sleep(_POLL_S)
 
+    async def commits(self) -> int:
+        """Transactions that Postgres has committed so far."""
+        row = await self._connection.fetchrow(
+            "SELECT pg_stat_clear_snapshot(), (SELECT sum(xact_commit) FROM pg_stat_database)::bigint AS commits"
+        )
+        assert row is not None
+        return int(row["commits"])
+
     async def close(self) -> None:
         await self._connection.close()
         self._redis.abort()
