@@ -176,6 +176,20 @@ async def test_a_restart_does_not_look_at_every_code_that_was_ever_lent(bench: B
     assert await bench.redis.hget(ShardKeys(0, SHARDS).book(book_id), "redeemed") == "7", "Redis was kept"
 
 
+@pytest.mark.parametrize(("tip", "kept"), [("t1", True), ("another", False)])
+async def test_a_redis_of_another_history_that_has_come_as_far_is_not_kept(bench: Bench, tip: str, kept: bool) -> None:
+    """Its counts agree, and its stream says nothing any more."""
+    book_id = await bench.book("K", held=1)
+    await bench.ledger.execute("UPDATE shards SET rebuild = true WHERE shard = 0")
+    owned, keys = await bench.recover(), ShardKeys(0, SHARDS)
+    await bench.ledger.execute("UPDATE shards SET committed = 1, tip = 't1' WHERE shard = 0")
+    await bench.redis.hset(keys.meta, mapping={"seq": 1, "committed": 1, "tip": tip})
+    await bench.redis.hset(keys.holders(book_id), "K-1", f"{owned.epoch}-1 0 1 thief")
+    await bench.recover()
+    holder = await bench.redis.hget(keys.holders(book_id), "K-1")
+    assert holder.endswith(" thief") is kept
+
+
 async def test_the_codes_that_are_lent_and_not_assigned_are_found_wherever_they_stand(bench: Bench) -> None:
     """One accounted for before and named, one behind that, one lent alone that was brought, one that was not."""
     book_id = await bench.book("B", held=3, free=2)

@@ -16,13 +16,14 @@ from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.ops.history import Head, walk_history
 from coupon_svc.ops.verify import LEDGER_CHECKS
-from coupon_svc.postgres.events import DeadLetter, commit_batches
+from coupon_svc.postgres.events import Batch, DeadLetter, commit_batches
+from coupon_svc.postgres.marks import Mark
 from coupon_svc.postgres.migrations import migrate
 from coupon_svc.postgres.quarantine import redeem_receipt
-from coupon_svc.postgres.recovery import begin_epoch, drain, mark_certified, note_late
+from coupon_svc.postgres.recovery import begin_epoch, drain, idempotent_events, mark_certified, note_late
 from coupon_svc.postgres.shards import owned_shards
 from coupon_svc.resources import resource_folder
-from tests.entries import batch_of
+from tests.entries import batch_of, entry_of
 from tests.harness import Stack, fresh_database, until
 
 OWNER = "wr_me"
@@ -159,6 +160,50 @@ async def test_the_chain_goes_on_over_a_recovery_that_finds_holes_and_poison(led
     await write(ledger, [assigned(1, 2)._replace(code="CODE-99")])
     history = await walk_history(ledger, 0)
     assert (history.findings, history.head.position) == ([], "00:2-1")
+
+
+async def test_a_recovery_that_finds_poison_keeps_the_keys_of_the_other_events(ledger: asyncpg.Connection) -> None:
+    """Else a rebuild would not restore their records, and the same Idempotency-Key have a second effect."""
+    (owned,) = await owned_shards(ledger, OWNER)
+    begun = await begin_epoch(ledger, OWNER, owned)
+    events = [assigned(9), assigned(10)._replace(user_id="nul \0")]
+    found = Batch(0, 1, 0, 8, 10, [entry_of(*events, after=owned.tip, tip="t10")], events)
+    assert await drain(ledger, OWNER, begun, found) == 10
+    assert await ledger.fetchval("SELECT user_id FROM coupons WHERE code = 'CODE-9'") == "ann"
+    page = await idempotent_events(ledger, 0, Mark(1, 8), 0)
+    assert [(event.seq, event.idem) for event in page.events] == [(9, "key-9")]
+
+
+async def test_a_note_of_a_dead_letter_is_no_row_of_the_chain(ledger: asyncpg.Connection) -> None:
+    """Wherever it stands: before the first entry, at its beginning or its end."""
+    (owned,) = await owned_shards(ledger, OWNER)
+    begun = await begin_epoch(ledger, OWNER, owned)
+    await ledger.execute("TRUNCATE entries, dead_letters, coupons, redemptions; UPDATE epochs SET seq = 0, tip = ''")
+    await ledger.execute("UPDATE shards SET chain = decode(repeat('00', 32), 'hex')")
+    events = [assigned(3)._replace(user_id="nul \0"), assigned(4), assigned(5)._replace(user_id="nul \0")]
+    found = Batch(0, 1, 0, 2, 5, [entry_of(*events, after="lost", tip="t5")], events)
+    assert await drain(ledger, OWNER, begun, found) == 5
+    assert await ledger.fetchval("SELECT count(*) FROM dead_letters WHERE seq IN (1, 2, 3, 5)") == 4
+    history = await walk_history(ledger, 0)
+    assert (history.findings, history.head.unhashed) == ([], 0)
+    for what, statement in LEDGER_CHECKS.items():
+        if "position" in what or "entry" in what:
+            assert await ledger.fetchval(statement, 0) == 0, what
+
+
+async def test_the_end_of_an_epoch_that_is_over_is_compared_with_its_entries(ledger: asyncpg.Connection) -> None:
+    check = LEDGER_CHECKS["the ledger's position is not where its events end"]
+    (owned,) = await owned_shards(ledger, OWNER)
+    await begin_epoch(ledger, OWNER, owned)
+    assert await ledger.fetchval(check, 0) == 0
+    for edit in ("seq = seq + 1", "tip = 'another'"):
+        async with ledger.transaction():
+            await ledger.execute(f"UPDATE epochs SET {edit} WHERE epoch = 1")
+            assert await ledger.fetchval(check, 0) == 1
+            await ledger.execute(
+                "UPDATE epochs SET seq = 8, tip = (SELECT tip FROM entries WHERE seq = 8) WHERE epoch = 1"
+            )
+            assert await ledger.fetchval(check, 0) == 0
 
 
 async def test_a_receipt_for_a_dead_letter_leaves_it_in_the_chain(ledger: asyncpg.Connection) -> None:

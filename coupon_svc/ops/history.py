@@ -31,11 +31,12 @@ _EVENTS = f"""
                        AND (l.shard, l.epoch, l.seq) = (e.shard, e.epoch, e.seq)) ELSE false END AS late
     FROM old_events e WHERE shard = $1 ORDER BY epoch, seq
 """
-# Since there are entries, dead letters are notes, and no rows of the chain.
+# Since there are entries, dead letters are notes, and no rows of the chain. Only the time tells them from those that were
+# written before there was a chain.
 _DEAD_LETTERS = """
     SELECT seq, fields, reason, book_id, code, epoch, chain, false AS late
-    FROM dead_letters d WHERE shard = $1 AND (chain IS NOT NULL OR NOT EXISTS (
-        SELECT FROM entries e WHERE e.shard = $1 AND (e.epoch, e.seq - e.n) < (d.epoch, d.seq)))
+    FROM dead_letters WHERE shard = $1 AND (
+        chain IS NOT NULL OR at < (SELECT at FROM schema_migrations WHERE name = '0012_entries'))
     ORDER BY epoch, seq
 """
 _ENTRIES = f"""

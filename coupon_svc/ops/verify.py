@@ -66,10 +66,16 @@ LEDGER_CHECKS = {
             OR (l.chain IS NOT NULL AND (e.uses, e.reference, e.metadata, e.idem, e.fingerprint)
                 IS DISTINCT FROM (l.uses, l.reference, l.metadata, l.idem, l.fingerprint)))""",
     "the ledger's position is not where its events end": """
-        SELECT count(*) FROM shards WHERE shard = $1 AND committed <> coalesce(greatest(
-            (SELECT max(seq) FROM entries e WHERE e.shard = $1 AND e.epoch = shards.epoch),
-            (SELECT max(seq) FROM old_events e WHERE e.shard = $1 AND e.epoch = shards.epoch),
-            (SELECT max(seq) FROM dead_letters d WHERE d.shard = $1 AND d.epoch = shards.epoch)), 0)""",
+        SELECT count(*) FROM (SELECT epoch, committed AS seq, tip FROM shards WHERE shard = $1
+                              UNION ALL SELECT epoch, seq, tip FROM epochs WHERE shard = $1) ends
+        LEFT JOIN LATERAL (SELECT seq, tip FROM entries e WHERE e.shard = $1 AND e.epoch = ends.epoch
+                           ORDER BY seq DESC LIMIT 1) last_entry ON true
+        WHERE ends.seq <> coalesce(greatest(last_entry.seq,
+            (SELECT max(seq) FROM old_events o WHERE o.shard = $1 AND o.epoch = ends.epoch AND (
+                chain IS NOT NULL OR NOT EXISTS (SELECT FROM late_events l WHERE recorded
+                                                 AND (l.shard, l.epoch, l.seq) = (o.shard, o.epoch, o.seq)))),
+            (SELECT max(seq) FROM dead_letters d WHERE d.shard = $1 AND d.epoch = ends.epoch)), 0)
+        OR (last_entry.seq = ends.seq AND ends.tip <> last_entry.tip)""",
     "a code was assigned twice, or its coupon is not what its event says": """
         SELECT count(*) FROM (SELECT * FROM events WHERE shard = $1 AND event = 'coupon_assigned') e
         FULL JOIN (SELECT coupons.* FROM coupons JOIN books USING (book_id) WHERE shard = $1) c

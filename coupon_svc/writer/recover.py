@@ -142,7 +142,10 @@ class Recoverer:
         dead = await _step(connection, recovery.first_dead_letter(connection, shard, live))
         if live:  # whoever still waits in that epoch is answered, up to what the ledger could not take
             await self._store.tell_position(shard, live, reached if dead is None else min(reached, dead - 1))
-        stands = live > 0 and meta.epoch == live and meta.seq == reached and dead is None
+        _, tip = await _step(connection, recovery.end_of_epoch(connection, shard, live))
+        # With another tip it is another history that has come as far. Of what an older version made no tip is known.
+        same = tip is None or (meta.tip or "") == tip
+        stands = live > 0 and meta.epoch == live and meta.seq == reached and same and dead is None
         return reached, stands
 
     async def _stream_after(self, shard: int, epoch: int, seq: int) -> list[StreamEntry]:
