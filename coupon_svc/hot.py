@@ -15,10 +15,14 @@ from functools import partial
 from types import coroutine
 from typing import Any, Generic, TypeVar
 
-from coupon_svc.domain.errors import error_location
+from coupon_svc.domain.errors import CouponError, error_location
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+class Withdrawn(CouponError):
+    """Nobody wants a value any more, and nothing was done for it yet."""
 
 
 class Slot(Generic[T]):
@@ -28,9 +32,11 @@ class Slot(Generic[T]):
     and then the coroutine goes on in the loop's next turn.
     """
 
-    __slots__ = ("_asyncio_future_blocking", "_done", "_error", "_resume", "_value")
+    __slots__ = ("_asyncio_future_blocking", "_done", "_error", "_resume", "_value", "withdrawable")
 
     def __init__(self) -> None:
+        self.withdrawable = False
+        """Whether `Driven.withdraw` may end the wait. Whoever makes the slot says so, and only while nothing was done."""
         self._done = False
         self._error: BaseException | None = None
         self._resume: Callable[[], object] | None = None
@@ -157,6 +163,12 @@ class Driven(Generic[T]):
                 self._waits_for = None
                 self._task = asyncio.create_task(_Rest(self._coroutine, waits_for))
                 self._task.add_done_callback(self._on_task_done)
+
+    def withdraw(self) -> None:
+        """Raise Withdrawn in the coroutine now, if it waits for a slot that is withdrawable. Else do nothing."""
+        waits_for = self._waits_for
+        if waits_for is not None and waits_for.withdrawable:
+            waits_for.set_exception(Withdrawn())
 
     def cancel(self, msg: str | None = None) -> None:
         """Raise CancelledError in the coroutine, in the loop's next turn: whoever cancels may be iterating over what its end

@@ -52,6 +52,9 @@ STOP_BODY_S = 2.0
 """How long a body may still take when the server stops: well below uvicorn's own limit for requests under way."""
 LINGER_S = 1.0
 """How long a connection is drained after its last response."""
+HALF_CLOSED_WAIT_S = 0.1
+"""How long a request whose caller has closed may wait to be sent to Redis. Whoever hangs up and whoever half-closes look
+alike, and the second still wants the response."""
 _NOTHING, _HEAD, _BODY = range(3)
 """What the parser is reading."""
 
@@ -165,6 +168,7 @@ class CouponProtocol(HttpToolsProtocol):
         if cycle is None or cycle.response_complete or cycle.more_body:
             return None
         cycle.keep_alive = False
+        self.loop.call_later(HALF_CLOSED_WAIT_S, self._withdraw)
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -173,6 +177,13 @@ class CouponProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
         self._ended = True
+        self._withdraw()
+
+    def _withdraw(self) -> None:
+        """The caller is gone: nothing is done for its request if nothing was done yet."""
+        cycle = self.cycle
+        if type(cycle) is _HotCycle and not cycle.response_complete and cycle.driven is not None:
+            cycle.driven.withdraw()
 
     # --- from the parser
 

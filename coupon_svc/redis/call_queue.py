@@ -36,6 +36,7 @@ class PendingOperation:
         self.deadline = deadline
         """When it must have been sent, by the loop's clock."""
         self.reply: Slot[Reply] = Slot()
+        self.reply.withdrawable = True
         self.epoch = 0
         """In which it was sent; 0 before."""
 

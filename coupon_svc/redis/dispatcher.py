@@ -18,6 +18,7 @@ import hiredis
 from coupon_svc.domain.errors import error_location
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.hot import Withdrawn
 from coupon_svc.redis.call_queue import CallQueue, PendingOperation
 from coupon_svc.redis.calls import Entry, KeyTable, Section, bind_operation, call_command, open_section
 from coupon_svc.redis.connection import Connection
@@ -101,7 +102,7 @@ class Dispatcher:
         """Shard -> where it was in the last reply on the connection `_answered_by`."""
 
     async def run(self, name: str, view: ShardView, parameters: dict[str, Any]) -> Reply:
-        """The reply of one operation. Raises Refused, as `DataPlane.call`."""
+        """The reply of one operation. Raises Refused, as `DataPlane.call`; store_unavailable for one that was withdrawn."""
         if self._plane.connection() is None:
             raise Refused(Outcome.STORE_UNAVAILABLE)
         if view.state is not ViewState.OPEN:
@@ -118,6 +119,9 @@ class Dispatcher:
         except asyncio.CancelledError:
             lane.queue.remove(pending)
             raise
+        except Withdrawn:
+            lane.queue.remove(pending)
+            raise Refused(Outcome.STORE_UNAVAILABLE) from None
         if pending.epoch != view.epoch:  # it was over before we came to read the reply, which says nothing any more
             raise Refused(Outcome.RECOVERING if lane.call_class is CallClass.READ else Outcome.OUTCOME_UNKNOWN)
         return reply
@@ -320,6 +324,7 @@ def _pack(sha: str, operations: Sequence[PendingOperation]) -> tuple[list[_Sent]
         section[1].operations.append(pending.operation.pack(keys, view.keys.prefix, **pending.parameters))
         section[0].operations.append(pending)
         pending.epoch = view.epoch
+        pending.reply.withdrawable = False
     return [sent for sent, _ in packed.values()], call_command(sha, keys, [section for _, section in packed.values()])
 
 

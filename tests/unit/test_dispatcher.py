@@ -394,6 +394,31 @@ async def test_who_is_gone_leaves_its_place(service: Service, monkeypatch: pytes
     assert service.calls[UNDER_WAY_MAX].users == ["there is a place"]
 
 
+async def test_who_withdraws_before_the_call_leaves_its_place_and_after_it_is_waited_for(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call_queue, "QUEUED_MAX", 2)
+    told: list[Any] = []
+
+    async def run(user: str) -> Any:
+        try:
+            parameters = {"tenant_id": 1, "book_id": BOOK, "user_id": user}
+            return (await service.dispatcher.run("assign_coupon", service.views[0], parameters)).outcome
+        except Refused as refusal:
+            return refusal.outcome
+
+    gone = drive(run("gone"), told.append)
+    sent = drive(run("sent"), told.append)
+    gone.withdraw()
+    assert told == [Outcome.STORE_UNAVAILABLE], "nothing was done for it"
+    drive(run("there is a place"), told.append)
+    await turns()
+    sent.withdraw()
+    assert service.calls[0].users == ["sent", "there is a place"]
+    service.calls[0].serve()
+    assert told[1:] == ["ok", "ok"]
+
+
 async def test_who_is_gone_while_the_call_is_under_way_leaves_the_others(service: Service) -> None:
     gone, stays = service.assign("gone"), service.assign("stays")
     await turns()

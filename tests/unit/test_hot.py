@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coupon_svc.hot import Slot, drive, in_a_task
+from coupon_svc.hot import Slot, Withdrawn, drive, in_a_task
 
 
 class Broken(Exception):
@@ -283,3 +283,37 @@ async def test_a_coroutine_may_resolve_what_another_one_and_itself_wait_for(done
 async def turns() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("withdrawable", [True, False])
+async def test_a_wait_is_withdrawn_only_where_nothing_was_done(withdrawable: bool, done: list[Any]) -> None:
+    slot = Slot[str]()
+    slot.withdrawable = withdrawable
+
+    async def work() -> str:
+        try:
+            return await slot
+        except Withdrawn:
+            return "withdrawn"
+
+    driven = drive(work(), done.append)
+    driven.withdraw()
+    slot.set_result("done")
+    assert done == ["withdrawn" if withdrawable else "done"]
+    driven.withdraw()
+
+
+async def test_what_runs_in_a_task_is_not_withdrawn(done: list[Any]) -> None:
+    waits = asyncio.Event()
+
+    async def work() -> str:
+        await in_a_task()
+        await waits.wait()
+        return "done"
+
+    driven = drive(work(), done.append)
+    await asyncio.sleep(0)
+    driven.withdraw()
+    waits.set()
+    await asyncio.sleep(0.01)
+    assert done == ["done"]
