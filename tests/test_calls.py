@@ -120,11 +120,56 @@ async def test_without_memory_nothing_new_is_promised_and_all_else_goes_on(api: 
     assert await api.all_in_one_turn() == ALL_GO | {"assign": "backlog_full", "lock": "backlog_full"}
 
 
+NO_WRITE = dict.fromkeys(ALL_GO, "store_unavailable") | {"read": "ok"}
+
+
 async def test_where_redis_takes_no_write_reads_go_on(api: Api, admin: Any) -> None:
-    """As with a disk that is full: Redis refuses a script by its flags, before it runs."""
+    """Redis refuses a script by its flags, before it runs."""
     await admin.config_set("min-replicas-to-write", 1)
-    unavailable = dict.fromkeys(ALL_GO, "store_unavailable")
-    assert await api.all_in_one_turn() == unavailable | {"read": "ok"}
+    assert await api.all_in_one_turn() == NO_WRITE
+
+
+async def test_with_a_full_disk_reads_go_on_and_nothing_was_done(
+    api: Api, admin: Any, server: EmbeddedRedis, no_dump: None
+) -> None:
+    assert await api.all_in_one_turn() == NO_WRITE
+    await admin.config_set("save", "")
+    assert await api.all_in_one_turn() == ALL_GO, "B could be redeemed and A locked: neither was"
+    assert (await admin.hgetall(api.plane.views[0].keys.meta))["seq"] == "4"
+
+
+@pytest.fixture
+async def no_dump(server: EmbeddedRedis, admin: Any) -> AsyncIterator[None]:
+    """Redis could not write its file, as with a full disk: a folder stands in its place."""
+    in_the_way = server.directory / "data" / "dump.rdb"
+    in_the_way.mkdir()
+    await admin.config_set("save", "86400 1000000")
+    await admin.bgsave()
+
+    async def failed() -> bool:
+        return bool((await admin.info("persistence"))["rdb_last_bgsave_status"] == "err")
+
+    await until(failed, what="the file should not be written")
+    yield
+    await admin.config_set("save", "")
+    in_the_way.rmdir()
+
+
+async def test_a_stream_that_takes_no_entry_puts_its_shard_in_doubt_before_anything_is_done(
+    api: Api, admin: Any
+) -> None:
+    """Somebody added an entry by hand, at a position that is still to come."""
+    keys = api.plane.views[0].keys
+    await admin.xadd(keys.events, {"event": "by hand"}, id="1-99")
+    before = {key: await admin.dump(key) async for key in admin.scan_iter(f"{keys.prefix}*") if key != keys.meta}
+    told = await asyncio.gather(api.all_in_one_turn(0), api.all_in_one_turn(1))
+    refused = dict.fromkeys(ALL_GO, "recovering")
+    assert list(told) == [refused | {"read": told[0]["read"]}, ALL_GO]
+    assert told[0]["read"] in ("ok", "recovering"), "it went before the others, or after the shard was in doubt"
+    assert (await admin.hgetall(keys.meta))["epoch"] == "doubt"
+    assert before == {
+        key: await admin.dump(key) async for key in admin.scan_iter(f"{keys.prefix}*") if key != keys.meta
+    }
 
 
 async def test_a_shard_in_doubt_takes_no_other_with_it(api: Api, admin: Any) -> None:
