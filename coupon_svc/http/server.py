@@ -268,6 +268,7 @@ class CouponProtocol(HttpToolsProtocol):
         cycle.response_complete = True
         if cycle.driven is not None:
             self.tasks.discard(cycle.driven)
+            cycle.driven = None  # it holds the cycle: together they would wait for the garbage collector
         if self.transport.is_closing():
             return
         if response is None:

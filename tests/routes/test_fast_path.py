@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -19,8 +20,8 @@ from coupon_svc.http.limits import Limits
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.response import Response
 from coupon_svc.http.routes import OPERATIONS, Api
-from coupon_svc.http.server import HOT_BODY_BYTES_MAX, SERVER_SETTINGS, CouponProtocol
-from tests.harness import Stack
+from coupon_svc.http.server import HOT_BODY_BYTES_MAX, SERVER_SETTINGS, CouponProtocol, _HotCycle
+from tests.harness import Stack, until
 from tests.routes.helpers import make_book
 
 HOT_PATHS = [operation.path for operation in OPERATIONS if operation.hot]
@@ -302,6 +303,26 @@ async def test_a_caller_who_hangs_up_harms_nobody(served: Served, caplog: pytest
     assert (await ask(served, post("/coupons/assign", b"{}")))["asgi"] is False
     assert not served.server.server_state.tasks
     assert not caplog.records
+
+
+async def test_a_request_that_was_waited_for_leaves_nothing_to_the_garbage_collector(served: Served) -> None:
+    """Else it would stay until a full collection, which comes seldom: with thousands of callers that is much."""
+    gc.collect()
+    gc.disable()
+    try:
+        wires = [await dial(served.base_url) for _ in range(3)]
+        for wire in wires:
+            wire.writer.write(post("/coupons/assign", b"slot"))
+        await until(lambda: asyncio.sleep(0, len(served.endpoint.slots) == 3))
+        while served.endpoint.slots:
+            served.endpoint.slots.pop().set_result(None)
+        for wire in wires:
+            assert (await wire.answer()).status == 200
+            wire.writer.close()
+        await until(lambda: asyncio.sleep(0, not served.server.server_state.connections))
+        assert [one for one in gc.get_objects() if type(one) is _HotCycle] == []
+    finally:
+        gc.enable()
 
 
 # --- the whole service: both ways to one answer
