@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
 from typing import Any
 
 import pytest
+import uvloop
 from redis.asyncio import Redis
 
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.outcomes import Refused
 from coupon_svc.domain.shards import new_book_id
+from coupon_svc.redis import data_plane
 from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
@@ -184,3 +189,35 @@ async def test_a_meta_of_another_type_takes_no_other_shard_with_it(api: Api, adm
     await admin.set(meta, "no hash")
     told = await asyncio.gather(api.all_in_one_turn(0), api.all_in_one_turn(1))
     assert list(told) == [dict.fromkeys(ALL_GO, "recovering"), ALL_GO]
+
+
+def be_busy(request: socket.socket) -> None:
+    request.recv(1)
+    time.sleep(0.5)
+
+
+async def test_a_process_that_was_busy_for_long_reads_what_came_before_it_gives_redis_up(
+    api: Api, server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the event loop of the service: there a timer is due after a turn's reading, and the reply comes meanwhile."""
+    monkeypatch.setattr(data_plane, "REPLY_TIMEOUT_S", 0.3)
+
+    async def ask_and_be_busy() -> list[str]:
+        busy = Api(DataPlane(server.url, SHARDS, Scripts()), api.books)
+        busy.plane.join("inst-1")
+        await busy.plane.start()
+        await until(busy.is_open, 10)
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as sockets:
+            request, caller = map(sockets.enter_context, socket.socketpair())
+            loop.add_reader(request, be_busy, request)
+            asked = [asyncio.ensure_future(busy.run("assign_coupon", shard, user_id="v")) for shard in range(SHARDS)]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # the call is sent
+            caller.send(b"1")
+            told = await asyncio.gather(*asked)
+            loop.remove_reader(request)
+        await busy.plane.stop()
+        return told
+
+    assert await asyncio.to_thread(lambda: uvloop.run(ask_and_be_busy())) == ["ok", "ok"]
