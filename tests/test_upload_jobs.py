@@ -10,7 +10,12 @@ import asyncpg
 import httpx
 import pytest
 
-from tests.harness import Stack, until
+from coupon_svc.domain.books import Ack
+from coupon_svc.domain.upload_files import Batch
+from coupon_svc.postgres import jobs
+from coupon_svc.postgres.catalogue import NewBook, insert_book
+from coupon_svc.postgres.errors import LedgerUnavailable
+from tests.harness import Stack, fresh_database, until
 from tests.routes.helpers import assign, counters, make_book, patch, upload
 from tests.routes.test_upload_files import over, send
 from tests.test_verify import report_of
@@ -85,6 +90,25 @@ async def test_another_process_goes_on_with_the_job_of_one_that_died(stack: Stac
         assert (await counters(client, book))["available"] == 9_000
     rows = await stack.ledger("SELECT count(*) AS rows, count(DISTINCT row) AS different FROM rejected_codes")
     assert tuple(rows[0]) == (9_002, 9_002)
+
+
+async def test_a_piece_that_was_done_is_not_done_again(postgres_url: str) -> None:
+    """By a process that has not heard of it: its turn may have ended with its connection."""
+    connection = await asyncpg.connect(await fresh_database(postgres_url, 1))
+    await connection.execute("INSERT INTO tenants (name) VALUES ('t')")
+    book = "bk_000123456789abcdef"
+    await insert_book(connection, NewBook(book, 0, 1, "b", None, 1, 120, None, None, Ack.LEDGER, "{}", 0))
+    opened = await jobs.open_job(connection, 1, book, "job_1", None)
+    await jobs.stage(connection, opened.job_no, Batch(CODES[:3_000], list(range(1, 3_001)), []))
+    running = await jobs.complete(connection, opened.job_no, jobs.Received(3_000, 0, 0, None, []))
+    moved = await jobs.add_piece(connection, running)
+    assert (moved.done_rows, moved.inserted) == (2_000, 2_000)
+    with pytest.raises(LedgerUnavailable):
+        await jobs.add_piece(connection, running)
+    done = await jobs.add_piece(connection, moved)
+    assert (done.inserted, done.duplicates, done.is_worked_off) == (3_000, 0, True)
+    assert await connection.fetch("SELECT FROM rejected_codes") == []
+    await connection.close()
 
 
 async def test_a_book_that_is_closed_meanwhile_keeps_what_is_in(stack: Stack) -> None:

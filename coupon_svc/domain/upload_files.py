@@ -251,6 +251,10 @@ class FileReader:
             text = "\n".join(codes)
         elif self._column:
             return False
+        return self._take_codes(text, first)
+
+    def _take_codes(self, text: str, first: int) -> bool:
+        """Take the lines of a text, if each is a code but for its case. Returns whether they were."""
         text = text.upper()
         if not _all_codes(text + "\n"):
             return False
@@ -279,7 +283,27 @@ class FileReader:
             is_header = self._start_record(lines[0])
             if is_header:
                 lines, first = lines[1:], first + 1
-        reader = csv.reader([*(line + "\n" for line in lines), _END], delimiter=self._separator or ",")
+        ended = [*(line + "\n" for line in lines), _END]
+        if not self._take_plain_cells(ended, first):
+            self._take_records(lines, ended, first)
+
+    def _take_plain_cells(self, ended: list[str], first: int) -> bool:
+        """Take lines whose quotes hold nothing unusual. Returns whether they were."""
+        try:
+            records = list(csv.reader(ended, delimiter=self._separator or ","))
+        except csv.Error:
+            return False
+        if len(records) != len(ended) or records.pop() != [_END]:
+            return False
+        try:
+            text = "\n".join([record[self._column] for record in records])
+        except IndexError:
+            return False
+        return text.isascii() and text.count("\n") == len(records) - 1 and self._take_codes(text, first)
+
+    def _take_records(self, lines: list[str], ended: list[str], first: int) -> None:
+        """Take lines of which some are in quotes; those behind a quote that is still open are kept."""
+        reader = csv.reader(ended, delimiter=self._separator or ",")
         begin = 0
         try:
             for record in reader:

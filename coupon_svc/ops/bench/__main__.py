@@ -68,6 +68,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--codes-max", type=int, default=CODES_A_BOOK_DEFAULT_MAX, metavar="N", help="of --growth: the largest book"
     )
+    parser.add_argument(
+        "--padding", type=int, default=0, metavar="N", help="of --upload: bytes of another column beside each code"
+    )
     parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -77,7 +80,7 @@ def _measure(args: argparse.Namespace) -> int:
         show_memory(asyncio.run(measure_memory(args.codes)))
         return 0
     if args.upload:
-        show_upload(bench_upload(args.codes))
+        show_upload(bench_upload(args.codes, args.padding))
         return 0
     if args.rebuild:
         bench_rebuild(args.codes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +34,11 @@ class UploadFigures(NamedTuple):
     growth_mib: float
 
 
-def bench_upload(codes: int) -> UploadFigures:
-    """Upload a file of that many codes to a service of its own, and COPY them. Raises BenchError."""
+def bench_upload(codes: int, padding: int) -> UploadFigures:
+    """Upload a file of that many codes to a service of its own, each with `padding` bytes in another column, and COPY the
+    codes. Raises BenchError."""
     with throwaway_service("bench") as told:
-        return asyncio.run(_measure(told, codes))
+        return asyncio.run(_measure(told, codes, padding))
 
 
 def show_upload(figures: UploadFigures) -> None:
@@ -55,30 +57,38 @@ def _blocks(codes: int) -> Iterator[list[str]]:
         yield list(_PATTERN.draw(min(_BLOCK, codes - start)))
 
 
-async def _measure(told: dict[str, Any], codes: int) -> UploadFigures:
+async def _measure(told: dict[str, Any], codes: int, padding: int) -> UploadFigures:
     (pid,) = told["pids"]["api"]
     headers = {"Authorization": f"Bearer {told['api_key']}"}
     async with httpx.AsyncClient(base_url=told["base_url"], headers=headers, timeout=600) as client:
         book_id = (await client.post("/coupons", json={"name": "bench"})).json()["book_id"]
-        await _run(client, book_id, 1_000)  # whatever is made at the first upload
-        lines = ["\n".join(block) + "\n" for block in _blocks(codes)]
-        before = _peak_mib(pid)
-        received_s, succeeded_s, inserted = await _run(client, book_id, codes, lines)
-        growth_mib = _peak_mib(pid) - before
+        await _run(client, book_id, list(_blocks(1_000)), 0)  # whatever is made at the first upload
+        blocks = list(_blocks(codes))
+        before = _memory_mib(pid, "VmRSS")
+        received_s, succeeded_s, inserted = await _run(client, book_id, blocks, padding)
+        growth_mib = _memory_mib(pid, "VmHWM") - before
     if inserted != codes:
         raise BenchError(f"{inserted} of {codes} codes were inserted")
-    copy_s = await _copy(told["database_url"], book_id, lines)
-    return UploadFigures(codes, sum(map(len, lines)), received_s, succeeded_s, copy_s, growth_mib)
+    copy_s = await _copy(told["database_url"], book_id, blocks)
+    return UploadFigures(
+        codes, sum(map(len, map(_file, blocks, repeat(padding)))), received_s, succeeded_s, copy_s, growth_mib
+    )
+
+
+def _file(block: list[str], padding: int) -> bytes:
+    """A part of the file."""
+    end = "," + padding * "x" + "\n" if padding else "\n"
+    return (end.join(block) + end).encode()
 
 
 async def _run(
-    client: httpx.AsyncClient, book_id: str, codes: int, lines: list[str] | None = None
+    client: httpx.AsyncClient, book_id: str, blocks: list[list[str]], padding: int
 ) -> tuple[float, float, int]:
     """Upload a file and wait for its job: (seconds until received, until succeeded, codes inserted)."""
 
     async def body() -> AsyncIterator[bytes]:
-        for block in lines or ["\n".join(block) + "\n" for block in _blocks(codes)]:
-            yield block.encode()
+        for block in blocks:
+            yield _file(block, padding)
 
     began = time.monotonic()
     sent = await client.post(
@@ -97,15 +107,17 @@ async def _run(
     return received_s, time.monotonic() - began, job["inserted"]
 
 
-async def _copy(url: str, book_id: str, lines: list[str]) -> float:
+async def _copy(url: str, book_id: str, blocks: list[list[str]]) -> float:
+    """Seconds for the same rows, in the same order, by COPY."""
     connection = await asyncpg.connect(url)
     try:
         await connection.execute(_SAME_TABLE)
 
         async def rows() -> AsyncIterator[bytes]:
-            for block in lines:
-                places = iter(random_places(block.count("\n"), 0, ROUND))
-                yield "".join(f"1\t{code}\t{book_id}\t{next(places)}\n" for code in block.split()).encode()
+            for block in blocks:
+                places = random_places(len(block), 0, ROUND)
+                lines = (f"1\t{code}\t{book_id}\t{place}\n" for code, place in zip(block, places, strict=True))
+                yield "".join(lines).encode()
 
         await connection.execute("CHECKPOINT")
         began = time.monotonic()
@@ -115,9 +127,9 @@ async def _copy(url: str, book_id: str, lines: list[str]) -> float:
         await connection.close()
 
 
-def _peak_mib(pid: int) -> float:
-    """The most memory that a process has had so far."""
+def _memory_mib(pid: int, field: str) -> float:
+    """Memory of a process: `VmRSS` that it has, `VmHWM` the most that it has had."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(field):
             return int(line.split()[1]) / 1024
     raise BenchError("the process has ended")
