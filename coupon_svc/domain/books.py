@@ -47,6 +47,9 @@ class Book(msgspec.Struct, frozen=True, kw_only=True):
     total: int
     lent: int
     quarantined: int
+    guess_probability: float | None = None
+    """The chance that one guess within the pattern by which codes were generated last names a code of the tenant, as it was
+    then; the highest, where there were several patterns."""
 
     @property
     def unlent(self) -> int:

@@ -205,6 +205,7 @@ def book_answer(live: LiveBook) -> schemas.BookAnswer:
         status=book.status,
         created_at=rfc3339(book.created_at_ms),
         redemptions=live.redemptions,
+        guess_probability=book.guess_probability,
         codes=schemas.CodeCounters(
             total=live.total,
             available=live.total - live.held - live.quarantined,

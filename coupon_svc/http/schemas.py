@@ -329,6 +329,18 @@ class BookAnswer(msgspec.Struct, frozen=True, kw_only=True):
     status: Annotated[BookStatus, Meta(description="as it was set; the book's times are apart from it")]
     created_at: Time
     redemptions: Annotated[int, Meta(ge=0, description="every use made of any code")]
+    guess_probability: (
+        Annotated[
+            float,
+            Meta(
+                ge=0,
+                le=1,
+                description="the chance that one guess within its pattern names a code of yours, as it was when codes were"
+                " generated last; null: none was",
+            ),
+        ]
+        | None
+    )
     codes: CodeCounters
     EXAMPLE: ClassVar[dict[str, Any]] = {
         "book_id": _BOOK_ID,
@@ -343,6 +355,7 @@ class BookAnswer(msgspec.Struct, frozen=True, kw_only=True):
         "status": "active",
         "created_at": _MOMENT,
         "redemptions": 0,
+        "guess_probability": 1.5e-09,
         "codes": {"total": 1000, "available": 1000, "assigned": 0, "redeemed": 0, "quarantined": 0},
     }
 

@@ -12,7 +12,7 @@ from coupon_svc.postgres.database import Database
 
 BOOK_COLUMNS = """book_id, tenant_id, name, max_codes_per_user, max_redemptions_per_code, lock_ttl_seconds, starts_at_ms,
     expires_at_ms, ack, metadata, status, created_at_ms, version, total, lent,
-    quarantined"""
+    quarantined, guess_probability"""
 _FIND_CODES = """
     SELECT tenant_id, code, book_id FROM codes
     JOIN unnest($1::int[], $2::text[]) AS asked (tenant_id, code) USING (tenant_id, code)

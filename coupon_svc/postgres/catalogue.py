@@ -15,7 +15,7 @@ import asyncpg
 import msgspec
 
 from coupon_svc.domain.books import Ack, Book, BookStatus, check_period
-from coupon_svc.domain.codes import Pattern, check_capacity, fits
+from coupon_svc.domain.codes import Pattern, check_capacity, fits, guess_probability
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row
 from coupon_svc.postgres.database import one_row
@@ -54,7 +54,7 @@ _LOCK_BOOK = """
 """
 _COUNT_IN = f"""
     UPDATE books SET total = total + $2, version = version + (CASE WHEN $2 > 0 THEN 1 ELSE 0 END),
-                     leased_upto = $3, places_upto = $4
+                     leased_upto = $3, places_upto = $4, guess_probability = greatest(guess_probability, $5)
     WHERE book_id = $1 RETURNING {BOOK_COLUMNS}
 """
 # By the range, not by the codes: to look a list of codes up, Postgres may choose to read all that the tenant has.
@@ -68,6 +68,17 @@ _ALL_CODES = """
 """
 CODES_IN_PATTERN = """
     SELECT count(*) FROM codes WHERE tenant_id = $1 AND code >= $2 AND code < $3 AND code ~ $4
+"""
+
+
+# Bounded, unlike CODES_IN_PATTERN: a tenant may have any number of codes that begin as the pattern does.
+_SOME_CODES_IN_PATTERN = """
+    SELECT count(*) AS looked_at, count(*) FILTER (WHERE code ~ $4) AS used
+    FROM (SELECT code FROM codes WHERE tenant_id = $1 AND code >= $2 AND code < $3 LIMIT $5) AS begin_so
+"""
+_LOOKED_AT_MAX = 10_000
+_NOTE_GUESSING = f"""
+    UPDATE books SET guess_probability = greatest(guess_probability, $2) WHERE book_id = $1 RETURNING {BOOK_COLUMNS}
 """
 
 
@@ -180,6 +191,7 @@ async def generate_codes(
         raise TakeTurns
     if not fits(pattern, total, await connection.fetchval(_ALL_CODES, tenant_id)):
         raise TakeTurns
+    used = await _used_about(connection, tenant_id, pattern)
     codes = await _draw_free(connection, tenant_id, pattern, total)
     span = await _open_span(connection, book_id)
     if span.status is BookStatus.CLOSED:
@@ -188,7 +200,7 @@ async def generate_codes(
     inserted = await insert_rows(connection, tenant_id, book_id, codes, span.places(len(codes)))
     if len(inserted) < total:
         raise TakeTurns
-    return await _count_in(connection, span, total)
+    return await _count_in(connection, span, total, guessed=guess_probability(pattern, used + total))
 
 
 async def require_not_closed(connection: asyncpg.Connection, book_id: str) -> None:
@@ -198,9 +210,10 @@ async def require_not_closed(connection: asyncpg.Connection, book_id: str) -> No
         raise Refused(Outcome.BOOK_CLOSED)
 
 
-async def require_capacity(connection: asyncpg.Connection, tenant_id: int, pattern: Pattern, total: int) -> None:
+async def require_capacity(connection: asyncpg.Connection, tenant_id: int, pattern: Pattern, total: int) -> int:
     """Raises Refused(pattern_capacity) when the tenant's codes that lie in the pattern, with `total` more, would fill more
-    than half of it. Nobody else adds generated codes of the tenant until the transaction ends.
+    than half of it. Returns how many lie in it, or somewhat more. Nobody else adds generated codes of the tenant until the
+    transaction ends.
 
     Codes are counted, which may take seconds of a large tenant, only when all that the tenant has might be too many.
     """
@@ -208,6 +221,16 @@ async def require_capacity(connection: asyncpg.Connection, tenant_id: int, patte
     if not fits(pattern, total, await connection.fetchval(_ALL_CODES, tenant_id)):
         used = await connection.fetchval(CODES_IN_PATTERN, tenant_id, *pattern.bounds, pattern.regex)
         check_capacity(pattern, total, used)
+        return int(used)
+    return await _used_about(connection, tenant_id, pattern)
+
+
+async def note_guessing(
+    connection: asyncpg.Connection, upload_id: int, book_id: str, pattern: Pattern, total: int
+) -> Book:
+    """Note how easily a code is guessed once the upload's codes are in. Returns the book as it is then."""
+    used = await connection.fetchval("SELECT used FROM uploads WHERE upload_id = $1", upload_id)
+    return book_from_row(await one_row(connection, _NOTE_GUESSING, book_id, guess_probability(pattern, used + total)))
 
 
 async def insert_rows(
@@ -292,8 +315,10 @@ async def _open_span(connection: asyncpg.Connection, book_id: str) -> _Span:
     return _Span(book_id, row["shard"], BookStatus(row["status"]), above, upto)
 
 
-async def _count_in(connection: asyncpg.Connection, span: _Span, added: int, *, tell: bool = True) -> Book:
-    row = await one_row(connection, _COUNT_IN, span.book_id, added, span.above, span.upto)
+async def _count_in(
+    connection: asyncpg.Connection, span: _Span, added: int, *, tell: bool = True, guessed: float | None = None
+) -> Book:
+    row = await one_row(connection, _COUNT_IN, span.book_id, added, span.above, span.upto, guessed)
     if tell:
         await tell_owner(connection, span.shard)
     return book_from_row(row)
@@ -307,6 +332,15 @@ async def books_of(connection: asyncpg.Connection, tenant_id: int, codes: Sequen
         "SELECT code, book_id FROM codes WHERE tenant_id = $1 AND code = ANY ($2) AND place >= -1", tenant_id, codes
     )
     return {row["code"]: row["book_id"] for row in rows}
+
+
+async def _used_about(connection: asyncpg.Connection, tenant_id: int, pattern: Pattern) -> int:
+    """How many codes of the tenant lie in the pattern. Where more than _LOOKED_AT_MAX begin as it does, all that the tenant
+    has are taken for those: a guess is then said to be easier than it is."""
+    row = await one_row(connection, _SOME_CODES_IN_PATTERN, tenant_id, *pattern.bounds, pattern.regex, _LOOKED_AT_MAX)
+    if row["looked_at"] < _LOOKED_AT_MAX:
+        return int(row["used"])
+    return int(await connection.fetchval(_ALL_CODES, tenant_id))
 
 
 async def _draw_free(connection: asyncpg.Connection, tenant_id: int, pattern: Pattern, count: int) -> set[str]:

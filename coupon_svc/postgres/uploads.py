@@ -204,13 +204,15 @@ class Turn:
 
     async def _open(self, book_id: str, wanted: Sequence[str] | Generated) -> int:
         async with self._connection.transaction():
+            used = None
             if isinstance(wanted, Generated):
-                await catalogue.require_capacity(self._connection, self._tenant_id, *wanted)
+                used = await catalogue.require_capacity(self._connection, self._tenant_id, *wanted)
             upload_id: int = await self._connection.fetchval(
-                "INSERT INTO uploads (tenant_id, book_id, codes) VALUES ($1, $2, $3) RETURNING upload_id",
+                "INSERT INTO uploads (tenant_id, book_id, codes, used) VALUES ($1, $2, $3, $4) RETURNING upload_id",
                 self._tenant_id,
                 book_id,
                 wanted.total if isinstance(wanted, Generated) else len(wanted),
+                used,
             )
             return upload_id
 

@@ -247,7 +247,8 @@ class Books:
         assert generated is not None
 
         async def decide(connection: LedgerConnection, upload_id: int, _: dict[str, str]) -> KeptAnswer:
-            book = await catalogue.insert_book(connection, new)
+            await catalogue.insert_book(connection, new)
+            book = await catalogue.note_guessing(connection, upload_id, new.book_id, *generated)
             answer = self._answers.created(LiveBook(book, generated.total))
             if idempotent:
                 await remember(connection, idempotent, *answer, upload_id)
@@ -311,6 +312,8 @@ class Books:
         self, tenant_id: int, book_id: str, wanted: Generated | _Listed, idempotent: IdempotentCall | None
     ) -> Done:
         async def decide(connection: LedgerConnection, upload_id: int, taken: dict[str, str]) -> KeptAnswer:
+            if isinstance(wanted, Generated):  # first, since it locks the book's row for good
+                await catalogue.note_guessing(connection, upload_id, book_id, *wanted)
             await catalogue.require_not_closed(connection, book_id)
             if isinstance(wanted, Generated):
                 answer = self._answers.uploaded(Upload(book_id, wanted.total, []))

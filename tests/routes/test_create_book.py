@@ -53,11 +53,37 @@ async def test_a_book_is_answered_with_its_rules_as_stored(client: httpx.AsyncCl
         "metadata": {"campaign": "s26", "nested": {"ü": [1, 2.5, None, True]}},
         "status": "active",
         "redemptions": 0,
+        "guess_probability": 100 / 30**8,
         "codes": {"total": 100, "available": 100, "assigned": 0, "redeemed": 0, "quarantined": 0},
     }
     assert (await client.get(made.headers["location"])).json() == made.json()
     code = await assign(client, book_id)
     assert re.fullmatch("SUMMER-[2-9ABCDEFGHJKMNPQRSTVWXYZ]{4}-[2-9ABCDEFGHJKMNPQRSTVWXYZ]{4}", code)
+
+
+async def test_it_is_told_how_easily_a_generated_code_is_guessed(client: httpx.AsyncClient) -> None:
+    async def chance(book_id: str) -> float | None:
+        answer = (await client.get(f"/coupons/{book_id}")).json()
+        found: float | None = answer["guess_probability"]
+        return found
+
+    uploaded = await make_book(client, codes=["GUESS-0000", "GUESS-X"])
+    assert await chance(uploaded) is None
+    few = {"pattern": "GUESS-####", "alphabet": "digits", "total": 9}
+    first = await make_book(client, generate=few)
+    assert await chance(first) == 10 / 10_000, "an uploaded code lies in the pattern"
+    many = await create(client, generate={**few, "total": 2_490})
+    assert many.json()["guess_probability"] == 0.25, "in pieces, too"
+    assert await chance(many.json()["book_id"]) == 0.25
+    for total, more in ((10, 0.251), (2_001, 0.4511)):
+        answer = await client.post("/coupons/codes", json={"book_id": first, "generate": {**few, "total": total}})
+        assert answer.status_code == 200
+        assert await chance(first) == more
+    harder = {"pattern": "GUESS-#########", "total": 1}
+    assert (await client.post("/coupons/codes", json={"book_id": first, "generate": harder})).status_code == 200
+    assert await chance(first) == 0.4511, "the easiest counts"
+    await upload(client, uploaded, ["GUESS-1"])
+    assert await chance(uploaded) is None
 
 
 async def test_only_the_name_must_be_given(client: httpx.AsyncClient) -> None:
@@ -73,6 +99,7 @@ async def test_only_the_name_must_be_given(client: httpx.AsyncClient) -> None:
         "metadata": {},
         "status": "active",
         "redemptions": 0,
+        "guess_probability": None,
         "codes": {"total": 0, "available": 0, "assigned": 0, "redeemed": 0, "quarantined": 0},
     }
     refused(await client.post("/coupons"), 422, "invalid_request")
