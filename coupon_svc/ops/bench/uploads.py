@@ -111,6 +111,8 @@ async def _copy(url: str, book_id: str, blocks: list[list[str]]) -> float:
     """Seconds for the same rows, in the same order, by COPY."""
     connection = await asyncpg.connect(url)
     try:
+        while await connection.fetch("SELECT FROM jobs WHERE NOT emptied"):
+            await asyncio.sleep(0.1)
         await connection.execute(_SAME_TABLE)
 
         async def rows() -> AsyncIterator[bytes]:
