@@ -40,7 +40,7 @@ REPLY_TIMEOUT_S = 2.0
 VERIFY_EVERY_S = 1.0
 TICK_S = 0.05
 TURNS_TO_READ = 2
-"""Turns of the event loop between a tick and the look at what waits too long. A turn with thousands of requests takes
+"""Turns of the event loop before a connection that seems silent is given up. A turn with thousands of requests takes
 seconds; a reply that came meanwhile is read in the next one, and says that Redis was not silent."""
 LEDGER_UNSEEN_MAX_S = LEDGER_UNSEEN_MAX_MS / 1000
 """A ledger that was not seen for so long is behind: the scripts refuse what would wait for it (lua/include/room.lua)."""
@@ -249,9 +249,10 @@ class DataPlane:
         verified_at = monotonic()
         while True:
             await asyncio.sleep(TICK_S)
-            for _ in range(TURNS_TO_READ):
-                await asyncio.sleep(0)
             connection = self._connection
+            if connection is not None and connection.stalled_for() > REPLY_TIMEOUT_S:
+                for _ in range(TURNS_TO_READ):
+                    await asyncio.sleep(0)
             self._listener.watch(REPLY_TIMEOUT_S)
             self._dispatcher.refuse_late()
             overdue = self.waiters.expire()
