@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, final
 
 import msgspec
 
@@ -20,11 +20,10 @@ class Call:
     """One request as its handler sees it. Key, scope, query, body and Idempotency-Key have been checked.
 
     `query` and `body` are of the types that the operation declares, or None. `file` is a body that is one, still to be read;
-    `query` is of its type then. `path` holds the parameters of the path as they were sent, percent-decoded. `accept` is the
-    Accept header.
+    `query` is of its type then. `path` holds the parameters of the path as they were sent, percent-decoded.
     """
 
-    __slots__ = ("accept", "body", "file", "idempotency_key", "key", "method", "path", "query", "template")
+    __slots__ = ("body", "file", "headers", "idempotency_key", "key", "method", "path", "query", "template")
 
     def __init__(self, key: ApiKey, method: str, template: str, path: Mapping[str, str]) -> None:
         self.key = key
@@ -35,8 +34,14 @@ class Call:
         self.query: Any = None
         self.body: Any = None
         self.file: FileBody | None = None
-        self.accept = b""
+        self.headers: Mapping[bytes, bytes] = {}
+        """By their names in lower case."""
         self.idempotency_key: str | None = None
+
+    @property
+    def accept(self) -> bytes:
+        """The Accept header, empty where there is none."""
+        return self.headers.get(b"accept", b"")
 
     def idempotency(self, code: str = "") -> Idempotency:
         """The Idempotency-Key, with the fingerprint of this request; NO_IDEMPOTENCY without one.
@@ -58,6 +63,7 @@ class Call:
         return hashlib.blake2b(f"{self.method} {path}\n".encode(), digest_size=16)
 
 
+@final
 class Answer(msgspec.Struct, frozen=True):
     """What a handler returns: a status, and a body that msgspec can encode (`msgspec.Raw` if it is encoded already)."""
 

@@ -113,7 +113,7 @@ class Endpoint:
             if key.scopes.isdisjoint(operation.scopes):
                 raise Refused(Outcome.MISSING_SCOPE, scopes=list(operation.scopes))
             call = Call(key, method, operation.path, path)
-            call.accept = headers.get(b"accept", b"")
+            call.headers = headers
             if operation.file_query is not None and (kind := file_kind(headers)):
                 call.file = file_body(kind, headers, body)  # type: ignore[arg-type]  # a hot path takes no file
                 call.query, call.idempotency_key = check_file_request(operation, query_string, headers)
@@ -125,7 +125,7 @@ class Endpoint:
                     operation, decoder, query_string, headers, content
                 )
             answer = await handler(call)
-            response = _encoded(answer) if isinstance(answer, Answer) else await _streamed(answer, method)
+            response = _encoded(answer) if type(answer) is Answer else await _streamed(answer, method)
             outcome = "ok"
         except ClientGone:
             outcome = "client_gone"
