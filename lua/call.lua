@@ -15,7 +15,8 @@ recovery makes Redis agree with it.
 `sections` is the msgpack of a list. A section is [meta, events, epoch, seen_seq, tip, [operation, …]], and an operation
 [name, key, …, argument, …] in the order of its header. A key is its place in KEYS, 0 for one that is left out.
 
-The reply has one item for each section, in their order: ["ok", seq, tip, [reply, …]]; ["suspect", why], and nothing was
+The reply has one item for each section, in their order: ["ok", seq, tip, [reply, …], entry],
+the entry that the section made as [n, after, at_ms, events], or nothing; ["suspect", why], and nothing was
 done: as the fence found it, or `events` when the stream took no entry; or ["unknown"] after an error behind the entry. An
 operation that raised replies ["error", word], with the first word of Redis's error.
 
@@ -72,8 +73,10 @@ local function run_section(section)
   begin_section()
   pool_look = #ops
   local replies, damaged = decide(ops)
+  local entry
   if CLASS ~= "read" then
-    if not pcall(log_events, meta_key, events_key, meta, tip, at_ms) then
+    whole, entry = pcall(log_events, meta_key, events_key, meta, tip, at_ms)
+    if not whole then
       doubt(meta_key)
       return {"suspect", "events"}
     end
@@ -85,7 +88,7 @@ local function run_section(section)
       doubt(meta_key)
     end
   end
-  return {"ok", meta.seq, meta.tip, replies}
+  return {"ok", meta.seq, meta.tip, replies, entry or nil}
 end
 
 local replies = {}

@@ -24,6 +24,7 @@ from coupon_svc.cli import _parser
 from coupon_svc.config import Settings, load_settings, variable
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.load.command import KEY_VARIABLE
+from coupon_svc.ops import codes
 from coupon_svc.redis.server import judge
 from tests.harness import Stack
 
@@ -124,7 +125,7 @@ def test_explained_defaults_are_the_defaults() -> None:
 
 @pytest.mark.parametrize("path", [*documents(), ROOT / "compose.yaml", ROOT / "Dockerfile"], ids=lambda path: path.name)
 def test_every_setting_named_exists(path: Path) -> None:
-    assert settings_named_in(path.read_text()) <= {*VARIABLES, KEY_VARIABLE}
+    assert settings_named_in(path.read_text()) <= {*VARIABLES, KEY_VARIABLE, codes.URL_VARIABLE, codes.KEY_VARIABLE}
 
 
 def test_every_command_in_compose_exists(compose: dict[str, Any]) -> None:

@@ -26,10 +26,11 @@ class Loss(NamedTuple):
 
 
 async def lose_one(make_stack: MakeStack) -> Loss:
-    """Restore a copy of the append-only file that is older than an answered assign, whose event the ledger never got."""
+    """Restore a copy of the append-only file that is older than an answered assign, whose event the ledger never got. The
+    process that has answered is gone, too."""
     stack = await make_stack()
     writer = stack.writer()
-    stack.api()
+    api = stack.api()
     await stack.ready()
     http = await stack.client("shop")
     rules = {"name": "b", "ack": "redis", "generate": {"pattern": "Q-########", "total": 10}}
@@ -44,11 +45,15 @@ async def lose_one(make_stack: MakeStack) -> Loss:
     lost = await http.post("/coupons/assign", json={"book_id": book_id, "user_id": "lucky"})
     assert lost.status_code == 201
     assert lost.json()["durable"] is False
+    api.kill()
+    await http.aclose()
     stack.redis_server.kill()
     shutil.rmtree(folder)
     shutil.copytree(stack.folder / "old", folder)
     stack.redis_server.start()
     stack.writer()
+    stack.api()
+    http = await stack.client("shop")
 
     async def quarantined() -> bool:
         answer = await http.get(f"/coupons/{book_id}")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from coupon_svc.domain.errors import CouponError
 
+URL_VARIABLE, KEY_VARIABLE = "COUPON_URL", "COUPON_KEY"
 STANDARD = "-"
 """Names standard input or output in place of a file."""
 UPLOAD_TYPES = {"csv": "text/csv", "text": "text/plain"}
@@ -109,7 +110,7 @@ class Service:
     @classmethod
     def from_environment(cls) -> Service:
         """The service that COUPON_URL and COUPON_KEY name. Raises CodesError."""
-        url, key = (os.environ.get(name, "").strip() for name in ("COUPON_URL", "COUPON_KEY"))
+        url, key = (os.environ.get(name, "").strip() for name in (URL_VARIABLE, KEY_VARIABLE))
         if not url:
             raise CodesError("set COUPON_URL to the address of the service, e.g. http://127.0.0.1:8080.")
         if not key:

@@ -3,14 +3,24 @@ knows; so when records are lost it can be told whether anybody saw them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import asyncpg
 
+from coupon_svc.domain.reports import Report
+
+ENTRIES_REPORTED_MAX = 10_000
 PROCESS_TTL_S = 5
 """For so long an observer must have seen a row unchanged before it counts the process as gone; a process stops to answer
 early before that (coupon_svc/service/registration.py)."""
 
 # A row that somebody has counted as gone stays so: its shards' owners may have reported for it already.
 _RENEW = "UPDATE api_processes SET beat = nextval('beats') WHERE process_id = $1 AND NOT gone"
+_REPORT_ENTRIES = """
+    INSERT INTO reported_entries (shard, epoch, seq, n, after, tip, at_ms, events)
+    SELECT * FROM unnest($1::int[], $2::bigint[], $3::bigint[], $4::int[], $5::text[], $6::text[], $7::bigint[], $8::bytea[])
+    ON CONFLICT DO NOTHING
+"""
 _COUNT_AS_GONE = "UPDATE api_processes SET gone = true WHERE process_id = $1 AND beat = $2 AND NOT gone"
 # A process that is gone and has a report in every epoch in which Redis may decide needs no row any more.
 _FORGET = """
@@ -49,13 +59,18 @@ async def receipt_secret(connection: asyncpg.Connection) -> bytes:
     return secret
 
 
-async def report_seen(connection: asyncpg.Connection, process_id: str, reports: list[tuple[int, int, int]]) -> None:
-    """Promise, as (shard, epoch, seen seq), never to answer from these epochs again; what was seen of them is all."""
-    await connection.executemany(
-        "INSERT INTO api_reports (process_id, shard, epoch, seen_seq) VALUES ($1, $2, $3, $4)"
-        " ON CONFLICT (shard, epoch, process_id) DO UPDATE SET seen_seq = greatest(api_reports.seen_seq, $4)",
-        [(process_id, *report) for report in reports],
-    )
+async def report_seen(connection: asyncpg.Connection, process_id: str, reports: Sequence[Report]) -> None:
+    """Keep reports. Of their entries the first ENTRIES_REPORTED_MAX of each: what lies above is as lost as if the process
+    were silent, since it says how far it has seen."""
+    entries = [(report.shard, *entry) for report in reports for entry in report.entries[:ENTRIES_REPORTED_MAX]]
+    async with connection.transaction():
+        if entries:
+            await connection.execute(_REPORT_ENTRIES, *zip(*entries, strict=True))
+        await connection.executemany(
+            "INSERT INTO api_reports (process_id, shard, epoch, seen_seq) VALUES ($1, $2, $3, $4)"
+            " ON CONFLICT (shard, epoch, process_id) DO UPDATE SET seen_seq = greatest(api_reports.seen_seq, $4)",
+            [(process_id, *report[:3]) for report in reports],
+        )
 
 
 async def end_process(connection: asyncpg.Connection, process_id: str) -> None:

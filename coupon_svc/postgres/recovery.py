@@ -492,6 +492,7 @@ async def mark_settled(connection: asyncpg.Connection, writer_id: str, begun: Ne
             "UPDATE shards SET settled_epoch = certified_epoch, settling_epoch = 0 WHERE shard = $1", shard
         )
         await connection.execute("DELETE FROM api_reports WHERE shard = $1 AND epoch < $2", shard, verdict.epoch)
+        await connection.execute("DELETE FROM reported_entries WHERE shard = $1 AND epoch <= $2", shard, verdict.epoch)
 
 
 async def still_recoverer(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch) -> None:
@@ -626,6 +627,30 @@ async def silent_processes(connection: asyncpg.Connection, shard: int, epoch: in
         epoch,
     )
     return [row["process_id"] for row in rows]
+
+
+async def reported_entries(connection: asyncpg.Connection, shard: int, epoch: int, behind: int) -> list[Entry]:
+    """What API processes have reported and the ledger lacks: the next entries of an epoch that end behind a seq."""
+    rows = await connection.fetch(
+        "SELECT epoch, seq, n, after, tip, at_ms, events AS body FROM reported_entries"
+        " WHERE shard = $1 AND epoch = $2 AND seq > $3 ORDER BY seq LIMIT $4",
+        shard,
+        epoch,
+        behind,
+        ENTRIES_PAGE,
+    )
+    return [Entry(*row) for row in rows]
+
+
+async def contradicted(connection: asyncpg.Connection, shard: int, epoch: int) -> int | None:
+    """The seq of an entry that an API process has reported, where the ledger has another one; None when there is none."""
+    seq: int | None = await connection.fetchval(
+        "SELECT min(seq) FROM reported_entries r JOIN entries e USING (shard, epoch, seq)"
+        " WHERE shard = $1 AND epoch = $2 AND e.tip <> r.tip",
+        shard,
+        epoch,
+    )
+    return seq
 
 
 async def highest_seen(connection: asyncpg.Connection, shard: int, epoch: int) -> int:

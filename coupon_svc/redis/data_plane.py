@@ -20,6 +20,7 @@ from typing import Any
 from coupon_svc.domain.bounds import LEDGER_UNSEEN_MAX_MS
 from coupon_svc.domain.clock import boot_s
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.domain.reports import Report
 from coupon_svc.domain.shards import book_shard
 from coupon_svc.loops import keep_running
 from coupon_svc.redis.connection import Connection, connect, replies_within
@@ -118,13 +119,17 @@ class DataPlane:
         """Whether an answer of an `ack = redis` book may leave before the ledger knows its event, made in `epoch`."""
         return epoch >= view.epoch_min and boot_s() < self._early_until
 
-    def begin_epoch(self, shard: int, epoch: int, live: int) -> Seen | None:
-        """Postgres is in `epoch`; as `ShardView.begin_epoch`."""
-        return self.views[shard].begin_epoch(epoch, live)
+    def begin_epoch(self, shard: int, epoch: int, live: int) -> Report | None:
+        """Postgres is in `epoch`; as `ShardView.begin_epoch`. Returns what is to be reported of the older one."""
+        view = self.views[shard]
+        seen = view.begin_epoch(epoch, live)
+        if seen is None:
+            return None
+        return Report(shard, *seen, view.made_entries() if seen.epoch == view.epoch else [])
 
-    def seen(self) -> list[tuple[int, Seen]]:
-        """What was seen of each shard that was ever open."""
-        return [(view.shard, view.seen) for view in self.views if view.epoch]
+    def reports(self) -> list[Report]:
+        """What is to be reported of each shard that was ever open, when this process ends."""
+        return [Report(view.shard, *view.seen, view.made_entries()) for view in self.views if view.epoch]
 
     # --- running operations
 
@@ -226,6 +231,7 @@ class DataPlane:
             return gone_back
         view.certify(certificate, seen)
         if view.is_open:
+            view.forget(certificate.committed)
             self.waiters.advance(view.shard, view.epoch, certificate.committed)
         return gone_back
 
@@ -287,6 +293,7 @@ class DataPlane:
             # First: what this process makes from now on lies above what the ledger has, or its script is refused. An event
             # at a position that was committed before is another one: keys of a moment ago were put back.
             view.observe(epoch, committed)
+            view.forget(committed)
             self.waiters.advance(shard, epoch, committed)
         elif epoch > view.epoch:
             self._verify_wanted = True

@@ -220,7 +220,7 @@ class Dispatcher:
             self._plane.suspect(view)
             _refuse_all(section.operations, call.lost)
         else:
-            _, seq, tip, replies = raw
+            _, seq, tip, replies, *entry = raw
             at = Entry(section.epoch, int(seq), tip)
             if not self._has_grown(call.connection, view.shard, at):
                 self._plane.doubt(view, "position")
@@ -228,6 +228,8 @@ class Dispatcher:
                 return
             view.observe(at.epoch, at.seq)
             made = at if tip == section.tip else None  # else the section made no event, and this is another's entry
+            if entry and at.epoch == view.epoch:
+                view.made.append((at.seq, tip, entry[0]))
             for pending, reply in zip(section.operations, replies, strict=True):
                 self._read_operation(pending, reply, made)
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
+from coupon_svc.domain.events import Entry
 from coupon_svc.redis.keys import ShardKeys
 
 log = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ class Certificate(NamedTuple):
 class ShardView:
     """One shard. The methods are the transitions; each is complete before anything else runs."""
 
-    __slots__ = ("backlog_max", "epoch", "epoch_min", "keys", "ledger_unseen_s", "seen_seq", "shard", "state")
+    __slots__ = ("backlog_max", "epoch", "epoch_min", "keys", "ledger_unseen_s", "made", "seen_seq", "shard", "state")
 
     def __init__(self, shard: int, keys: ShardKeys) -> None:
         self.shard = shard
@@ -60,6 +63,9 @@ class ShardView:
         self.epoch_min = 0
         """The ledger has begun this epoch, so older ones are over, whatever a Redis says."""
         self.seen_seq = 0
+        self.made: deque[tuple[int, str, Sequence[str]]] = deque()
+        """Entries of this epoch that calls of this process have made and that the ledger may lack, as (seq, tip, [n, after,
+        at_ms, events]): the second copy of what was answered before the ledger knew."""
         self.backlog_max = 0
         self.ledger_unseen_s = math.inf
         """How long ago the ledger was seen last, by Redis's clock when it was verified last."""
@@ -105,6 +111,7 @@ class ShardView:
         self.state = ViewState.OPEN
         if epoch > self.epoch:
             self.epoch, self.seen_seq = epoch, 0
+            self.made.clear()
         self.seen_seq = max(self.seen_seq, certificate.seq, certificate.committed)
         self.backlog_max = certificate.backlog_max
 
@@ -130,3 +137,16 @@ class ShardView:
         """A reply, or a message, shows the position. One of another epoch says nothing about this one."""
         if epoch == self.epoch and seq > self.seen_seq:
             self.seen_seq = seq
+
+    def forget(self, committed: int) -> None:
+        """The ledger has all entries of this epoch up to there."""
+        made = self.made
+        while made and made[0][0] <= committed:
+            made.popleft()
+
+    def made_entries(self) -> list[Entry]:
+        """The entries of this epoch that the ledger may lack, in the order in which their replies came."""
+        return [
+            Entry(self.epoch, seq, int(n), after, tip, int(at_ms), events.encode())
+            for seq, tip, (n, after, at_ms, events) in self.made
+        ]

@@ -10,6 +10,7 @@ import logging
 import secrets
 
 from coupon_svc.domain.clock import boot_s
+from coupon_svc.domain.reports import Report
 from coupon_svc.loops import keep_running
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession
 from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
@@ -41,8 +42,8 @@ class Registration:
         self.session = LedgerSession(url, "coupon-api-registration", on_open=self._join)
         self._process_id = ""
         """New with every registration: one that has lapsed cannot be taken up again."""
-        self._reports: list[tuple[int, int, int]] = []
-        """(shard, epoch, seen seq) of epochs that are over, until Postgres has them."""
+        self._reports: list[Report] = []
+        """Of epochs that are over, until Postgres has them."""
         self.receipt_secret: bytes | None = None
         """Known from the first registration on, and so before the first answer that may need one."""
         self._wake = asyncio.Event()
@@ -61,8 +62,7 @@ class Registration:
             return
         try:
             async with self.session.work(TIMEOUT_S) as connection:
-                now = [(shard, *seen) for shard, seen in self._plane.seen()]
-                await report_seen(connection, self._process_id, [*self._reports, *now])
+                await report_seen(connection, self._process_id, [*self._reports, *self._plane.reports()])
                 await end_process(connection, self._process_id)
             self.session.close()
         except LedgerUnavailable:
@@ -93,9 +93,9 @@ class Registration:
             await begin_process(connection, self._process_id)
         for shard, (epoch, live) in enumerate(await epochs_of_shards(connection)):
             # It stops early answers of older epochs, so what it returns is final and can be reported.
-            seen = self._plane.begin_epoch(shard, epoch, live)
-            if seen is not None:
-                self._reports.append((shard, *seen))
+            report = self._plane.begin_epoch(shard, epoch, live)
+            if report is not None:
+                self._reports.append(report)
         if self._reports:
             await report_seen(connection, self._process_id, self._reports)
             self._reports = []

@@ -93,17 +93,19 @@ class Recoverer:
                     f"redis knows of epoch {meta.newest_epoch}, the ledger was in {begun.owned.epoch - 1}: it went back"
                 )
             drained, stands = await self._drain(connection, begun, meta)
+            crash_point("recover.drained")
+            verdict, accounted = begun.verdict, drained
+            if verdict is None:
+                verdict, accounted = await self._judge(connection, begun, drained)
         except HistoryForked as error:
             await _step(connection, recovery.stop_shard(connection, shard, str(error)))
             raise
-        crash_point("recover.drained")
-        verdict = begun.verdict or await self._judge(connection, begun, drained)
         crash_point("recover.judged")
         settled = await self._settle(connection, begun, verdict)
         crash_point("recover.settled")
         books = await _step(connection, books_of_shard(connection, shard))
         held = await _step(connection, held_by_book(connection, shard))
-        kept = stands and not begun.rebuild and await self._agrees(shard, held)
+        kept = stands and accounted == drained and not begun.rebuild and await self._agrees(shard, held)
         if kept:
             await self._restore_rules(connection, term, books, held)
         else:
@@ -169,24 +171,48 @@ class Recoverer:
                     f"the ledger had {told} events of epoch {epoch}, and lacks {reached + 1}: it went back"
                 )
 
-    async def _judge(self, connection: LedgerConnection, begun: NewEpoch, drained: int) -> Verdict:
-        """What is to become of codes that were lent and have no record: written down before the first book is settled."""
+    async def _judge(self, connection: LedgerConnection, begun: NewEpoch, drained: int) -> tuple[Verdict, int]:
+        """What is to become of codes that were lent and have no record: written down before the first book is settled.
+        Returns the seq up to which the ledger accounts for the live epoch by then, too. Raises HistoryForked."""
         if not begun.live_epoch:
-            return Verdict(0, lost=False)
-        lost = not await self._nothing_lost(connection, begun, drained)
-        return await _step(connection, recovery.end_live_epoch(connection, self._writer_id, begun, lost=lost))
+            return Verdict(0, lost=False), drained
+        lost, accounted = False, drained
+        if await _step(connection, recovery.may_have_answered_early(connection, begun.owned.shard)):
+            lost, accounted = await self._hear_reports(connection, begun, drained)
+        verdict = await _step(connection, recovery.end_live_epoch(connection, self._writer_id, begun, lost=lost))
+        return verdict, accounted
 
-    async def _nothing_lost(self, connection: LedgerConnection, begun: NewEpoch, drained: int) -> bool:
-        """Whether every API process that could have answered in the live epoch has said that the ledger has it all."""
+    async def _hear_reports(self, connection: LedgerConnection, begun: NewEpoch, drained: int) -> tuple[bool, int]:
+        """Take from the reports what Redis has lost. Returns whether an answer may still be without a record, and the seq up
+        to which the ledger accounts for the live epoch.
+
+        None is when every API process that could have answered has reported, and the ledger has all that any of them saw.
+        """
         shard, live = begun.owned.shard, begun.live_epoch
-        if not await _step(connection, recovery.may_have_answered_early(connection, shard)):
-            return True
-        if await _step(connection, recovery.anything_missing(connection, shard, live)):
-            return False
-        if silent := await self._wait_for_reports(connection, shard, live):
+        silent = await self._wait_for_reports(connection, shard, live)
+        if silent:
             log.warning("shard %02d: %d API processes cannot be asked what they have answered", shard, silent)
-            return False
-        return await _step(connection, recovery.highest_seen(connection, shard, live)) <= drained
+        accounted = await self._enter_reported(connection, begun, drained)
+        missing = await _step(connection, recovery.anything_missing(connection, shard, live))
+        seen = await _step(connection, recovery.highest_seen(connection, shard, live))
+        return silent > 0 or missing or seen > accounted, accounted
+
+    async def _enter_reported(self, connection: LedgerConnection, begun: NewEpoch, accounted: int) -> int:
+        """Entries that follow what the stream still held: API processes have answered from them. Returns the seq up to which
+        the ledger accounts for the live epoch. Raises HistoryForked where a report is of another history than the ledger."""
+        shard, live = begun.owned.shard, begun.live_epoch
+        seq = await _step(connection, recovery.contradicted(connection, shard, live))
+        if seq is not None:
+            raise HistoryForked(f"an API process has answered from another entry {live}-{seq} than the ledger has")
+        while entries := await _step(connection, recovery.reported_entries(connection, shard, live, accounted)):
+            events = [event for entry in entries for event in events_of(entry)]
+            batch = Batch(shard, live, 0, accounted, entries[-1].seq, entries, events)
+            before, accounted = (
+                accounted,
+                await _step(connection, recovery.drain(connection, self._writer_id, begun, batch)),
+            )
+            log.info("shard %02d: %d events that redis has lost come from API processes", shard, accounted - before)
+        return accounted
 
     async def _wait_for_reports(self, connection: LedgerConnection, shard: int, live: int) -> int:
         """Wait for the reports of processes that live, though not long for one that another shard has waited for in vain.

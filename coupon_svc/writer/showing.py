@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
+from coupon_svc.domain.reports import Report
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession, within
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.processes import report_seen
@@ -85,4 +86,4 @@ class Showing:
             raise Hole(f"event {committed + 1} is not in the stream")
         for process_id, seen in shard.answered_by_gone(gone, seq):
             async with within(connection, STATEMENTS_TIMEOUT_S):
-                await report_seen(connection, process_id, [(term.shard, term.epoch, seen)])
+                await report_seen(connection, process_id, [Report(term.shard, term.epoch, seen)])

@@ -1,13 +1,16 @@
 -- include: overlay
 -- Make the section's events known: one entry of the stream with all of them, then where the shard is. An entry says which
--- one it follows, so that a history that somebody put back, or made by hand, shows at its next entry.
+-- one it follows, so that a history that somebody put back, or made by hand, shows at its next entry. Returns what the entry
+-- holds beside its position and tip, false without events: whoever called keeps it until the ledger has it.
 local function log_events(meta_key, events_key, meta, tip, at_ms)
   if #events == 0 then
-    return
+    return false
   end
   local seq = string.format("%d", meta.seq + #events)
-  redis.call("XADD", events_key, meta.epoch .. "-" .. seq, "n", string.format("%d", #events), "after", meta.tip, "tip", tip,
-    "at_ms", at_ms, "events", cjson.encode(events))
+  local entry = {string.format("%d", #events), meta.tip, at_ms, cjson.encode(events)}
+  local n, after, _, body = unpack(entry)
+  redis.call("XADD", events_key, meta.epoch .. "-" .. seq, "n", n, "after", after, "tip", tip, "at_ms", at_ms, "events", body)
   redis.call("HSET", meta_key, "seq", seq, "tip", tip)
   meta.seq, meta.tip = meta.seq + #events, tip
+  return entry
 end

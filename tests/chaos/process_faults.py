@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from tests.chaos.fault import Fault, Strike
 from tests.chaos.probe import under_load
@@ -106,13 +106,27 @@ async def redis_killed(run: Run) -> None:
 
 
 async def redis_rolled_back(run: Run) -> None:
-    """An old copy of the append-only file is restored: everything since is gone."""
+    """An old copy of the append-only file is restored. What is gone the API processes still know."""
+    await _roll_redis_back(run, [])
+
+
+async def redis_rolled_back_and_api_killed(run: Run) -> None:
+    """… and some of them are gone, too: what has no record must be quarantined."""
+    run.loses_records = True
+    killed = run.some(run.apis)
+    await _roll_redis_back(run, killed)
+    for number in killed:
+        await run.start_api(number)
+
+
+async def _roll_redis_back(run: Run, killed: Sequence[int]) -> None:
     server = run.stack.redis_server
     assert server is not None
-    run.loses_records = True
     (folder,) = server.directory.rglob("appendonlydir")
     shutil.copytree(folder, run.stack.folder / "old")
     async with under_load(run), written_to_redis_alone(run):
+        for number in killed:
+            run.apis[number].kill()
         server.kill()
     shutil.rmtree(folder)
     shutil.copytree(run.stack.folder / "old", folder)
@@ -124,7 +138,6 @@ async def redis_lost(run: Run) -> None:
     """Redis comes back empty."""
     server = run.stack.redis_server
     assert server is not None
-    run.loses_records = True
     async with under_load(run), written_to_redis_alone(run):
         server.kill()
     for folder in server.directory.rglob("appendonlydir"):
@@ -134,7 +147,6 @@ async def redis_lost(run: Run) -> None:
 
 
 async def everything_flushed(run: Run) -> None:
-    run.loses_records = True
     async with run.stack.redis() as redis, under_load(run), written_to_redis_alone(run):
         await redis.flushall()
     await run.recovered()
@@ -216,6 +228,7 @@ PROCESS_FAULTS = [
         api_killed,
         redis_killed,
         redis_rolled_back,
+        redis_rolled_back_and_api_killed,
         redis_lost,
         everything_flushed,
         redis_and_api_killed,

@@ -100,7 +100,7 @@ class Calls:
 
     def replies(self, ops: list[Op]) -> list[Any]:
         """The replies of a call of all these operations, which must go through."""
-        outcome, _, _, replies = self.send(ops)
+        outcome, _, _, replies, *_ = self.send(ops)
         assert outcome == "ok"
         return list(replies)
 
@@ -375,7 +375,10 @@ def test_each_shard_has_a_verdict_of_its_own(server: Server, request: pytest.Fix
 
 def test_a_section_tells_where_the_shard_is(calls: Calls) -> None:
     book = calls.shard.new_book("A-1", "B-2")
-    outcome, seq, _, _ = calls.send([assign(book, "u"), assign(book, "v")])
+    outcome, seq, tip, _, entry = calls.send([assign(book, "u"), assign(book, "v")])
     assert (outcome, seq) == ("ok", 2)
-    outcome, seq, _, _ = calls.send([assign(book, "u")])
-    assert (outcome, seq) == ("ok", 2)
+    ((entry_id, fields),) = calls.shard.redis.xrange(calls.shard.keys.events)
+    told = dict(zip(("n", "after", "at_ms", "events"), entry, strict=True), tip=tip)
+    assert (entry_id, fields) == (f"{CALLER.epoch}-2", told)
+    outcome, seq, _, _, *entry = calls.send([assign(book, "u")])
+    assert (outcome, seq, entry) == ("ok", 2, [])

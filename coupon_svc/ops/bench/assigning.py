@@ -48,7 +48,7 @@ class Assigns:
 
     def replies(self, raw: Any) -> list[Reply]:
         """What the call replied to each that was asked."""
-        ((word, _, _, replies),) = raw
+        ((word, _, _, replies, *_),) = raw
         assert word == "ok", raw
         return [self._operation.reply(reply) for reply in replies]
 
