@@ -386,6 +386,9 @@ def test_ctrl_c_ends_it_with_a_clear_line_and_a_terminal_sees_a_bar(fake: Fake, 
         stdout=subprocess.PIPE,
         stderr=theirs,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where the tests run in the background
     )
     os.close(theirs)
     assert fake.began.wait(30)
