@@ -15,10 +15,10 @@ recovery makes Redis agree with it.
 `sections` is the msgpack of a list. A section is [meta, events, epoch, seen_seq, tip, [operation, …]], and an operation
 [name, key, …, argument, …] in the order of its header. A key is its place in KEYS, 0 for one that is left out.
 
-The reply has one item for each section, in their order: ["ok", seq, tip, [reply, …], entry],
-the entry that the section made as [n, after, at_ms, events], or nothing; ["suspect", why], and nothing was
-done: as the fence found it, or `events` when the stream took no entry; or ["unknown"] after an error behind the entry. An
-operation that raised replies ["error", word], with the first word of Redis's error.
+The reply has one item for each section, in their order: ["ok", seq, tip, [reply, …], entry], where entry is the one that the
+section made, as [n, after, at_ms, events], and is left out when it made none; ["suspect", why], and nothing was done: as the
+fence found it, or `events` when the stream took no entry; or ["unknown"] after an error behind the entry. An operation that
+raised replies ["error", word], with the first word of Redis's error.
 
 Keys
   keys…     any     read, write; each key of the operations once

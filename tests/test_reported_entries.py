@@ -6,8 +6,7 @@ import asyncio
 import shutil
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -16,12 +15,6 @@ from tests.harness import Part, Stack, until
 
 MakeStack = Callable[[], Awaitable[Stack]]
 CODES = 200
-
-
-@pytest.fixture
-async def clients() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
 
 
 async def book_of(http: httpx.AsyncClient) -> str:
@@ -36,6 +29,29 @@ async def assign(http: httpx.AsyncClient, book_id: str, user: str) -> dict[str, 
     assert answer.status_code == 201, answer.text
     body: dict[str, Any] = answer.json()
     return body
+
+
+class Shop(NamedTuple):
+    """A writer and two API processes, with a client of each."""
+
+    stack: Stack
+    writer: Part
+    first: httpx.AsyncClient
+    second_process: Part
+    second: httpx.AsyncClient
+
+
+@pytest.fixture
+async def shop(make_stack: MakeStack) -> AsyncIterator[Shop]:
+    stack = await make_stack()
+    writer = stack.writer()
+    stack.api()
+    await stack.ready()
+    async with await stack.client("shop") as first:
+        second_process = stack.api(1)
+        await stack.ready()
+        async with await stack.client("shop") as second:
+            yield Shop(stack, writer, first, second_process, second)
 
 
 async def lose_redis(stack: Stack, writer: Part, work: Callable[[], Awaitable[None]]) -> None:
@@ -60,113 +76,82 @@ async def counters(http: httpx.AsyncClient, book_id: str, timeout: float = 30) -
     return found
 
 
-async def test_a_lost_redis_loses_no_answer_of_processes_that_live(
-    make_stack: MakeStack, clients: AsyncExitStack
-) -> None:
-    stack = await make_stack()
-    writer = stack.writer()
-    stack.api()
-    await stack.ready()
-    first = await clients.enter_async_context(await stack.client("shop"))
-    stack.api(1)
-    await stack.ready()
-    second = await clients.enter_async_context(await stack.client("shop"))
-    book_id = await book_of(first)
+async def test_a_lost_redis_loses_no_answer_of_processes_that_live(shop: Shop) -> None:
+    book_id = await book_of(shop.first)
     answered: list[dict[str, Any]] = []
 
     async def work() -> None:
-        users = [f"u{number}" for number in range(40)]
-        clients = (first, second)
-        answered.extend(await asyncio.gather(*(assign(clients[i % 2], book_id, u) for i, u in enumerate(users))))
+        clients = (shop.first, shop.second)
+        answered.extend(await asyncio.gather(*(assign(clients[n % 2], book_id, f"u{n}") for n in range(40))))
 
-    await assign(first, book_id, "before")
-    await lose_redis(stack, writer, work)
+    await assign(shop.first, book_id, "before")
+    await lose_redis(shop.stack, shop.writer, work)
     assert not any(one["durable"] for one in answered)
-    assert (await counters(first, book_id)) == {
+    assert (await counters(shop.first, book_id)) == {
         "total": CODES, "available": CODES - 41, "assigned": 41, "redeemed": 0, "quarantined": 0,
     }  # fmt: skip
     for one in answered:  # the record of the key is back, too
-        again = await assign(second, book_id, one["user_id"])
+        again = await assign(shop.second, book_id, one["user_id"])
         assert (again["code"], again["position"]) == (one["code"], one["position"])
         assert again["durable"]
-    assert await stack.ledger("SELECT FROM reported_entries") == []
+    assert await shop.stack.ledger("SELECT FROM reported_entries") == []
 
 
-async def test_what_a_silent_process_may_have_answered_is_quarantined_and_nothing_else(
-    make_stack: MakeStack, clients: AsyncExitStack
-) -> None:
-    stack = await make_stack()
-    writer = stack.writer()
-    stack.api()
-    await stack.ready()
-    living = await clients.enter_async_context(await stack.client("shop"))
-    dying = stack.api(1)
-    await stack.ready()
-    lost = await clients.enter_async_context(await stack.client("shop"))
-    book_id = await book_of(living)
+async def test_what_a_silent_process_may_have_answered_is_quarantined(shop: Shop) -> None:
+    book_id = await book_of(shop.first)
     kept: list[dict[str, Any]] = []
 
     async def work() -> None:
-        kept.append(await assign(living, book_id, "alice"))
-        await assign(lost, book_id, "nobody")
-        kept.append(await assign(living, book_id, "bob"))
-        dying.kill()
+        kept.append(await assign(shop.first, book_id, "alice"))
+        await assign(shop.second, book_id, "nobody")
+        kept.append(await assign(shop.first, book_id, "bob"))
+        shop.second_process.kill()
 
-    await assign(living, book_id, "before")
-    await lose_redis(stack, writer, work)
-    found = await counters(living, book_id)
+    await assign(shop.first, book_id, "before")
+    await lose_redis(shop.stack, shop.writer, work)
+    found = await counters(shop.first, book_id)
     assert found["assigned"] == 3
     assert found["quarantined"] >= 1
     for one in kept:
-        assert (await assign(living, book_id, one["user_id"]))["code"] == one["code"]
+        assert (await assign(shop.first, book_id, one["user_id"]))["code"] == one["code"]
 
 
-async def test_a_process_that_ends_leaves_what_it_has_answered(make_stack: MakeStack, clients: AsyncExitStack) -> None:
-    stack = await make_stack()
-    writer = stack.writer()
-    stack.api()
-    await stack.ready()
-    living = await clients.enter_async_context(await stack.client("shop"))
-    ending = stack.api(1)
-    await stack.ready()
-    other = await clients.enter_async_context(await stack.client("shop"))
-    book_id = await book_of(living)
+async def test_a_process_that_ends_leaves_what_it_has_answered(shop: Shop) -> None:
+    book_id = await book_of(shop.first)
     kept: list[dict[str, Any]] = []
 
     async def work() -> None:
-        kept.append(await assign(other, book_id, "alice"))
-        ending.stop()
+        kept.append(await assign(shop.second, book_id, "alice"))
+        shop.second_process.stop()
 
-    await assign(living, book_id, "before")
-    await lose_redis(stack, writer, work)
-    assert (await counters(living, book_id))["quarantined"] == 0
-    assert (await assign(living, book_id, "alice"))["code"] == kept[0]["code"]
+    await assign(shop.first, book_id, "before")
+    await lose_redis(shop.stack, shop.writer, work)
+    assert (await counters(shop.first, book_id))["quarantined"] == 0
+    assert (await assign(shop.first, book_id, "alice"))["code"] == kept[0]["code"]
 
 
-async def test_a_report_of_another_history_than_the_ledgers_stops_the_shard(
-    make_stack: MakeStack, clients: AsyncExitStack
-) -> None:
-    stack = await make_stack()
-    writer = stack.writer()
-    stack.api()
-    await stack.ready()
-    http = await clients.enter_async_context(await stack.client("shop"))
-    book_id = await book_of(http)
-    one = await assign(http, book_id, "alice")
-    await stack.drained()
-    shard, _, position = one["position"].partition(":")
-    epoch, _, seq = position.partition("-")
-    await stack.ledger(
-        "INSERT INTO reported_entries SELECT shard, epoch, seq, n, after, 'another', at_ms, events FROM entries"
-        f" WHERE shard = {int(shard)} AND epoch = {int(epoch)} AND seq = {int(seq)}"
+@pytest.mark.parametrize("behind", [0, 1], ids=["at its position", "within it"])
+async def test_a_report_of_another_history_stops_the_shard(shop: Shop, behind: int) -> None:
+    """One that ends where an entry of the ledger ends, or amid its events."""
+    book_id = await book_of(shop.first)
+    users = {"book_id": book_id, "user_ids": ["alice", "bob", "carol"]}
+    answer = await shop.first.post("/coupons/assignments", json=users)
+    assert answer.json()["assigned"] == 3
+    await shop.stack.drained()
+    shard = int(book_id[3:5])
+    await shop.stack.ledger(
+        "INSERT INTO reported_entries SELECT shard, epoch, seq - $2, n, after, 'another', at_ms, events FROM entries"
+        " WHERE shard = $1",
+        shard,
+        behind,
     )
-    writer.stop()
-    await stack.ledger(f"UPDATE shards SET epoch = epoch + 1, committed = 0 WHERE shard = {int(shard)}")
-    stack.writer()
+    shop.writer.stop()
+    await shop.stack.ledger("UPDATE shards SET epoch = epoch + 1, committed = 0 WHERE shard = $1", shard)
+    shop.stack.writer()
 
     async def stopped() -> str | None:
-        rows = await stack.ledger(f"SELECT stopped FROM shards WHERE shard = {int(shard)}")
-        reason: str | None = rows[0]["stopped"]
+        (row,) = await shop.stack.ledger("SELECT stopped FROM shards WHERE shard = $1", shard)
+        reason: str | None = row["stopped"]
         return reason
 
     reason = await until(stopped, 30)

@@ -10,6 +10,7 @@ import asyncpg
 from coupon_svc.domain.reports import Report
 
 ENTRIES_REPORTED_MAX = 10_000
+"""Of one shard, in one report: what a statement can take in time."""
 PROCESS_TTL_S = 5
 """For so long an observer must have seen a row unchanged before it counts the process as gone; a process stops to answer
 early before that (coupon_svc/service/registration.py)."""

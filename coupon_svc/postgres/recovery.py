@@ -642,13 +642,18 @@ async def reported_entries(connection: asyncpg.Connection, shard: int, epoch: in
     return [Entry(*row) for row in rows]
 
 
-async def contradicted(connection: asyncpg.Connection, shard: int, epoch: int) -> int | None:
-    """The seq of an entry that an API process has reported, where the ledger has another one; None when there is none."""
+async def contradicted(connection: asyncpg.Connection, shard: int, epoch: int, accounted: int) -> int | None:
+    """The seq of an entry that an API process has reported and that the ledger does not have, though it accounts for the
+    epoch up to there; None when there is none. One that is noted as missing contradicts nothing."""
     seq: int | None = await connection.fetchval(
-        "SELECT min(seq) FROM reported_entries r JOIN entries e USING (shard, epoch, seq)"
-        " WHERE shard = $1 AND epoch = $2 AND e.tip <> r.tip",
+        "SELECT min(seq) FROM reported_entries r WHERE shard = $1 AND epoch = $2 AND seq <= $3"
+        " AND NOT EXISTS (SELECT FROM entries e"
+        " WHERE (e.shard, e.epoch, e.seq, e.tip) = (r.shard, r.epoch, r.seq, r.tip))"
+        " AND NOT EXISTS (SELECT FROM dead_letters d"
+        " WHERE (d.shard, d.epoch, d.seq) = (r.shard, r.epoch, r.seq) AND d.code IS NULL)",
         shard,
         epoch,
+        accounted,
     )
     return seq
 

@@ -186,7 +186,8 @@ class Recoverer:
         """Take from the reports what Redis has lost. Returns whether an answer may still be without a record, and the seq up
         to which the ledger accounts for the live epoch.
 
-        None is when every API process that could have answered has reported, and the ledger has all that any of them saw.
+        No answer is without one when every API process that could have answered has reported, and the ledger has all that
+        any of them saw.
         """
         shard, live = begun.owned.shard, begun.live_epoch
         silent = await self._wait_for_reports(connection, shard, live)
@@ -198,20 +199,17 @@ class Recoverer:
         return silent > 0 or missing or seen > accounted, accounted
 
     async def _enter_reported(self, connection: LedgerConnection, begun: NewEpoch, accounted: int) -> int:
-        """Entries that follow what the stream still held: API processes have answered from them. Returns the seq up to which
-        the ledger accounts for the live epoch. Raises HistoryForked where a report is of another history than the ledger."""
+        """Enter what API processes have reported and the stream has lost. Returns up to which seq the ledger accounts for
+        the live epoch then. Raises HistoryForked where a report is of another history than the ledger."""
         shard, live = begun.owned.shard, begun.live_epoch
-        seq = await _step(connection, recovery.contradicted(connection, shard, live))
+        seq = await _step(connection, recovery.contradicted(connection, shard, live, accounted))
         if seq is not None:
             raise HistoryForked(f"an API process has answered from another entry {live}-{seq} than the ledger has")
         while entries := await _step(connection, recovery.reported_entries(connection, shard, live, accounted)):
             events = [event for entry in entries for event in events_of(entry)]
             batch = Batch(shard, live, 0, accounted, entries[-1].seq, entries, events)
-            before, accounted = (
-                accounted,
-                await _step(connection, recovery.drain(connection, self._writer_id, begun, batch)),
-            )
-            log.info("shard %02d: %d events that redis has lost come from API processes", shard, accounted - before)
+            log.info("shard %02d: redis has lost %d events; API processes have kept them", shard, len(events))
+            accounted = await _step(connection, recovery.drain(connection, self._writer_id, begun, batch))
         return accounted
 
     async def _wait_for_reports(self, connection: LedgerConnection, shard: int, live: int) -> int:

@@ -7,10 +7,9 @@ local function log_events(meta_key, events_key, meta, tip, at_ms)
     return false
   end
   local seq = string.format("%d", meta.seq + #events)
-  local entry = {string.format("%d", #events), meta.tip, at_ms, cjson.encode(events)}
-  local n, after, _, body = unpack(entry)
+  local n, after, body = string.format("%d", #events), meta.tip, cjson.encode(events)
   redis.call("XADD", events_key, meta.epoch .. "-" .. seq, "n", n, "after", after, "tip", tip, "at_ms", at_ms, "events", body)
   redis.call("HSET", meta_key, "seq", seq, "tip", tip)
   meta.seq, meta.tip = meta.seq + #events, tip
-  return entry
+  return {n, after, at_ms, body}
 end
