@@ -15,8 +15,8 @@ SEED = 20_261_122
 AT_ONCE = 3
 SELECTED = (
     "writer_killed", "writer_paused_across_a_recovery", "api_killed", "redis_killed", "redis_rolled_back", "redis_lost",
-    "everything_flushed", "backend_stopped", "stream_trimmed", "meta_deleted", "redis_replies_lost",
-    "failed_back_to_the_old_master", "split_brain", "redis_disk_full", "redis_clock_jumps_seconds", "memory_out",
+    "everything_flushed", "backend_stopped", "stream_trimmed", "meta_deleted",
+    "failed_back_to_the_old_master", "redis_disk_full", "redis_clock_jumps_seconds",
     "postgres_killed", "keys_put_back_unseen", "another_installation_comes",
 )  # fmt: skip
 """One or two of a kind: all of them take ten minutes."""

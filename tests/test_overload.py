@@ -129,7 +129,7 @@ def memory_mb(pid: int) -> float:
     raise AssertionError("a process says how much memory it took")
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 async def test_twice_the_highest_rate_leaves_the_goodput_nearly_where_it_was(postgres_url: str, tmp_path: Path) -> None:
     """In the best of some rounds: others who use the machine make many a round slow. What holds in each round is that no
     request is unknown, and that memory is bounded."""

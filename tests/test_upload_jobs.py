@@ -157,6 +157,7 @@ async def test_hot_work_and_other_uploads_of_the_tenant_do_not_wait_for_a_job(st
         await until(emptied)
 
 
+@pytest.mark.chaos
 async def test_a_body_whose_receiver_has_died_is_given_up(stack: Stack) -> None:
     async with await stack.client("t") as client:
         book = await make_book(client, codes=[])

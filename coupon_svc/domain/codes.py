@@ -48,6 +48,13 @@ def normalise_prefix(text: str) -> str | None:
     return prefix if not prefix or _PREFIX.fullmatch(prefix) else None
 
 
+def why_taken(book_id: str, has_it: str) -> tuple[Literal["duplicate_in_book", "duplicate_in_other_book"], str]:
+    """Why a code is not added to a book, as reason and detail: `has_it` is the book that has it already."""
+    if has_it == book_id:
+        return "duplicate_in_book", "the book has it already"
+    return "duplicate_in_other_book", has_it
+
+
 def why_invalid(text: str) -> str:
     """What keeps a text from being a code: which character and where, counted from 1 after trimming, or its length."""
     code = text.strip()

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 import asyncpg
 import msgspec
 
+from coupon_svc.domain.codes import why_taken
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.upload_files import Batch
 from coupon_svc.postgres import catalogue
@@ -247,7 +248,7 @@ async def add_piece(connection: asyncpg.Connection, job: Job) -> Job:
         # Lost with a crash of Postgres, it is done again; and whatever rests on it is behind it in the log, so is lost, too.
         await connection.execute("SET LOCAL synchronous_commit TO off")
         _, taken = await catalogue.insert_codes(connection, job.tenant_id, job.book_id, codes, tell=tell)
-        rejected += [_taken(job.book_id, first_rows[code], code, has_it) for code, has_it in taken.items()]
+        rejected += [RejectedRow(first_rows[code], code, *why_taken(job.book_id, has)) for code, has in taken.items()]
         await _reject(connection, job.job_no, rejected)
         done = (rows[-1]["code"], rows[-1]["row"]) if rows else (job.done_code, job.done_row)
         moved = await connection.fetchrow(
@@ -309,12 +310,6 @@ async def rejected_after(connection: asyncpg.Connection, job_no: int, after: int
 
 def _job(row: asyncpg.Record) -> Job:
     return Job(**row)
-
-
-def _taken(book_id: str, row: int, code: str, has_it: str) -> RejectedRow:
-    if has_it == book_id:
-        return RejectedRow(row, code, "duplicate_in_book", "the book has it already")
-    return RejectedRow(row, code, "duplicate_in_other_book", has_it)
 
 
 async def _reject(connection: asyncpg.Connection, job_no: int, rejected: Sequence[RejectedRow]) -> None:

@@ -81,7 +81,7 @@ async def want_recovery(connection: asyncpg.Connection, shards: list[int] | None
     rebuilt from the ledger even where it seems to agree with it."""
     async with connection.transaction():
         done = await connection.execute(
-            "UPDATE shards SET epoch = epoch + 1, committed = 0, rebuild = rebuild OR $2"
+            "UPDATE shards SET epoch = epoch + 1, rebuild = rebuild OR $2"
             " WHERE stopped IS NULL AND ($1::int[] IS NULL OR shard = ANY ($1))",
             shards,
             rebuild,

@@ -33,7 +33,7 @@ EPOCH_CHANNEL = "coupon_epoch"
 MISSING = "missing from the stream"
 
 _BEGIN_EPOCH = """
-    UPDATE shards SET epoch = epoch + 1, committed = 0
+    UPDATE shards SET epoch = epoch + 1
     WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 AND stopped IS NULL
     RETURNING shard, epoch, committed, generation, chain, tip, certified_epoch, settled_epoch, rebuild, settling_epoch,
               settling_lost

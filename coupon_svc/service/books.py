@@ -16,7 +16,7 @@ from msgspec import UNSET, UnsetType
 
 from coupon_svc.domain.books import Ack, Book, BookStatus, check_period
 from coupon_svc.domain.clock import now_ms
-from coupon_svc.domain.codes import CODE_LENGTH_MAX, Generated, check_capacity, normalise_code, why_invalid
+from coupon_svc.domain.codes import CODE_LENGTH_MAX, Generated, check_capacity, normalise_code, why_invalid, why_taken
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.shards import book_shard, new_book_id
 from coupon_svc.postgres import catalogue
@@ -410,12 +410,9 @@ def _listed(codes: list[str]) -> _Listed:
 
 def _upload(book_id: str, listed: _Listed, taken: dict[str, str]) -> Upload:
     """`taken`: the codes that the tenant had already, with the books that have them."""
-    rejected = [*listed.rejected, *(_taken(book_id, listed.codes[code], code, has) for code, has in taken.items())]
+    rejected = [
+        *listed.rejected,
+        *(RejectedCode(listed.codes[code], code, *why_taken(book_id, has)) for code, has in taken.items()),
+    ]
     rejected.sort(key=lambda code: code.row)
     return Upload(book_id, len(listed.codes) - len(taken), rejected)
-
-
-def _taken(book_id: str, row: int, code: str, has_it: str) -> RejectedCode:
-    if has_it == book_id:
-        return RejectedCode(row, code, "duplicate_in_book", "the book has it already")
-    return RejectedCode(row, code, "duplicate_in_other_book", has_it)
