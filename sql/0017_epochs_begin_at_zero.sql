@@ -1,12 +1,14 @@
--- An epoch begins at position 0, whoever begins it: the command that lets a stopped shard go on (docs/operations.md) names no
--- position. Without this the next epoch's row told of events that it never had, and `verify` took that for damage.
+-- An epoch begins at position 0, unless whoever begins it says otherwise: the command that lets a stopped shard go on
+-- (docs/operations.md) names no position. Without this the next epoch's row told of events that it never had, and `verify` took that for damage.
 --
 -- The version before works with this schema.
 
 CREATE OR REPLACE FUNCTION keep_end_of_epoch() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     INSERT INTO epochs VALUES (old.shard, old.epoch, old.committed, old.tip) ON CONFLICT DO NOTHING;
-    new.committed := 0;
+    IF new.committed = old.committed THEN
+        new.committed := 0;
+    END IF;
     new.tip := '';
     RETURN new;
 END $$;
