@@ -87,4 +87,3 @@ def share_of_capacity(part: Pattern, whole: Pattern) -> float:
 
 def _symbols(pattern: Pattern, char: str) -> set[str]:
     return set(pattern.symbols) if char == "#" else {char}
-

@@ -32,14 +32,16 @@ class FF1:
         """`key` is an AES key of 16, 24 or 32 bytes. Raises ValueError for a domain that is too small, or too long."""
         if not (2 <= radix <= 1 << 16 and 2 <= length <= LENGTH_MAX and radix**length >= DOMAIN_MIN):
             raise ValueError("FF1 is not for numbers of this radix and length")
-        self.domain = radix**length
+        self.domain = int(radix**length)
         left, right = length // 2, length - length // 2
-        self._sizes = (radix**left, radix**right)  # of the half that an even round changes, and an odd one
+        self._sizes = (int(radix**left), int(radix**right))  # of the half that an even round changes, and an odd one
         # The lengths b and d of the specification: bytes of a half as a number, and of what is added to one.
         self._b = ((self._sizes[1] - 1).bit_length() + 7) // 8
         self._d = 4 * ((self._b + 3) // 4) + 4
         self._aes = Cipher(AES(key), ECB()).encryptor()
-        head = struct.pack(">BBB", 1, 2, 1) + radix.to_bytes(3, "big") + struct.pack(">BBII", 10, left, length, len(tweak))
+        head = (
+            struct.pack(">BBB", 1, 2, 1) + radix.to_bytes(3, "big") + struct.pack(">BBII", 10, left, length, len(tweak))
+        )
         fixed = tweak + bytes((-len(tweak) - self._b - 1) % _BLOCK)
         # CBC-MAC of all blocks that neither the round nor the number has a part in.
         whole = (len(fixed) + 1 + self._b - self._variable_bytes) // _BLOCK * _BLOCK
