@@ -14,14 +14,16 @@ import asyncio
 import contextlib
 import fcntl
 import math
+import socket
+import struct
 import sys
 import termios
 from asyncio.events import TimerHandle
 from functools import partial
 from typing import Any
 
-from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.hot import Driven
@@ -220,6 +222,8 @@ class CouponProtocol(HttpToolsProtocol):
         self.cycle.default_headers = [*self.server_state.default_headers, (HEADER, self._request_id)]
         if self.app.draining:
             self.cycle.keep_alive = False
+        if self.parser.get_http_version() == "1.0":
+            self.cycle.send = _Unchunked(self.cycle).send
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body was parsed."""
@@ -475,6 +479,38 @@ class CouponProtocol(HttpToolsProtocol):
 async def _malformed(scope: Any, receive: Any, send: Any) -> None:
     """The ASGI application for a pipelined request whose body is malformed: refuses it when it is its turn."""
     await send_problem(scope, send, Refused(Outcome.MALFORMED_HTTP))
+
+
+class _Unchunked:
+    """Sends the response of a request to a caller whose HTTP/1.0 knows no chunks: a body in pieces ends with its connection.
+
+    Until that end, to close the connection resets it: otherwise nobody could tell that a body is short.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._send: Any = cycle.send
+        self._in_pieces = False
+
+    async def send(self, message: Message) -> None:
+        """Stands for the cycle's own."""
+        cycle = self._cycle
+        if message["type"] == "http.response.start":
+            self._in_pieces = all(name != b"content-length" for name, _ in message["headers"])
+            if self._in_pieces:
+                cycle.chunked_encoding = False
+                self._reset_when_closed(True)
+        elif self._in_pieces:
+            cycle.expected_content_length = len(message["body"])
+            if not message.get("more_body", False):
+                self._reset_when_closed(False)
+        await self._send(message)
+
+    def _reset_when_closed(self, resets: bool) -> None:
+        with contextlib.suppress(OSError, ValueError):  # the socket is closed
+            self._cycle.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", resets, 0)
+            )
 
 
 class _Lingering(asyncio.Protocol):

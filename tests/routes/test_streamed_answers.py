@@ -106,6 +106,28 @@ async def test_a_body_that_breaks_off_has_no_end(
     assert "SECRET-1" not in caplog.text
 
 
+async def test_a_caller_without_chunks_gets_the_pieces_as_they_are(streaming: Streaming) -> None:
+    for head in ("", "Connection: keep-alive\r\n"):
+        wire = await dial(streaming.base_url)
+        wire.writer.write(f"GET {PATH} HTTP/1.0\r\n{head}\r\n".encode())
+        headers, _, body = (await wire.reader.read()).partition(b"\r\n\r\n")
+        assert headers.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"transfer-encoding" not in headers
+        assert b"content-length" not in headers
+        assert headers.endswith(b"connection: close")
+        assert body == PIECE * 3
+        wire.writer.close()
+
+
+async def test_a_caller_without_chunks_sees_that_a_body_breaks_off(streaming: Streaming) -> None:
+    """Its end is that of the connection: only a reset tells that there should be more."""
+    streaming.pieces.raised = CouponError
+    wire = await dial(streaming.base_url)
+    wire.writer.write(f"GET {PATH} HTTP/1.0\r\n\r\n".encode())
+    with pytest.raises(ConnectionResetError):
+        await wire.reader.read()
+
+
 async def test_nothing_is_read_ahead_of_a_caller_who_does_not_read(streaming: Streaming) -> None:
     streaming.pieces.number = 10_000
     wire = await dial(streaming.base_url)
