@@ -10,7 +10,7 @@ import pytest
 
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.errors import LedgerUnavailable
-from coupon_svc.service import code_directory
+from coupon_svc.service import code_directory, questions
 from coupon_svc.service.code_directory import CodeDirectory
 
 Asked = tuple[int, str]
@@ -113,7 +113,7 @@ async def test_of_many_codes_the_oldest_are_forgotten(
 async def test_too_many_questions_at_a_time_are_refused(
     directory: CodeDirectory, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(code_directory, "QUESTIONS_MAX", 2)
+    monkeypatch.setattr(questions, "WAITING_MAX", 2)
     ledger.books = {(1, code): "bk" for code in "ABC"}
     told = await asyncio.gather(*(directory.book_of_code(1, code, 1) for code in "ABC"), return_exceptions=True)
     assert told[:2] == ["bk", "bk"]
