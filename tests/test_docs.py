@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,15 @@ from coupon_svc.http.operations import Operation
 from coupon_svc.http.routes import OPERATIONS
 from coupon_svc.redis.keys import POSITIONS_CHANNEL, ShardKeys
 from tests.chaos.suite import FAULTS
+from tools.picture import draw
+from tools.readme import PICTURE, README, figures, read_measured, with_figures
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+PAGES = sorted(DOCS.rglob("*.md"))
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES]
+GLOSSARY = DOCS / "glossary.md"
+DECISIONS = sorted((DOCS / "adr").glob("0*.md"))
 SQL = "\n".join(path.read_text() for path in sorted((ROOT / "sql").glob("*.sql")))
 
 _PATH = re.compile(r"\.?[\w-]+(/[\w.-]+)*(\.(py|lua|sql|md|toml|yaml|txt)|/)|Dockerfile|Makefile|LICENSE")
@@ -34,15 +40,88 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def relative_links(path: Path) -> list[tuple[str, Path, str]]:
+    """Each link of a document to a file of the repository: as it is written, the file, the fragment."""
+    links = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not re.match(r"[a-z]+:", link):
+            target, _, fragment = link.partition("#")
+            links.append((link, (path.parent / target).resolve() if target else path, fragment))
+    return links
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_relative_link_leads_somewhere(path: Path) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
-        if re.match(r"[a-z]+:", link):
-            continue
-        target, _, fragment = link.partition("#")
-        file = path.parent / target if target else path
+    for link, file, fragment in relative_links(path):
         assert file.exists(), link
         assert not fragment or fragment in anchors(file), link
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    found = {ROOT / "README.md"}
+    unread = list(found)
+    while unread:
+        for _, file, _ in relative_links(unread.pop()):
+            if file in DOCUMENTS and file not in found:
+                found.add(file)
+                unread.append(file)
+    assert [path.name for path in DOCUMENTS if path not in found] == []
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if path != GLOSSARY], ids=lambda path: path.name)
+def test_every_page_links_the_glossary(path: Path) -> None:
+    assert GLOSSARY in [file for _, file, _ in relative_links(path)]
+
+
+def test_every_term_of_the_glossary_is_used_on_another_page() -> None:
+    text = "\n".join(path.read_text() for path in DOCUMENTS if path != GLOSSARY).lower()
+    terms = re.findall(r"^\| \*\*([^*]+)\*\* \|", GLOSSARY.read_text(), re.MULTILINE)
+    assert len(terms) > 40
+    assert [term for term in terms if not re.search(rf"\b{re.escape(term.lower())}", text)] == []
+
+
+def test_the_glossary_is_in_order_and_explains_what_it_refers_to() -> None:
+    explained = set()
+    for table in GLOSSARY.read_text().split("\n## ")[1:]:
+        terms = re.findall(r"^\| \*\*([^*]+)\*\* \|", table, re.MULTILINE)
+        assert terms == sorted(terms, key=str.lower)
+        explained |= {term.lower() for term in terms}
+    referred = set(re.findall(r"(?<!\*)\*([^*\n|]+)\*(?!\*)", GLOSSARY.read_text().partition("\n## ")[2]))
+    forms = {"entries": "entry", "lent": "lend", "recoveries": "recovery", "recovered": "recovery", "settled": "settle"}
+    assert {forms.get(word, word) for word in map(str.lower, referred)} <= explained | {
+        f"{term}s" for term in explained
+    }
+
+
+def test_decisions_are_numbered_listed_and_say_what_they_cost() -> None:
+    assert [path.name[:4] for path in DECISIONS] == [f"{number:04}" for number in range(1, len(DECISIONS) + 1)]
+    listed = [file for _, file, _ in relative_links(DOCS / "adr" / "README.md") if file in DECISIONS]
+    assert listed == DECISIONS
+    for path in DECISIONS[1:]:  # the first is one table of decisions
+        headings = re.findall(r"^## (.+)$", path.read_text(), re.MULTILINE)
+        assert headings == ["Decision", "Why", "Alternatives", "Price"], path.name
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    first = re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first
+    assert first[1] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_the_readme_has_the_figures_that_were_measured_last() -> None:
+    text = README.read_text()
+    assert with_figures(text, read_measured()) == text, "`python -m tools.readme` writes them"
+    assert figures(read_measured()) in text, "there is no place for them"
+
+
+def test_the_picture_of_the_readme_is_what_its_command_draws() -> None:
+    assert PICTURE.read_text() == draw(), "`python -m tools.readme` draws it"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_picture_is_there(path: Path) -> None:
+    for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", path.read_text()):
+        assert (path.parent / picture).stat().st_size < 200_000, picture
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
