@@ -17,7 +17,7 @@ from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.codes import Generated, Pattern
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.books import BookAnswers
-from coupon_svc.postgres.catalogue import NewBook, insert_book, insert_codes, places_end
+from coupon_svc.postgres.catalogue import NewBook, insert_book, insert_codes
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.lending import lease_block
 from coupon_svc.postgres.shards import OwnedShard
@@ -207,11 +207,6 @@ async def test_a_book_that_never_runs_dry_keeps_a_place_for_each_code(ledger: Le
             await insert_codes(ledger.connection, 1, BOOK, [f"REST-{number}" for number in range(100)])
     alike = await ledger.connection.fetchval("SELECT count(*) - count(DISTINCT place) FROM codes WHERE place > 0")
     assert alike < 300
-
-
-def test_places_end_further_up_when_they_would_crowd() -> None:
-    assert places_end(0, 1 << 32, 1_000_000) == 1 << 32
-    assert places_end((1 << 32) - 1_000, 1 << 32, 1_000) == 1 << 33
 
 
 # --- nothing is left half done

@@ -277,11 +277,25 @@ class Lender:
         )
         return book_id
 
-    async def upload(self, book_id: str, codes: Sequence[str]) -> None:
+    async def upload(self, book_id: str, codes: Sequence[str]) -> list[str]:
         """Codes are unique within their tenant: each gets the book's own letters behind it."""
         texts = [f"{code}-{book_id[5:].upper()}" for code in codes]
         _, taken = await insert_codes(self.connection, self._tenant_id, book_id, texts)
         assert not taken
+        return texts
+
+    async def crowd(self, book_id: str, places: int) -> None:
+        """Leave the book so many places, over which its codes stand in their order."""
+        await self.connection.execute(
+            "UPDATE codes SET place = leased_upto + number * $2 / (total - lent) FROM books,"
+            " (SELECT code, row_number() OVER (ORDER BY place) AS number FROM codes WHERE book_id = $1) ranked"
+            " WHERE codes.book_id = $1 AND books.book_id = $1 AND codes.code = ranked.code",
+            book_id,
+            places,
+        )
+        await self.connection.execute(
+            "UPDATE books SET places_upto = leased_upto + $2 WHERE book_id = $1", book_id, places
+        )
 
     async def lend(self, book_id: str, count: int) -> list[str]:
         lease = await lease_block(self.connection, "test", self._owned, book_id, count)
@@ -335,3 +349,54 @@ async def test_late_uploads_are_mixed_into_what_is_not_lent_yet(dealer: Dealer, 
     orders = [[sorted(map(number_of, order)).index(number_of(code)) for code in order] for order in dealt]
     assert unevenness((order[0] for order in orders), 8) < threshold(7)
     assert order_unevenness(orders) < threshold(49)
+
+
+async def test_late_uploads_are_mixed_in_where_places_have_become_few(dealer: Dealer, lender: Lender) -> None:
+    """As they do in a book that is topped up again and again before it runs dry: what is left of its places halves each
+    time. Behind them, new codes would come after all others."""
+    lent: list[tuple[str, list[str]]] = []
+    async with lender.connection.transaction():
+        for _ in range(200):
+            book_id = await lender.new_book()
+            await lender.upload(book_id, CODES[:6])
+            await lender.crowd(book_id, 40)
+            await lender.upload(book_id, CODES[6:])
+            lent.append((book_id, await lender.lend(book_id, 6)))
+    assert unevenness((number_of(code) for _, block in lent for code in block), 12, 6) < threshold(11)
+    orders = [list(map(number_of, await dealer.deal_blocks(book_id, [block]))) for book_id, block in lent]
+    assert unevenness((order[0] for order in orders), 12) < threshold(11)
+
+
+async def test_each_block_of_a_book_that_is_topped_up_is_any_of_its_codes_alike(dealer: Dealer, lender: Lender) -> None:
+    """The whole way: uploads of several sizes, blocks, and codes that are dealt while the next block is on its way.
+
+    Of the twelve codes that are placed when a block is lent, numbered in the order of upload, each is in the block as often
+    as any other, and is as often the first of the block that is dealt.
+    """
+    lent: list[int] = []
+    first: list[int] = []
+
+    async def live(book_id: str) -> None:
+        unlent: list[str] = []
+        begun: list[dict[str, int]] = []
+        for turn in range(10):
+            for size in (5, 1) if turn else (7, 4, 1):
+                unlent += await lender.upload(book_id, [f"T{turn:02}{size}-{number}" for number in range(size)])
+            block = await lender.lend(book_id, 6)
+            numbers = {code: unlent.index(code) for code in block}
+            lent.extend(numbers.values())
+            begun.append(numbers)
+            unlent = [code for code in unlent if code not in numbers]
+            await dealer.load(book_id, block)
+            for code in await dealer.deal(book_id, 6 if turn else 3):
+                for block_of in [numbers for numbers in begun if code in numbers]:
+                    first.append(block_of[code])
+                    begun.remove(block_of)
+
+    for _ in range(40):
+        async with lender.connection.transaction():
+            await live(await lender.new_book())
+    assert len(lent) == 40 * 10 * 6
+    assert len(first) > 300
+    assert unevenness(lent, 12, 6) < threshold(11)
+    assert unevenness(first, 12) < threshold(11)

@@ -28,6 +28,9 @@ PIECE_CODES = 2_000
 """How many codes one transaction adds at most: it holds the row of their book, and whoever changes or lends waits for it."""
 ROUND = 1 << 32
 PLACES_PER_CODE_MIN = 64
+"""Beyond it the codes of a book are spread over more places, if it takes no longer than a piece. Where that is too many
+codes, they share places."""
+CODES_PER_PLACE_MAX = 16
 UNPLACED_FROM = -(1 << 40)
 """Places from here up to -2 are of codes whose upload has not come to its end: nobody sees, lends or counts them yet."""
 _BARREN_MAX = 200
@@ -66,6 +69,8 @@ _ALL_CODES = """
     SELECT coalesce((SELECT sum(total) FROM books WHERE tenant_id = $1), 0)
          + coalesce((SELECT sum(codes) FROM uploads WHERE tenant_id = $1), 0)
 """
+# Keeps their order, so nobody's chance changes; and codes that are added now come between them.
+_SPREAD_CODES = "UPDATE codes SET place = $2 + (place - $2) * $3 WHERE book_id = $1 AND place > $2"
 CODES_IN_PATTERN = """
     SELECT count(*) FROM codes WHERE tenant_id = $1 AND code >= $2 AND code < $3 AND code ~ $4
 """
@@ -284,10 +289,16 @@ def random_places(count: int, above: int, upto: int) -> list[int]:
     return [above + 1 + (number * (upto - above) >> 64) for number in numbers]
 
 
+def spread_factor(places: int, codes: int) -> int:
+    """How much further apart so many codes are to stand that share so many places, as they do in a book that is topped up
+    again and again before it runs dry; 1 where they stand well."""
+    return 1 if places >= PLACES_PER_CODE_MIN * codes else ROUND // max(1, places)
+
+
 def places_end(leased_upto: int, places_upto: int, codes: int) -> int:
-    """Where the places of new codes end, given that `codes` have places between these two already: further up when those
-    would crowd, as they do in a book that is topped up again and again before it runs dry."""
-    crowded = places_upto - leased_upto < PLACES_PER_CODE_MIN * codes
+    """Where the places of new codes end, given that more codes than can be spread have places between these two: further up
+    when too many share a place. Those that are there then come before most of the new ones."""
+    crowded = (places_upto - leased_upto) * CODES_PER_PLACE_MAX < codes
     return places_upto + ROUND if crowded else places_upto
 
 
@@ -307,11 +318,14 @@ class _Span(NamedTuple):
 async def _open_span(connection: asyncpg.Connection, book_id: str) -> _Span:
     """The places among those of codes not lent yet, so that late uploads are mixed in; when all are lent, a new round."""
     row = await one_row(connection, _LOCK_BOOK, book_id)
-    above, upto = row["leased_upto"], row["places_upto"]
-    if row["unlent"] > 0:
-        upto = places_end(above, upto, row["unlent"])
-    else:
+    above, upto, unlent = row["leased_upto"], row["places_upto"], row["unlent"]
+    if unlent <= 0:
         above, upto = upto, upto + ROUND
+    elif unlent > PIECE_CODES:
+        upto = places_end(above, upto, unlent)
+    elif (factor := spread_factor(upto - above, unlent)) > 1:
+        await connection.execute(_SPREAD_CODES, book_id, above, factor)
+        upto = above + max(1, upto - above) * factor
     return _Span(book_id, row["shard"], BookStatus(row["status"]), above, upto)
 
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coupon_svc.postgres.catalogue import PLACES_PER_CODE_MIN, ROUND, places_end, random_places
+from coupon_svc.postgres.catalogue import (
+    CODES_PER_PLACE_MAX,
+    PLACES_PER_CODE_MIN,
+    ROUND,
+    places_end,
+    random_places,
+    spread_factor,
+)
 
 
 @given(st.integers(0, 2**40), st.integers(1, 2**40), st.integers(0, 20))
@@ -27,7 +34,13 @@ def test_every_part_of_the_room_is_alike_likely() -> None:
     assert all(abs(number - 1000) < 200 for number in quarters), quarters
 
 
-def test_new_codes_have_a_round_of_their_own_where_they_would_crowd() -> None:
-    assert places_end(0, ROUND, ROUND // PLACES_PER_CODE_MIN) == ROUND
-    assert places_end(0, ROUND, ROUND // PLACES_PER_CODE_MIN + 1) == 2 * ROUND
-    assert places_end(ROUND - 1, ROUND, 1) == 2 * ROUND
+def test_a_few_codes_are_spread_before_they_crowd() -> None:
+    assert spread_factor(PLACES_PER_CODE_MIN * 100, 100) == 1
+    assert spread_factor(PLACES_PER_CODE_MIN * 100 - 1, 100) == ROUND // (PLACES_PER_CODE_MIN * 100 - 1)
+    assert spread_factor(0, 1) == ROUND
+
+
+def test_many_codes_share_places_before_new_ones_get_a_round_of_their_own() -> None:
+    assert places_end(0, ROUND, ROUND * CODES_PER_PLACE_MAX) == ROUND
+    assert places_end(0, ROUND, ROUND * CODES_PER_PLACE_MAX + 1) == 2 * ROUND
+    assert places_end((1 << 32) - 1_000, 1 << 32, 16_001) == 1 << 33
