@@ -32,6 +32,30 @@ class Holding(NamedTuple):
         return f"{format_positions(self.assigned, self.last)} {self.uses} {self.at_ms} {self.user_id}"
 
 
+class ListedCoupon(NamedTuple):
+    """A member of a user's list of coupons in a shard: `bk_07…:SUMMER-1`. They are in the order of their text."""
+
+    book_id: str
+    code: str
+
+    @classmethod
+    def parse(cls, text: str) -> ListedCoupon:
+        """The member in the text that Redis keeps."""
+        book_id, _, code = text.partition(":")
+        return cls(book_id, code)
+
+    def format(self) -> str:
+        """The text that Redis keeps."""
+        return f"{self.book_id}:{self.code}"
+
+    @staticmethod
+    def range(book_id: str | None, after: str = "") -> tuple[str, str]:
+        """The range of members, as `ZRANGE … BYLEX` takes it, of a book or of all, behind the text `after`."""
+        low = f"[{book_id}:" if book_id else "-"
+        high = f"({book_id};" if book_id else "+"
+        return f"({after}" if after else low, high
+
+
 def parse_positions(text: str) -> tuple[Position, Position]:
     """(assigned, last) from `4-1`, or from `4-1/4-17` of a code that was redeemed since. Raises ValueError."""
     assigned, redeemed, last = text.partition("/")

@@ -27,7 +27,7 @@ from redis.exceptions import RedisError
 
 from coupon_svc.config import Settings
 from coupon_svc.domain.books import Book
-from coupon_svc.domain.holding import Holding
+from coupon_svc.domain.holding import Holding, ListedCoupon
 from coupon_svc.ops.history import Head, walk_history
 from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, open_connection
@@ -254,7 +254,7 @@ class Verifier:
         for start in range(0, len(codes), CHUNK):
             pipe = self._redis.pipeline(transaction=False)
             for code, holder in codes[start : start + CHUNK]:
-                pipe.zscore(keys.coupons(book.tenant_id, holder.user_id), f"{book.book_id}:{code}")
+                pipe.zscore(keys.coupons(book.tenant_id, holder.user_id), ListedCoupon(book.book_id, code).format())
             unlisted += sum(1 for score in await pipe.execute() if score is None)
         return unlisted
 

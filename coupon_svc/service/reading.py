@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from coupon_svc.domain.codes import CodeStatus
-from coupon_svc.domain.holding import Holding
+from coupon_svc.domain.holding import Holding, ListedCoupon
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.redis.calls import QUARANTINED
 from coupon_svc.redis.data_plane import DataPlane
@@ -34,7 +34,7 @@ class ReadCode(msgspec.Struct, frozen=True):
 
 
 class ListPlace(NamedTuple):
-    """Where a list of coupons stands: a shard, and the last `book:code` of it that was listed."""
+    """Where a list of coupons stands: a shard, and the last member of it that was listed."""
 
     shard: int = 0
     member: str = ""
@@ -159,16 +159,13 @@ class Reading:
             await self._waiting.decide(reply, "read_book", view, parameters, begun)
 
     async def _members(self, wanted: ListCoupons, after: ListPlace, limit: int) -> list[ListPlace]:
-        """The next `book:code` of a user, by shard. A user's coupons may be in any shard: all are asked, and none of them
-        may be in doubt, or the list would be too short."""
+        """The next members of a user's lists, by shard. A user's coupons may be in any shard: all are asked, and none of
+        them may be in doubt, or the list would be too short."""
         book_id = wanted.book_id
         views: Sequence[ShardView] = self._plane.views if book_id is None else [self._plane.view_of_book(book_id)]
 
         async def of_shard(view: ShardView) -> list[ListPlace]:
-            low = f"[{book_id}:" if book_id else "-"
-            if view.shard == after.shard and after.member:
-                low = f"({after.member}"
-            high = f"({book_id};" if book_id else "+"
+            low, high = ListedCoupon.range(book_id, after.member if view.shard == after.shard else "")
             reply = await self._plane.call(
                 "list_coupons",
                 view,
@@ -185,21 +182,21 @@ class Reading:
 
     async def _coupons(self, tenant_id: int, places: Sequence[ListPlace], begun: float) -> list[Coupon]:
         """The coupons behind the members of the list, asked book by book and returned in their order."""
-        split = [place.member.partition(":") for place in places]
+        listed = [ListedCoupon.parse(place.member) for place in places]
         by_book: dict[str, list[str]] = {}
-        for book_id, _, code in split:
+        for book_id, code in listed:
             by_book.setdefault(book_id, []).append(code)
         reads = await asyncio.gather(
             *(self._read_codes(tenant_id, book_id, codes, begun) for book_id, codes in by_book.items())
         )
         found = {
-            (book_id, code): coupon
+            ListedCoupon(book_id, code): coupon
             for (book_id, codes), read in zip(by_book.items(), reads, strict=True)
             for code, coupon in zip(codes, read.coupons, strict=True)
         }
         coupons = []
-        for book_id, _, code in split:
-            coupon = found[book_id, code]
+        for one in listed:
+            coupon = found[one]
             if not isinstance(coupon, Coupon):  # listed, and held by nobody: Redis has been tampered with
                 raise Refused(Outcome.RECOVERING)
             coupons.append(coupon)

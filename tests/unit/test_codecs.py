@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coupon_svc.domain.books import Ack, Book, BookStatus
-from coupon_svc.domain.holding import Holding, format_positions, parse_positions
+from coupon_svc.domain.holding import Holding, ListedCoupon, format_positions, parse_positions
 from coupon_svc.domain.position import Position
 from coupon_svc.redis.codec import AssignRecord, LockRecord, RedeemRecord, UnlockRecord, decode_stored_book, encode_book
 from tests.unit.test_position import positions
@@ -47,6 +47,18 @@ books = st.builds(
 @given(holdings)
 def test_a_holding_comes_back_from_its_text(holding: Holding) -> None:
     assert Holding.parse(holding.format()) == holding
+
+
+def test_a_listed_coupon_comes_back_from_its_text_and_is_in_the_range_of_its_book() -> None:
+    listed = ListedCoupon("bk_00aaaaaaaaaaaaaaaa", "A-1+B@C.D_E~F")
+    text = listed.format()
+    assert ListedCoupon.parse(text) == listed
+    low, high = ListedCoupon.range(listed.book_id)
+    assert low[0] + high[0] == "[("
+    assert low[1:] <= text < high[1:]
+    assert ListedCoupon.range("bk_00aaaaaaaaaaaaaaab")[0][1:] > text
+    assert ListedCoupon.range(None) == ("-", "+")
+    assert ListedCoupon.range(None, text) == (f"({text}", "+")
 
 
 @given(positions, positions)
