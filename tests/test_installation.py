@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from coupon_svc.postgres.errors import DatabaseUnfit
-from coupon_svc.postgres.migrations import check_installation, migrate
+from coupon_svc.postgres.migrations import check_installation, known_migrations, migrate
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
@@ -77,7 +77,7 @@ async def test_a_database_that_cannot_hold_every_user_id_is_refused(postgres_url
     with pytest.raises(DatabaseUnfit, match="UTF-8"):
         await migrate(connection, 4)
     with pytest.raises(DatabaseUnfit, match="UTF-8"):
-        await check_installation(connection, 4)
+        await check_installation(connection, 4, known_migrations())
     await connection.close()
     await admin.execute(f"DROP DATABASE {name}")
     await admin.close()
@@ -85,20 +85,22 @@ async def test_a_database_that_cannot_hold_every_user_id_is_refused(postgres_url
 
 async def test_a_process_is_refused_by_name_what_it_was_not_set_up_for(postgres_url: str) -> None:
     connection = await asyncpg.connect(await fresh_database(postgres_url, 4))
-    installation = await check_installation(connection, 4)
+    installation = await check_installation(connection, 4, known_migrations())
     assert re.fullmatch("[0-9a-f]{32}", installation)
-    assert await check_installation(connection, 4) == installation
+    assert await check_installation(connection, 4, known_migrations()) == installation
     with pytest.raises(DatabaseUnfit, match="set COUPON_SHARDS=4"):
-        await check_installation(connection, 16)
+        await check_installation(connection, 16, known_migrations())
     await connection.execute("INSERT INTO schema_migrations (name) VALUES ('0999_of_a_newer_version')")
     await connection.execute("INSERT INTO schema_migrations (name, needs) VALUES ('0999_and_another', '0003_ledger')")
-    assert await check_installation(connection, 4) == installation, "these leave this version working"
+    assert await check_installation(connection, 4, known_migrations()) == installation, (
+        "these leave this version working"
+    )
     await connection.execute("DELETE FROM schema_migrations WHERE name = '0003_ledger'")
     with pytest.raises(DatabaseUnfit, match="lacks 0003_ledger: run `coupon-svc migrate`"):
-        await check_installation(connection, 4)
+        await check_installation(connection, 4, known_migrations())
     await connection.execute("DROP TABLE schema_migrations")
     with pytest.raises(DatabaseUnfit, match="run `coupon-svc migrate`"):
-        await check_installation(connection, 4)
+        await check_installation(connection, 4, known_migrations())
     await connection.close()
 
 

@@ -13,6 +13,7 @@ from coupon_svc.domain.books import InvalidPeriod
 from coupon_svc.domain.clock import rfc3339, to_ms
 from coupon_svc.domain.codes import Generated, InvalidPattern, parse_pattern
 from coupon_svc.domain.outcomes import Outcome
+from coupon_svc.domain.upload_files import HEADER_WORDS
 from coupon_svc.http import schemas
 from coupon_svc.http.call import Answer, Call
 from coupon_svc.http.cursors import Cursors
@@ -37,7 +38,8 @@ from coupon_svc.service.idempotency import KeptAnswer
 from coupon_svc.service.jobs import Jobs, UploadFile
 
 MOMENT_MIN_MS, MOMENT_END_MS = 0, 253_402_300_800_000
-HEADER_WORDS = frozenset({"code", "codes", "coupon_code"})
+_HEADS_OF_LISTS = HEADER_WORDS - {"voucher"}
+"""In a list of codes `voucher` may be one."""
 """What the head of a column says: a list that begins with one was taken from a file with its heading."""
 
 _encode = msgspec.json.Encoder().encode
@@ -236,7 +238,7 @@ def _upload_answer(upload: Upload) -> schemas.UploadAnswer:
 
 def _listed(codes: list[str]) -> list[str]:
     """Raises Refused(invalid_request) for a list that begins with the heading of its column."""
-    if codes and codes[0].strip().lower() in HEADER_WORDS:
+    if codes and codes[0].strip().lower() in _HEADS_OF_LISTS:
         raise invalid("/codes/0", "this is the heading of a column; send the codes below it")
     return codes
 

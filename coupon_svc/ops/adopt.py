@@ -14,7 +14,7 @@ from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, LedgerRow, one_row, open_connection
-from coupon_svc.postgres.migrations import check_installation
+from coupon_svc.postgres.migrations import check_installation, known_migrations
 from coupon_svc.postgres.recovery import EPOCH_CHANNEL, last_seq
 from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.errors import ShardNotUsable, StoreError
@@ -130,7 +130,9 @@ async def adopt(
     """
     connection = await open_connection(settings.database_url, "coupon-cli", PATIENT_S)
     stored = await connection.fetchval("SELECT shards FROM settings")
-    store = ShardControl(settings.redis_url, stored, Scripts(), await check_installation(connection, stored))
+    store = ShardControl(
+        settings.redis_url, stored, Scripts(), await check_installation(connection, stored, known_migrations())
+    )
     try:
         if shard is not None and not 0 <= shard < stored:
             raise AdoptError(f"there is no shard {shard}: this installation has {stored}, from 0 to {stored - 1}.")

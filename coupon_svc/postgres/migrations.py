@@ -80,8 +80,14 @@ async def migrate(connection: asyncpg.Connection, shards: int, folder: Path | No
     return [migration.name for migration in missing]
 
 
-async def check_installation(connection: asyncpg.Connection, shards: int) -> str:
-    """The id of the installation to which the database belongs.
+def known_migrations() -> list[str]:
+    """The names of the migrations that this version knows, in their order."""
+    return [migration.name for migration in read_migrations()]
+
+
+async def check_installation(connection: asyncpg.Connection, shards: int, known: list[str]) -> str:
+    """The id of the installation to which the database belongs. `known` are the migrations of this version, which a process
+    reads once.
 
     Raises DatabaseUnfit unless the database is in UTF-8, has every migration that this version knows, was made for `shards`
     shards, and has no migration that leaves this version behind. One that this version merely does not know is no reason
@@ -91,7 +97,6 @@ async def check_installation(connection: asyncpg.Connection, shards: int) -> str
     if await connection.fetchval("SELECT to_regclass('schema_migrations')") is None:
         raise DatabaseUnfit("This database has no schema yet: run `coupon-svc migrate` first.")
     done = {row["name"] for row in await connection.fetch("SELECT name FROM schema_migrations")}
-    known = [migration.name for migration in read_migrations()]
     missing = [name for name in known if name not in done]
     if missing:
         raise DatabaseUnfit(f"This database lacks {', '.join(missing)}: run `coupon-svc migrate` first.")

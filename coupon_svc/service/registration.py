@@ -14,7 +14,7 @@ from coupon_svc.domain.reports import Report
 from coupon_svc.loops import keep_running
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession
 from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
-from coupon_svc.postgres.migrations import check_installation
+from coupon_svc.postgres.migrations import check_installation, known_migrations
 from coupon_svc.postgres.processes import (
     PROCESS_TTL_S,
     begin_process,
@@ -39,6 +39,7 @@ class Registration:
 
     def __init__(self, url: str, plane: DataPlane) -> None:
         self._plane = plane
+        self._known = known_migrations()
         self.session = LedgerSession(url, "coupon-api-registration", on_open=self._join)
         self._process_id = ""
         """New with every registration: one that has lapsed cannot be taken up again."""
@@ -104,4 +105,4 @@ class Registration:
     async def _join(self, connection: LedgerConnection) -> None:
         """Listen on a new connection, and learn whose database this is. Raises DatabaseUnfit."""
         await connection.add_listener(EPOCH_CHANNEL, lambda *_: self._wake.set())
-        self._plane.join(await check_installation(connection, len(self._plane.views)))
+        self._plane.join(await check_installation(connection, len(self._plane.views), self._known))

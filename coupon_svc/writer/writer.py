@@ -17,7 +17,7 @@ from coupon_svc.config import Settings
 from coupon_svc.loops import keep_running
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession
 from coupon_svc.postgres.errors import LedgerUnavailable
-from coupon_svc.postgres.migrations import check_installation
+from coupon_svc.postgres.migrations import check_installation, known_migrations
 from coupon_svc.postgres.shards import connection_name
 from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.scripts import Scripts
@@ -42,6 +42,7 @@ class Writer:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._known = known_migrations()
         self.writer_id = writer_id = "wr_" + secrets.token_hex(8)
         self.shards: dict[int, Shard] = {}
         self.store = store = ShardControl(settings.redis_url, settings.shards, Scripts())
@@ -108,7 +109,7 @@ class Writer:
         )
 
     async def _check_installation(self, connection: LedgerConnection) -> None:
-        self.store.installation = await check_installation(connection, self._settings.shards)
+        self.store.installation = await check_installation(connection, self._settings.shards, self._known)
 
 
 def run_writer(settings: Settings) -> None:
