@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import asyncpg
 import httpx
 import pytest
 
+from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.upload_files import Batch
 from coupon_svc.postgres import jobs
-from coupon_svc.postgres.catalogue import NewBook, insert_book
+from coupon_svc.postgres.catalogue import PIECE_CODES, NewBook, insert_book
 from coupon_svc.postgres.errors import LedgerUnavailable
 from tests.harness import Stack, fresh_database, until
 from tests.routes.helpers import assign, counters, make_book, patch, upload
@@ -22,6 +24,9 @@ from tests.test_verify import report_of
 
 CODES = [f"JOB-{number:05}" for number in range(9_000)]
 FILE = "\n".join(reversed(CODES)).encode()
+BODY_LINES = 6_000
+"""Of 10 kB each: more than the memory that a body of any length may take."""
+GROWTH_MIB_MAX = 32
 TAKEN_OVER_S = 10.0
 STALL = 4712
 
@@ -36,8 +41,12 @@ async def stack(make_stack: Callable[[], Awaitable[Stack]]) -> AsyncIterator[Sta
     yield stack
     report = await report_of(stack)
     assert report.holds, report
+    await until(lambda: emptied(stack), what="nothing should be staged any more")
     assert await stack.ledger("SELECT FROM staged_codes") == []
-    assert await stack.ledger("SELECT FROM jobs WHERE NOT emptied") == []
+
+
+async def emptied(stack: Stack) -> bool:
+    return not await stack.ledger("SELECT FROM jobs WHERE NOT emptied")
 
 
 @contextlib.asynccontextmanager
@@ -111,6 +120,101 @@ async def test_a_piece_that_was_done_is_not_done_again(postgres_url: str) -> Non
     await connection.close()
 
 
+async def test_a_job_goes_on_when_postgres_has_ended_its_connections(stack: Stack) -> None:
+    async with await stack.client("t") as client:
+        book = await make_book(client, codes=[])
+        async with held_up(stack, 2_000) as is_held_up:
+            sent = await send(client, book, FILE)
+            await until(is_held_up)
+            await stack.ledger(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND application_name LIKE 'coupon-%'"
+            )
+        job = await over(client, sent)
+        assert (job["status"], job["inserted"], job["duplicates"]) == ("succeeded", 9_000, 0)
+        await stack.ready()
+        assert (await counters(client, book))["available"] == 9_000
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("crash", [False, True], ids=["restarted", "crashed"])
+async def test_a_job_survives_a_restart_of_postgres(tmp_path: Path, crash: bool) -> None:
+    """Pieces are committed without a wait for the disk: of a server that crashes, the last ones are done again."""
+    with EmbeddedPostgres(tmp_path / "postgres") as postgres, EmbeddedRedis(tmp_path / "redis") as server:
+        stack = Stack(server, server.url, await fresh_database(postgres.admin_url, 2), tmp_path, 2)
+        try:
+            stack.writer()
+            stack.api()
+            await stack.ready()
+            async with await stack.client("t") as client:
+                book = await make_book(client, codes=[])
+                body = "\n".join(f"LONG-{number:06}" for number in range(60_000)).encode()
+                sent = await send(client, book, body)
+
+                async def under_way() -> bool:
+                    return 2_000 <= (await job_of(client, sent))[1] < 58_000
+
+                await until(under_way)
+                (postgres.kill if crash else postgres.stop)()
+                postgres.start()
+
+                async def succeeded() -> bool:
+                    answer = await client.get(sent.headers["location"])
+                    return answer.status_code == 200 and answer.json()["status"] != "running"
+
+                await until(succeeded, 60)
+                assert await job_of(client, sent) == ("succeeded", 60_000)
+                await stack.ready()
+                assert (await counters(client, book))["available"] == 60_000
+            report = await report_of(stack)
+            assert report.holds, report
+        finally:
+            stack.close()
+
+
+async def test_no_transaction_that_holds_a_book_writes_more_than_a_piece(stack: Stack) -> None:
+    """However large a file or a list is: who wants the row of the book waits for so many rows at most."""
+    await stack.ledger("CREATE TABLE written (tx xid8, rows bigint)")
+    await stack.ledger(
+        "CREATE FUNCTION note_written() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " INSERT INTO written SELECT pg_current_xact_id(), count(*) FROM changed; RETURN NULL; END $$"
+    )
+    for verb in ("INSERT", "UPDATE"):
+        await stack.ledger(
+            f"CREATE TRIGGER note_{verb} AFTER {verb} ON codes REFERENCING NEW TABLE AS changed"
+            " FOR EACH STATEMENT EXECUTE FUNCTION note_written()"
+        )
+    async with await stack.client("t") as client:
+        book = await make_book(client, codes=[])
+        assert (await over(client, await send(client, book, FILE)))["inserted"] == 9_000
+        assert (await upload(client, book, [f"LIST-{number}" for number in range(4_500)]))["inserted"] == 4_500
+    rows = await stack.ledger("SELECT sum(rows)::bigint AS rows FROM written GROUP BY tx ORDER BY rows DESC")
+    assert sum(row["rows"] for row in rows) >= 9_000 + 4_500
+    assert rows[0]["rows"] == PIECE_CODES
+    await stack.ledger("DROP FUNCTION note_written CASCADE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+async def test_a_body_of_any_length_takes_little_memory(stack: Stack) -> None:
+    pid = stack.parts[-1].process.pid
+
+    def memory_mib(field: str) -> float:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+    async def body() -> AsyncIterator[bytes]:
+        for start in range(0, BODY_LINES, 100):
+            yield b"".join(b"MB-%06d,%b\n" % (number, b"x" * 10_000) for number in range(start, start + 100))
+
+    async with await stack.client("t") as client:
+        book = await make_book(client, codes=[])
+        await over(client, await send(client, book, b"FIRST-1\n"))
+        before = memory_mib("VmRSS")
+        job = await over(client, await send(client, book, body()))
+        assert (job["inserted"], job["invalid"]) == (BODY_LINES, 0)
+        assert memory_mib("VmHWM") - before < GROWTH_MIB_MAX
+
+
 async def test_a_book_that_is_closed_meanwhile_keeps_what_is_in(stack: Stack) -> None:
     async with await stack.client("t") as client:
         book = await make_book(client, codes=[])
@@ -125,11 +229,6 @@ async def test_a_book_that_is_closed_meanwhile_keeps_what_is_in(stack: Stack) ->
         assert 2_000 <= job["inserted"] < 9_000
         assert (await counters(client, book))["total"] == job["inserted"]
         assert job["finished_at"] is not None
-
-        async def emptied() -> bool:
-            return not await stack.ledger("SELECT FROM jobs WHERE NOT emptied")
-
-        await until(emptied)
 
 
 async def test_hot_work_and_other_uploads_of_the_tenant_do_not_wait_for_a_job(stack: Stack) -> None:
@@ -150,11 +249,6 @@ async def test_hot_work_and_other_uploads_of_the_tenant_do_not_wait_for_a_job(st
                 break
         assert done >= 2
         assert (await over(client, sent))["inserted"] == 60_000
-
-        async def emptied() -> bool:
-            return not await stack.ledger("SELECT FROM jobs WHERE NOT emptied")
-
-        await until(emptied)
 
 
 @pytest.mark.chaos

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from coupon_svc.domain.upload_files import RECORD_BYTES_MAX
 from tests.harness import Stack, until
 from tests.routes.helpers import NO_SUCH_BOOK, again, alike, assign, counters, make_book, patch, refused
 
@@ -128,9 +129,16 @@ async def test_a_compressed_file_is_read_as_it_is(client: httpx.AsyncClient) -> 
         ({**CSV, "Content-Encoding": "gzip"}, gzip.compress(b"\n" * (1 << 25)), 413, "body_too_large"),
         ({**CSV, "Idempotency-Key": "\u00e4"}, b"A-1", 400, "invalid_idempotency_key"),
         (CSV, b"A-1\nA\xe9-2", 422, "invalid_request"),
+        (CSV, "code\nA-1\n".encode("utf-16"), 422, "invalid_request"),
+        (TEXT, "A-1\nA-2\n".encode("utf-16-le"), 422, "invalid_request"),
+        (CSV, b"PK\x03\x04\x14\x00", 422, "invalid_request"),
+        (CSV, b'A-1\n"A-2\nA-3\n', 422, "invalid_request"),
     ],
-    ids=["brotli", "charset", "html", "cut-gzip", "no-gzip", "bomb", "key", "latin-1"],
-)
+    ids=[
+        "brotli", "charset", "html", "cut-gzip", "no-gzip", "bomb", "key", "latin-1", "utf-16", "utf-16-without-mark",
+        "workbook", "quote-never-closed",
+    ],
+)  # fmt: skip
 async def test_a_file_that_cannot_be_read_adds_nothing(
     client: httpx.AsyncClient, service: Stack, headers: dict[str, str], body: bytes, status: int, code: str
 ) -> None:
@@ -144,6 +152,26 @@ async def test_a_file_that_cannot_be_read_adds_nothing(
 
     await until(emptied)
     assert await service.ledger("SELECT FROM codes WHERE book_id = $1", book) == []
+
+
+async def test_what_people_send_is_taken_as_far_as_it_can_be(client: httpx.AsyncClient) -> None:
+    """Each kind of damage in one file: rows that hold no code are told with their line, and cost no other row."""
+    book = await make_book(client, codes=[])
+    long = b"x" * (RECORD_BYTES_MAX + 1)
+    lines = [
+        b"\xef\xbb\xbfname|VOUCHER|",
+        b"a|ok-1|", b"b|n\0l|", b"|||", b"", b'c|="007"|', b"d|'0077|;;;", long,
+        b'"e|\r"|ok-2|', b"f|1E5|", b"g|7.00E+12|", b"h|ok-3",
+    ]  # fmt: skip
+    job = await over(client, await send(client, book, b"\r\n".join(lines)))
+    assert (job["status"], job["header"], job["blank"]) == ("succeeded", "VOUCHER", 2)
+    assert [(row["row"], row["reason"]) for row in job["rejected"]] == [(3, "invalid"), (8, "invalid")]
+    assert job["rejected"][0]["code"] == "n\ufffdl"
+    assert "U+0000" in job["rejected"][0]["detail"]
+    assert job["rejected"][1]["detail"] == f"the line is longer than {RECORD_BYTES_MAX} bytes"
+    assert len(job["warnings"]) == 1
+    listed = (await client.get(f"/coupons/{book}/codes")).json()["codes"]
+    assert [code["code"] for code in listed] == ["007", "0077", "1E5", "7.00E+12", "OK-1", "OK-2", "OK-3"]
 
 
 async def test_the_line_that_cannot_be_read_is_named(client: httpx.AsyncClient) -> None:
