@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES]
+PSEUDOCODE = (DOCS / "pseudocode.md").read_text()
 GLOSSARY = DOCS / "glossary.md"
 DECISIONS = sorted((DOCS / "adr").glob("0*.md"))
 SQL = "\n".join(path.read_text() for path in sorted((ROOT / "sql").glob("*.sql")))
@@ -183,6 +184,16 @@ def test_an_endpoint_is_described_with_its_scopes_statuses_and_outcomes(operatio
     assert {outcome.value for outcome in operation.outcomes} <= told
     assert all(f"`{scope}`" in text for scope in operation.scopes)
     assert all(str(status) in text or status == 200 for status in operation.answers)
+
+
+def test_the_pseudocode_of_an_operation_begins_with_its_scope() -> None:
+    written = dict(
+        re.findall(r"^    (\w+)\(request: [^\n]*\):\n +authenticate\(request, ([\w:]+)\)", PSEUDOCODE, re.MULTILINE)
+    )
+    decides = {operation.name for operation in OPERATIONS if operation.method == "POST"} - {"preview_pattern"}
+    assert decides | {"list_coupons"} <= written.keys()
+    for operation in OPERATIONS:
+        assert written.get(operation.name, operation.scopes[0]) in operation.scopes, operation.name
 
 
 def test_every_outcome_stands_in_the_table() -> None:
