@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.domain.shards import shard_tag
 from coupon_svc.http.operations import Operation
+from coupon_svc.http.problems import problem_body
 from coupon_svc.http.routes import OPERATIONS
 from coupon_svc.redis.keys import POSITIONS_CHANNEL, ShardKeys
 from tests.chaos.suite import FAULTS
@@ -199,6 +201,14 @@ def test_the_pseudocode_of_an_operation_begins_with_its_scope() -> None:
 def test_every_outcome_stands_in_the_table() -> None:
     table = (DOCS / "api.md").read_text().partition("## Outcomes")[2].partition("\n## ")[0]
     assert [outcome for outcome in Outcome if f"`{outcome.value}`" not in table] == []
+
+
+def test_the_refusal_shown_is_one_that_is_answered() -> None:
+    shown = re.search(r"```json\n(.*?)```", (DOCS / "api.md").read_text(), re.DOTALL)
+    assert shown
+    body = json.loads(shown[1])
+    outcome, request_id = Outcome(body["code"]), body["request_id"]
+    assert body == problem_body(outcome, request_id, limit=body["limit"], held=body["held"])
 
 
 def test_every_key_is_described() -> None:
