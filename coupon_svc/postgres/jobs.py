@@ -17,7 +17,6 @@ from coupon_svc.domain.codes import why_taken
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.upload_files import Batch
 from coupon_svc.postgres import catalogue
-from coupon_svc.postgres.catalogue import PIECE_CODES
 from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import LedgerUnavailable
 
@@ -28,7 +27,9 @@ KEPT_DAYS = 30
 EMPTIED_AT_ONCE = 10_000
 LINES_AT_ONCE = 2_000
 """Lines for COPY that are made before others have their turn."""
-TELL_EVERY = 50 * PIECE_CODES
+PIECE_ROWS = 1_000
+"""Rows that are added at once. They hold the row of their book, for which refills and changes wait, less than 50 ms."""
+TELL_EVERY = 100_000
 """Rows after which the book's owner hears of the codes, while the job still runs."""
 
 _COLUMNS = """
@@ -224,13 +225,13 @@ async def next_job(connection: asyncpg.Connection, tenant_id: int) -> Job | None
 
 
 async def add_piece(connection: asyncpg.Connection, job: Job) -> Job:
-    """Add the next PIECE_CODES rows of a running job to its book. Returns the job as it is then.
+    """Add the next PIECE_ROWS rows of a running job to its book. Returns the job as it is then.
 
     Raises Refused(book_closed), TakeTurns; LedgerUnavailable when the job is not where it was thought to be.
     """
     async with connection.transaction(readonly=True):
         await connection.execute(_READ_ALONG_KEY)
-        rows = await connection.fetch(_NEXT_ROWS, job.job_no, job.done_code, job.done_row, PIECE_CODES)
+        rows = await connection.fetch(_NEXT_ROWS, job.job_no, job.done_code, job.done_row, PIECE_ROWS)
     first_rows: dict[str, int] = {}
     if rows and rows[0]["code"] == job.done_code:
         first_rows[job.done_code] = await connection.fetchval(_FIRST_ROW_OF, job.job_no, job.done_code)
@@ -243,7 +244,7 @@ async def add_piece(connection: asyncpg.Connection, job: Job) -> Job:
             first_rows[code] = row
             codes.append(code)
     done_rows = job.done_rows + len(rows)
-    tell = len(rows) < PIECE_CODES or done_rows // TELL_EVERY != job.done_rows // TELL_EVERY
+    tell = len(rows) < PIECE_ROWS or done_rows // TELL_EVERY != job.done_rows // TELL_EVERY
     async with connection.transaction():
         # Lost with a crash of Postgres, it is done again; and whatever rests on it is behind it in the log, so is lost, too.
         await connection.execute("SET LOCAL synchronous_commit TO off")
