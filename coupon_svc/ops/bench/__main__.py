@@ -15,6 +15,7 @@ from coupon_svc.dev.throwaway import signals_raise
 from coupon_svc.ops.bench import document
 from coupon_svc.ops.bench.echo import serve_echo
 from coupon_svc.ops.bench.figures import BenchError, Figure, Results
+from coupon_svc.ops.bench.flat import bench_flat, show_flat
 from coupon_svc.ops.bench.growth import CODES_A_BOOK_DEFAULT_MAX, GrowthPlan, bench_growth
 from coupon_svc.ops.bench.memory import measure_memory, show_memory
 from coupon_svc.ops.bench.over_http import HttpPlan, bench_http
@@ -57,6 +58,9 @@ def _arguments() -> argparse.Namespace:
     what.add_argument("--memory", action="store_true", help="bytes a code takes in Redis")
     what.add_argument("--rebuild", action="store_true", help="how long Redis takes to be rebuilt")
     what.add_argument("--upload", action="store_true", help="how long a file of codes takes, beside COPY")
+    what.add_argument(
+        "--flat", action="store_true", help="whether calls take as long in a book of --codes as in one of 1,000"
+    )
     what.add_argument("--render", action="store_true", help="write benchmarks.md anew from benchmarks.json")
     what.add_argument("--serve", choices=SERVED, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -64,7 +68,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where benchmarks.md goes; default: docs")
     parser.add_argument("--rounds", type=int, metavar="N", help="of the lines over HTTP")
-    parser.add_argument("--codes", type=int, default=1_000_000, metavar="N", help="of --memory, --rebuild and --upload")
+    parser.add_argument(
+        "--codes", type=int, default=1_000_000, metavar="N", help="of --memory, --rebuild, --upload and --flat"
+    )
     parser.add_argument(
         "--codes-max", type=int, default=CODES_A_BOOK_DEFAULT_MAX, metavar="N", help="of --growth: the largest book"
     )
@@ -81,6 +87,9 @@ def _measure(args: argparse.Namespace) -> int:
         return 0
     if args.upload:
         show_upload(bench_upload(args.codes, args.padding))
+        return 0
+    if args.flat:
+        show_flat(args.codes, bench_flat(args.codes, _narrator()))
         return 0
     if args.rebuild:
         bench_rebuild(args.codes)

@@ -156,6 +156,11 @@ class Stand:
         self.add_codes(api, book_id, codes - first)
         return book_id
 
+    def make_empty_book(self, api: Process, ack: str) -> str:
+        """A book without a limit per user, and without codes. Returns its id. Raises BenchError."""
+        book_id: str = self._post(api, "/coupons", {"name": f"bench {ack}", "ack": ack})["book_id"]
+        return book_id
+
     def add_codes(self, api: Process, book_id: str, codes: int) -> None:
         """So many more codes for a book. Raises BenchError."""
         pattern = f"M{os.urandom(3).hex()}-########"

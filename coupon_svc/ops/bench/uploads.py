@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections.abc import AsyncIterator, Iterator
 from itertools import repeat
@@ -19,12 +20,13 @@ from coupon_svc.postgres.catalogue import ROUND, random_places
 
 _PATTERN = parse_pattern("############", "alphanumeric")
 _BLOCK = 10_000
+WATCH_EVERY_S = 0.02
 _SAME_TABLE = "CREATE TABLE copied (LIKE codes INCLUDING ALL)"
 
 
 class UploadFigures(NamedTuple):
     """Of one file: seconds until it was received, until its job had succeeded, and for COPY; MiB by which the API process
-    grew."""
+    grew; how long, in ms, somebody waited for the row of the book meanwhile: median, 99th percentile, most."""
 
     codes: int
     body_bytes: int
@@ -32,6 +34,7 @@ class UploadFigures(NamedTuple):
     succeeded_s: float
     copy_s: float
     growth_mib: float
+    row_waits_ms: tuple[float, float, float]
 
 
 def bench_upload(codes: int, padding: int) -> UploadFigures:
@@ -49,6 +52,7 @@ def show_upload(figures: UploadFigures) -> None:
     print(f"COPY of the same rows   {figures.copy_s:8.2f} s")
     print(f"upload / COPY           {figures.succeeded_s / figures.copy_s:8.2f}")
     print(f"growth of the API       {figures.growth_mib:8.1f} MiB")
+    print("wait for the book's row {:8.1f} ms median, {:.1f} ms p99, {:.1f} ms at most".format(*figures.row_waits_ms))
 
 
 def _blocks(codes: int) -> Iterator[list[str]]:
@@ -65,14 +69,32 @@ async def _measure(told: dict[str, Any], codes: int, padding: int) -> UploadFigu
         await _run(client, book_id, list(_blocks(1_000)), 0)  # whatever is made at the first upload
         blocks = list(_blocks(codes))
         before = _memory_mib(pid, "VmRSS")
+        waits_ms: list[float] = []
+        watching = asyncio.create_task(_watch_row(told["database_url"], book_id, waits_ms))
         received_s, succeeded_s, inserted = await _run(client, book_id, blocks, padding)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
         growth_mib = _memory_mib(pid, "VmHWM") - before
     if inserted != codes:
         raise BenchError(f"{inserted} of {codes} codes were inserted")
     copy_s = await _copy(told["database_url"], book_id, blocks)
-    return UploadFigures(
-        codes, sum(map(len, map(_file, blocks, repeat(padding)))), received_s, succeeded_s, copy_s, growth_mib
-    )
+    cuts = statistics.quantiles(waits_ms, n=100)
+    body_bytes = sum(map(len, map(_file, blocks, repeat(padding))))
+    row_waits_ms = (cuts[49], cuts[98], max(waits_ms))
+    return UploadFigures(codes, body_bytes, received_s, succeeded_s, copy_s, growth_mib, row_waits_ms)
+
+
+async def _watch_row(url: str, book_id: str, waits_ms: list[float]) -> None:
+    """Ask for the row of the book again and again, as a refill or a change does, and note how long that took."""
+    connection = await asyncpg.connect(url)
+    try:
+        while True:
+            begun = time.perf_counter()
+            await connection.execute("SELECT FROM books WHERE book_id = $1 FOR UPDATE", book_id)
+            waits_ms.append(1000 * (time.perf_counter() - begun))
+            await asyncio.sleep(WATCH_EVERY_S)
+    finally:
+        connection.terminate()
 
 
 def _file(block: list[str], padding: int) -> bytes:
