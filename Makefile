@@ -46,7 +46,8 @@ load: install ## Load a service of its own, time it and audit every answer; make
 	@exec $(BIN)/coupon-svc load $(ARGS)
 
 bench: install ## The figures of docs/benchmarks.md, about ten minutes on a quiet machine; make bench ARGS=--quick, ARGS=--growth
-	@exec $(BIN)/python -m coupon_svc.ops.bench $(ARGS)
+	@$(BIN)/python -m coupon_svc.ops.bench $(ARGS)
+	@$(BIN)/python -m tools.readme
 
 clean: ## Remove the environment and the data of `make run`
 	rm -rf $(VENV) .data
