@@ -1,1 +1,1 @@
-"""The protocol as a model, walked through exhaustively: `python -m tests.model`. What it covers: docs/guarantees.md."""
+"""The protocol as a model, walked through exhaustively: `python -m tests.model`. What it covers: docs/model.md."""
