@@ -24,7 +24,7 @@ from tools.readme import PICTURE, README, figures, read_measured, with_figures
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *PAGES]
+DOCUMENTS = [*sorted(ROOT.glob("[A-Z]*.md")), *PAGES]
 PSEUDOCODE = (DOCS / "pseudocode.md").read_text()
 GLOSSARY = DOCS / "glossary.md"
 DECISIONS = sorted((DOCS / "adr").glob("0*.md"))
