@@ -26,11 +26,12 @@ run: install ## The whole service on 127.0.0.1:8080, embedded servers included; 
 demo: install ## The life of a coupon, step by step, without a human
 	@exec $(BIN)/coupon-svc demo
 
-check: install ## Style, types, import direction
+check: install ## Style, types, import direction, dead code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/vulture
 
 quick: check ## `check`, and the tests that take half a minute: units, the model, scripts, docs
 	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist worksteal -m 'not chaos and not long' --hypothesis-profile quick $(QUICK)
@@ -46,7 +47,7 @@ load: install ## Load a service of its own, time it and audit every answer; make
 	@exec $(BIN)/coupon-svc load $(ARGS)
 
 bench: install ## The figures of docs/benchmarks.md, about ten minutes on a quiet machine; make bench ARGS=--quick, ARGS=--growth
-	@$(BIN)/python -m coupon_svc.ops.bench $(ARGS)
+	@$(BIN)/python -m bench $(ARGS)
 	@$(BIN)/python -m tools.readme
 
 clean: ## Remove the environment and the data of `make run`

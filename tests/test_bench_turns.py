@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from coupon_svc.ops.bench.figures import Figure
-from coupon_svc.ops.bench.over_http import _figures, _Rounds
-from coupon_svc.ops.bench.requests import Pairs, Requests
-from coupon_svc.ops.bench.tail import open_loop
-from coupon_svc.ops.bench.turns import Turn, open_ledger, take_turn
+from bench.figures import Figure
+from bench.over_http import _figures, _Rounds
+from bench.requests import Pairs, Requests
+from bench.tail import open_loop
+from bench.turns import Turn, open_ledger, take_turn
 from tests.harness import Stack
 
 LINES = ["redis", "ledger", "postgres", "pair"]

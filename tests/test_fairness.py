@@ -18,11 +18,11 @@ from typing import Any
 import asyncpg
 import pytest
 
+from bench.assigning import Assigns
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.shards import new_book_id
-from coupon_svc.ops.bench.assigning import Assigns
 from coupon_svc.postgres.catalogue import NewBook, insert_book, insert_codes, random_places
 from coupon_svc.postgres.lending import lease_block
 from coupon_svc.postgres.shards import OwnedShard

@@ -8,8 +8,8 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
+from bench.postgres_only import BOOK_ID, fill, postgres_only_app
 from coupon_svc.http.request_id import STATE
-from coupon_svc.ops.bench.postgres_only import BOOK_ID, fill, postgres_only_app
 from coupon_svc.postgres.database import open_connection
 from coupon_svc.postgres.keys import create_key, new_key
 from tests.harness import fresh_database

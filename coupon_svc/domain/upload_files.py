@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -358,14 +358,3 @@ def _cleaned(cell: str) -> str:
     if len(cell) >= 2 and cell[0] == cell[-1] == '"':
         cell = cell[1:-1].strip()
     return cell
-
-
-def read_file(kind: FileKind, pieces: Iterable[bytes]) -> tuple[FileReader, Batch]:
-    """A whole file, for tests and small ones."""
-    reader = FileReader(kind)
-    whole = Batch()
-    for batch in (*map(reader.feed, pieces), reader.finish()):
-        whole.codes += batch.codes
-        whole.rows += batch.rows
-        whole.invalid += batch.invalid
-    return reader, whole

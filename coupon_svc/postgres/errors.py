@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from coupon_svc.domain.errors import CouponError, Unavailable
 
 
@@ -32,18 +30,6 @@ class NotOwner(LedgerError):
 
     def __init__(self) -> None:
         super().__init__("the shard has another owner, epoch or position")
-
-
-class LedgerEdited(LedgerError):
-    """The position of these shards is right, and their last hash is not the one that was written: history was edited."""
-
-    def __init__(self, shards: Sequence[int]) -> None:
-        super().__init__(f"the hash chain of shards {shards} was changed")
-        self.shards = shards
-
-
-class Contradiction(LedgerError):
-    """An event that cannot follow from what the ledger has: history has forked."""
 
 
 class HistoryForked(LedgerError):

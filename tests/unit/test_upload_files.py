@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
@@ -10,10 +11,10 @@ from hypothesis import strategies as st
 
 from coupon_svc.domain.upload_files import (
     RECORD_BYTES_MAX,
+    Batch,
     FileKind,
     FileReader,
     UnreadableFile,
-    read_file,
 )
 
 EVERYTHING = (
@@ -22,6 +23,17 @@ EVERYTHING = (
     'y;"B-2";\ry;="007";;;\n'
     'z;\'0077\nz;;lost\nä;no\nü;ÄBC\n1;1E5\n2;7.00E+12\n;"A\nB";\nlast;c-3'
 )
+
+
+def read_file(kind: FileKind, pieces: Iterable[bytes]) -> tuple[FileReader, Batch]:
+    """A whole file, and the reader that has read it."""
+    reader = FileReader(kind)
+    whole = Batch()
+    for batch in (*map(reader.feed, pieces), reader.finish()):
+        whole.codes += batch.codes
+        whole.rows += batch.rows
+        whole.invalid += batch.invalid
+    return reader, whole
 
 
 def rows(kind: FileKind, body: bytes | str, *, cut: int | None = None) -> list[tuple[int, str]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 
-from coupon_svc.ops.bench.stand import Stand
-from coupon_svc.ops.bench.turns import cpu_seconds
+from bench.stand import Stand
+from bench.turns import cpu_seconds
 from coupon_svc.postgres.database import open_connection
 
 _MANY_COUPONS = """

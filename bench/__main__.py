@@ -1,4 +1,4 @@
-"""`python -m coupon_svc.ops.bench`: the table of docs/benchmarks.md, or one of the other figures."""
+"""`python -m bench`: the table of docs/benchmarks.md, or one of the other figures."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench import document
+from bench.echo import serve_echo
+from bench.figures import BenchError, Figure, Results
+from bench.flat import bench_flat, show_flat
+from bench.growth import CODES_A_BOOK_DEFAULT_MAX, GrowthPlan, bench_growth
+from bench.memory import measure_memory, show_memory
+from bench.over_http import HttpPlan, bench_http
+from bench.postgres_only import POOL_SIZE, serve_postgres_only
+from bench.rebuild import bench_rebuild
+from bench.run import describe_run
+from bench.toll import TollPlan, bench_toll, counts, expectations, toll_figures
+from bench.turns import CONNECTIONS
+from bench.uploads import bench_upload, show_upload
 from coupon_svc.dev.servers import ServerError
 from coupon_svc.dev.throwaway import signals_raise
-from coupon_svc.ops.bench import document
-from coupon_svc.ops.bench.echo import serve_echo
-from coupon_svc.ops.bench.figures import BenchError, Figure, Results
-from coupon_svc.ops.bench.flat import bench_flat, show_flat
-from coupon_svc.ops.bench.growth import CODES_A_BOOK_DEFAULT_MAX, GrowthPlan, bench_growth
-from coupon_svc.ops.bench.memory import measure_memory, show_memory
-from coupon_svc.ops.bench.over_http import HttpPlan, bench_http
-from coupon_svc.ops.bench.postgres_only import POOL_SIZE, serve_postgres_only
-from coupon_svc.ops.bench.rebuild import bench_rebuild
-from coupon_svc.ops.bench.run import describe_run
-from coupon_svc.ops.bench.toll import TollPlan, bench_toll, counts, expectations, toll_figures
-from coupon_svc.ops.bench.turns import CONNECTIONS
-from coupon_svc.ops.bench.uploads import bench_upload, show_upload
 
 QUICK_HTTP = HttpPlan(rounds=2, seconds=1.5, tail_rounds=1, tail_seconds=3.0)
 QUICK_TOLL = TollPlan(rounds=3)
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m coupon_svc.ops.bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--growth", action="store_true", help="how assigns/s change with processes, connections, books, codes"
@@ -174,7 +174,7 @@ def _status(figures: list[Figure]) -> int:
 
 
 def _command() -> str:
-    return " ".join(["python -m coupon_svc.ops.bench", *sys.argv[1:]])
+    return " ".join(["python -m bench", *sys.argv[1:]])
 
 
 def _narrator() -> Callable[[str], None]:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import msgspec
 import uvloop
 
-from coupon_svc.ops.bench import postgres_only
-from coupon_svc.ops.bench.figures import BenchError, Figure, rate_text, ratios
-from coupon_svc.ops.bench.requests import NextRequest, Pairs, Requests
-from coupon_svc.ops.bench.stand import Process, Stand
-from coupon_svc.ops.bench.tail import measure_tails
-from coupon_svc.ops.bench.turns import Ledger, Turn, open_ledger, take_turn
+from bench import postgres_only
+from bench.figures import BenchError, Figure, rate_text, ratios
+from bench.requests import NextRequest, Pairs, Requests
+from bench.stand import Process, Stand
+from bench.tail import measure_tails
+from bench.turns import Ledger, Turn, open_ledger, take_turn
 
 _POSTGRES_RATE_ASSUMED_MAX = 5_000
 _CODES_FIRST = 60_000

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import asyncpg
 import msgspec
 
+from bench.figures import BenchError
+from bench.stand import Stand
 from coupon_svc.load.client import Connections
-from coupon_svc.ops.bench.figures import BenchError
-from coupon_svc.ops.bench.stand import Stand
 from coupon_svc.postgres.database import open_connection
 
 SMALL_CODES = 1_000

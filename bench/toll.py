@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 import msgspec
 import uvloop
 
+from bench.figures import BenchError, Expectation, Figure
+from bench.over_http import GROW_LEASE_S
+from bench.requests import NextRequest, Requests
+from bench.stand import Process, Stand
+from bench.tail import open_loop, percentile_ms
+from bench.turns import Ledger, Turn, open_ledger, take_turn
 from coupon_svc.load.processes import cpu_s
-from coupon_svc.ops.bench.figures import BenchError, Expectation, Figure
-from coupon_svc.ops.bench.over_http import GROW_LEASE_S
-from coupon_svc.ops.bench.requests import NextRequest, Requests
-from coupon_svc.ops.bench.stand import Process, Stand
-from coupon_svc.ops.bench.tail import open_loop, percentile_ms
-from coupon_svc.ops.bench.turns import Ledger, Turn, open_ledger, take_turn
 from coupon_svc.postgres.database import LedgerConnection, open_connection
 from coupon_svc.redis.connection import Connection, connect
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 
+from bench.assigning import assign_many
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.ops.bench.assigning import assign_many
 from coupon_svc.redis.connection import Connection, connect
 from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.keys import ShardKeys

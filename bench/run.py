@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 
+from bench.figures import Run
 from coupon_svc.dev.servers import EmbeddedPostgres, postgres_binary, valkey_binary
 from coupon_svc.http.server import SERVER_SETTINGS
 from coupon_svc.load.processes import machine
-from coupon_svc.ops.bench.figures import Run
 
 _PACKAGES = ("uvicorn", "uvloop", "httptools", "starlette", "msgspec", "asyncpg", "hiredis")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from coupon_svc.ops.bench.figures import Figure, GrowthTable, Results, Run
+from bench.figures import Figure, GrowthTable, Results, Run
 
 TEMPLATE = Path(__file__).with_name("benchmarks.template.md")
 NOT_MEASURED = "Not measured yet."
@@ -52,11 +52,6 @@ def render(results: Results, template: str) -> str:
     }
     text = _SENTENCE.sub(sentence, template)
     return re.sub(r"\{(\w+)\}", lambda match: parts[match[1]], text)
-
-
-def sentence_ids(template: str) -> list[str]:
-    """The lines that the template has a sentence for."""
-    return [match[1] for match in _SENTENCE.finditer(template)]
 
 
 def render_table(figures: Sequence[Figure]) -> str:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import asyncpg
 import httpx
 
+from bench.figures import BenchError
 from coupon_svc.dev.throwaway import throwaway_service
 from coupon_svc.domain.codes import parse_pattern
-from coupon_svc.ops.bench.figures import BenchError
 from coupon_svc.postgres.catalogue import ROUND, random_places
 
 _PATTERN = parse_pattern("############", "alphanumeric")

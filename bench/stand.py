@@ -21,11 +21,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
+from bench.figures import BenchError
 from coupon_svc.dev import leash
 from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis, quoted_tail
 from coupon_svc.dev.throwaway import clean_environment
 from coupon_svc.load.setup import CODES_A_CALL
-from coupon_svc.ops.bench.figures import BenchError
 from coupon_svc.postgres.database import open_connection
 from coupon_svc.postgres.keys import create_key, new_key
 from coupon_svc.postgres.migrations import migrate
@@ -124,7 +124,7 @@ class Stand:
 
     def serve(self, name: str, **settings: str) -> Process:
         """A process of the bench's own: what the service is compared with."""
-        return self._start("coupon_svc.ops.bench", [f"--serve={name}"], {**self.settings, **settings}, listen=True)
+        return self._start("bench", [f"--serve={name}"], {**self.settings, **settings}, listen=True)
 
     def other_database(self, name: str) -> str:
         """A second database on the same server, with the newest schema and the same key. Returns its URL."""

@@ -6,11 +6,11 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from bench.figures import Figure
+from bench.requests import NextRequest
+from bench.stand import Process
+from bench.turns import Ledger, describe
 from coupon_svc.load.client import Connections, Reply
-from coupon_svc.ops.bench.figures import Figure
-from coupon_svc.ops.bench.requests import NextRequest
-from coupon_svc.ops.bench.stand import Process
-from coupon_svc.ops.bench.turns import Ledger, describe
 
 PART_OF_HIGHEST = 0.7
 COMMIT_CYCLES = 2.5

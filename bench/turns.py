@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 
+from bench.figures import BenchError
+from bench.requests import NextRequest
 from coupon_svc.load.client import Connections, Reply
 from coupon_svc.load.processes import own_cpu_s
-from coupon_svc.ops.bench.figures import BenchError
-from coupon_svc.ops.bench.requests import NextRequest
 from coupon_svc.postgres.database import LedgerConnection, open_connection
 from coupon_svc.redis.connection import Connection, connect
 from coupon_svc.redis.keys import ShardKeys
@@ -38,11 +38,6 @@ class Turn(msgspec.Struct, kw_only=True):
     @property
     def rate(self) -> float:
         return self.good / self.seconds
-
-    @property
-    def cpu_us(self) -> float:
-        """Microseconds of the serving process for each good answer."""
-        return self.cpu_s / max(1, self.good) * 1e6
 
 
 class Ledger:

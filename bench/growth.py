@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import msgspec
 import uvloop
 
-from coupon_svc.ops.bench.figures import GrowthRow, GrowthTable
-from coupon_svc.ops.bench.over_http import ACKS, GROW_LEASE_S
-from coupon_svc.ops.bench.requests import NextRequest, Requests
-from coupon_svc.ops.bench.stand import Process, Stand
-from coupon_svc.ops.bench.turns import Turn, open_ledger, take_turn
+from bench.figures import GrowthRow, GrowthTable
+from bench.over_http import ACKS, GROW_LEASE_S
+from bench.requests import NextRequest, Requests
+from bench.stand import Process, Stand
+from bench.turns import Turn, open_ledger, take_turn
 
 _CONNECTIONS = 64
 """where a table is not about them"""
