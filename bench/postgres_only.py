@@ -36,6 +36,7 @@ from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.public import Public
 from coupon_svc.http.routes import Api, make_app
 from coupon_svc.http.server import SERVER_SETTINGS, CouponProtocol
+from coupon_svc.postgres.computed import NO_CIPHERS
 from coupon_svc.postgres.database import Database, open_connection
 from coupon_svc.postgres.uploads import Uploads
 from coupon_svc.redis.data_plane import DataPlane
@@ -46,6 +47,7 @@ from coupon_svc.service.assign import AssignCode, AssignCoupon, AssignCoupons, A
 from coupon_svc.service.code_directory import CodeDirectory
 from coupon_svc.service.durability import Durability
 from coupon_svc.service.health import Health
+from coupon_svc.service.issued_codes import IssuedCodes
 from coupon_svc.service.reading import Reading
 from coupon_svc.service.receipt_rescue import ReceiptRescue
 from coupon_svc.service.redeem import Redeeming
@@ -207,11 +209,11 @@ def postgres_only_app(url: str) -> Api:
     plane = DataPlane("redis://unused", 16, Scripts())
     registration = Registration(url, plane)
     durability = Durability(plane, 5_000)
-    directory = CodeDirectory(database)
+    directory = CodeDirectory(database, IssuedCodes(database, NO_CIPHERS))
     waiting = Waiting(plane, directory, database, durability, ReceiptRescue(plane, database, durability, registration))
     uploads = Uploads(database)
     book_service = books.Books(plane, waiting, database, uploads, 16, BookAnswers())
-    job_service = jobs.Jobs(uploads, database, database, database, book_service.in_force, JobAnswers(), 100)
+    job_service = jobs.Jobs(uploads, database, database, database, book_service.in_force, JobAnswers(), 100, NO_CIPHERS)
     cursors = Cursors(lambda: registration.receipt_secret)
     redeeming = Redeeming(plane, directory, waiting, durability)
     reading = Reading(plane, directory, waiting, durability)

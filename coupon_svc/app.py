@@ -21,6 +21,7 @@ from coupon_svc.http.openapi import openapi_document
 from coupon_svc.http.public import Public
 from coupon_svc.http.routes import OPERATIONS, PUBLIC_PATHS, Api, make_app
 from coupon_svc.http.schemas import REJECTED_SHOWN_MAX
+from coupon_svc.postgres.computed import Ciphers
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.uploads import Uploads
 from coupon_svc.redis.data_plane import DataPlane
@@ -31,6 +32,7 @@ from coupon_svc.service.assign import Assigning
 from coupon_svc.service.code_directory import CodeDirectory
 from coupon_svc.service.durability import Durability
 from coupon_svc.service.health import Health
+from coupon_svc.service.issued_codes import IssuedCodes
 from coupon_svc.service.listing import Listing
 from coupon_svc.service.missed_messages import MissedMessages
 from coupon_svc.service.patterns import Patterns
@@ -55,21 +57,24 @@ def make_api(settings: Settings | None = None) -> Api:
     bodies = Database(settings.database_url, "coupon-api-files", size=2)
     job_work = Database(settings.database_url, "coupon-api-jobs", size=2 * jobs.WORKERS)
     lists = Database(settings.database_url, "coupon-api-lists", size=4)
-    uploads = Uploads(bulk)
-    registration = Registration(settings.database_url, plane)
+    ciphers = Ciphers(settings.master_key)
+    uploads = Uploads(bulk, ciphers)
+    registration = Registration(settings.database_url, plane, ciphers.keys)
     missed = MissedMessages(plane.waiters, lookups)
 
-    directory = CodeDirectory(lookups)
+    directory = CodeDirectory(lookups, IssuedCodes(lookups, ciphers))
     durability = Durability(plane, settings.ledger_wait_ms)
     rescue = ReceiptRescue(plane, database, durability, registration)
-    waiting = Waiting(plane, directory, database, durability, rescue)
+    waiting = Waiting(plane, directory, database, durability, rescue, ciphers)
     assigning = Assigning(plane, directory, waiting, durability, registration)
     redeeming = Redeeming(plane, directory, waiting, durability)
     reading = Reading(plane, directory, waiting, durability)
-    book_service = books.Books(plane, waiting, database, uploads, settings.shards, BookAnswers())
-    listing = Listing(plane, lists, book_service, reading, durability)
+    book_service = books.Books(plane, waiting, database, uploads, settings.shards, BookAnswers(), ciphers)
+    listing = Listing(plane, lists, book_service, reading, durability, ciphers)
 
-    job_service = jobs.Jobs(uploads, bodies, job_work, lookups, book_service.in_force, JobAnswers(), REJECTED_SHOWN_MAX)
+    job_service = jobs.Jobs(
+        uploads, bodies, job_work, lookups, book_service.in_force, JobAnswers(), REJECTED_SHOWN_MAX, ciphers
+    )
 
     metrics = Metrics()
     public = Public(Health(plane), metrics, openapi_document(OPERATIONS, PUBLIC_PATHS))
@@ -103,7 +108,7 @@ def make_api(settings: Settings | None = None) -> Api:
         (
             Books(book_service, job_service, cursors),
             Jobs(job_service, cursors),
-            CodesOut(listing, Patterns(lists), cursors),
+            CodesOut(listing, Patterns(lists, ciphers), cursors),
             Coupons(assigning, redeeming, reading, cursors),
         ),
         public,

@@ -20,7 +20,9 @@ from asyncpg import InvalidCatalogNameError, UndefinedColumnError, UndefinedTabl
 from coupon_svc.config import Settings, SettingsError, load_settings
 from coupon_svc.domain.api_keys import ApiKey
 from coupon_svc.domain.errors import CouponError
+from coupon_svc.domain.master_key import new_master_key
 from coupon_svc.postgres import keys, quarantine
+from coupon_svc.postgres.computed import rotate
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, open_connection
 from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
 from coupon_svc.postgres.migrations import migrate
@@ -106,6 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     adopt.formatter_class = argparse.RawDescriptionHelpFormatter
     adopt.description = _ADOPT_DESCRIPTION
     adopt.add_argument("--shard", type=int, metavar="N", help="default: every shard that is stopped")
+    adopt.add_argument(
+        "--skip-codes",
+        type=_between(0, 10**12),
+        default=10**9,
+        metavar="N",
+        help="numbers that each pattern of computed codes passes over (default: 1000000000), at most an eighth of it: give"
+        " more than were generated since the backup",
+    )
     adopt.add_argument("--yes", action="store_true", help="do not ask; needed where there is no terminal")
 
     held_back = command(
@@ -137,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--output", default="-", metavar="FILE", help="default: -, which is standard output")
 
+    master = command("master-key", lambda _: master.print_help(), "make or change the key of computed codes")
+    actions = master.add_subparsers(metavar="ACTION")
+    sub = actions.add_parser("new", help="print a fresh key for COUPON_MASTER_KEY")
+    sub.set_defaults(run=_master_key_new)
+    sub = actions.add_parser("rotate", help="put all patterns' keys under the first key of COUPON_MASTER_KEY")
+    sub.set_defaults(run=_master_key_rotate)
     key = command("keys", lambda _: key.print_help(), "make, list and revoke API keys")
     actions = key.add_subparsers(metavar="ACTION")
     for name, run, text in (
@@ -440,7 +456,7 @@ def _adopt(args: argparse.Namespace) -> None:
         return args.yes or input(f"Go on with the ledger as it is, for {what}? [y/N] ").strip().lower() in ("y", "yes")
 
     try:
-        adopted = asyncio.run(adopt(load_settings(), args.shard, confirm))
+        adopted = asyncio.run(adopt(load_settings(), args.shard, confirm, args.skip_codes))
     except AdoptError as error:
         raise UsageError(str(error)) from None
     if not adopted:
@@ -471,6 +487,18 @@ def _quarantine_release(args: argparse.Namespace) -> None:
 
 
 # --- keys
+
+
+def _master_key_new(_: argparse.Namespace) -> None:
+    print(new_master_key())
+
+
+def _master_key_rotate(_: argparse.Namespace) -> None:
+    settings = load_settings(**_no_redis())
+    if not settings.master_key:
+        raise UsageError("COUPON_MASTER_KEY is not set: give the new key, and after a comma the old one.")
+    moved = _with_database(settings, lambda connection: rotate(connection, settings.master_key))
+    print(f"{moved} patterns' keys are under the key {settings.master_key.first} now. No code has changed.")
 
 
 def _keys_create(args: argparse.Namespace) -> None:

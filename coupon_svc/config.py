@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from coupon_svc.domain.errors import CouponError
+from coupon_svc.domain.master_key import NO_MASTER_KEY, InvalidMasterKey, MasterKeys
 
 
 class SettingsError(CouponError):
@@ -44,8 +45,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lease_codes_min: int = 5_000
     """How many codes of a book Redis is lent at a time; grows with demand up to `lease_codes_max`."""
     lease_codes_max: int = 100_000
+    master_key: MasterKeys = NO_MASTER_KEY
+    """Under which the keys of computed codes are kept; none: generated codes are stored."""
 
 
+MASTER_KEY = "COUPON_MASTER_KEY"
 _BOUNDS = {
     "shards": (1, 99),
     "port": (0, 65_535),
@@ -76,7 +80,13 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: object)
     """
     environ = os.environ if environ is None else environ
     values: dict[str, object] = {}
+    try:
+        values["master_key"] = MasterKeys.parse(environ.get(MASTER_KEY, ""))
+    except InvalidMasterKey as error:
+        raise SettingsError(f"{MASTER_KEY} is not a master key: {error}.") from None
     for field in msgspec.structs.fields(Settings):
+        if field.name in values:
+            continue
         text = environ.get(variable(field.name), "").strip()
         given = overrides.get(field.name)
         if given is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -31,6 +32,7 @@ sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type]
 T = TypeVar("T")
 
 DEADLINE_S = 20.0
+MASTER_KEY = base64.b64encode(bytes(range(32))).decode()
 START_S = 60.0
 """For processes to start: nothing is shown by how long that takes on a busy machine."""
 
@@ -160,6 +162,7 @@ class Stack:
             "COUPON_REDIS_URL": self.redis_url,
             "COUPON_DATABASE_URL": self.database_url,
             "COUPON_SHARDS": str(self.shards),
+            "COUPON_MASTER_KEY": MASTER_KEY,
         }
 
     def writer(self, number: int = 0, /, *, dies_at: str = "", stops_at: str = "", **environment: str) -> Part:

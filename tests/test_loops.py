@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from coupon_svc.dev.servers import EmbeddedRedis
+from coupon_svc.postgres.computed import NO_CIPHERS
 from coupon_svc.postgres.database import Database, open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.redis import server, verification
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.service.code_directory import CodeDirectory
+from coupon_svc.service.issued_codes import IssuedCodes
 from tests.conftest import SHARDS
 from tests.harness import until
 
@@ -48,7 +50,8 @@ async def test_who_asks_for_a_code_is_told_whatever_goes_wrong(monkeypatch: pyte
     async def fails(*_: Any) -> Any:
         raise KeyError
 
-    directory = CodeDirectory(Database("postgresql://127.0.0.1:1/none", "test"))
+    database = Database("postgresql://127.0.0.1:1/none", "test")
+    directory = CodeDirectory(database, IssuedCodes(database, NO_CIPHERS))
     monkeypatch.setattr(Database, "fetch", fails)
     for code in ("A", "B"):  # the second shows that the first has left nothing behind
         async with asyncio.timeout(5):

@@ -171,7 +171,9 @@ def lease() -> None:
     """Redis is lent codes of which Postgres is not told: the writer alone remembers which."""
     lent: dict[tuple[str, int], int] = {}
 
-    async def lease_block(connection: Any, _: str, owned: Any, book_id: str, count: int) -> lending.Lease:
+    async def lease_block(
+        connection: Any, _: str, owned: Any, book_id: str, count: int, __: Any = None
+    ) -> lending.Lease:
         rows = await connection.fetch(
             "SELECT code, place FROM codes WHERE book_id = $1 AND place > $2 ORDER BY place LIMIT $3",
             book_id,

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from coupon_svc.config import MASTER_KEY
 from coupon_svc.dev import leash
 from coupon_svc.dev.servers import (
     EmbeddedPostgres,
@@ -39,6 +40,7 @@ from coupon_svc.dev.servers import (
 )
 from coupon_svc.dev.tour import tour
 from coupon_svc.domain.errors import CouponError
+from coupon_svc.domain.master_key import new_master_key
 
 SERVICE_COMMAND = (sys.executable, "-m", "coupon_svc")
 
@@ -201,7 +203,8 @@ class Supervisor:
         a home that it may be forbidden to read."""
         given = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
         urls = {"COUPON_REDIS_URL": self._redis.url, "COUPON_DATABASE_URL": self._postgres.url}
-        return {**given, **urls, "PGSSLMODE": "disable", "PYTHONUNBUFFERED": "1", "COUPON_DRAIN_MS": "0"}
+        key = {MASTER_KEY: os.environ.get(MASTER_KEY) or self._master_key()}
+        return {**given, **urls, **key, "PGSSLMODE": "disable", "PYTHONUNBUFFERED": "1", "COUPON_DRAIN_MS": "0"}
 
     def _set_up(self, arguments: list[str], stdin: str = "") -> None:
         """Runs a command of the service to its end."""
@@ -230,6 +233,13 @@ class Supervisor:
                 write_private(kept, f"cbk_dev_{secrets.token_urlsafe(24)}")
             self._api_key = kept.read_text().strip()
         return self._api_key
+
+    def _master_key(self) -> str:
+        """The master key of this data directory, made at the first start: without it no computed code can be told."""
+        kept = self._data_dir / "master_key"
+        if not kept.exists():
+            write_private(kept, new_master_key())
+        return kept.read_text().strip()
 
     # -- running ------------------------------------------------------------------------------------------------------
 

@@ -119,7 +119,7 @@ class Generated(NamedTuple):
 
 
 class InvalidPattern(CouponError):
-    """No codes can be made by this pattern. `field` is `pattern` or `alphabet`; `reason` says what to give."""
+    """No codes can be made by this pattern. `field` is `pattern`, `alphabet` or `total`; `reason` says what to give."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from coupon_svc.domain.codes import Pattern
 from coupon_svc.domain.permutation import DOMAIN_MIN, FF1
@@ -22,18 +23,23 @@ class PatternCipher:
         self._matches = re.compile(pattern.regex).fullmatch
         self._random_at = [at for at, char in enumerate(pattern.text) if char == "#"]
         self._permutation = FF1(key, len(pattern.symbols), len(self._random_at))
-        # A number becomes text two symbols at a time; the first piece of an odd number of them is one.
+        # A number becomes text two symbols at a time; of an odd number of symbols the first is a piece of its own.
         symbols = pattern.symbols
         self._pairs = [high + low for high in symbols for low in symbols]
-        self._pieces = len(self._random_at) // 2
-        self._odd = len(self._random_at) % 2
-        self._frame = pattern.text.replace("#", "%s")  # no code has a `%`
+        # Then each run of `#` takes its part of the text.
+        self._frame = re.sub("#+", "%s", pattern.text)  # no code has a `%`
+        lengths = [len(run) for run in re.findall("#+", pattern.text)]
+        ends = list(accumulate(lengths))
+        self._runs = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
         self._values = {symbol: value for value, symbol in enumerate(symbols)}
 
     def codes(self, numbers: Sequence[int]) -> list[str]:
         """The codes of these numbers, in their order. Each must be below the pattern's capacity."""
-        frame, join = self._frame, "".join
-        return [frame % tuple(join(self._pieces_of(value))) for value in self._permutation.encrypt(numbers)]
+        frame, runs = self._frame, self._runs
+        texts = self._texts(self._permutation.encrypt(numbers))
+        if len(runs) == 1:
+            return [frame % text for text in texts]
+        return [frame % tuple([text[run] for run in runs]) for text in texts]
 
     def number_of(self, code: str) -> int | None:
         """The number of a code; None when the code does not lie in the pattern."""
@@ -44,16 +50,17 @@ class PatternCipher:
         lying = [code for code in codes if self._matches(code)]
         return dict(zip(lying, self._permutation.decrypt([self._value(code) for code in lying]), strict=True))
 
-    def _pieces_of(self, value: int) -> list[str]:
+    def _texts(self, values: list[int]) -> list[str]:
+        """The symbols of each value, column by column: the last pair of all of them comes first."""
         pairs, size = self._pairs, len(self._pairs)
-        pieces = []
-        for _ in range(self._pieces):
-            value, pair = divmod(value, size)
-            pieces.append(pairs[pair])
-        if self._odd:
-            pieces.append(self.pattern.symbols[value])
-        pieces.reverse()
-        return pieces
+        columns = []
+        for _ in range(len(self._random_at) // 2):
+            columns.append([pairs[value % size] for value in values])
+            values = [value // size for value in values]
+        if len(self._random_at) % 2:
+            columns.append([self.pattern.symbols[value] for value in values])
+        columns.reverse()
+        return ["".join(pieces) for pieces in zip(*columns, strict=True)]
 
     def _value(self, code: str) -> int:
         radix, value = len(self._values), 0
@@ -71,6 +78,13 @@ def overlap(one: Pattern, other: Pattern) -> bool:
     """Whether some code lies in both patterns."""
     return len(one.text) == len(other.text) and all(
         _symbols(one, mine) & _symbols(other, theirs) for mine, theirs in zip(one.text, other.text, strict=True)
+    )
+
+
+def may_begin_with(pattern: Pattern, prefix: str) -> bool:
+    """Whether some code of the pattern begins so."""
+    return len(prefix) <= len(pattern.text) and all(
+        char in _symbols(pattern, place) for char, place in zip(prefix, pattern.text, strict=False)
     )
 
 

@@ -91,19 +91,36 @@ class FF1:
         return self._aes.update(_bytes(blocks))
 
     def _added_to_any(self, turn: int, halves: list[int]) -> list[int]:
-        head = self._rest + bytes([turn])
-        texts = [head + half.to_bytes(self._b, "big") for half in halves]
-        chain = self._chain * len(halves)
-        for start in range(0, self._variable_bytes, _BLOCK):
-            chain = self._aes.update(_xor(chain, b"".join([text[start : start + _BLOCK] for text in texts])))
+        head = int.from_bytes(self._rest + bytes([turn]), "big") << 8 * self._b
+        size, count = self._variable_bytes, len(halves)
+        texts = array("Q", b"".join([(head | half).to_bytes(size, "big") for half in halves]))
+        chain = self._chain * count
+        for block in range(size // _BLOCK):
+            chain = self._aes.update(_xor(chain, _column(texts, block, size // _BLOCK)))
         parts = [chain]
         for number in range(1, (self._d + _BLOCK - 1) // _BLOCK):
-            parts.append(self._aes.update(_xor(chain, number.to_bytes(_BLOCK, "big") * len(halves))))
-        added = []
-        for start in range(0, len(chain), _BLOCK):
-            wide = b"".join([part[start : start + _BLOCK] for part in parts])
-            added.append(int.from_bytes(wide[: self._d], "big"))
-        return added
+            parts.append(self._aes.update(_xor(chain, number.to_bytes(_BLOCK, "big") * count)))
+        wide, step = _beside_each_other(parts), len(parts) * _BLOCK
+        number_of, end = int.from_bytes, self._d
+        return [number_of(wide[start : start + end], "big") for start in range(0, step * count, step)]
+
+
+def _column(texts: array[int], block: int, of: int) -> bytes:
+    """The n-th block of every text, each of which has as many."""
+    column = array("Q", bytes(8)) * (len(texts) // of)
+    column[0::2], column[1::2] = texts[2 * block :: 2 * of], texts[2 * block + 1 :: 2 * of]
+    return column.tobytes()
+
+
+def _beside_each_other(parts: list[bytes]) -> bytes:
+    """The blocks of each text, of which every part has one, one behind the other."""
+    if len(parts) == 1:
+        return parts[0]
+    texts = array("Q", bytes(8)) * (len(parts) * len(parts[0]) // 8)
+    for number, part in enumerate(parts):
+        words = array("Q", part)
+        texts[2 * number :: 2 * len(parts)], texts[2 * number + 1 :: 2 * len(parts)] = words[0::2], words[1::2]
+    return texts.tobytes()
 
 
 def _xor(one: bytes, other: bytes) -> bytes:

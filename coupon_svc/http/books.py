@@ -81,7 +81,7 @@ class Books:
             metadata=encode_metadata(body.metadata),
             idempotency=call.idempotency(),
         )
-        with _periods_refused():
+        with _refused_as_invalid():
             done = await self._service.create_book(wanted)
         return _kept(done, f"/coupons/{done.book.book_id}")
 
@@ -108,7 +108,8 @@ class Books:
             raise invalid("", "give either codes or generate")
         codes = _listed(body.codes or []) if body.generate is None else _generated(body.generate)
         idempotency = call.idempotency()
-        done = await self._service.upload_codes(UploadCodes(call.key.tenant_id, body.book_id, codes, idempotency))
+        with _refused_as_invalid():
+            done = await self._service.upload_codes(UploadCodes(call.key.tenant_id, body.book_id, codes, idempotency))
         return _kept(done)
 
     async def _upload_file(self, call: Call, file: FileBody) -> Answer:
@@ -172,7 +173,7 @@ class Books:
     async def update_book(self, call: Call) -> Answer:
         """Change a book's rules. Changed in Postgres; answered once Redis has them. It may be repeated."""
         wanted = UpdateBook(call.key.tenant_id, call.path["book_id"], _changes(call.body))
-        with _periods_refused():
+        with _refused_as_invalid():
             live = await self._service.update_book(wanted)
         return Answer(200, book_answer(live))
 
@@ -252,12 +253,14 @@ def _generated(generate: schemas.Generate) -> Generated:
 
 
 @contextmanager
-def _periods_refused() -> Iterator[None]:
-    """Raises Refused(invalid_request) for InvalidPeriod."""
+def _refused_as_invalid() -> Iterator[None]:
+    """Raises Refused(invalid_request) for what only the use case can tell to be wrong."""
     try:
         yield
     except InvalidPeriod as error:
         raise invalid("/expires_at", error.reason) from None
+    except InvalidPattern as error:
+        raise invalid(f"/generate/{error.field}", error.reason) from None
 
 
 def _moment_ms(pointer: str, moment: datetime | None) -> int | None:

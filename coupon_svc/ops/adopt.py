@@ -13,6 +13,7 @@ from coupon_svc.config import Settings
 from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
+from coupon_svc.postgres.computed import Ciphers, check_master_key, give_rows, move_counters
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, LedgerRow, one_row, open_connection
 from coupon_svc.postgres.migrations import check_installation, known_migrations
 from coupon_svc.postgres.recovery import EPOCH_CHANNEL, last_seq
@@ -21,6 +22,8 @@ from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.redis.meta import ShardMeta
 from coupon_svc.redis.scripts import Scripts
 
+SKIP_CODES = 1_000_000_000
+"""So many numbers of each pattern are never issued: more than were taken since the backup."""
 EPOCH_PLAUSIBLE_MAX = 1_000_000_000
 """An epoch begins with each recovery. An entry of a higher one, e.g. by `XADD *`, was put into the stream by hand."""
 
@@ -121,13 +124,15 @@ class Stopped(NamedTuple):
 
 
 async def adopt(
-    settings: Settings, shard: int | None, confirm: Callable[[list[Stopped]], bool]
+    settings: Settings, shard: int | None, confirm: Callable[[list[Stopped]], bool], skip_codes: int = SKIP_CODES
 ) -> list[tuple[int, int]]:
     """Have the writers recover shards that are stopped (all without a number) from the ledger as it is.
 
     `confirm` is shown what is found, and says whether to go on. Returns (shard, codes quarantined) of each; nothing when
-    `confirm` said no. Raises AdoptError, LedgerUnavailable, DatabaseUnfit.
+    `confirm` said no. Where the ledger may have gone back, each pattern of computed codes passes over its next `skip_codes`
+    numbers. Raises AdoptError, LedgerUnavailable, DatabaseUnfit.
     """
+    ciphers = Ciphers(settings.master_key)
     connection = await open_connection(settings.database_url, "coupon-cli", PATIENT_S)
     stored = await connection.fetchval("SELECT shards FROM settings")
     store = ShardControl(
@@ -139,10 +144,13 @@ async def adopt(
         rows = await connection.fetch(_STOPPED, shard)
         if not rows:
             raise AdoptError("no shard is stopped." if shard is None else f"shard {shard} is not stopped.")
+        await check_master_key(connection, ciphers.keys)
         found = [await _look(connection, store, row) for row in rows]
         if not confirm(found):
             return []
-        return [(one.shard, await _go_on(connection, one)) for one in found]
+        if not all(one.only_hash for one in found):
+            await move_counters(connection, skip_codes)
+        return [(one.shard, await _go_on(connection, one, ciphers)) for one in found]
     except (StoreError, ShardNotUsable) as error:
         raise AdoptError(f"Redis cannot be used ({error}); check COUPON_REDIS_URL.") from None
     finally:
@@ -187,7 +195,7 @@ def _epoch_of(holder: str, otherwise: int) -> int:
     return epoch if epoch < 10**15 else otherwise
 
 
-async def _go_on(connection: LedgerConnection, found: Stopped) -> int:
+async def _go_on(connection: LedgerConnection, found: Stopped, ciphers: Ciphers) -> int:
     """One transaction: nothing of the shard is left to be settled, and its writer may recover it. Returns how many codes
     went into quarantine."""
     held_back = 0
@@ -201,7 +209,7 @@ async def _go_on(connection: LedgerConnection, found: Stopped) -> int:
                 found.shard,
             )
             for book in books:
-                held_back += await _hold_back(connection, found, book)
+                held_back += await _hold_back(connection, found, book, ciphers)
         await connection.execute(
             _GO_ON, found.shard, found.next_epoch(), found.next_generation(), found.last_hash, not found.only_hash
         )
@@ -209,10 +217,11 @@ async def _go_on(connection: LedgerConnection, found: Stopped) -> int:
     return held_back
 
 
-async def _hold_back(connection: LedgerConnection, found: Stopped, book: LedgerRow) -> int:
+async def _hold_back(connection: LedgerConnection, found: Stopped, book: LedgerRow, ciphers: Ciphers) -> int:
     """Into quarantine with the codes of a book that Redis shows as somebody's, whether or not the ledger knows that they
     were lent. Returns how many."""
     held = found.held.get(book["book_id"], {})
+    await give_rows(connection, book["tenant_id"], book["book_id"], list(held), ciphers)
     rows = await connection.fetch(_SHOWN, book["book_id"], book["tenant_id"], list(held), book["leased_upto"])
     codes, lent = [row["code"] for row in rows], sum(row["lent"] for row in rows)
     await connection.execute(

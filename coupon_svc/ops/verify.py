@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from coupon_svc.domain.books import Book
 from coupon_svc.domain.holding import Holding, ListedCoupon
 from coupon_svc.ops.history import Head, walk_history
 from coupon_svc.postgres.books import books_of_shard
+from coupon_svc.postgres.computed import Ciphers, accounted_codes, has_master_key, lent_by_number
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.recovery import coupons_of_book
@@ -95,11 +96,29 @@ LEDGER_CHECKS = {
         WHERE shard = $1 AND uses > max_redemptions_per_code""",
     "a book's counts are not those of its codes": """
         SELECT count(*) FROM books LEFT JOIN (
-            SELECT book_id, count(*) FILTER (WHERE place >= -1) AS total, count(*) FILTER (WHERE place = -1) AS quarantined,
-                   count(*) FILTER (WHERE place BETWEEN 0 AND leased_upto) AS lent
+            SELECT book_id, count(*) FILTER (WHERE place >= -1 AND NOT computed) AS total,
+                   count(*) FILTER (WHERE place = -1) AS quarantined,
+                   count(*) FILTER (WHERE place BETWEEN 0 AND leased_upto AND NOT computed)
+                   - count(*) FILTER (WHERE place NOT BETWEEN 0 AND leased_upto AND computed) AS lent
             FROM codes JOIN books USING (book_id) WHERE shard = $1 GROUP BY book_id) c USING (book_id)
-        WHERE shard = $1 AND (books.total, books.lent, books.quarantined)
-              <> (coalesce(c.total, 0), coalesce(c.lent, 0), coalesce(c.quarantined, 0))""",
+        LEFT JOIN (SELECT book_id, sum(total) AS total, sum(unlent) AS unlent FROM code_ranges GROUP BY book_id) r
+            USING (book_id)
+        WHERE shard = $1 AND (books.total, books.lent, books.quarantined, computed_total, computed_unlent)
+              <> (coalesce(c.total, 0) + coalesce(r.total, 0), coalesce(c.lent, 0) + coalesce(r.total - r.unlent, 0),
+                  coalesce(c.quarantined, 0), coalesce(r.total, 0), coalesce(r.unlent, 0))""",
+    "a range's counts are not those of its numbers": """
+        SELECT count(*) FROM code_ranges r JOIN books USING (book_id), LATERAL (
+            SELECT count(*) FILTER (WHERE NOT named) AS uploaded,
+                   count(*) FILTER (WHERE NOT named AND number < lent_upto) AS uploaded_below,
+                   count(*) FILTER (WHERE named AND number >= lent_upto) AS named_above
+            FROM passed_over p WHERE p.pattern_id = r.pattern_id AND number >= begins AND number < ends) p
+        WHERE shard = $1 AND (r.total <> ends - begins - uploaded
+                              OR r.total - r.unlent <> lent_upto - begins - uploaded_below + named_above)""",
+    "two ranges have a number in common, or one is above its pattern's counter": """
+        SELECT count(*) FROM (
+            SELECT book_id, begins, ends, taken, lag(ends) OVER (PARTITION BY pattern_id ORDER BY begins) AS before
+            FROM code_ranges JOIN computed_patterns USING (pattern_id)) r JOIN books USING (book_id)
+        WHERE shard = $1 AND (before > begins OR ends > taken)""",
     "codes have no place in their book, and no upload is at work on it": """
         SELECT coalesce(sum(c.number), 0)::bigint FROM books, LATERAL (
             SELECT count(*) AS number FROM codes WHERE codes.book_id = books.book_id AND place < -1) c
@@ -107,7 +126,8 @@ LEDGER_CHECKS = {
     "a code in somebody's hands was not lent": """
         SELECT count(*) FROM coupons JOIN books USING (book_id)
         LEFT JOIN codes ON codes.tenant_id = books.tenant_id AND codes.code = coupons.code
-        WHERE shard = $1 AND (codes.code IS NULL OR codes.place NOT BETWEEN 0 AND leased_upto)""",
+        WHERE shard = $1 AND CASE WHEN codes.code IS NULL THEN computed_total = 0
+                                  ELSE codes.place NOT BETWEEN 0 AND leased_upto END""",
     "a code that was lent is neither assigned nor known to be outstanding": """
         SELECT count(*) FROM books JOIN codes USING (book_id) WHERE shard = $1 AND place BETWEEN 0 AND accounted_upto
         AND NOT EXISTS (SELECT FROM coupons c WHERE c.book_id = books.book_id AND c.code = codes.code)
@@ -118,6 +138,18 @@ LEDGER_CHECKS = {
         FULL JOIN (SELECT book_id, code FROM codes JOIN books USING (book_id) WHERE shard = $1 AND place = -1) c
             USING (book_id, code) WHERE q.book_id IS NULL OR c.book_id IS NULL""",
 }
+
+
+_HAS_RANGES = "SELECT EXISTS (SELECT FROM code_ranges WHERE book_id = $1)"
+_WITHOUT_ROW = """
+    SELECT code FROM unnest($2::text[]) AS code
+    WHERE NOT EXISTS (SELECT FROM codes c WHERE c.tenant_id = $1 AND c.code = code.code)
+"""
+_NEITHER_HELD_NOR_STORED = """
+    SELECT count(*) FROM unnest($3::text[]) AS code
+    WHERE NOT EXISTS (SELECT FROM coupons c WHERE c.book_id = $1 AND c.code = code.code)
+      AND NOT EXISTS (SELECT FROM codes c WHERE c.tenant_id = $2 AND c.code = code.code)
+"""
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -137,6 +169,9 @@ class Report(msgspec.Struct):
     codes_held: int = 0
     codes_free: int = 0
     under_way: int = 0
+    computed_books: int = 0
+    without_key: int = 0
+    """Books with computed codes of which nobody could tell whether each is of its range: the master key was not given."""
     unchecked: list[str] = []
     findings: list[Finding] = []
     heads: list[Head] = []
@@ -164,9 +199,12 @@ class Verifier:
         self._show_progress = show_progress
         self._earlier = earlier or {}
         self.report = Report()
+        self._ciphers = Ciphers(settings.master_key)
+        self._has_key = False
 
     async def verify(self) -> Report:
         """Look at every shard. Raises LedgerUnavailable, RedisError."""
+        self._has_key = await has_master_key(self._connection, self._ciphers.keys)
         for shard in range(self._settings.shards):
             self._progress(shard)
             for what, statement in LEDGER_CHECKS.items():
@@ -215,6 +253,7 @@ class Verifier:
         self._find(shard, "a code is free that somebody holds", len(free & ledger.keys()), book)
         self._find(shard, "a coupon is not in its user's list", await self._unlisted(keys, book, held), book)
         self._find(shard, "a free code was not lent", await self._unlent(book, list(free)), book)
+        await self._verify_computed(shard, book, list(ledger))
         in_pool, in_hands, lent = await self._counts(keys, book.book_id)
         if in_pool + in_hands != lent:
             self._find(shard, "codes are missing from Redis", abs(lent - in_pool - in_hands), book)
@@ -259,15 +298,43 @@ class Verifier:
         return unlisted
 
     async def _unlent(self, book: Book, free: list[str]) -> int:
-        number: int = await self._connection.fetchval(
-            "SELECT count(*) FROM unnest($2::text[]) AS free (code) WHERE NOT EXISTS (SELECT FROM codes JOIN books USING"
-            " (book_id) WHERE codes.tenant_id = $3 AND codes.code = free.code AND book_id = $1"
-            " AND place BETWEEN 0 AND leased_upto)",
+        rows = await self._connection.fetch(
+            "SELECT free.code, codes.code IS NOT NULL AS stored FROM unnest($2::text[]) AS free (code)"
+            " LEFT JOIN codes ON codes.tenant_id = $3 AND codes.code = free.code"
+            " WHERE codes.code IS NULL OR codes.book_id <> $1"
+            " OR place NOT BETWEEN 0 AND (SELECT leased_upto FROM books WHERE book_id = $1)",
             book.book_id,
             free,
             book.tenant_id,
         )
-        return number
+        without_row = [row["code"] for row in rows if not row["stored"]]
+        return len(rows) - len(await self._lent_by_number(book, without_row))
+
+    async def _lent_by_number(self, book: Book, codes: list[str]) -> Collection[str]:
+        """Those of the codes that are computed ones of the book, and lent. Without the master key: all, where the book has
+        computed codes."""
+        if not codes or not await self._connection.fetchval(_HAS_RANGES, book.book_id):
+            return ()
+        if not self._has_key:
+            return codes
+        return await lent_by_number(self._connection, book.tenant_id, book.book_id, codes, self._ciphers)
+
+    async def _verify_computed(self, shard: int, book: Book, held: list[str]) -> None:
+        """What only the master key can tell of a book with computed codes."""
+        if not await self._connection.fetchval(_HAS_RANGES, book.book_id):
+            return
+        self.report.computed_books += 1
+        if not self._has_key:
+            self.report.without_key += 1
+            return
+        rows = await self._connection.fetch(_WITHOUT_ROW, book.tenant_id, held)
+        without_row = [row["code"] for row in rows]
+        lent = await self._lent_by_number(book, without_row)
+        self._find(shard, "a computed code in somebody's hands was not lent", len(without_row) - len(lent), book)
+        unknown = 0
+        async for codes in accounted_codes(self._connection, book.book_id, self._ciphers):
+            unknown += await self._connection.fetchval(_NEITHER_HELD_NOR_STORED, book.book_id, book.tenant_id, codes)
+        self._find(shard, "a number that was lent has neither a coupon nor a row", unknown, book)
 
     async def _counts(self, keys: ShardKeys, book_id: str) -> tuple[int, int, int]:
         pipe = self._redis.pipeline(transaction=True)  # one moment
@@ -359,6 +426,11 @@ def _print(report: Report) -> None:
     unhashed = sum(head.unhashed for head in report.heads)
     if unhashed:
         print(f"{unhashed} rows of the ledger are from before its hash chain; whether they were edited cannot be told.")
+    if report.without_key:
+        print(
+            f"{report.without_key} books have computed codes. Their counts were checked; whether each code is of its book's"
+            " numbers only COUPON_MASTER_KEY tells."
+        )
     for text in report.unchecked:
         print(f"NOT CHECKED  {text}")
     for finding in report.findings[:SHOWN_MAX]:

@@ -18,6 +18,15 @@ from coupon_svc.domain.books import Ack, Book, BookStatus, check_period
 from coupon_svc.domain.codes import Pattern, check_capacity, fits, guess_probability
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row
+from coupon_svc.postgres.computed import (
+    NO_CIPHERS,
+    Ciphers,
+    books_of_computed,
+    give_rows,
+    numbers_used,
+    shut_out_issued,
+    take_range,
+)
 from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import TakeTurns
 
@@ -33,6 +42,7 @@ codes, they share places."""
 CODES_PER_PLACE_MAX = 16
 UNPLACED_FROM = -(1 << 40)
 """Places from here up to -2 are of codes whose upload has not come to its end: nobody sees, lends or counts them yet."""
+_PLACE_OF = "SELECT place FROM codes WHERE tenant_id = $1 AND code = $2"
 _BARREN_MAX = 200
 _GENERATE_LOCK = (
     0x67656E65  # "gene"; the advisory lock under which a tenant's generations are measured against a pattern
@@ -52,7 +62,8 @@ _INSERT_CODES = """
     RETURNING code
 """
 _LOCK_BOOK = """
-    SELECT shard, status, total - lent - quarantined AS unlent, leased_upto, places_upto FROM books WHERE book_id = $1
+    SELECT shard, status, total - lent - quarantined - computed_unlent AS unlent, leased_upto, places_upto FROM books
+    WHERE book_id = $1
     FOR UPDATE
 """
 _COUNT_IN = f"""
@@ -64,9 +75,9 @@ _COUNT_IN = f"""
 _PLACE_CODES = """
     UPDATE codes SET place = ($4::bigint[])[place - $2 + 1] WHERE book_id = $1 AND place >= $2 AND place < $2 + $3::bigint
 """
-# All codes of the tenant, whatever they look like: those that uploads may still add count as if they were there.
+# All stored codes of the tenant, whatever they look like: those that uploads may still add count as if they were there.
 _ALL_CODES = """
-    SELECT coalesce((SELECT sum(total) FROM books WHERE tenant_id = $1), 0)
+    SELECT coalesce((SELECT sum(total - computed_total) FROM books WHERE tenant_id = $1), 0)
          + coalesce((SELECT sum(codes) FROM uploads WHERE tenant_id = $1), 0)
 """
 # Keeps their order, so nobody's chance changes; and codes that are added now come between them.
@@ -165,7 +176,13 @@ async def update_book(connection: asyncpg.Connection, tenant_id: int, book_id: s
 
 
 async def insert_codes(
-    connection: asyncpg.Connection, tenant_id: int, book_id: str, codes: Collection[str], *, tell: bool = True
+    connection: asyncpg.Connection,
+    tenant_id: int,
+    book_id: str,
+    codes: Collection[str],
+    ciphers: Ciphers = NO_CIPHERS,
+    *,
+    tell: bool = True,
 ) -> tuple[Book, dict[str, str]]:
     """Add up to PIECE_CODES codes to a book, and `tell` its owner so; those that the tenant has already, in any book, are
     left out.
@@ -176,25 +193,23 @@ async def insert_codes(
     span = await _open_span(connection, book_id)
     if span.status is BookStatus.CLOSED:
         raise Refused(Outcome.BOOK_CLOSED)
-    inserted = await insert_rows(connection, tenant_id, book_id, codes, span.places(len(codes)))
+    inserted = await insert_rows(connection, tenant_id, book_id, codes, span.places(len(codes)), ciphers)
     left_out = [code for code in codes if code not in inserted]
-    taken = await books_of(connection, tenant_id, left_out)
+    taken = await books_of(connection, tenant_id, left_out, ciphers)
     if len(taken) < len(left_out):
         raise TakeTurns
     return await _count_in(connection, span, len(inserted), tell=tell), taken
 
 
 async def generate_codes(
-    connection: asyncpg.Connection, tenant_id: int, book_id: str, pattern: Pattern, total: int
+    connection: asyncpg.Connection, tenant_id: int, book_id: str, pattern: Pattern, total: int, ciphers: Ciphers
 ) -> Book:
-    """Add up to PIECE_CODES new codes that follow the pattern. Raises Refused(book_closed); TakeTurns when the pattern may
-    be too full for them, or somebody else is measuring one.
-
-    This is the place that computed codes will fill: the caller knows a pattern and a number, and no code.
+    """Add up to PIECE_CODES new codes that follow the pattern, as rows. Raises Refused(book_closed); TakeTurns when the
+    pattern may be too full for them, or somebody else is measuring one.
     """
     if not await connection.fetchval("SELECT pg_try_advisory_xact_lock($1, $2)", _GENERATE_LOCK, tenant_id):
         raise TakeTurns
-    if not fits(pattern, total, await connection.fetchval(_ALL_CODES, tenant_id)):
+    if not fits(pattern, total, await _at_most_used(connection, tenant_id, pattern)):
         raise TakeTurns
     used = await _used_about(connection, tenant_id, pattern)
     codes = await _draw_free(connection, tenant_id, pattern, total)
@@ -202,7 +217,7 @@ async def generate_codes(
     if span.status is BookStatus.CLOSED:
         raise Refused(Outcome.BOOK_CLOSED)
     # In one statement, and so in one order: a second one could wait for somebody who waits for the first.
-    inserted = await insert_rows(connection, tenant_id, book_id, codes, span.places(len(codes)))
+    inserted = await insert_rows(connection, tenant_id, book_id, codes, span.places(len(codes)), ciphers)
     if len(inserted) < total:
         raise TakeTurns
     return await _count_in(connection, span, total, guessed=guess_probability(pattern, used + total))
@@ -223,11 +238,36 @@ async def require_capacity(connection: asyncpg.Connection, tenant_id: int, patte
     Codes are counted, which may take seconds of a large tenant, only when all that the tenant has might be too many.
     """
     await connection.execute("SELECT pg_advisory_xact_lock($1, $2)", _GENERATE_LOCK, tenant_id)
-    if not fits(pattern, total, await connection.fetchval(_ALL_CODES, tenant_id)):
-        used = await connection.fetchval(CODES_IN_PATTERN, tenant_id, *pattern.bounds, pattern.regex)
+    if not fits(pattern, total, await _at_most_used(connection, tenant_id, pattern)):
+        used = await count_used(connection, tenant_id, pattern)
         check_capacity(pattern, total, used)
-        return int(used)
+        return used
     return await _used_about(connection, tenant_id, pattern)
+
+
+async def compute_codes(
+    connection: asyncpg.Connection, tenant_id: int, book_id: str, pattern: Pattern, total: int, ciphers: Ciphers
+) -> Book | None:
+    """Add codes to a book that are computed: it takes a range of the pattern's numbers, however many. None, with nothing
+    done, where they must be rows. Raises Refused: book_closed, pattern_capacity."""
+    used = await require_capacity(connection, tenant_id, pattern, total)
+    book = await one_row(connection, _LOCK_BOOK, book_id)
+    if book["status"] == BookStatus.CLOSED:
+        raise Refused(Outcome.BOOK_CLOSED)
+    if not await take_range(connection, tenant_id, book_id, pattern, total, ciphers):
+        return None
+    await tell_owner(connection, book["shard"])
+    return book_from_row(await one_row(connection, _NOTE_GUESSING, book_id, guess_probability(pattern, used + total)))
+
+
+async def count_used(connection: asyncpg.Connection, tenant_id: int, pattern: Pattern) -> int:
+    """How many codes of the tenant lie in the pattern, those of uploads under way too; of computed codes of another pattern,
+    about how many. Reads all codes that begin as the pattern does, unless the pattern's own codes are computed."""
+    computed, all_of_them = await numbers_used(connection, tenant_id, pattern)
+    if all_of_them:
+        return computed
+    stored: int = await connection.fetchval(CODES_IN_PATTERN, tenant_id, *pattern.bounds, pattern.regex)
+    return computed + stored
 
 
 async def note_guessing(
@@ -239,11 +279,20 @@ async def note_guessing(
 
 
 async def insert_rows(
-    connection: asyncpg.Connection, tenant_id: int, book_id: str, codes: Collection[str], places: Sequence[int]
+    connection: asyncpg.Connection,
+    tenant_id: int,
+    book_id: str,
+    codes: Collection[str],
+    places: Sequence[int],
+    ciphers: Ciphers = NO_CIPHERS,
 ) -> set[str]:
     """Codes with their places, in the codes' order, so that two statements never wait for each other. Returns those that
-    the tenant did not have."""
-    rows = await connection.fetch(_INSERT_CODES, tenant_id, book_id, list(codes), places)
+    the tenant did not have, neither stored nor computed. Within a transaction."""
+    issued = await shut_out_issued(connection, tenant_id, codes, ciphers)
+    placed = [(code, place) for code, place in zip(codes, places, strict=True) if code not in issued]
+    rows = await connection.fetch(
+        _INSERT_CODES, tenant_id, book_id, [code for code, _ in placed], [place for _, place in placed]
+    )
     return {row["code"] for row in rows}
 
 
@@ -255,7 +304,9 @@ async def place_codes(connection: asyncpg.Connection, book_id: str, begin: int, 
     return await _count_in(connection, span, int(done.removeprefix("UPDATE ")), tell=tell)
 
 
-async def lease_code(connection: asyncpg.Connection, tenant_id: int, book_id: str, code: str) -> None:
+async def lease_code(
+    connection: asyncpg.Connection, tenant_id: int, book_id: str, code: str, ciphers: Ciphers = NO_CIPHERS
+) -> None:
     """Lend one code alone, before its turn, and ask the shard's owner to bring it to Redis. Safe to ask twice.
 
     Raises Refused(code_quarantined) for a code that is never dealt again.
@@ -267,7 +318,10 @@ async def lease_code(connection: asyncpg.Connection, tenant_id: int, book_id: st
         code,
         book["leased_upto"],
     )
-    place = await connection.fetchval("SELECT place FROM codes WHERE tenant_id = $1 AND code = $2", tenant_id, code)
+    place = await connection.fetchval(_PLACE_OF, tenant_id, code)
+    if place is None:
+        await give_rows(connection, tenant_id, book_id, [code], ciphers)
+        place = await connection.fetchval(_PLACE_OF, tenant_id, code)
     if place is None or place < -1:
         raise Refused(Outcome.CODE_NOT_FOUND)
     if place < 0:
@@ -338,23 +392,37 @@ async def _count_in(
     return book_from_row(row)
 
 
-async def books_of(connection: asyncpg.Connection, tenant_id: int, codes: Sequence[str]) -> dict[str, str]:
+async def books_of(
+    connection: asyncpg.Connection, tenant_id: int, codes: Sequence[str], ciphers: Ciphers = NO_CIPHERS
+) -> dict[str, str]:
     """The books of codes that the tenant has, without those whose upload has not come to its end."""
     if not codes:
         return {}
     rows = await connection.fetch(
         "SELECT code, book_id FROM codes WHERE tenant_id = $1 AND code = ANY ($2) AND place >= -1", tenant_id, codes
     )
-    return {row["code"]: row["book_id"] for row in rows}
+    stored = {row["code"]: row["book_id"] for row in rows}
+    others = [code for code in codes if code not in stored]
+    return stored | await books_of_computed(connection, tenant_id, others, ciphers)
+
+
+async def _at_most_used(connection: asyncpg.Connection, tenant_id: int, pattern: Pattern) -> int:
+    """What of the pattern the tenant has used, at most, told without a look at its codes."""
+    computed, all_of_them = await numbers_used(connection, tenant_id, pattern)
+    stored = 0 if all_of_them else await connection.fetchval(_ALL_CODES, tenant_id)
+    return computed + int(stored)
 
 
 async def _used_about(connection: asyncpg.Connection, tenant_id: int, pattern: Pattern) -> int:
     """How many codes of the tenant lie in the pattern. Where more than _LOOKED_AT_MAX begin as it does, all that the tenant
     has are taken for those: a guess is then said to be easier than it is."""
+    computed, all_of_them = await numbers_used(connection, tenant_id, pattern)
+    if all_of_them:
+        return computed
     row = await one_row(connection, _SOME_CODES_IN_PATTERN, tenant_id, *pattern.bounds, pattern.regex, _LOOKED_AT_MAX)
     if row["looked_at"] < _LOOKED_AT_MAX:
-        return int(row["used"])
-    return int(await connection.fetchval(_ALL_CODES, tenant_id))
+        return computed + int(row["used"])
+    return computed + int(await connection.fetchval(_ALL_CODES, tenant_id))
 
 
 async def _draw_free(connection: asyncpg.Connection, tenant_id: int, pattern: Pattern, count: int) -> set[str]:

@@ -17,6 +17,7 @@ from coupon_svc.domain.codes import why_taken
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.upload_files import Batch
 from coupon_svc.postgres import catalogue
+from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import LedgerUnavailable
 
@@ -224,7 +225,7 @@ async def next_job(connection: asyncpg.Connection, tenant_id: int) -> Job | None
     return _job(row) if row else None
 
 
-async def add_piece(connection: asyncpg.Connection, job: Job) -> Job:
+async def add_piece(connection: asyncpg.Connection, job: Job, ciphers: Ciphers = NO_CIPHERS) -> Job:
     """Add the next PIECE_ROWS rows of a running job to its book. Returns the job as it is then.
 
     Raises Refused(book_closed), TakeTurns; LedgerUnavailable when the job is not where it was thought to be.
@@ -248,7 +249,7 @@ async def add_piece(connection: asyncpg.Connection, job: Job) -> Job:
     async with connection.transaction():
         # Lost with a crash of Postgres, it is done again; and whatever rests on it is behind it in the log, so is lost, too.
         await connection.execute("SET LOCAL synchronous_commit TO off")
-        _, taken = await catalogue.insert_codes(connection, job.tenant_id, job.book_id, codes, tell=tell)
+        _, taken = await catalogue.insert_codes(connection, job.tenant_id, job.book_id, codes, ciphers, tell=tell)
         rejected += [RejectedRow(first_rows[code], code, *why_taken(job.book_id, has)) for code, has in taken.items()]
         await _reject(connection, job.job_no, rejected)
         done = (rows[-1]["code"], rows[-1]["row"]) if rows else (job.done_code, job.done_row)

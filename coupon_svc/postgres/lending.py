@@ -5,6 +5,8 @@ Every function that writes checks in its own transaction that the caller still o
 
 from __future__ import annotations
 
+import random
+import secrets
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ import asyncpg
 
 from coupon_svc.domain.books import Book
 from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row
+from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers, lend_numbers
 from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import NotOwner
 from coupon_svc.postgres.shards import OwnedShard
@@ -85,9 +88,15 @@ async def mark_loaded(
 
 
 async def lease_block(
-    connection: asyncpg.Connection, writer_id: str, owned: OwnedShard, book_id: str, count: int
+    connection: asyncpg.Connection,
+    writer_id: str,
+    owned: OwnedShard,
+    book_id: str,
+    count: int,
+    ciphers: Ciphers = NO_CIPHERS,
 ) -> Lease | None:
-    """Lend the next `count` codes of the book's random order (a few more when places are alike, fewer at the end).
+    """Lend the next `count` codes of the book's random order (a few more when places are alike, fewer at the end). Of a book
+    with stored and computed codes, as many of each as if all had been shuffled together.
 
     None when the book's row cannot be had in time: ask again. Raises NotOwner.
     """
@@ -96,28 +105,49 @@ async def lease_block(
             return None
         book = await one_row(
             connection,
-            "SELECT leased_upto, total - lent - quarantined AS unlent FROM books WHERE book_id = $1",
+            "SELECT leased_upto, computed_unlent, total - lent - quarantined AS unlent FROM books WHERE book_id = $1",
             book_id,
         )
-        upto = await connection.fetchval(
-            "SELECT max(place) FROM (SELECT place FROM codes WHERE book_id = $1 AND place > $2 ORDER BY place LIMIT $3) b",
-            book_id,
-            book["leased_upto"],
-            count,
-        )
-        if upto is None:
+        of_ranges = computed_share(count, book["unlent"] - book["computed_unlent"], book["computed_unlent"])
+        lent = await lend_numbers(connection, book_id, of_ranges, ciphers) if of_ranges else []
+        codes = await _lend_rows(connection, book_id, book["leased_upto"], count - of_ranges)
+        if not lent and not codes:
             return Lease([], book["unlent"])
-        rows = await connection.fetch(
-            "SELECT code FROM codes WHERE book_id = $1 AND place > $2 AND place <= $3",
-            book_id,
-            book["leased_upto"],
-            upto,
-        )
-        await connection.execute(
-            "UPDATE books SET leased_upto = $2, lent = lent + $3 WHERE book_id = $1", book_id, upto, len(rows)
-        )
         await _require_owner(connection, writer_id, owned)
-        return Lease([row["code"] for row in rows], book["unlent"] - len(rows))
+    for part in lent:  # after the commit: nobody waits for the book while codes are computed
+        codes += await part.codes()
+    return Lease(codes, book["unlent"] - len(codes))
+
+
+async def _lend_rows(connection: asyncpg.Connection, book_id: str, leased_upto: int, count: int) -> list[str]:
+    """Lend the next `count` codes that are stored."""
+    upto = await connection.fetchval(
+        "SELECT max(place) FROM (SELECT place FROM codes WHERE book_id = $1 AND place > $2 ORDER BY place LIMIT $3) b",
+        book_id,
+        leased_upto,
+        count,
+    )
+    if upto is None:
+        return []
+    rows = await connection.fetch(
+        "SELECT code FROM codes WHERE book_id = $1 AND place > $2 AND place <= $3", book_id, leased_upto, upto
+    )
+    await connection.execute(
+        "UPDATE books SET leased_upto = $2, lent = lent + $3 WHERE book_id = $1", book_id, upto, len(rows)
+    )
+    return [row["code"] for row in rows]
+
+
+def computed_share(count: int, stored: int, computed: int) -> int:
+    """How many of `count` codes are computed ones when that many of each are left and all were shuffled together."""
+    if stored <= 0 or computed <= 0 or count >= stored + computed:
+        return min(count, max(0, computed))
+    draw = random.Random(secrets.randbits(128)).random
+    left, share = computed, 0
+    for drawn in range(count):
+        if draw() * (stored + computed - drawn) < left:
+            left, share = left - 1, share + 1
+    return share
 
 
 async def lone_leases(connection: asyncpg.Connection, shards: Sequence[int], most: int = 500) -> dict[str, Lease]:

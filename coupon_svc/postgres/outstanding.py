@@ -1,7 +1,8 @@
 """Which codes were lent to Redis and have no coupon, told without a look at every code that was ever lent.
 
-A lent code has a coupon, or its place is in (`accounted_upto`, `leased_upto`] of its book, or it is in `outstanding_codes`
-or `lone_leases`. What is done here is true whoever owns the shard, and needs no ownership.
+A lent code has a coupon, or its place is in (`accounted_upto`, `leased_upto`] of its book, or its number lies between the
+same marks of a range, or it is in `outstanding_codes` or `lone_leases`. What is done here is true whoever owns the shard,
+and needs no ownership.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 import asyncpg
 
+from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers, account_numbers
 from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import BookBusy
 from coupon_svc.postgres.lending import Lease
@@ -40,9 +42,12 @@ _NAME = """
     ON CONFLICT DO NOTHING
 """
 _ACCOUNT = """
-    UPDATE books SET accounted_upto = $3, accounted = CASE WHEN leased_upto = $3 THEN lent ELSE accounted + $4 END
+    UPDATE books SET accounted_upto = $3,
+                     accounted = CASE WHEN leased_upto = $3 AND computed_total = 0 THEN lent
+                                      ELSE least(lent, accounted + $4) END
     WHERE book_id = $1 AND accounted_upto = $2
 """
+_COUNT_ACCOUNTED = "UPDATE books SET accounted = least(lent, accounted + $2) WHERE book_id = $1"
 _PRUNE = """
     WITH page AS MATERIALIZED (
         SELECT code FROM outstanding_codes WHERE book_id = $1 AND code > $2 ORDER BY code LIMIT $3),
@@ -53,8 +58,11 @@ _PRUNE = """
 """
 
 
-async def account_piece(connection: asyncpg.Connection, book_id: str, wait_ms: int = 1000) -> bool:
-    """Move the book's `accounted_upto` up by about PIECE codes. Returns whether there is more to do. Raises BookBusy."""
+async def account_piece(
+    connection: asyncpg.Connection, book_id: str, wait_ms: int = 1000, ciphers: Ciphers = NO_CIPHERS
+) -> bool:
+    """Move the book's `accounted_upto`, or that of a range, up by about PIECE codes. Returns whether there is more to do.
+    Raises BookBusy."""
     try:
         async with connection.transaction():
             await limit_wait(connection, wait_ms)
@@ -62,7 +70,10 @@ async def account_piece(connection: asyncpg.Connection, book_id: str, wait_ms: i
                 connection, "SELECT accounted_upto, leased_upto FROM books WHERE book_id = $1", book_id
             )
             if book["accounted_upto"] == book["leased_upto"]:
-                return False
+                numbers = await account_numbers(connection, book_id, PIECE, ciphers)
+                if numbers:
+                    await connection.execute(_COUNT_ACCOUNTED, book_id, numbers)
+                return numbers is not None
             piece = await one_row(connection, _NEXT, book_id, *book, PIECE)
             upto = piece["upto"] if piece["codes"] == PIECE else book["leased_upto"]
             await connection.execute(_NAME, book_id, book["accounted_upto"], upto)
@@ -76,7 +87,8 @@ async def account_piece(connection: asyncpg.Connection, book_id: str, wait_ms: i
 async def books_to_account(connection: asyncpg.Connection, shards: Sequence[int], at_least: int) -> list[str]:
     """Books of these shards of which at least so many codes were lent since they were accounted for."""
     rows = await connection.fetch(
-        "SELECT book_id FROM books WHERE shard = ANY ($1) AND leased_upto > accounted_upto AND lent - accounted >= $2",
+        "SELECT book_id FROM books WHERE shard = ANY ($1) AND lent - accounted >= $2 AND (leased_upto > accounted_upto"
+        " OR EXISTS (SELECT FROM code_ranges r WHERE r.book_id = books.book_id AND r.lent_upto > r.accounted_upto))",
         list(shards),
         at_least,
     )

@@ -12,6 +12,7 @@ from coupon_svc.domain.books import Ack
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Entry, Event, MalformedEntry, events_of
 from coupon_svc.postgres.catalogue import ROUND, random_places
+from coupon_svc.postgres.computed import numbers_to_account
 from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import BookBusy, HistoryForked, NotOwner
 from coupon_svc.postgres.events import (
@@ -51,6 +52,7 @@ _NAMED = """
 """
 _TO_SETTLE = """
     SELECT book_id FROM books WHERE shard = $1 AND lent > 0 AND (leased_upto > accounted_upto OR NOT loaded
+        OR EXISTS (SELECT FROM code_ranges r WHERE r.book_id = books.book_id AND r.lent_upto > r.accounted_upto)
         OR EXISTS (SELECT FROM outstanding_codes o WHERE o.book_id = books.book_id)
         OR EXISTS (SELECT FROM lone_leases l WHERE l.book_id = books.book_id))
 """
@@ -448,7 +450,7 @@ async def settle_piece(
                 "SELECT tenant_id, ack, leased_upto, places_upto, accounted_upto FROM books WHERE book_id = $1 FOR UPDATE",
                 book_id,
             )
-            if book["accounted_upto"] < book["leased_upto"]:
+            if book["accounted_upto"] < book["leased_upto"] or await numbers_to_account(connection, book_id):
                 return Settled(0, 0), True
             rows = await connection.fetch(_NAMED, book_id, book["tenant_id"], book["leased_upto"], shard, epoch, PIECE)
             lost = [row for row in rows if row["lost"]]

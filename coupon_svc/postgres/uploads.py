@@ -25,6 +25,7 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.loops import keep_running
 from coupon_svc.postgres import catalogue
 from coupon_svc.postgres.catalogue import PIECE_CODES, UNPLACED_FROM
+from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import Database, one_row, within
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.idempotency import IdempotentCall, Remembered, recall
@@ -81,8 +82,9 @@ def busy() -> Refused:
 class Uploads:
     """The way to a tenant's turn; and a loop that finishes, or takes back, what a dead process has left."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, ciphers: Ciphers = NO_CIPHERS) -> None:
         self._database = database
+        self._ciphers = ciphers
         self._turns = TenantSlots(1)
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -109,7 +111,7 @@ class Uploads:
             self._turns.slot(tenant_id, wait_s),
             (database or self._database).connection(None, wait_s=max(0.0, deadline - loop.time())) as connection,
         ):
-            turn = Turn(connection, tenant_id)
+            turn = Turn(connection, tenant_id, self._ciphers)
             while not await turn.begin():
                 if loop.time() >= deadline:
                     raise busy()
@@ -134,9 +136,10 @@ class Uploads:
 class Turn:
     """A tenant's turn, on a connection of its own. Every method is bounded in time, and raises LedgerUnavailable."""
 
-    def __init__(self, connection: asyncpg.Connection, tenant_id: int) -> None:
+    def __init__(self, connection: asyncpg.Connection, tenant_id: int, ciphers: Ciphers) -> None:
         self._connection = connection
         self._tenant_id = tenant_id
+        self._ciphers = ciphers
 
     async def begin(self) -> bool:
         """Whether nobody else has it."""
@@ -223,7 +226,7 @@ class Turn:
             piece = codes[start : start + PIECE_CODES]
             inserted = await self._insert_piece(book_id, piece, start)
             left_out = [code for code in piece if code not in inserted]
-            taken |= await self._step(catalogue.books_of(self._connection, self._tenant_id, left_out))
+            taken |= await self._step(catalogue.books_of(self._connection, self._tenant_id, left_out, self._ciphers))
         return taken
 
     async def _insert_drawn(self, book_id: str, wanted: Generated) -> dict[str, str]:
@@ -245,8 +248,15 @@ class Turn:
 
     async def _insert_piece(self, book_id: str, codes: Sequence[str], turn: int) -> set[str]:
         """`turn` numbers an upload's codes in the order in which they get their places."""
-        places = range(UNPLACED_FROM + turn, UNPLACED_FROM + turn + len(codes))
-        return await self._step(catalogue.insert_rows(self._connection, self._tenant_id, book_id, codes, list(places)))
+        places = list(range(UNPLACED_FROM + turn, UNPLACED_FROM + turn + len(codes)))
+
+        async def insert() -> set[str]:
+            async with self._connection.transaction():
+                return await catalogue.insert_rows(
+                    self._connection, self._tenant_id, book_id, codes, places, self._ciphers
+                )
+
+        return await self._step(insert())
 
     async def _decide(self, upload_id: int, decide: Decide[T], taken: dict[str, str]) -> T:
         async with self._connection.transaction():

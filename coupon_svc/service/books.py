@@ -16,11 +16,20 @@ from msgspec import UNSET, UnsetType
 
 from coupon_svc.domain.books import Ack, Book, BookStatus, check_period
 from coupon_svc.domain.clock import now_ms
-from coupon_svc.domain.codes import CODE_LENGTH_MAX, Generated, check_capacity, normalise_code, why_invalid, why_taken
+from coupon_svc.domain.codes import (
+    CODE_LENGTH_MAX,
+    Generated,
+    InvalidPattern,
+    check_capacity,
+    normalise_code,
+    why_invalid,
+    why_taken,
+)
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.shards import book_shard, new_book_id
 from coupon_svc.postgres import catalogue
 from coupon_svc.postgres.catalogue import PIECE_CODES, NewBook
+from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers, is_computed
 from coupon_svc.postgres.database import Database, LedgerConnection
 from coupon_svc.postgres.errors import LedgerUnavailable, TakeTurns
 from coupon_svc.postgres.idempotency import IdempotentCall, recall, remember
@@ -34,6 +43,8 @@ from coupon_svc.service.waiting import DECIDED, Waiting
 
 SLOTS_PER_TENANT = 4
 """How many connections the creations and small uploads of one tenant may take of those that all share."""
+STORED_PER_CALL_MAX = 1_000_000
+"""How many generated codes one call stores, where they cannot be computed."""
 
 
 class CreateBook(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,6 +183,7 @@ class Books:
         uploads: Uploads,
         shards: int,
         answers: BookAnswers,
+        ciphers: Ciphers = NO_CIPHERS,
     ) -> None:
         self._plane = plane
         self._waiting = waiting
@@ -180,11 +192,13 @@ class Books:
         self._slots = TenantSlots(SLOTS_PER_TENANT)
         self._shards = shards
         self._answers = answers
+        self._ciphers = ciphers
 
     # --- making and filling
 
     async def create_book(self, wanted: CreateBook) -> Done:
-        """Returns once Redis has the book. Raises InvalidPeriod; Refused: pattern_capacity, outcome_unknown."""
+        """Returns once Redis has the book. Raises InvalidPeriod, InvalidPattern; Refused: pattern_capacity,
+        outcome_unknown."""
         check_period(wanted.starts_at_ms, wanted.expires_at_ms)
         if wanted.generate is not None:
             check_capacity(*wanted.generate, 0)
@@ -230,11 +244,11 @@ class Books:
                 kept = KeptAnswer(before.status, before.answer)
                 book_id = self._answers.book_of(kept)
                 return Done(await catalogue.read_book(connection, new.tenant_id, book_id), kept)
-            if generated and generated.total > PIECE_CODES:
+            if generated and generated.total > PIECE_CODES and not self._may_compute(generated):
                 raise TakeTurns
             book = await catalogue.insert_book(connection, new)
             if generated:
-                book = await catalogue.generate_codes(connection, new.tenant_id, new.book_id, *generated)
+                book = await self._generate(connection, new.tenant_id, new.book_id, generated)
             answer = self._answers.created(LiveBook(book, book.total))
             if idempotent:
                 await remember(connection, idempotent, *answer)
@@ -245,6 +259,7 @@ class Books:
     ) -> Done:
         """The book is made when its codes are there: what breaks off before leaves none."""
         assert generated is not None
+        _check_stored(generated)
 
         async def decide(connection: LedgerConnection, upload_id: int, _: dict[str, str]) -> KeptAnswer:
             await catalogue.insert_book(connection, new)
@@ -262,8 +277,8 @@ class Books:
             return Done(book, answer, replayed=False)
 
     async def upload_codes(self, wanted: UploadCodes) -> Done:
-        """Returns once Redis knows how many codes the book has. Raises Refused: pattern_capacity, book_not_found,
-        book_closed, outcome_unknown."""
+        """Returns once Redis knows how many codes the book has. Raises InvalidPattern; Refused: pattern_capacity,
+        book_not_found, book_closed, outcome_unknown."""
         if isinstance(wanted.codes, Generated):
             check_capacity(*wanted.codes, 0)
         codes = wanted.codes if isinstance(wanted.codes, Generated) else _listed(wanted.codes)
@@ -295,14 +310,14 @@ class Books:
             if book.status is BookStatus.CLOSED:
                 raise Refused(Outcome.BOOK_CLOSED)
             if isinstance(wanted, Generated):
-                if wanted.total > PIECE_CODES:
+                if wanted.total > PIECE_CODES and not self._may_compute(wanted):
                     raise TakeTurns
-                book = await catalogue.generate_codes(connection, tenant_id, book_id, *wanted)
+                book = await self._generate(connection, tenant_id, book_id, wanted)
                 answer = self._answers.uploaded(Upload(book_id, wanted.total, []))
             else:
                 if len(wanted.codes) > PIECE_CODES:
                     raise TakeTurns
-                book, taken = await catalogue.insert_codes(connection, tenant_id, book_id, wanted.codes)
+                book, taken = await catalogue.insert_codes(connection, tenant_id, book_id, wanted.codes, self._ciphers)
                 answer = self._answers.uploaded(_upload(book_id, wanted, taken))
             if idempotent:
                 await remember(connection, idempotent, *answer)
@@ -311,6 +326,9 @@ class Books:
     async def _upload_in_pieces(
         self, tenant_id: int, book_id: str, wanted: Generated | _Listed, idempotent: IdempotentCall | None
     ) -> Done:
+        if isinstance(wanted, Generated):
+            _check_stored(wanted)
+
         async def decide(connection: LedgerConnection, upload_id: int, taken: dict[str, str]) -> KeptAnswer:
             if isinstance(wanted, Generated):  # first, since it locks the book's row for good
                 await catalogue.note_guessing(connection, upload_id, book_id, *wanted)
@@ -329,6 +347,18 @@ class Books:
             codes = wanted if isinstance(wanted, Generated) else sorted(wanted.codes)
             book, answer = await turn.add(book_id, codes, decide)
             return Done(book, answer, replayed=False)
+
+    def _may_compute(self, generated: Generated) -> bool:
+        return bool(self._ciphers.keys) and is_computed(*generated)
+
+    async def _generate(self, connection: LedgerConnection, tenant_id: int, book_id: str, generated: Generated) -> Book:
+        """Add codes within the transaction: computed ones, or stored ones where these are few. Raises TakeTurns."""
+        if not self._may_compute(generated):
+            return await catalogue.generate_codes(connection, tenant_id, book_id, *generated, self._ciphers)
+        book = await catalogue.compute_codes(connection, tenant_id, book_id, *generated, self._ciphers)
+        if book is None:
+            raise TakeTurns  # they are to be stored, and are too many for one transaction
+        return book
 
     # --- reading and changing
 
@@ -391,6 +421,16 @@ def _idempotent(scope: str, idempotency: Idempotency) -> IdempotentCall | None:
     if idempotency is NO_IDEMPOTENCY:
         return None
     return IdempotentCall(scope, idempotency.key, idempotency.fingerprint)
+
+
+def _check_stored(generated: Generated) -> None:
+    """Raises InvalidPattern for more codes than one call stores."""
+    if generated.total > STORED_PER_CALL_MAX:
+        raise InvalidPattern(
+            "total",
+            f"at most {STORED_PER_CALL_MAX} codes of this pattern can be generated at a time: it overlaps another one of"
+            " yours, or codes of yours that were uploaded lie in it, or this service computes none",
+        )
 
 
 def _listed(codes: list[str]) -> _Listed:

@@ -1,4 +1,5 @@
-"""Which book a code belongs to, and whether a book exists: what Redis is not asked, and Postgres once.
+"""Which book a code belongs to, and whether a book exists: what Redis is not asked, and Postgres once. The book of a
+computed code follows from its number.
 
 What can never change (the book of a code) is kept; what can is asked again: that there is no such code, each time. When
 Postgres is away the answer is LedgerUnavailable, never "there is none".
@@ -14,6 +15,7 @@ from coupon_svc.hot import in_a_task
 from coupon_svc.postgres.books import find_codes, is_loaded
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.errors import LedgerUnavailable
+from coupon_svc.service.issued_codes import IssuedCodes, Verdict
 from coupon_svc.service.questions import Asked, Questions
 
 CODES_KEPT_MAX = 200_000
@@ -22,8 +24,9 @@ CODES_KEPT_MAX = 200_000
 class CodeDirectory:
     """One process's memory of codes, and its questions about others."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, issued: IssuedCodes) -> None:
         self._database = database
+        self._issued = issued
         self._books: dict[tuple[int, str], str] = {}
         self._questions = Questions(self._find)
 
@@ -46,14 +49,21 @@ class CodeDirectory:
         known = self._books.get((tenant_id, code))
         if known is not None:
             return known
+        computed = self._issued.look(tenant_id, code)
+        if isinstance(computed, str):
+            return computed
         await in_a_task()
-        future = self._questions.ask(tenant_id, code)
         try:
             async with asyncio.timeout(within_s):
-                book_id = await asyncio.shield(future)
+                if computed is Verdict.NOT_ISSUED:
+                    await self._issued.refresh_soon(tenant_id)
+                    computed = self._issued.look(tenant_id, code)
+                book_id: str | Verdict | None = computed
+                if computed is Verdict.ASK:
+                    book_id = await asyncio.shield(self._questions.ask(tenant_id, code))
         except TimeoutError:
             raise LedgerUnavailable("the code was not found in time") from None
-        if book_id is None:
+        if not isinstance(book_id, str):
             raise Refused(Outcome.CODE_NOT_FOUND)
         return book_id
 
@@ -65,6 +75,10 @@ class CodeDirectory:
 
     async def _find(self, asked: Collection[Asked]) -> dict[Asked, str]:
         found = await find_codes(self._database, asked)
+        if missed := [one for one in asked if one not in found]:
+            await self._issued.refresh({tenant_id for tenant_id, _ in missed})
+            behind = {one: self._issued.look_behind_rows(*one) for one in missed}
+            found |= {one: book_id for one, book_id in behind.items() if book_id is not None}
         for (tenant_id, code), book_id in found.items():
             self.learn_code(tenant_id, code, book_id)
         return found

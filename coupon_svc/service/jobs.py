@@ -24,6 +24,7 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.upload_files import Batch, FileKind, FileReader, UnreadableFile
 from coupon_svc.loops import keep_running
 from coupon_svc.postgres import catalogue, jobs
+from coupon_svc.postgres.computed import Ciphers
 from coupon_svc.postgres.database import Database, LedgerConnection
 from coupon_svc.postgres.errors import LedgerUnavailable, TakeTurns
 from coupon_svc.postgres.idempotency import IdempotentCall, is_remembered, recall, remember
@@ -112,6 +113,7 @@ class Jobs:
         in_force: Callable[[Book], Awaitable[bool]],
         answers: JobAnswers,
         shown_max: int,
+        ciphers: Ciphers,
     ) -> None:
         self._uploads = uploads
         self._bodies = bodies
@@ -120,6 +122,7 @@ class Jobs:
         self._in_force = in_force
         self._answers = answers
         self._shown_max = shown_max
+        self._ciphers = ciphers
         self._receiving = TenantSlots(RECEIVED_PER_TENANT_MAX)
         self._staging = TenantSlots(1)
         self._wanted = asyncio.Event()
@@ -323,7 +326,7 @@ class Jobs:
 
     async def _add_piece(self, turn: Turn, job: Job) -> Job | None:
         try:
-            return await turn.run(jobs.add_piece, job)
+            return await turn.run(jobs.add_piece, job, self._ciphers)
         except Refused as refused:
             await turn.run(jobs.finish, job.job_no, refused.outcome)
             return await turn.run(jobs.next_job, job.tenant_id)

@@ -13,6 +13,7 @@ from coupon_svc.domain.books import Ack
 from coupon_svc.domain.codes import CodeStatus
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.domain.position import Epoch, Position, Seq
+from coupon_svc.postgres.computed import Ciphers
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.listing import CodeAsOf, CodesRange, codes_as_of, ledger_position, look_at_codes
@@ -32,7 +33,7 @@ ExportedStatus = Literal["available", "assigned", "redeemed", "quarantined"]
 
 
 class ListCodes(msgspec.Struct, frozen=True):
-    """A page of a book's codes: of one status or of any, with this beginning, after the code `after`; "" for all."""
+    """A page of a book's codes: of one status or of any, with this beginning, behind `after`; "" for all."""
 
     tenant_id: int
     book_id: str
@@ -43,7 +44,7 @@ class ListCodes(msgspec.Struct, frozen=True):
 
 
 class CodesPage(msgspec.Struct, frozen=True):
-    """`next` is the code after which the next page begins, None on the last one. A page of one status may be short."""
+    """`next` is the `after` of the next page, None on the last one. A page of one status, or of a prefix, may be short."""
 
     codes: list[CodeRead]
     next: str | None
@@ -81,13 +82,20 @@ class Listing:
     """The use cases. They raise Refused, and LedgerUnavailable; they may be repeated at will."""
 
     def __init__(
-        self, plane: DataPlane, database: Database, books: Books, reading: Reading, durability: Durability
+        self,
+        plane: DataPlane,
+        database: Database,
+        books: Books,
+        reading: Reading,
+        durability: Durability,
+        ciphers: Ciphers,
     ) -> None:
         self._plane = plane
         self._database = database
         self._books = books
         self._reading = reading
         self._durability = durability
+        self._ciphers = ciphers
         self._slots = TenantSlots(SLOTS_PER_TENANT)
 
     async def list_codes(self, wanted: ListCodes) -> CodesPage:
@@ -109,8 +117,9 @@ class Listing:
                 wanted.status,
                 live.book.max_redemptions_per_code,
                 wanted.limit,
+                self._ciphers,
             )
-        codes, candidates = list[CodeRead](), looked_at.candidates
+        codes, candidates = list[CodeRead](), list(looked_at.candidates)
         at_once = max(wanted.limit, LOOKED_AT_ONCE_MIN)
         for start in range(0, len(candidates), at_once):
             part = candidates[start : start + at_once]
@@ -119,7 +128,7 @@ class Listing:
                     codes.append(read)
                 if len(codes) == wanted.limit:
                     there_is_more = read.code != candidates[-1] or looked_at.last is not None
-                    return CodesPage(codes, read.code if there_is_more else None)
+                    return CodesPage(codes, looked_at.candidates[read.code] if there_is_more else None)
         return CodesPage(codes, looked_at.last)
 
     async def export_codes(self, wanted: ExportCodes) -> Export:
@@ -141,12 +150,13 @@ class Listing:
         self, wanted: ExportCodes, position: Position, redemptions_max: int | None
     ) -> AsyncIterator[list[ExportedCode]]:
         of = CodesRange(wanted.book_id, wanted.prefix)
-        while rows := await self._page(wanted, of, position):
+        after: str | None = ""
+        while after is not None:
+            rows, after = await self._page(wanted, of._replace(after=after), position)
             page = [_exported(row, redemptions_max) for row in rows]
             yield [code for code in page if wanted.status is None or code.status == wanted.status]
-            of = of._replace(after=rows[-1].code)
 
-    async def _page(self, wanted: ExportCodes, of: CodesRange, position: Position) -> list[CodeAsOf]:
+    async def _page(self, wanted: ExportCodes, of: CodesRange, position: Position) -> tuple[list[CodeAsOf], str | None]:
         until = monotonic() + PAGE_PATIENCE_S
         while True:
             try:
@@ -154,7 +164,7 @@ class Listing:
                     self._slots.slot(wanted.tenant_id, PAGE_PATIENCE_S),
                     self._database.connection(STATEMENTS_S, only_reads=True, wait_s=PAGE_PATIENCE_S) as connection,
                 ):
-                    return await codes_as_of(connection, of, position, wanted.status)
+                    return await codes_as_of(connection, of, position, wanted.status, self._ciphers)
             except LedgerUnavailable:
                 if monotonic() > until:
                     raise

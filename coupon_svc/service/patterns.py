@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from coupon_svc.domain.codes import Generated, Pattern, fits, guess_probability
+from coupon_svc.postgres.computed import Ciphers
 from coupon_svc.postgres.database import Database, LedgerConnection
 from coupon_svc.postgres.patterns import COUNT_S, codes_taken, count_used
 from coupon_svc.postgres.uploads import TenantSlots
@@ -30,8 +31,9 @@ class PatternPreview(NamedTuple):
 class Patterns:
     """The use case. It raises LedgerUnavailable, and Refused(store_unavailable) while another of the tenant runs."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, ciphers: Ciphers) -> None:
         self._database = database
+        self._ciphers = ciphers
         self._slots = TenantSlots(_PREVIEWS_PER_TENANT)
 
     async def preview_pattern(self, tenant_id: int, wanted: Generated) -> PatternPreview:
@@ -42,16 +44,15 @@ class Patterns:
             self._database.connection(COUNT_S + 1, only_reads=True) as connection,
         ):
             used = await count_used(connection, tenant_id, pattern)
-            samples = await _draw_samples(connection, tenant_id, pattern)
+            samples = await self._draw_samples(connection, tenant_id, pattern)
         chance = guess_probability(pattern, used + total)
         return PatternPreview(pattern.capacity, used, chance, samples, fits(pattern, total, used))
 
-
-async def _draw_samples(connection: LedgerConnection, tenant_id: int, pattern: Pattern) -> list[str]:
-    free: set[str] = set()
-    for _ in range(_DRAWS_MAX):
-        drawn = set(pattern.draw(_DRAWN_AT_ONCE)) - free
-        free |= drawn - await codes_taken(connection, tenant_id, drawn)
-        if len(free) >= min(SAMPLES, pattern.capacity):
-            break
-    return list(free)[:SAMPLES]
+    async def _draw_samples(self, connection: LedgerConnection, tenant_id: int, pattern: Pattern) -> list[str]:
+        free: set[str] = set()
+        for _ in range(_DRAWS_MAX):
+            drawn = set(pattern.draw(_DRAWN_AT_ONCE)) - free
+            free |= drawn - await codes_taken(connection, tenant_id, drawn, self._ciphers)
+            if len(free) >= min(SAMPLES, pattern.capacity):
+                break
+        return list(free)[:SAMPLES]

@@ -10,8 +10,10 @@ import logging
 import secrets
 
 from coupon_svc.domain.clock import boot_s
+from coupon_svc.domain.master_key import MasterKeys
 from coupon_svc.domain.reports import Report
 from coupon_svc.loops import keep_running
+from coupon_svc.postgres.computed import NO_CIPHERS, check_master_key
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession
 from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
 from coupon_svc.postgres.migrations import check_installation, known_migrations
@@ -37,9 +39,10 @@ MARGIN_S = 1.0
 class Registration:
     """Runs in the background of an API process; `start` and `stop` it with the data plane."""
 
-    def __init__(self, url: str, plane: DataPlane) -> None:
+    def __init__(self, url: str, plane: DataPlane, master_keys: MasterKeys = NO_CIPHERS.keys) -> None:
         self._plane = plane
         self._known = known_migrations()
+        self._master_keys = master_keys
         self.session = LedgerSession(url, "coupon-api-registration", on_open=self._join)
         self._process_id = ""
         """New with every registration: one that has lapsed cannot be taken up again."""
@@ -105,4 +108,6 @@ class Registration:
     async def _join(self, connection: LedgerConnection) -> None:
         """Listen on a new connection, and learn whose database this is. Raises DatabaseUnfit."""
         await connection.add_listener(EPOCH_CHANNEL, lambda *_: self._wake.set())
-        self._plane.join(await check_installation(connection, len(self._plane.views), self._known))
+        installation = await check_installation(connection, len(self._plane.views), self._known)
+        await check_master_key(connection, self._master_keys)
+        self._plane.join(installation)

@@ -12,6 +12,7 @@ from typing import Any
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.hot import in_a_task
 from coupon_svc.postgres.catalogue import lease_code
+from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import Database
 from coupon_svc.redis.contract import Reply
 from coupon_svc.redis.data_plane import DataPlane
@@ -37,12 +38,14 @@ class Waiting:
         database: Database,
         durability: Durability,
         rescue: ReceiptRescue,
+        ciphers: Ciphers = NO_CIPHERS,
     ) -> None:
         self._plane = plane
         self._directory = directory
         self._database = database
         self._durability = durability
         self._rescue = rescue
+        self._ciphers = ciphers
         self._polls: dict[tuple[int, str, str], Poll] = {}
         """By tenant, book, and what is waited for."""
 
@@ -125,7 +128,7 @@ class Waiting:
         """Lend the code alone, before its turn."""
         left_s = self._durability.left_s(begun)
         async with self._database.connection(left_s, wait_s=left_s) as connection, connection.transaction():
-            await lease_code(connection, tenant_id, book_id, code)
+            await lease_code(connection, tenant_id, book_id, code, self._ciphers)
 
 
 def refusal(reply: Reply) -> Refused:

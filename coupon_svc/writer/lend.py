@@ -12,6 +12,7 @@ from coupon_svc.domain.shards import shard_of
 from coupon_svc.postgres import lending, outstanding
 from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.catalogue import WRITER_CHANNEL
+from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import UNAVAILABLE, LedgerConnection, LedgerSession, within
 from coupon_svc.postgres.errors import BookBusy, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.idempotency import forget_old
@@ -42,6 +43,7 @@ class Lender:
         shards: Mapping[int, Shard],
         lease_min: int,
         lease_max: int,
+        ciphers: Ciphers = NO_CIPHERS,
     ) -> None:
         self.session = LedgerSession(url, connection_name(writer_id), on_open=self._listen)
         self._writer_id = writer_id
@@ -49,6 +51,7 @@ class Lender:
         self._shards = shards
         self._lease_min = lease_min
         self._lease_max = lease_max
+        self._ciphers = ciphers
         self._work = asyncio.Event()
         self._low: dict[str, Shard] = {}
         self._in_doubt: dict[str, Shard] = {}
@@ -151,7 +154,7 @@ class Lender:
             more = True
             while more:
                 async with within(connection, STATEMENTS_TIMEOUT_S):
-                    more = await outstanding.account_piece(connection, book_id)
+                    more = await outstanding.account_piece(connection, book_id, ciphers=self._ciphers)
             async with within(connection, STATEMENTS_TIMEOUT_S):
                 lease = await outstanding.outstanding_lease(connection, book_id)
             await self._bring(shard, owned, book_id, lease)
@@ -217,7 +220,7 @@ class Lender:
             pool.block = max(pool.block // 2, self._lease_min)
         doubtful = book_id in self._in_doubt
         self._in_doubt[book_id] = shard  # until it is brought: a lease may be committed, and its reply lost
-        lease = await lending.lease_block(connection, self._writer_id, owned, book_id, pool.block)
+        lease = await lending.lease_block(connection, self._writer_id, owned, book_id, pool.block, self._ciphers)
         if lease is None:
             if not doubtful:
                 self._in_doubt.pop(book_id, None)

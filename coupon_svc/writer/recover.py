@@ -29,6 +29,7 @@ from coupon_svc.domain.lists import key_of_list
 from coupon_svc.domain.position import Position
 from coupon_svc.postgres import recovery
 from coupon_svc.postgres.books import books_of_shard
+from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import LedgerConnection, LedgerRow, within
 from coupon_svc.postgres.errors import BookBusy, HistoryForked
 from coupon_svc.postgres.events import Batch, DeadLetter, garbled_letter, unread_letters
@@ -67,10 +68,11 @@ async def _step(connection: LedgerConnection, work: Awaitable[T]) -> T:
 class Recoverer:
     """Recovers shards, any number at a time, each on a connection of its own."""
 
-    def __init__(self, writer_id: str, store: ShardControl, backlog_max: int) -> None:
+    def __init__(self, writer_id: str, store: ShardControl, backlog_max: int, ciphers: Ciphers = NO_CIPHERS) -> None:
         self._writer_id = writer_id
         self._store = store
         self._backlog_max = backlog_max
+        self._ciphers = ciphers
         self._silent: dict[str, float] = {}
         """When API processes were last waited for in vain: one that is silent about a shard is silent about all."""
 
@@ -264,7 +266,7 @@ class Recoverer:
         returned = quarantined = 0
         more = True
         while more:
-            while await _step(connection, account_piece(connection, book_id, wait_ms)):
+            while await _step(connection, account_piece(connection, book_id, wait_ms, self._ciphers)):
                 pass
             piece = recovery.settle_piece(connection, self._writer_id, begun, verdict, book_id, wait_ms)
             settled, more = await _step(connection, piece)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 
 from coupon_svc.postgres import outstanding
+from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import LedgerSession
 from coupon_svc.postgres.errors import BookBusy, LedgerUnavailable
 from coupon_svc.postgres.marks import note_marks
@@ -26,7 +27,8 @@ ENOUGH_CODES = 20_000
 class Upkeep:
     """Once a minute: marks, and the books that were lent much. Once an hour: every book, and parts for months to come."""
 
-    def __init__(self, url: str, writer_id: str, shards: Mapping[int, Shard]) -> None:
+    def __init__(self, url: str, writer_id: str, shards: Mapping[int, Shard], ciphers: Ciphers = NO_CIPHERS) -> None:
+        self._ciphers = ciphers
         self._writer_id = writer_id
         self._shards = shards
         self.session = LedgerSession(url, connection_name(writer_id))
@@ -66,7 +68,7 @@ class Upkeep:
 
     async def _account_piece(self, book_id: str) -> bool:
         async with self.session.work(STATEMENTS_TIMEOUT_S) as connection:
-            return await outstanding.account_piece(connection, book_id)
+            return await outstanding.account_piece(connection, book_id, ciphers=self._ciphers)
 
     async def _prune(self, shards: list[int]) -> None:
         async with self.session.work(STATEMENTS_TIMEOUT_S) as connection:

@@ -15,6 +15,7 @@ import uvloop
 
 from coupon_svc.config import Settings
 from coupon_svc.loops import keep_running
+from coupon_svc.postgres.computed import Ciphers, check_master_key
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.migrations import check_installation, known_migrations
@@ -46,10 +47,11 @@ class Writer:
         self.writer_id = writer_id = "wr_" + secrets.token_hex(8)
         self.shards: dict[int, Shard] = {}
         self.store = store = ShardControl(settings.redis_url, settings.shards, Scripts())
+        self._ciphers = ciphers = Ciphers(settings.master_key)
         url, shards, clock = settings.database_url, self.shards, LedgerClock()
-        self.lender = Lender(url, writer_id, store, shards, settings.lease_codes_min, settings.lease_codes_max)
+        self.lender = Lender(url, writer_id, store, shards, settings.lease_codes_min, settings.lease_codes_max, ciphers)
         self.persister = Persister(url, writer_id, store, shards, self.lender.count_assigned, clock)
-        self.upkeep = Upkeep(url, writer_id, shards)
+        self.upkeep = Upkeep(url, writer_id, shards, ciphers)
         self.owning = Owning(self._session(), writer_id, store, shards)
         self.watching = Watching(self._session())
         self.showing = Showing(
@@ -60,7 +62,7 @@ class Writer:
             writer_id,
             store,
             shards,
-            Recoverer(writer_id, store, settings.backlog_events_max),
+            Recoverer(writer_id, store, settings.backlog_events_max, ciphers),
             self.lender,
             settings.backlog_events_max,
         )
@@ -109,7 +111,9 @@ class Writer:
         )
 
     async def _check_installation(self, connection: LedgerConnection) -> None:
-        self.store.installation = await check_installation(connection, self._settings.shards, self._known)
+        installation = await check_installation(connection, self._settings.shards, self._known)
+        await check_master_key(connection, self._ciphers.keys)
+        self.store.installation = installation
 
 
 def run_writer(settings: Settings) -> None:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from coupon_svc.domain.position import parse_shard_position
+from coupon_svc.postgres.computed import NO_CIPHERS
 from coupon_svc.postgres.listing import ROWS_PER_PAGE, CodesRange, codes_as_of
 from tests.harness import Stack
 from tests.routes.helpers import NO_SUCH_BOOK, POSITION, TIME, assign, lock, make_book, redeem, refused, upload
@@ -97,7 +98,7 @@ async def test_what_comes_after_the_position_is_not_shown(client: httpx.AsyncCli
     async with asyncpg.create_pool(service.database_url, min_size=1, max_size=1) as pool, pool.acquire() as ledger:
         at = parse_shard_position(position)[1]
         for status, shown in ((None, [("P-1", 1), ("P-2", 0)]), ("assigned", [("P-1", 1), ("P-2", 0)])):
-            rows = await codes_as_of(ledger, CodesRange(book), at, status)  # type: ignore[arg-type]
+            rows, _ = await codes_as_of(ledger, CodesRange(book), at, status, NO_CIPHERS)  # type: ignore[arg-type]
             assert [(row.code, row.used) for row in rows] == shown
             assert [row.user_id for row in rows] == ["u", None]
     assert [row["redemptions_used"] for row in await export(client, book)] == ["3", "0"]

@@ -12,6 +12,7 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.service import code_directory, questions
 from coupon_svc.service.code_directory import CodeDirectory
+from coupon_svc.service.issued_codes import Verdict
 
 Asked = tuple[int, str]
 
@@ -40,9 +41,20 @@ def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
     return ledger
 
 
+class NothingComputed:
+    """`IssuedCodes` of a process that knows no computed pattern."""
+
+    def look(self, *_: Any) -> Verdict:
+        return Verdict.ASK
+
+    async def refresh(self, *_: Any) -> None: ...
+
+    def look_behind_rows(self, *_: Any) -> None: ...
+
+
 @pytest.fixture
 def directory(ledger: Ledger) -> CodeDirectory:
-    return CodeDirectory(None)  # type: ignore[arg-type]  # every question goes through `find_codes`
+    return CodeDirectory(None, NothingComputed())  # type: ignore[arg-type]  # every question goes through `find_codes`
 
 
 async def test_a_code_is_asked_for_once_in_its_life(directory: CodeDirectory, ledger: Ledger) -> None:
