@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from coupon_svc.domain.chain import CHAIN_START
-from coupon_svc.domain.events import COUPON_REDEEMED, Entry, Event
+from coupon_svc.domain.events import COUPON_CONFIRMED, COUPON_REDEEMED, Entry, Event
 from coupon_svc.postgres.events import Batch, DeadLetter
 
 
@@ -16,6 +16,8 @@ def row_of(event: Event) -> list[str]:
     row = [event.event, event.book_id, event.code, event.user_id, event.idem or "", event.fingerprint or ""]
     if event.event == COUPON_REDEEMED:
         row += [str(event.uses), event.reference or "", event.metadata or ""]
+    if event.event == COUPON_CONFIRMED:
+        row += [str(event.uses)]
     return row
 
 

@@ -20,6 +20,7 @@ INTERNAL_WORDS = {
     "replayed": "the first answer again",
     "book_not_loaded": "the caller looks the book up in Postgres, and waits for it or answers `book_not_found`",
     "already_yours": "answered with 200",
+    "confirmed": "answered with 200",
     "not_lent": "the caller has the code lent, and comes again",
     "renewed": "answered with 200",
     "ok": "done",
@@ -249,7 +250,11 @@ def _compare_replies(contract: Contract, body: Body) -> Iterator[str]:
         if value not in ("refusal", "answer"):
             yield f"{value} is returned, which is neither a refusal nor an earlier answer"
     lines = {line.word: line for line in contract.replies}
-    returned = list(dict.fromkeys(word for word in words if word))
+    # A refusal that two ways share stands where the last of them judges it.
+    named, refusals = [word for word in words if word], {word.value for word in Outcome}
+    returned = [
+        word for at, word in enumerate(named) if word not in (named[at + 1 :] if word in refusals else named[:at])
+    ]
     for word in lines:
         if word not in returned:
             yield f"{word} stands in the header and is never returned"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import coupon_svc
-from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED
+from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_CONFIRMED, COUPON_REDEEMED
 from coupon_svc.redis.scripts import CONSTANTS, Operation, Script, Scripts, read_operation, read_script
 from coupon_svc.resources import resource_folder
 from tests.lua_headers import (
@@ -116,7 +116,11 @@ def test_who_sends_a_script_is_known_by_its_arguments() -> None:
 
 
 def test_events_are_those_the_ledger_knows() -> None:
-    assert {name for script in OPERATIONS for name in script.contract.events} == {COUPON_ASSIGNED, COUPON_REDEEMED}
+    assert {name for script in OPERATIONS for name in script.contract.events} == {
+        COUPON_ASSIGNED,
+        COUPON_CONFIRMED,
+        COUPON_REDEEMED,
+    }
 
 
 def test_a_constant_is_defined_in_python_alone() -> None:

@@ -7,7 +7,15 @@ from collections.abc import AsyncIterator, Sequence
 import asyncpg
 import pytest
 
-from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Entry, Event, MalformedEntry, parse_entry
+from coupon_svc.domain.events import (
+    COUPON_ASSIGNED,
+    COUPON_CONFIRMED,
+    COUPON_REDEEMED,
+    Entry,
+    Event,
+    MalformedEntry,
+    parse_entry,
+)
 from coupon_svc.domain.position import Position
 from coupon_svc.ops.history import walk_history
 from coupon_svc.ops.verify import LEDGER_CHECKS
@@ -135,6 +143,26 @@ async def test_an_entry_that_is_drained_twice_is_recorded_once(ledger: tuple[str
     assert await connection.fetchval("SELECT count(*) FROM entries") == 2
     assert await connection.fetchval("SELECT count(*) FROM dead_letters") == 1
     assert await connection.fetchval("SELECT uses FROM coupons WHERE code = 'CODE-1'") == 1
+
+
+async def test_what_was_confirmed_behind_a_lost_event_is_a_dead_letter(
+    ledger: tuple[str, asyncpg.Connection],
+) -> None:
+    """Its answer told of uses that the ledger does not have."""
+    _, connection = ledger
+    book, key = "bk_00x", {"idem": "k", "fingerprint": "f"}
+    behind = [
+        Event(1, 5, COUPON_CONFIRMED, book, "CODE-1", "ann", 6, 1, **key),
+        Event(1, 6, COUPON_CONFIRMED, book, "LOST", "ann", 6, 0, **key),
+        Event(1, 7, COUPON_CONFIRMED, book, "CODE-3", "bob", 6, 0, **key),
+    ]  # 4 is missing: it redeemed CODE-1
+    entries = batch(POISONED, entry_of(*behind, after="t4", tip="t7"), events=[*EVENTS, *behind])
+    assert await drain(connection, OWNER, await begun(connection), entries) == 7
+    dead = await connection.fetch("SELECT seq, reason FROM dead_letters WHERE seq > 3 ORDER BY seq")
+    lost = "follows a lost event"
+    assert [tuple(row) for row in dead] == [(4, "missing from the stream"), (5, lost), (6, lost)]
+    page = await idempotent_events(connection, 0, Mark(1, 3), 0)
+    assert page.events == [behind[2]]
 
 
 @pytest.mark.parametrize("other", [POISONED._replace(tip="x"), entry_of(*EVENTS[:2], tip="t2")], ids=["tip", "end"])

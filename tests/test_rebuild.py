@@ -32,7 +32,7 @@ async def test_what_was_changed_by_hand_is_put_right_and_what_was_given_stays_gi
     stack.api()
     await stack.ready()
     async with await stack.client() as http, stack.redis() as redis:
-        rules = {"name": "b", "generate": {"pattern": "R-########", "total": 10}}
+        rules = {"name": "b", "generate": {"pattern": "R-########", "total": 10}, "max_redemptions_per_code": 3}
         book_id = (await http.post("/coupons", json=rules)).json()["book_id"]
 
         async def assign(user: str) -> httpx.Response:
@@ -40,6 +40,21 @@ async def test_what_was_changed_by_hand_is_put_right_and_what_was_given_stays_gi
             return await http.post("/coupons/assign", json=body, headers=headers)
 
         given = (await assign("ann")).json()
+
+        async def named() -> httpx.Response:
+            body, headers = {"user_id": "ann"}, {"Idempotency-Key": "named"}
+            return await http.post(f"/coupons/assign/{given['code']}", json=body, headers=headers)
+
+        async def redeem() -> int:
+            answer = await http.post(f"/coupons/redeem/{given['code']}", json={"user_id": "ann"})
+            return int(answer.json()["redemptions_left"])
+
+        assert await redeem() == 2
+        hers = await named()
+        assert (hers.status_code, hers.json()["redemptions_left"]) == (200, 2)
+        assert hers.json()["durable"]
+        assert hers.json()["position"] == given["position"]
+        assert await redeem() == 1
         await stack.drained()
         (key,) = [key async for key in redis.scan_iter("cb:*:holders:*")]
         holding = Holding.parse(str(await redis.hget(key, given["code"])))
@@ -57,7 +72,10 @@ async def test_what_was_changed_by_hand_is_put_right_and_what_was_given_stays_gi
         assert [coupon["code"] for coupon in listed] == [given["code"]]
         again = await assign("ann")
         assert again.headers["idempotent-replayed"] == "true"
-        assert again.json()["code"] == given["code"]
+        assert again.json() == given
+        hers_again = await named()
+        assert (hers_again.status_code, hers_again.headers["idempotent-replayed"]) == (200, "true")
+        assert hers_again.json() == hers.json()
         other = await assign("bob")
         assert other.status_code == 201
         assert other.json()["code"] != given["code"]

@@ -141,6 +141,9 @@ IN_LEDGER = {
     "a code was assigned twice, or its coupon is not what its event says": """
         UPDATE coupons SET user_id = 'thief' WHERE user_id = 'u5'""",
     "a coupon's uses are not its redemptions": "UPDATE coupons SET uses = 0 WHERE user_id = 'u0'",
+    "a coupon was confirmed to somebody who does not have it": """
+        INSERT INTO late_events (shard, epoch, seq, link, event, book_id, code, user_id, at_ms, recorded)
+        SELECT shard, 0, 1, NULL, 'coupon_confirmed', book_id, 'c', 'thief', 1, true FROM books LIMIT 1""",
     "a redemption has no coupon": "DELETE FROM coupons WHERE user_id = 'u0'",
     "a code was redeemed more often than its book allows": "UPDATE coupons SET uses = 2 WHERE user_id = 'u0'",
     "a book's counts are not those of its codes": "UPDATE books SET total = total + 1",

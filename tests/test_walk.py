@@ -296,9 +296,19 @@ class Walk(RuleBasedStateMachine):
         holder, held = book.held.get(code), book.held_by(user)
         reply = self.ask("assign_code", user_id=user, code=code, **self.keyed(book, key, fingerprint))
         if told is None and holder is not None and holder.user == user:
-            answer = [code, reply[2], holder.position, book.ack, book.left(holder.uses)]
-            assert reply == ["already_yours", *answer]
-            self.remember(book, key, fingerprint, [*answer, "already_yours"])
+            left = book.left(holder.uses)
+            if key is None:
+                assert reply == ["already_yours", code, reply[2], holder.position, book.ack, left]
+            elif reason := self.room(1, book.ack == "ledger"):
+                assert reply == [reason]
+            else:
+                position = self.next_position()
+                answer = [code, reply[2], f"{holder.position.partition('/')[0]}/{position}", book.ack, left]
+                assert reply == ["confirmed", *answer]
+                self.remember(book, key, fingerprint, [*answer, "already_yours"])
+                self.told_event(
+                    position, event="coupon_confirmed", code=code, user=user, idem=key, uses=str(holder.uses)
+                )
             return
         told = told or self.refuse_assign(book, user)
         if told is None and holder is not None:

@@ -13,10 +13,14 @@ from coupon_svc.domain.position import Epoch, Position, Seq
 
 COUPON_ASSIGNED = "coupon_assigned"
 COUPON_REDEEMED = "coupon_redeemed"
+COUPON_CONFIRMED = "coupon_confirmed"
+"""An assign by name, with an Idempotency-Key, found the code to be the user's already. Nothing follows from it but the key's
+answer."""
 
 
 class Event(NamedTuple):
-    """One event of a shard. `uses` tells which use of the code a redemption was, from 1."""
+    """One event of a shard. `uses` tells which use of the code a redemption was, from 1; and how many there had been when a
+    coupon was confirmed."""
 
     epoch: int
     seq: int
@@ -146,6 +150,12 @@ def events_of(entry: Entry) -> list[Event]:
                         idem or None,
                         fingerprint or None,
                     )
+                )
+            elif row[0] == COUPON_CONFIRMED:
+                kind, book_id, code, user_id, idem, fingerprint, uses = row
+                used = 0 if uses == "0" else _int(uses, 31)
+                events.append(
+                    Event(epoch, seq, kind, book_id, code, user_id, at_ms, used, idem=idem, fingerprint=fingerprint)
                 )
             else:
                 raise MalformedEntry("an event of no known kind")

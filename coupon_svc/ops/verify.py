@@ -82,6 +82,9 @@ LEDGER_CHECKS = {
         FULL JOIN (SELECT coupons.* FROM coupons JOIN books USING (book_id) WHERE shard = $1) c
             ON c.book_id = e.book_id AND c.code = e.code AND c.user_id = e.user_id AND (c.epoch, c.seq) = (e.epoch, e.seq)
         WHERE c.code IS NULL OR e.code IS NULL""",
+    "a coupon was confirmed to somebody who does not have it": """
+        SELECT count(*) FROM (SELECT * FROM events WHERE shard = $1 AND event = 'coupon_confirmed') e
+        LEFT JOIN coupons c ON c.book_id = e.book_id AND c.code = e.code AND c.user_id = e.user_id WHERE c.code IS NULL""",
     "a coupon's uses are not its redemptions": """
         SELECT count(*) FROM (SELECT coupons.* FROM coupons JOIN books USING (book_id) WHERE shard = $1) c
         LEFT JOIN (SELECT book_id, code, count(*) AS number, max(uses) AS uses, min(user_id) AS first_user,

@@ -10,7 +10,7 @@ import msgspec
 
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.codes import normalise_code
-from coupon_svc.domain.events import COUPON_ASSIGNED, Entry, Event
+from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Entry, Event
 from coupon_svc.domain.position import Position
 
 DATA_ERRORS = (
@@ -157,7 +157,7 @@ class Rows:
         for e in events:
             if e.event == COUPON_ASSIGNED:
                 self._assigned.append((shard, e.book_id, e.code, e.user_id, e.at_ms, e.epoch, e.seq))
-            else:
+            elif e.event == COUPON_REDEEMED:
                 self._redeemed.append(
                     (shard, e.book_id, e.code, e.uses, e.user_id, e.at_ms, e.reference, e.metadata, e.epoch, e.seq)
                 )

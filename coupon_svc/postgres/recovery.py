@@ -10,7 +10,16 @@ import asyncpg
 
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
-from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Entry, Event, MalformedEntry, events_of
+from coupon_svc.domain.events import (
+    COUPON_ASSIGNED,
+    COUPON_CONFIRMED,
+    COUPON_REDEEMED,
+    Entry,
+    Event,
+    MalformedEntry,
+    events_of,
+)
+from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres.catalogue import ROUND, random_places
 from coupon_svc.postgres.computed import numbers_to_account
 from coupon_svc.postgres.database import one_row
@@ -107,6 +116,7 @@ _COUPONS = """
     SELECT code, user_id, assigned_at_ms, uses, epoch, seq FROM coupons
     WHERE book_id = $1 AND code > $2 ORDER BY code LIMIT $3
 """
+_COUPONS_NAMED = "SELECT code, assigned_at_ms, epoch, seq FROM coupons WHERE book_id = $1 AND code = ANY ($2)"
 PAGE = 5_000
 """Rows per statement of what Redis is rebuilt from."""
 EVENTS_PAGE = 20_000
@@ -282,16 +292,17 @@ async def _write_all(connection: asyncpg.Connection, batch: Batch) -> bytes:
 async def _without_orphans(
     connection: asyncpg.Connection, events: Sequence[Event]
 ) -> tuple[list[Event], list[DeadLetter]]:
-    """Events without the redemptions of codes whose assignment or earlier redemption is lost, and those as dead letters.
+    """Events without those that redeem or confirm a coupon whose assignment or earlier redemption is lost, and these as
+    dead letters.
 
     Nobody was told that such a redemption succeeded: it stood behind the lost event, and waited for the ledger.
     """
-    redeemed = [event for event in events if event.event == COUPON_REDEEMED]
+    follow = [event for event in events if event.event != COUPON_ASSIGNED]
     rows = await connection.fetch(
         "SELECT book_id, code, uses FROM coupons JOIN unnest($1::text[], $2::text[]) AS asked (book_id, code)"
         " USING (book_id, code)",
-        [event.book_id for event in redeemed],
-        [event.code for event in redeemed],
+        [event.book_id for event in follow],
+        [event.code for event in follow],
     )
     uses = {(row["book_id"], row["code"]): row["uses"] for row in rows}
     good, orphans = [], []
@@ -299,8 +310,10 @@ async def _without_orphans(
         coupon = (event.book_id, event.code)
         if event.event == COUPON_ASSIGNED:
             uses[coupon] = 0
-        elif uses.get(coupon, -1) + 1 == event.uses:
+        elif event.event == COUPON_REDEEMED and uses.get(coupon, -1) + 1 == event.uses:
             uses[coupon] = event.uses
+        elif event.event == COUPON_CONFIRMED and uses.get(coupon) == event.uses:
+            pass
         else:
             orphans.append(dead_letter(event, "follows a lost event"))
             continue
@@ -553,6 +566,14 @@ async def quarantined_codes(connection: asyncpg.Connection, book_id: str) -> lis
     """The codes of a book that are in quarantine."""
     rows = await connection.fetch("SELECT code FROM quarantine WHERE book_id = $1", book_id)
     return [row["code"] for row in rows]
+
+
+async def coupons_named(
+    connection: asyncpg.Connection, book_id: str, codes: Sequence[str]
+) -> dict[str, tuple[Position, int]]:
+    """By code: where each of these coupons was assigned, and when in Unix milliseconds."""
+    rows = await connection.fetch(_COUPONS_NAMED, book_id, codes)
+    return {row["code"]: (Position(Epoch(row["epoch"]), Seq(row["seq"])), row["assigned_at_ms"]) for row in rows}
 
 
 async def coupons_of_book(connection: asyncpg.Connection, book_id: str, after: str = "") -> list[asyncpg.Record]:

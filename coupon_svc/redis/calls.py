@@ -42,6 +42,10 @@ def new_tip() -> str:
     return f"{_tip_prefix}{next(_tips):x}"
 
 
+MADE_EVENT = frozenset({"ok", "confirmed"})
+"""Replies of an operation that makes events which say that it made one."""
+
+
 class Entry(NamedTuple):
     """The entry of the stream that holds an event: the position of its last event, and its tip."""
 
@@ -65,7 +69,7 @@ class Operation(NamedTuple):
     with_holders: frozenset[str]
     """Outcomes whose reply has a list of holders."""
     makes_event: bool
-    """Its reply `ok` says that it made an event."""
+    """A reply of MADE_EVENT says that it made one."""
     weigh: Callable[[Mapping[str, Any]], int] | None
     """The weight that its parameters give it; None for one that always weighs 1."""
 
@@ -73,7 +77,7 @@ class Operation(NamedTuple):
         """What Redis sent, with a name for each field: `position` is (assigned, last), and `holders` holds for each code a
         Holding, "" for nobody, or QUARANTINED. `entry` is that of the section, and becomes the reply's where the operation
         made an event. Raises UnexpectedReply, ValueError."""
-        return self.read((*raw, entry) if self.makes_event and raw[0] == "ok" else raw)
+        return self.read((*raw, entry) if self.makes_event and raw[0] in MADE_EVENT else raw)
 
 
 def _parse_holders(texts: Sequence[str]) -> list[Holding | str]:
@@ -135,7 +139,7 @@ def _key_expression(key: Key) -> tuple[str, list[str]]:
 
 
 def _with_entry(contract: Contract, line: ReplyLine) -> ReplyLine:
-    made = contract.events and line.word == "ok"
+    made = contract.events and line.word in MADE_EVENT
     return line._replace(fields=(*line.fields, "entry")) if made else line
 
 

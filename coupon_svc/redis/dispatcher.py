@@ -20,7 +20,7 @@ from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.hot import Withdrawn
 from coupon_svc.redis.call_queue import CallQueue, PendingOperation
-from coupon_svc.redis.calls import Entry, KeyTable, Section, bind_operation, call_command, open_section
+from coupon_svc.redis.calls import MADE_EVENT, Entry, KeyTable, Section, bind_operation, call_command, open_section
 from coupon_svc.redis.connection import Connection
 from coupon_svc.redis.contract import CallClass, Command, Reply
 from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError
@@ -266,7 +266,7 @@ class Dispatcher:
             self._plane.doubt(view, reply.why)
             _refuse(pending, Outcome.RECOVERING)
             return
-        if entry is None and operation.makes_event and reply.outcome == "ok":
+        if entry is None and operation.makes_event and reply.outcome in MADE_EVENT:
             self._plane.doubt(view, "entry")  # an event was made, and the shard's last entry is not that of this call
             _refuse(pending, Outcome.OUTCOME_UNKNOWN)
             return

@@ -25,6 +25,9 @@ from coupon_svc.service.idempotency import NO_IDEMPOTENCY, Idempotency
 from coupon_svc.service.registration import Registration
 from coupon_svc.service.waiting import DECIDED, Waiting
 
+_THEIRS = frozenset({ALREADY_YOURS, "confirmed"})
+"""The code is the user's already; `confirmed` where an event was made, so that the key's answer is kept."""
+
 
 class AssignCoupon(msgspec.Struct, frozen=True):
     """Give the user a random code of the book."""
@@ -126,7 +129,7 @@ class Assigning:
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "assign_coupon", view, parameters, begun)
         _, last = reply.position
-        durable = self._durability.at_once(view, last, reply.ack, made=reply.outcome == "ok")
+        durable = self._durability.at_once(view, last, reply.ack, made=reply.entry is not None)
         if durable is None:
             durable = await self._durability.wait(view, last, begun, entry=reply.entry)
         return self._result(reply, view, wanted.tenant_id, wanted.user_id, wanted.book_id, durable)
@@ -150,9 +153,9 @@ class Assigning:
         reply = await self._plane.call("assign_code", view, **parameters)
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "assign_code", view, parameters, begun, receipt=wanted.receipt)
-        already_yours = reply.outcome == ALREADY_YOURS or (reply.outcome == "replayed" and reply.first == ALREADY_YOURS)
+        already_yours = reply.outcome in _THEIRS or (reply.outcome == "replayed" and reply.first == ALREADY_YOURS)
         _, last = reply.position
-        durable = self._durability.at_once(view, last, reply.ack, made=reply.outcome == "ok")
+        durable = self._durability.at_once(view, last, reply.ack, made=reply.entry is not None)
         if durable is None:
             durable = await self._durability.wait(view, last, begun, entry=reply.entry)
         return self._result(reply, view, tenant_id, wanted.user_id, book_id, durable, already_yours=already_yours)
@@ -212,7 +215,7 @@ class Assigning:
         durable: dict[int, bool | None] = {}
         waiting: list[Reply] = []
         for reply in replies:
-            made = reply.outcome == "ok"
+            made = reply.entry is not None
             durable[id(reply)] = known = self._durability.at_once(view, reply.position[1], reply.ack, made=made)
             if known is None:
                 waiting.append(reply)

@@ -178,7 +178,7 @@ class Redeeming:
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "redeem_coupon", view, parameters, begun, receipt=wanted.receipt)
         _, position = reply.position
-        if self._durability.at_once(view, position, "ledger", made=reply.outcome == "ok") is None:
+        if self._durability.at_once(view, position, "ledger", made=reply.entry is not None) is None:
             await self._durability.wait(view, position, begun, entry=reply.entry)
         left = reply.redemptions_left
         return Redeemed(

@@ -22,7 +22,7 @@ from coupon_svc.service.durability import PATIENCE_S, Durability
 from coupon_svc.service.polling import Poll, Run
 from coupon_svc.service.receipt_rescue import ReceiptRescue
 
-DECIDED = frozenset({"ok", "replayed", "already_yours", "renewed"})
+DECIDED = frozenset({"ok", "replayed", "already_yours", "confirmed", "renewed"})
 """Outcomes of a script that are no refusal."""
 _BOOK, _CODES = "book_not_loaded", "refilling"
 """Outcomes for which all who ask for the same book wait together."""

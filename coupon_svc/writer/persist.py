@@ -11,7 +11,15 @@ from typing import NamedTuple
 
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.errors import CouponError
-from coupon_svc.domain.events import COUPON_ASSIGNED, Entry, Event, MalformedEntry, events_of, parse_entry
+from coupon_svc.domain.events import (
+    COUPON_ASSIGNED,
+    COUPON_REDEEMED,
+    Entry,
+    Event,
+    MalformedEntry,
+    events_of,
+    parse_entry,
+)
 from coupon_svc.postgres.database import LedgerSession
 from coupon_svc.postgres.errors import LedgerUnavailable, NotOwner
 from coupon_svc.postgres.events import (
@@ -136,7 +144,7 @@ class Persister:
             pools = self._shards[batch.shard].pools if batch.shard in self._shards else {}
             for event in batch.events:
                 pool = pools.get(event.book_id)
-                if event.event != COUPON_ASSIGNED or pool is None or pool.ack is Ack.LEDGER:
+                if event.event == COUPON_REDEEMED or pool is None or pool.ack is Ack.LEDGER:
                     return True
         return False
 

@@ -23,7 +23,15 @@ from typing import TypeVar
 from coupon_svc.domain.books import Book
 from coupon_svc.domain.bounds import IDEMPOTENCY_MS
 from coupon_svc.domain.clock import now_ms
-from coupon_svc.domain.events import COUPON_ASSIGNED, Entry, Event, MalformedEntry, events_of, parse_entry
+from coupon_svc.domain.events import (
+    COUPON_ASSIGNED,
+    COUPON_CONFIRMED,
+    Entry,
+    Event,
+    MalformedEntry,
+    events_of,
+    parse_entry,
+)
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.lists import key_of_list
 from coupon_svc.domain.position import Position
@@ -344,28 +352,41 @@ class Recoverer:
         shard, since = term.shard, now_ms() - IDEMPOTENCY_MS
         mark = await _step(connection, mark_of_a_day_ago(connection, shard))
         await self._restore_keys(
-            term, books, await _step(connection, recovery.late_idempotent_events(connection, shard, mark, since))
+            connection,
+            term,
+            books,
+            await _step(connection, recovery.late_idempotent_events(connection, shard, mark, since)),
         )
         for page_behind in (recovery.old_idempotent_events, recovery.idempotent_events):
             upto: Mark | None = mark
             while upto is not None:
                 events, upto = await _step(connection, page_behind(connection, shard, upto, since))
-                await self._restore_keys(term, books, events)
+                await self._restore_keys(connection, term, books, events)
 
-    async def _restore_keys(self, term: Term, books: Mapping[str, Book], events: Sequence[Event]) -> None:
+    async def _restore_keys(
+        self, connection: LedgerConnection, term: Term, books: Mapping[str, Book], events: Sequence[Event]
+    ) -> None:
         by_book: dict[str, list[Event]] = {}
         for event in events:
             by_book.setdefault(event.book_id, []).append(event)
         for book_id, of_book in by_book.items():
             if book := books.get(book_id):  # else somebody put it into the stream by hand
-                await self._restore_records(term, book, of_book)
+                await self._restore_records(connection, term, book, of_book)
 
-    async def _restore_records(self, term: Term, book: Book, events: Sequence[Event]) -> None:
+    async def _restore_records(
+        self, connection: LedgerConnection, term: Term, book: Book, events: Sequence[Event]
+    ) -> None:
+        confirmed = [event.code for event in events if event.event == COUPON_CONFIRMED]
+        coupons = {}
+        if confirmed:
+            coupons = await _step(connection, recovery.coupons_named(connection, book.book_id, confirmed))
         now = now_ms()
         records = []
         for event in events:
+            if event.event == COUPON_CONFIRMED and event.code not in coupons:
+                continue  # its assign is a dead letter
             key, ttl_ms = str(event.idem), max(1, event.at_ms + IDEMPOTENCY_MS - now)
-            records.append((key, _record(event, book).encode(), ttl_ms))
+            records.append((key, _record(event, book, coupons).encode(), ttl_ms))
             if list_key := key_of_list(key):
                 records.append((list_key, ListRecord(str(event.fingerprint)).encode(), ttl_ms))
         for some in _chunks(records, KEYS_PER_CALL_MAX):
@@ -460,11 +481,14 @@ def _by_epoch(shard: int, found: Sequence[StreamEntry]) -> list[tuple[int, Batch
     ]
 
 
-def _record(event: Event, book: Book) -> AssignRecord | RedeemRecord:
-    """What is answered to a request whose event the ledger has, when it comes again."""
+def _record(event: Event, book: Book, coupons: Mapping[str, tuple[Position, int]]) -> AssignRecord | RedeemRecord:
+    """What is answered to a request whose event the ledger has, when it comes again. `coupons`: as `coupons_named`."""
     position, most, fingerprint = event.position, book.max_redemptions_per_code, str(event.fingerprint)
     if event.event == COUPON_ASSIGNED:
         return AssignRecord(fingerprint, event.code, event.at_ms, position, position, book.ack, most)
     uses = event.uses or 0
     left = None if most is None else most - uses
+    if event.event == COUPON_CONFIRMED:
+        assigned, at_ms = coupons[event.code]
+        return AssignRecord(fingerprint, event.code, at_ms, assigned, position, book.ack, left, already_yours=True)
     return RedeemRecord(fingerprint, event.user_id, event.at_ms, position, uses, left)

@@ -24,7 +24,8 @@ Replies, the first that applies
   idempotency_key_reused
   book_not_loaded
   book_not_found
-  already_yours(code, at_ms, position, ack, redemptions_left)  `assigned/redeemed` of one that was redeemed
+  already_yours(code, at_ms, position, ack, redemptions_left)  without a key; position `assigned/redeemed` once redeemed
+  confirmed(code, at_ms, position, ack, redemptions_left)  the same with a key, if there is room; `assigned/event`
   book_closed
   book_paused
   book_not_started
@@ -40,10 +41,12 @@ Replies, the first that applies
 
 Event
   coupon_assigned(book, code, user, idem, fingerprint)
+  coupon_confirmed(book, code, user, idem, fingerprint, uses)
 ]]
 -- include: assigned
 -- include: book
 -- include: counts
+-- include: event
 -- include: holding
 -- include: left
 -- include: limit
@@ -61,9 +64,19 @@ end
 local holding = read_holding(holders_key, code)
 if holding and holding.user_id == user_id then
   local left = redemptions_left(book, holding.uses)
-  local positions = positions_of(holding)
+  -- An answer under a key is an event of its own: so it is kept in the ledger, too, and outlives Redis.
+  if not idem_key then
+    return {"already_yours", code, holding.at_ms, positions_of(holding), book.ack, left}
+  end
+  refusal = refuse_without_room(meta, now_ms, 1, book.ack == "ledger")
+  if refusal then
+    return refusal
+  end
+  local uses = string.format("%d", holding.uses)
+  local event = make_event(meta, "coupon_confirmed", book_id, code, user_id, idempotency_key, fingerprint, uses)
+  local positions = holding.assigned .. "/" .. event
   remember(idem_key, fingerprint, code, holding.at_ms, positions, book.ack, left, "already_yours")
-  return {"already_yours", code, holding.at_ms, positions, book.ack, left}
+  return {"confirmed", code, holding.at_ms, positions, book.ack, left}
 end
 refusal = refuse_unless_open(book, now_ms)
 if refusal then

@@ -76,16 +76,30 @@ def test_what_is_the_users_already_stays_so_whatever_the_book(shard: Shard) -> N
         assert shard.assign_code(book, "u", "A-1") == ["already_yours", *first[1:]]
 
 
-def test_what_is_the_users_already_is_remembered_under_an_idempotency_key(shard: Shard) -> None:
-    book = shard.new_book("A-1")
-    first = shard.assign_code(book, "u", "A-1")
-    with shard.writes(f"idem:1:{book}:key 1"):
-        assert shard.assign_code(book, "u", "A-1", KEYED) == ["already_yours", *first[1:]]
+def test_what_is_the_users_already_is_confirmed_by_an_event_under_an_idempotency_key(shard: Shard) -> None:
+    """So the key's answer is kept in the ledger, too: how many uses are left changes later."""
+    book = shard.new_book("A-1", max_redemptions_per_code="3")
+    at_ms = shard.assign_code(book, "u", "A-1")[2]
+    shard.redeem_coupon(book, "A-1")
+    answer = ["A-1", at_ms, "4-1/4-3", "ledger", "2"]
+    with shard.writes("meta", "events", f"idem:1:{book}:key 1"):
+        assert shard.assign_code(book, "u", "A-1", KEYED) == ["confirmed", *answer]
+    event = shard.events()[-1]
+    assert event == Event(4, 3, "coupon_confirmed", book, "A-1", "u", event.at_ms, 1, idem="key 1", fingerprint="f1")
     key = shard.idem_key(book, "key 1")
-    assert json.loads(shard.redis.get(key)) == ["f1", *first[1:], "already_yours"]
+    assert json.loads(shard.redis.get(key)) == ["f1", *answer, "already_yours"]
     assert DAY_MS - 60_000 < shard.redis.pttl(key) <= DAY_MS
+    shard.redeem_coupon(book, "A-1")
     with shard.writes_nothing():
-        assert shard.assign_code(book, "u", "A-1", KEYED) == ["replayed", *first[1:], "already_yours"]
+        assert shard.assign_code(book, "u", "A-1", KEYED) == ["replayed", *answer, "already_yours"]
+
+
+def test_what_is_the_users_already_is_confirmed_whatever_the_book_where_there_is_room(shard: Shard) -> None:
+    book = shard.new_book("A-1", max_codes_per_user="1")
+    shard.assign_code(book, "u", "A-1")
+    book_is_shut(shard, book)
+    room = no_room(shard)
+    assert peel(shard, lambda: shard.assign_code(book, "u", "A-1", KEYED), room)[:2] == ["confirmed", "A-1"]
 
 
 def test_the_same_request_again_is_replayed(shard: Shard) -> None:
@@ -113,14 +127,13 @@ def test_replies_come_in_the_documented_order(shard: Shard) -> None:
 
     def give_to_another() -> None:
         shard.redis.hset(shard.keys.holders(book), "A-1", holder[:-1] + "v")
-        shard.redis.delete(shard.idem_key(book, "key 1"))
 
     def lend() -> None:
         shard.set_meta(backlog_max=1000)
         assert shard.load_codes(book, ["A-1"]) == ["ok", 1, 1]
         shard.set_meta(backlog_max=0)
 
-    ours = [Obstacle("already_yours", give_to_another, (f"idem:1:{book}:key 1",))]
+    ours = [Obstacle("backlog_full", give_to_another)]
     code = [
         Obstacle("already_assigned", lambda: shard.redis.hdel(shard.keys.holders(book), "A-1")),
         Obstacle("code_quarantined", lambda: shard.redis.srem(shard.keys.quarantine(book), "A-1")),

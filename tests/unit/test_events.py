@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from coupon_svc.domain.events import (
     COUPON_ASSIGNED,
+    COUPON_CONFIRMED,
     COUPON_REDEEMED,
     RECORD_FIELDS,
     Entry,
@@ -34,6 +35,12 @@ redeemed = st.builds(
         at.epoch, at.seq, COUPON_REDEEMED, book, code, user, at_ms, uses, reference, metadata, idem, fingerprint
     ),
     positions, texts, texts, texts, st.integers(1, 2**63 - 1), st.integers(1, 2**31 - 1), maybe, maybe, maybe, maybe,
+)  # fmt: skip
+confirmed = st.builds(
+    lambda at, book, code, user, at_ms, uses, idem, fingerprint: Event(
+        at.epoch, at.seq, COUPON_CONFIRMED, book, code, user, at_ms, uses, idem=idem, fingerprint=fingerprint
+    ),
+    positions, texts, texts, texts, st.integers(1, 2**63 - 1), st.integers(0, 2**31 - 1), texts, texts,
 )  # fmt: skip
 
 
@@ -64,7 +71,7 @@ def test_an_event_comes_back_from_an_entry_of_an_older_version(event: Event) -> 
 
 
 @given(
-    st.lists(assigned | redeemed, min_size=1, max_size=5),
+    st.lists(assigned | redeemed | confirmed, min_size=1, max_size=5),
     texts.filter(lambda text: "\0" not in text),
     texts.filter(lambda text: "\0" not in text),
 )
@@ -78,7 +85,7 @@ def test_events_come_back_from_their_entry(events: list[Event], after: str, tip:
     assert (parsed.before, list(parsed.seqs)) == (7, [event.seq for event in events])
 
 
-@given(assigned | redeemed)
+@given(assigned | redeemed | confirmed)
 def test_the_hash_covers_every_field_but_the_epoch_which_it_covers_apart(event: Event) -> None:
     assert set(RECORD_FIELDS) == set(Event._fields) - {"epoch"}
     assert event.record == tuple(getattr(event, name) for name in RECORD_FIELDS)
@@ -101,7 +108,8 @@ def test_an_entry_with_a_field_that_no_script_writes_is_malformed(name: str, val
     [
         b"", b"{}", b"\xff", b"[[]]", b'[["coupon_eaten","b","c","u","",""]]', b'[["coupon_assigned","b","c","u",""]]',
         b'[["coupon_redeemed","b","c","u","","","none","",""]]', b'[["coupon_redeemed","b","c","u","","","0","",""]]',
-        b'[["coupon_assigned","b","c",1,"",""]]', b"[]",
+        b'[["coupon_assigned","b","c",1,"",""]]', b"[]", b'[["coupon_confirmed","b","c","u","k","f","-1"]]',
+        b'[["coupon_confirmed","b","c","u","k","f","00"]]', b'[["coupon_confirmed","b","c","u","k","f"]]',
     ],
 )  # fmt: skip
 def test_events_that_no_script_writes_are_malformed(body: bytes) -> None:
