@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 QUICK  := tests/unit tests/scripts tests/test_model.py tests/test_lua_headers.py tests/test_docs.py
 
+# Tests start some hundred processes: without bytecode each of them compiles the service anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install run demo check quick test chaos load bench clean
 
@@ -37,7 +40,7 @@ quick: check ## `check`, and the tests that take half a minute: units, the model
 	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist worksteal -m 'not chaos and not long' --hypothesis-profile quick $(QUICK)
 
 test: install ## All tests, against servers they start themselves
-	$(BIN)/python -m pytest -n $(or $(JOBS),3) --dist loadfile
+	$(BIN)/python -m pytest -n $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder
 
 chaos: install ## Faults under load, 100 seeded runs (RUNS=…): clients record, then everything is compared
 	$(BIN)/python -m pytest -m chaos

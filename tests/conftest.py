@@ -25,6 +25,18 @@ hypothesis.settings.load_profile("shared")
 
 SHARDS = 4
 
+LONGEST = (
+    "test_chaos", "test_writer_kills", "test_bulk_work", "test_model", "test_writers_come_and_go", "test_schemathesis",
+    "test_load", "test_door_limits", "test_upload_jobs", "test_noisy_neighbours", "test_adopt",
+    "test_call", "test_history", "test_chaos_proves_itself", "test_bounded_recovery", "test_walk", "test_quarantine",
+)  # fmt: skip
+"""Files that take long begin first, lest one of them runs alone in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

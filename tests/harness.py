@@ -46,18 +46,41 @@ async def until(fact: Callable[[], Awaitable[T]], timeout: float = DEADLINE_S, w
     return value
 
 
+_templates: dict[str, str] = {}
+"""By the URL of a server: the database on it that others are copies of."""
+
+
 async def fresh_database(url: str, shards: int) -> str:
     """Make a database of its own on the server of `url`, with the newest schema. Returns its URL."""
+    if url not in _templates:
+        _templates[url] = await _make_template(url)
+    own_url = await _make_database(url, _templates[url])
+    await _migrated(own_url, shards)
+    return own_url
+
+
+async def _make_template(url: str) -> str:
+    """Make a database with the newest schema and nothing of an installation: a copy takes a fifth of the time of all
+    migrations, and `migrate` gives each copy an id, a secret and shards of its own. Returns its name."""
+    own_url = await _make_database(url, "template1")
+    await _migrated(own_url, 1, "DELETE FROM shards", "DELETE FROM settings")
+    return urlsplit(own_url).path[1:]
+
+
+async def _make_database(url: str, template: str) -> str:
     name = "test_" + secrets.token_hex(6)
     admin = await asyncpg.connect(url)
-    await admin.execute(f"CREATE DATABASE {name}")
+    await admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
     await admin.close()
-    parts = urlsplit(url)
-    own_url = urlunsplit(parts._replace(path=f"/{name}"))
-    connection = await asyncpg.connect(own_url)
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+async def _migrated(url: str, shards: int, *statements: str) -> None:
+    connection = await asyncpg.connect(url)
     await migrate(connection, shards)
+    for statement in statements:
+        await connection.execute(statement)
     await connection.close()
-    return own_url
 
 
 class Patient(httpx.AsyncBaseTransport):

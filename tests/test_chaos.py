@@ -14,12 +14,11 @@ from tests.chaos.suite import FAULTS, run_once
 SEED = 20_261_122
 AT_ONCE = 3
 SELECTED = (
-    "writer_killed", "writer_paused_across_a_recovery", "api_killed", "redis_killed", "redis_rolled_back", "redis_lost",
-    "everything_flushed", "backend_stopped", "stream_trimmed", "meta_deleted",
-    "failed_back_to_the_old_master", "redis_disk_full", "redis_clock_jumps_seconds",
-    "postgres_killed", "keys_put_back_unseen", "another_installation_comes",
+    "writer_paused_across_a_recovery", "redis_rolled_back", "stream_trimmed", "failed_back_to_the_old_master",
+    "redis_disk_full", "redis_clock_jumps_seconds", "postgres_killed", "keys_put_back_unseen", "another_installation_comes",
 )  # fmt: skip
-"""One or two of a kind: all of them take ten minutes."""
+"""One of a kind. What tests/test_writer_kills.py and its neighbours do to a quiet service, only `make chaos` does under
+load."""
 
 
 @pytest.fixture(scope="module")

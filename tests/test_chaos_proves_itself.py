@@ -50,8 +50,9 @@ CASES = [
     Case("in_touch", "writer_cut_from_redis", "should serve every shard"),
     Case("replid", "old_master_back_while_a_process_sleeps", "P1|a shard was stopped"),
 ]
-IN_MAKE_TEST = ("quarantine", "replay", "epoch")
-"""One of a kind. The others are marked `chaos`, and run in `make chaos`: each starts several services."""
+IN_MAKE_TEST = ("epoch",)
+"""The one in which chance has no say. The others are marked `chaos`, and run in `make chaos`: each starts several
+services."""
 WITHOUT_A_FAULT = {
     "position_and_epoch": "what breaks differs from run to run; each of the two has its test in tests/test_ledger_events.py",
     "rebuild": "what it guards is not told apart by the recorded answers yet",

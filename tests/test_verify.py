@@ -60,8 +60,9 @@ async def stack(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> 
 
 
 @pytest.fixture
-async def damaged(stack: Stack) -> AsyncIterator[Damaged]:
+async def damaged(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Damaged]:
     """Both stores, to be damaged: they are as they were when the test is over."""
+    monkeypatch.setattr(verify_module, "ARRIVAL_WAIT_S", 0.3)
     ledger = await asyncpg.connect(stack.database_url)
     await ledger.execute("SET session_replication_role = replica")  # foreign keys are whole again in the end
     for table in TABLES:
@@ -191,10 +192,7 @@ async def test_damage_in_the_ledger_is_found(stack: Stack, damaged: Damaged, fin
 
 
 @pytest.mark.parametrize("finding", IN_REDIS)
-async def test_damage_in_redis_is_found(
-    stack: Stack, damaged: Damaged, finding: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verify_module, "ARRIVAL_WAIT_S", 0.3)
+async def test_damage_in_redis_is_found(stack: Stack, damaged: Damaged, finding: str) -> None:
     await IN_REDIS[finding](damaged.redis)
     assert finding in found_in(await report_of(stack))
 
