@@ -61,6 +61,18 @@ _RANGES_OF_NUMBERS = """
     LEFT JOIN passed_over p ON p.pattern_id = $1 AND p.number = asked.number::numeric
     WHERE asked.number < r.ends
 """
+# In one statement, and so of one moment: a range that is seen comes with the uploads that were there before it.
+_READ_PATTERNS = f"""
+    SELECT p.*, begins, ends, book_id FROM (
+        SELECT {_PATTERN_COLUMNS}, since, EXISTS (
+            SELECT FROM passed_over o WHERE o.pattern_id = c.pattern_id AND number >= since AND NOT named) AS uploaded
+        FROM computed_patterns c
+        LEFT JOIN unnest($2::bigint[], $3::bigint[]) AS known (id, number_known) ON id = pattern_id,
+        LATERAL (SELECT coalesce(number_known, 0) AS since) AS from_number
+        WHERE tenant_id = ANY ($1)) p
+    LEFT JOIN code_ranges r ON r.pattern_id = p.pattern_id AND begins >= since
+    ORDER BY p.pattern_id, begins
+"""
 
 
 class Ciphers:
@@ -323,43 +335,38 @@ async def _numbers_of(cipher: PatternCipher, codes: Collection[str]) -> dict[str
 # --- reading
 
 
-class PatternRead(NamedTuple):
-    """A pattern as it was read: with `uploaded`, codes lie in it that were uploaded."""
-
-    pattern_id: int
-    tenant_id: int
-    cipher: PatternCipher
-    uploaded: bool
-
-
 class Range(NamedTuple):
-    """Numbers [begins, ends) of a pattern are the book's, but for those that were uploaded before."""
+    """Numbers from `begins` on and before `ends` are the book's, but for those that were uploaded before."""
 
-    pattern_id: int
     begins: int
     ends: int
     book_id: str
 
 
-async def read_patterns(database: Database, tenants: Collection[int], ciphers: Ciphers) -> list[PatternRead]:
-    """The computed patterns of some tenants. Raises LedgerUnavailable, DatabaseUnfit."""
-    rows = await database.fetch(
-        f"SELECT {_PATTERN_COLUMNS}, EXISTS (SELECT FROM passed_over p WHERE p.pattern_id = c.pattern_id AND NOT named)"
-        " AS uploaded FROM computed_patterns c WHERE tenant_id = ANY ($1)",
-        list(tenants),
-    )
-    return [PatternRead(row["pattern_id"], row["tenant_id"], ciphers.of(row), row["uploaded"]) for row in rows]
+class PatternRead(NamedTuple):
+    """A pattern as it was read, with its ranges from a number on. With `uploaded`, codes with such numbers were uploaded."""
+
+    pattern_id: int
+    tenant_id: int
+    cipher: PatternCipher
+    uploaded: bool
+    ranges: list[Range]
 
 
-async def read_ranges(database: Database, since: Mapping[int, int]) -> list[Range]:
-    """The ranges of some patterns that begin at a number or above, in their order. Raises LedgerUnavailable."""
-    rows = await database.fetch(
-        "SELECT r.pattern_id, begins, ends, book_id FROM unnest($1::bigint[], $2::bigint[]) AS since (pattern_id, number)"
-        " JOIN code_ranges r ON r.pattern_id = since.pattern_id AND begins >= number ORDER BY r.pattern_id, begins",
-        list(since),
-        list(since.values()),
-    )
-    return [Range(*row) for row in rows]
+async def read_patterns(
+    database: Database, tenants: Collection[int], since: Mapping[int, int], ciphers: Ciphers
+) -> list[PatternRead]:
+    """The computed patterns of some tenants, as they were at one moment; `since`: from which number on, by pattern. Raises
+    LedgerUnavailable, DatabaseUnfit."""
+    rows = await database.fetch(_READ_PATTERNS, list(tenants), list(since), list(since.values()))
+    read: dict[int, PatternRead] = {}
+    for row in rows:
+        number = row["pattern_id"]
+        if number not in read:
+            read[number] = PatternRead(number, row["tenant_id"], ciphers.of(row), row["uploaded"], [])
+        if row["begins"] is not None:
+            read[number].ranges.append(Range(row["begins"], row["ends"], row["book_id"]))
+    return list(read.values())
 
 
 class NumbersPage(NamedTuple):

@@ -14,7 +14,7 @@ from enum import Enum
 from time import monotonic
 
 from coupon_svc.domain.computed import PatternCipher
-from coupon_svc.postgres.computed import Ciphers, Range, read_patterns, read_ranges
+from coupon_svc.postgres.computed import Ciphers, Range, read_patterns
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
 
@@ -94,22 +94,15 @@ class IssuedCodes:
 
     async def refresh(self, tenants: Collection[int]) -> None:
         """Read the patterns of these tenants, and what ranges they have beyond those known. Raises LedgerUnavailable."""
+        known = {number: one.known_upto for tenant in tenants for number, one in self._tenants.get(tenant, {}).items()}
         try:
-            read = await read_patterns(self._database, tenants, self._ciphers)
+            read = await read_patterns(self._database, tenants, known, self._ciphers)
         except DatabaseUnfit as error:
             raise LedgerUnavailable(str(error)) from None
-        if not read:
-            return
-        known = {
-            one.pattern_id: self._tenants.setdefault(one.tenant_id, {}).setdefault(one.pattern_id, _Pattern(one.cipher))
-            for one in read
-        }
-        for found in await read_ranges(
-            self._database, {number: pattern.known_upto for number, pattern in known.items()}
-        ):
-            pattern = known[found.pattern_id]
-            if found.begins >= pattern.known_upto:  # another refresh may have been faster
-                pattern.begins.append(found.begins)
-                pattern.ranges.append(found)
         for one in read:
-            known[one.pattern_id].uploaded |= one.uploaded
+            pattern = self._tenants.setdefault(one.tenant_id, {}).setdefault(one.pattern_id, _Pattern(one.cipher))
+            pattern.uploaded |= one.uploaded  # first: no range may be known without
+            for found in one.ranges:
+                if found.begins >= pattern.known_upto:  # another refresh may have been faster
+                    pattern.begins.append(found.begins)
+                    pattern.ranges.append(found)

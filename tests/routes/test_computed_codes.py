@@ -6,12 +6,17 @@ import asyncio
 import base64
 from typing import Any
 
+import asyncpg
 import httpx
 import pytest
 
 from coupon_svc.domain.computed import PatternCipher
 from coupon_svc.domain.master_key import MasterKeys
+from coupon_svc.postgres.catalogue import compute_codes, insert_codes
 from coupon_svc.postgres.computed import Ciphers
+from coupon_svc.postgres.database import Database
+from coupon_svc.service.code_directory import CodeDirectory
+from coupon_svc.service.issued_codes import IssuedCodes, Verdict
 from tests.harness import MASTER_KEY, Stack
 from tests.routes.helpers import assign, make_book, upload
 
@@ -95,6 +100,63 @@ async def test_an_uploaded_code_that_lies_in_the_pattern_is_never_computed(
         assert (await client.get(f"/coupons/codes/{code}")).json()["book_id"] == uploads
         response = await client.post(f"/coupons/assign/{code}", json={"user_id": "u"})
         assert (response.status_code, response.json()["book_id"]) == (201, uploads)
+
+
+async def test_a_range_waits_for_an_upload_that_may_have_its_codes(client: httpx.AsyncClient, service: Stack) -> None:
+    """Else the upload would add a code whose number the range takes meanwhile."""
+    book_id = await computed_book(client, generate={**GENERATE, "total": 150_000})
+    cipher, _, ends = await cipher_of(service, book_id)
+    (tenant_id,) = (await service.ledger("SELECT tenant_id FROM books WHERE book_id = $1", book_id))[0]
+    ciphers = Ciphers(MasterKeys.parse(MASTER_KEY))
+    uploader, taker = [await asyncpg.connect(service.database_url) for _ in range(2)]
+    uploads = await make_book(client, codes=["OTHER-1"])
+
+    async def take() -> None:
+        async with taker.transaction():
+            assert await compute_codes(taker, tenant_id, book_id, cipher.pattern, 150_000, ciphers)
+
+    async with uploader.transaction():
+        await insert_codes(uploader, tenant_id, uploads, cipher.codes([ends + 7]), ciphers)
+        taking = asyncio.create_task(take())
+        done, _ = await asyncio.wait([taking], timeout=0.5)
+        assert not done
+    await taking
+    (row,) = await service.ledger("SELECT max(ends) AS ends FROM code_ranges WHERE book_id = $1", book_id)
+    assert row["ends"] == ends + 150_001
+    for connection in (uploader, taker):
+        await connection.close()
+
+
+async def test_an_upload_and_a_range_over_it_are_seen_together(client: httpx.AsyncClient, service: Stack) -> None:
+    """Whatever is done between two statements of a process that reads what was issued."""
+    book_id = await computed_book(client, generate={**GENERATE, "total": 150_000})
+    cipher, _, ends = await cipher_of(service, book_id)
+    (tenant_id,) = (await service.ledger("SELECT tenant_id FROM books WHERE book_id = $1", book_id))[0]
+    (code,) = cipher.codes([ends + 7])
+    uploads = await make_book(client, codes=["OTHER-1"])
+
+    class Interrupted(Database):
+        """The code is uploaded, and a range taken over it, behind the first statement."""
+
+        statements = 0
+
+        async def fetch(self, query: str, *args: Any) -> Any:
+            rows = await super().fetch(query, *args)
+            self.statements += 1
+            if self.statements == 1:
+                await upload(client, uploads, [code])
+                more = {"book_id": book_id, "generate": {**GENERATE, "total": 150_000}}
+                assert (await client.post("/coupons/codes", json=more)).status_code == 200
+            return rows
+
+    database = Interrupted(service.database_url, "test")
+    issued = IssuedCodes(database, Ciphers(MasterKeys.parse(MASTER_KEY)))
+    await issued.refresh([tenant_id])
+    assert issued.look(tenant_id, code) is Verdict.NOT_ISSUED
+    directory = CodeDirectory(database, issued)
+    assert await directory.book_of_code(tenant_id, code, 5) == uploads
+    assert await directory.book_of_code(tenant_id, cipher.codes([ends + 8])[0], 5) == book_id
+    await database.close()
 
 
 async def test_a_code_that_a_range_has_is_a_duplicate_when_it_is_uploaded(
