@@ -124,7 +124,10 @@ async def test_holders_are_observed_as_well() -> None:
         (OutcomeUnknown(), Outcome.OUTCOME_UNKNOWN, Outcome.STORE_UNAVAILABLE),
         (ReplyError("OOM command not allowed"), Outcome.BACKLOG_FULL, Outcome.BACKLOG_FULL),
         (ReplyError("MISCONF cannot write"), Outcome.STORE_UNAVAILABLE, Outcome.STORE_UNAVAILABLE),
-        (ReplyError("LOADING"), Outcome.STORE_UNAVAILABLE, Outcome.STORE_UNAVAILABLE),
+        *(
+            (ReplyError(f"{word} the server's reason"), Outcome.STORE_UNAVAILABLE, Outcome.STORE_UNAVAILABLE)
+            for word in ("LOADING", "BUSY", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN")
+        ),
         (ReplyError("READONLY"), Outcome.RECOVERING, Outcome.RECOVERING),
         (ReplyError("MASTERDOWN"), Outcome.RECOVERING, Outcome.RECOVERING),
         (ReplyError("ERR user_script:1: a bug"), Outcome.INTERNAL_ERROR, Outcome.INTERNAL_ERROR),
