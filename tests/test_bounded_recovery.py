@@ -18,7 +18,8 @@ from coupon_svc.config import load_settings
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.receipts import Receipt
-from coupon_svc.postgres import outstanding, recovery
+from coupon_svc.domain.reports import Report
+from coupon_svc.postgres import outstanding, processes, recovery
 from coupon_svc.postgres.catalogue import lease_code
 from coupon_svc.postgres.database import one_row, open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable, NotOwner
@@ -39,6 +40,7 @@ from coupon_svc.writer.recover import Recoverer
 from coupon_svc.writer.shard import Shard
 from coupon_svc.writer.upkeep import Upkeep
 from coupon_svc.writer.writer import Writer
+from tests.entries import entry_of
 from tests.harness import Stack, fresh_database, running_stack, until
 from tests.owned import open_shard
 
@@ -638,3 +640,18 @@ async def test_shards_do_not_wait_one_after_the_other_for_a_process_that_was_kil
         await until(certified, 60)
         took_s = time.monotonic() - began
         assert took_s < 15, "the shards have waited for the killed process one after the other"
+
+
+async def test_a_report_has_a_bound_and_what_lies_above_it_counts_as_lost(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "ENTRIES_REPORTED_MAX", 2)
+    entries = [
+        entry_of(Event(1, seq, COUPON_ASSIGNED, "bk_00x", f"C-{seq}", "u", 1), tip=f"t{seq}") for seq in (1, 2, 3)
+    ]
+    await processes.report_seen(bench.ledger, "p", [Report(0, 1, 3, entries)])
+    kept = await bench.ledger.fetch("SELECT seq FROM reported_entries ORDER BY seq")
+    assert [row["seq"] for row in kept] == [1, 2]
+    assert await bench.ledger.fetchval("SELECT seen_seq FROM api_reports") == 3, (
+        "so the recovery knows that it lacks one"
+    )

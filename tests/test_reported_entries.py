@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -18,7 +19,12 @@ CODES = 200
 
 
 async def book_of(http: httpx.AsyncClient) -> str:
-    rules = {"name": "b", "ack": "redis", "generate": {"pattern": "RE-########", "total": CODES}}
+    rules = {
+        "name": "b",
+        "ack": "redis",
+        "max_redemptions_per_code": 3,
+        "generate": {"pattern": "RE-########", "total": CODES},
+    }
     return str((await http.post("/coupons", json=rules)).json()["book_id"])
 
 
@@ -56,14 +62,21 @@ async def shop(make_stack: MakeStack) -> AsyncIterator[Shop]:
 
 async def lose_redis(stack: Stack, writer: Part, work: Callable[[], Awaitable[None]]) -> None:
     """Let Redis forget everything that was done by `work`, and whose events the ledger has not."""
-    assert stack.redis_server is not None
     writer.signal(signal.SIGSTOP)
     await work()
+    restart_redis(stack, None)
+    writer.signal(signal.SIGCONT)
+
+
+def restart_redis(stack: Stack, copy: Path | None) -> None:
+    """Kill Redis, and let it come back as it was when its files were copied, or empty."""
+    assert stack.redis_server is not None
     stack.redis_server.kill()
     for folder in stack.redis_server.directory.rglob("appendonlydir"):
         shutil.rmtree(folder)
+        if copy is not None:
+            shutil.copytree(copy, folder)
     stack.redis_server.start()
-    writer.signal(signal.SIGCONT)
 
 
 async def counters(http: httpx.AsyncClient, book_id: str, timeout: float = 30) -> dict[str, int]:
@@ -95,6 +108,33 @@ async def test_a_lost_redis_loses_no_answer_of_processes_that_live(shop: Shop) -
         assert (again["code"], again["position"]) == (one["code"], one["position"])
         assert again["durable"]
     assert await shop.stack.ledger("SELECT FROM reported_entries") == []
+
+
+async def test_a_redis_that_lacks_no_more_than_the_answer_of_a_key_is_not_kept(shop: Shop, tmp_path: Path) -> None:
+    """Its coupons are those of the ledger, and its counts, too."""
+    book_id = await book_of(shop.first)
+    code = (await assign(shop.first, book_id, "ann"))["code"]
+    body = {"user_id": "ann"}
+
+    async def named() -> httpx.Response:
+        return await shop.second.post(f"/coupons/assign/{code}", json=body, headers={"Idempotency-Key": "named"})
+
+    await shop.stack.drained()
+    assert shop.stack.redis_server is not None
+    async with shop.stack.redis() as redis:
+        await redis.execute_command("WAITAOF", 1, 0, 5_000)
+    (files,) = shop.stack.redis_server.directory.rglob("appendonlydir")
+    shutil.copytree(files, tmp_path / "copy")
+    shop.writer.kill()  # one that is only stopped finds the event in its socket when it goes on
+    first = await named()
+    assert (first.status_code, first.json()["durable"]) == (200, False)
+    restart_redis(shop.stack, tmp_path / "copy")
+    shop.stack.writer()
+    await counters(shop.first, book_id)
+    assert (await shop.first.post(f"/coupons/redeem/{code}", json=body)).status_code == 201
+    again = await named()
+    assert again.headers["idempotent-replayed"] == "true"
+    assert again.json() == {**first.json(), "durable": True}
 
 
 async def test_what_a_silent_process_may_have_answered_is_quarantined(shop: Shop) -> None:
