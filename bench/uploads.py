@@ -20,6 +20,7 @@ from coupon_svc.postgres.catalogue import ROUND, random_places
 
 _PATTERN = parse_pattern("############", "alphanumeric")
 _BLOCK = 10_000
+_COLUMNS = ("tenant_id", "code", "book_id", "place")
 WATCH_EVERY_S = 0.02
 _SAME_TABLE = "CREATE TABLE copied (LIKE codes INCLUDING ALL)"
 
@@ -144,7 +145,7 @@ async def _copy(url: str, book_id: str, blocks: list[list[str]]) -> float:
 
         await connection.execute("CHECKPOINT")
         began = time.monotonic()
-        await connection.copy_to_table("copied", source=rows(), format="text", timeout=3600)
+        await connection.copy_to_table("copied", columns=_COLUMNS, source=rows(), format="text", timeout=3600)
         return time.monotonic() - began
     finally:
         await connection.close()
