@@ -16,9 +16,12 @@ import msgspec
 from redis.asyncio import Redis
 
 from coupon_svc.config import load_settings
+from coupon_svc.domain.computed import TOTAL_MIN
+from coupon_svc.domain.master_key import MasterKeys
 from coupon_svc.ops.verify import Verifier
+from coupon_svc.postgres.computed import Ciphers
 from coupon_svc.postgres.database import PATIENT_S, open_connection
-from tests.harness import START_S, Part, Stack, until
+from tests.harness import MASTER_KEY, START_S, Part, Stack, until
 from tests.linearizable import CodeModel, LimitModel, Operation, require_linearizable
 
 WRITERS = APIS = 2
@@ -29,6 +32,8 @@ ROAMING = 0.1
 BURST_MAX = 8
 """How many requests of a client are under way at once, so that a call has several operations."""
 CODES = 1600
+COMPUTED_CODES = TOTAL_MIN
+"""So that the books for many codes are computed ones, as large books are."""
 """Of each book."""
 CONTENDED = 60
 """Of them, those that clients ask for by name."""
@@ -137,21 +142,38 @@ class Run:
         return numbers if self.random.random() < 0.5 else [self.random.choice(numbers)]
 
     async def prepare(self) -> None:
-        """Two books of each kind: one for many codes, one with a limit of one code a user."""
+        """Two books of each kind: one for many codes, which are computed, and one with a limit of one code a user, whose
+        codes are stored."""
         self.authorization = f"Bearer {await self.stack.key()}"
         async with self.client() as http:
             for ack in ("ledger", "redis"):
                 for limit in (None, 1):
                     rules = {"name": ack, "ack": ack, "max_codes_per_user": limit, "max_redemptions_per_code": USES}
-                    generate = {"pattern": f"{ack[0]}{limit or 0}-########", "total": CODES}
+                    generate = {
+                        "pattern": f"{ack[0]}{limit or 0}-########",
+                        "total": CODES if limit else COMPUTED_CODES,
+                    }
                     book_id = await new_book(http, {**rules, "generate": generate})
                     self.books[book_id] = ack
                     if limit:
                         self.limited.add(book_id)
         for book_id in self.books:
-            rows = await self.stack.ledger("SELECT code FROM codes WHERE book_id = $1 ORDER BY code", book_id)
-            self._contended += [(row["code"], book_id) for row in self.random.sample(rows, CONTENDED)]
+            codes = await self._codes_of(book_id)
+            self._contended += [(code, book_id) for code in self.random.sample(codes, CONTENDED)]
         self.epochs = self._first_epochs = await self.epochs_now()
+
+    async def _codes_of(self, book_id: str) -> list[str]:
+        """Codes of a book, among them those that are lent first."""
+        rows = await self.stack.ledger("SELECT code FROM codes WHERE book_id = $1 ORDER BY code", book_id)
+        ranges = await self.stack.ledger(
+            "SELECT p.*, begins FROM code_ranges JOIN computed_patterns p USING (pattern_id) WHERE book_id = $1",
+            book_id,
+        )
+        ciphers = Ciphers(MasterKeys.parse(MASTER_KEY))
+        computed = [
+            code for row in ranges for code in ciphers.of(row).codes(range(row["begins"], row["begins"] + CODES))
+        ]
+        return [row["code"] for row in rows] or computed
 
     async def load(
         self, seconds: float, base_url: str = "", pause_s: float = 0.0, stop: asyncio.Event | None = None
