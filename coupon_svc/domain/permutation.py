@@ -32,7 +32,6 @@ class FF1:
         """`key` is an AES key of 16, 24 or 32 bytes. Raises ValueError for a domain that is too small, or too long."""
         if not (2 <= radix <= 1 << 16 and 2 <= length <= LENGTH_MAX and radix**length >= DOMAIN_MIN):
             raise ValueError("FF1 is not for numbers of this radix and length")
-        self.domain = int(radix**length)
         left, right = length // 2, length - length // 2
         self._sizes = (int(radix**left), int(radix**right))  # of the half that an even round changes, and an odd one
         # The lengths b and d of the specification: bytes of a half as a number, and of what is added to one.

@@ -429,6 +429,8 @@ def _print(report: Report) -> None:
     unhashed = sum(head.unhashed for head in report.heads)
     if unhashed:
         print(f"{unhashed} rows of the ledger are from before its hash chain; whether they were edited cannot be told.")
+    if report.computed_books:
+        print(f"The codes of {report.computed_books} books are computed.")
     if report.without_key:
         print(
             f"{report.without_key} books have computed codes. Their counts were checked; whether each code is of its book's"
