@@ -420,8 +420,7 @@ def run_verify(settings: Settings, *, as_json: bool, heads: Path | None = None) 
 
 def _print(report: Report) -> None:
     print(
-        f"{report.shards} shards, {report.books} books ({report.computed_books} with computed codes):"
-        f" {report.codes_held} codes held, {report.codes_free} free in Redis,"
+        f"{report.shards} shards, {report.books} books: {report.codes_held} codes held, {report.codes_free} free in Redis,"
         f" {report.under_way} were on their way to the ledger."
     )
     ends = [f"{head.position} {head.chain}" for head in report.heads if head.position]
