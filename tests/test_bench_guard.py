@@ -337,6 +337,7 @@ async def one(connections: Connections, request: bytes) -> None:
     assert await answered == 201
 
 
+@pytest.mark.chaos
 async def test_an_assign_takes_less_than_twice_the_processor_time_of_the_echo(
     service: Stack, client: httpx.AsyncClient, tmp_path: Path
 ) -> None:

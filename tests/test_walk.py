@@ -530,5 +530,5 @@ def test_the_scripts_do_what_a_plain_model_of_them_foretells(plain_redis: Embedd
             redis.script_load(script.source)
     run_state_machine_as_test(
         OnThisServer,
-        settings=settings(max_examples=100, stateful_step_count=60, deadline=None, print_blob=True),
+        settings=settings(max_examples=60, stateful_step_count=60, deadline=None, print_blob=True),
     )

@@ -70,7 +70,7 @@ async def test_bytes_that_are_no_utf_8_name_nobody(client: httpx.AsyncClient, se
     wire.writer.close()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(user_id=st.text(st.sampled_from(ODD) | st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8))
 async def test_who_is_assigned_a_code_is_listed_with_it(
     client: httpx.AsyncClient, service: Stack, user_id: str
