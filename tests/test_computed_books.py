@@ -232,6 +232,33 @@ async def test_a_missing_or_wrong_master_key_is_named_at_start_and_nothing_is_lo
     await verified(stack)
 
 
+async def test_a_writer_that_lacks_the_key_keeps_its_shards_open(make_stack: MakeStack) -> None:
+    """It was started before there were computed books, and so not refused."""
+    stack = await make_stack()
+    writer = stack.writer(COUPON_MASTER_KEY="")
+    stack.api()
+    await stack.ready()
+    async with await stack.client("shop") as http:
+        books: dict[str, str] = {}
+        while len({book_id[3:5] for book_id in books.values()}) != 1 or len(books) < 2:
+            for name, wanted in (("computed", GENERATE), ("stored", {**GENERATE, "total": 5})):
+                answer = await http.post("/coupons", json={"name": name, "generate": wanted})
+                books[name] = answer.json()["book_id"]
+        answer = await http.post("/coupons/assign", json={"book_id": books["computed"], "user_id": "u"})
+        assert (answer.status_code, answer.json()["code"]) == (503, "refilling")
+        assert writer.said("COUPON_MASTER_KEY is not set")
+        answer = await http.post("/coupons/assign", json={"book_id": books["stored"], "user_id": "u"})
+        assert answer.status_code == 201, "another book of its shard"
+        writer.stop()
+        stack.writer()
+
+        async def sells() -> bool:
+            answer = await http.post("/coupons/assign", json={"book_id": books["computed"], "user_id": "u"})
+            return answer.status_code == 201
+
+        await until(sells, 30)
+
+
 async def test_the_master_key_is_changed_by_command(make_stack: MakeStack) -> None:
     stack = await started(make_stack)
     shop = Shop(stack)

@@ -14,7 +14,7 @@ from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.catalogue import WRITER_CHANNEL
 from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import UNAVAILABLE, LedgerConnection, LedgerSession, within
-from coupon_svc.postgres.errors import BookBusy, LedgerUnavailable, NotOwner
+from coupon_svc.postgres.errors import BookBusy, DatabaseUnfit, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.idempotency import forget_old
 from coupon_svc.postgres.shards import OwnedShard, connection_name
 from coupon_svc.redis.codec import encode_book
@@ -173,6 +173,8 @@ class Lender:
             await work
         except OutOfMemory as error:  # the rules of other books need no memory, and are to be in force all the same
             log.warning("shard %02d: codes have to wait: %s", shard.number, error)
+        except DatabaseUnfit as error:  # a key is missing that this process did not need when it started
+            log.error("shard %02d: codes have to wait: %s", shard.number, error)
         except (StoreError, LedgerUnavailable, *UNAVAILABLE):
             raise
         except NotOwner as error:
