@@ -83,6 +83,7 @@ async def test_a_book_is_paused_lent_and_added_to_while_codes_are_generated_into
     assert (await counters(client, book))["total"] == 61_000 + done
 
 
+@pytest.mark.chaos
 async def test_ten_generations_of_one_tenant_are_nothing_to_another(client: httpx.AsyncClient, service: Stack) -> None:
     crowd = await make_book(client, codes=[])
     generations = [asyncio.create_task(generate(client, crowd, f"T{n}-##########", 30_000)) for n in range(10)]
