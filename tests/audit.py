@@ -390,7 +390,8 @@ async def _audit_books(ledger: Any, redis: Redis, dead: set[str]) -> None:
         """
         SELECT book_id, code, coupons.uses, assigned_at_ms, user_id, last.epoch, last.seq
         FROM coupons JOIN (SELECT DISTINCT ON (book_id, code) book_id, code, epoch, seq FROM events
-                           WHERE event <> 'coupon_confirmed' ORDER BY book_id, code, epoch DESC, seq DESC) AS last USING (book_id, code)
+                           WHERE event <> 'coupon_confirmed'
+                           ORDER BY book_id, code, epoch DESC, seq DESC) AS last USING (book_id, code)
         """
     ):
         holder = Holder((row["epoch"], row["seq"]), row["uses"], row["assigned_at_ms"], row["user_id"])

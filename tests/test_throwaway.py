@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,4 +40,23 @@ def test_what_is_written_while_it_is_removed_is_removed_too(tmp_path: Path, monk
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with throwaway.signals_raise(), throwaway.throwaway_service("test"):
         pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_order_that_comes_while_it_starts_leaves_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is there, and nobody knows it yet."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(folder: Path, output: Path, arguments: object) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        signal.raise_signal(signal.SIGTERM)
+        return started[0]
+
+    monkeypatch.setattr(throwaway, "_start", start)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with throwaway.signals_raise(), pytest.raises(KeyboardInterrupt), throwaway.throwaway_service("test"):
+        pass
+    assert started[0].returncode == -signal.SIGTERM
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -23,6 +24,8 @@ from coupon_svc.domain.errors import CouponError
 START_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 12.0  # `coupon-svc dev` promises ten
 REMOVE_TIMEOUT_SECONDS = 15.0
+_ORDERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""To stop."""
 
 
 class ThrowawayError(CouponError):
@@ -37,14 +40,17 @@ def throwaway_service(purpose: str, arguments: Sequence[str] = ()) -> Iterator[d
     ThrowawayError and ServerError. Only the main thread can call it, and after the block the orders to stop are ignored.
     """
     require_packages()
-    folder = Path(tempfile.mkdtemp(prefix=f"coupon-{purpose}-"))
-    folder.chmod(0o711)  # as root, Postgres runs as another user
-    output = folder / "output.log"
+    folder: Path | None = None
     process: subprocess.Popen[bytes] | None = None
     try:
+        with _orders_wait():
+            folder = Path(tempfile.mkdtemp(prefix=f"coupon-{purpose}-"))
+        folder.chmod(0o711)  # as root, Postgres runs as another user
+        output = folder / "output.log"
         began = time.monotonic()
         print(f"Starting Valkey, Postgres, the writer and the API, for this {purpose} alone …", end=" ", flush=True)
-        process = _start(folder, output, arguments)
+        with _orders_wait():  # else one that comes while it starts leaves a process that nobody knows
+            process = _start(folder, output, arguments)
         try:
             told = _await_ready(process, folder / "data" / "dev.json", output)
         except BaseException:
@@ -53,11 +59,12 @@ def throwaway_service(purpose: str, arguments: Sequence[str] = ()) -> Iterator[d
         print(f"ready ({time.monotonic() - began:.1f} s)", flush=True)
         yield told
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # impatience must not leave anything behind
+        for number in _ORDERS:  # impatience must not leave anything behind
             signal.signal(number, signal.SIG_IGN)
         if process is not None:
             _stop(process)
-        leash.wait_until(lambda: _removed(folder), REMOVE_TIMEOUT_SECONDS)
+        if folder is not None:
+            leash.wait_until(partial(_removed, folder), REMOVE_TIMEOUT_SECONDS)
 
 
 def _start(folder: Path, output: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -101,6 +108,20 @@ def _removed(folder: Path) -> bool:
     """Remove it. Parts that end with a supervisor which had to be killed may write to it until they are gone."""
     shutil.rmtree(folder, ignore_errors=True)
     return not folder.exists()
+
+
+@contextlib.contextmanager
+def _orders_wait() -> Iterator[None]:
+    """The orders to stop take effect when the block is left."""
+    came: list[int] = []
+    former = {number: signal.signal(number, lambda order, _: came.append(order)) for number in _ORDERS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        for order in came:
+            signal.raise_signal(order)
 
 
 @contextlib.contextmanager
