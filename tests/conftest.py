@@ -15,7 +15,7 @@ import hypothesis
 import pytest
 from redis.asyncio import Redis
 
-from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis
+from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis, free_port
 from tests.harness import Stack, fresh_database
 
 # How long an example takes says nothing on a shared machine; the first one of a fresh clone reads all of Unicode.
@@ -65,7 +65,9 @@ def cluster_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded
     """A cluster of one node that has all slots: a script that touches two of them is refused."""
     from redis import Redis as BlockingRedis
 
-    with EmbeddedRedis(tmp_path_factory.mktemp("cluster"), extra=("cluster-enabled yes",)) as server:
+    # By itself, its bus takes a port of the range of outgoing connections, which may be in use.
+    extra = ("cluster-enabled yes", f"cluster-port {free_port()}")
+    with EmbeddedRedis(tmp_path_factory.mktemp("cluster"), extra=extra) as server:
         with BlockingRedis.from_url(server.admin_url) as client:
             client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
             while client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":

@@ -17,7 +17,7 @@ import pytest
 import redis
 
 from coupon_svc.dev import leash
-from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis, ServerError, StartCancelledError
+from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis, ServerError, StartCancelledError, free_port
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,9 @@ def test_passwords_stand_in_private_files_only(valkey: EmbeddedRedis, postgres: 
 
 def test_extra_lines_come_after_ours(tmp_path: Path) -> None:
     with (
-        EmbeddedRedis(tmp_path, extra=("cluster-enabled yes", "appendfsync always")) as server,
+        EmbeddedRedis(
+            tmp_path, extra=("cluster-enabled yes", f"cluster-port {free_port()}", "appendfsync always")
+        ) as server,
         client(server.admin_url) as admin,
     ):
         assert admin.info("cluster")["cluster_enabled"] == 1

@@ -176,13 +176,13 @@ class EmbeddedServer(ABC):
         self.log.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
         rotate_log(self.log)
         if not self._settings_file.exists():
-            write_private(self._settings_file, json.dumps({"port": _free_port(), **self._first_settings()}))
+            write_private(self._settings_file, json.dumps({"port": free_port(), **self._first_settings()}))
         self._initialise(deadline, cancelled)
 
     def _settle_port(self) -> None:
         # Our own server, just killed, may hold the port for a moment more.
         if not leash.wait_until(lambda: _is_free(self.port), timeout=1.0):
-            write_private(self._settings_file, json.dumps({**self._settings, "port": _free_port()}))
+            write_private(self._settings_file, json.dumps({**self._settings, "port": free_port()}))
 
     def _end_leftovers(self) -> None:
         """Waits for the processes of an earlier owner, who was killed, asking them to end, then ending them."""
@@ -485,7 +485,8 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now. Raises ServerError."""
     for _ in range(1000):
         port = secrets.choice(_PORTS)
         if _is_free(port):
