@@ -177,8 +177,9 @@ async def keys_put_back_unheard(run: Run) -> None:
         shard = int(probe.books["ledger"][3:5])
 
         async def told() -> str:
-            rows = await run.stack.ledger("SELECT epoch, stopped FROM shards WHERE shard = $1", shard)
-            return rows[0]["stopped"] or ("recovered" if rows[0]["epoch"] > run.epochs[shard] else "")
+            # A recovery that finds the two histories stops the shard after it has begun its epoch.
+            rows = await run.stack.ledger("SELECT certified_epoch, stopped FROM shards WHERE shard = $1", shard)
+            return rows[0]["stopped"] or ("recovered" if rows[0]["certified_epoch"] > run.epochs[shard] else "")
 
         word = await until(told, HEAL_S, "the shard should be recovered or stopped")
         if word != "recovered":
