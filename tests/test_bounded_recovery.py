@@ -16,7 +16,7 @@ import pytest
 
 from coupon_svc.config import load_settings
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.domain.events import COUPON_ASSIGNED, Event
+from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_CONFIRMED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.domain.reports import Report
 from coupon_svc.postgres import outstanding, processes, recovery
@@ -302,6 +302,25 @@ async def test_without_a_mark_a_rebuild_begins_at_the_first_event(bench: Bench) 
     await bench.ledger.execute("UPDATE shards SET rebuild = true WHERE shard = 0")
     await bench.recover()
     assert await keys_in_redis(bench) == {"first": "I-1-1"}
+
+
+async def test_a_confirmed_coupon_that_the_ledger_lacks_holds_up_no_rebuild(bench: Bench) -> None:
+    """Its assign may be a dead letter. The keys of the others are restored."""
+    book_id, now = await bench.book("C"), round(time.time() * 1000)
+    await bench.ledger.execute("INSERT INTO coupons VALUES ($1, 'HELD', 'u', 7, 0, 1, 1)", book_id)
+    confirmed = [
+        Event(1, seq, COUPON_CONFIRMED, book_id, code, "u", now, 0, idem=code.lower(), fingerprint="f")
+        for seq, code in ((2, "HELD"), (3, "LOST"))
+    ]
+    entry = entry_of(*confirmed, tip="t")
+    await bench.ledger.execute(
+        "INSERT INTO entries (shard, epoch, seq, n, after, tip, at_ms, keyed, events, chain)"
+        " VALUES (0, $1, $2, $3, $4, $5, $6, true, $7, '')",
+        *entry,
+    )
+    await bench.ledger.execute("UPDATE shards SET rebuild = true WHERE shard = 0")
+    await bench.recover()
+    assert await keys_in_redis(bench) == {"held": "HELD"}
 
 
 async def test_a_key_whose_event_came_late_is_restored_though_it_stands_before_the_mark(bench: Bench) -> None:

@@ -25,7 +25,7 @@ from coupon_svc.service.idempotency import NO_IDEMPOTENCY, Idempotency
 from coupon_svc.service.registration import Registration
 from coupon_svc.service.waiting import DECIDED, Waiting
 
-_THEIRS = frozenset({ALREADY_YOURS, "confirmed"})
+_ALREADY_THE_USERS = frozenset({ALREADY_YOURS, "confirmed"})
 """The code is the user's already; `confirmed` where an event was made, so that the key's answer is kept."""
 
 
@@ -153,7 +153,9 @@ class Assigning:
         reply = await self._plane.call("assign_code", view, **parameters)
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "assign_code", view, parameters, begun, receipt=wanted.receipt)
-        already_yours = reply.outcome in _THEIRS or (reply.outcome == "replayed" and reply.first == ALREADY_YOURS)
+        already_yours = reply.outcome in _ALREADY_THE_USERS or (
+            reply.outcome == "replayed" and reply.first == ALREADY_YOURS
+        )
         _, last = reply.position
         durable = self._durability.at_once(view, last, reply.ack, made=reply.entry is not None)
         if durable is None:

@@ -131,6 +131,8 @@ def test_an_operation_that_made_an_event_is_told_its_entry() -> None:
     assert OPERATIONS["assign_coupon"].reply(["ok", *answer], entry).entry == entry
     assert OPERATIONS["assign_coupon"].reply(["replayed", *answer], entry).entry is None
     assert OPERATIONS["assign_coupon"].reply(["refilling"], entry).entry is None
+    assert OPERATIONS["assign_code"].reply(["confirmed", *answer], entry).entry == entry
+    assert OPERATIONS["assign_code"].reply(["already_yours", *answer], entry).entry is None
     assert OPERATIONS["unlock_coupon"].reply(["ok"], entry).entry is None
 
 
