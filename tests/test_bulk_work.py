@@ -43,6 +43,7 @@ async def service(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -
     folder = tmp_path_factory.mktemp("bulk")
     with EmbeddedRedis(folder / "redis") as server:
         stack = Stack(server, server.url, await fresh_database(postgres_url, 2), folder, 2)
+        stack.patient = True
         stack.writer(COUPON_LEASE_CODES_MIN="10", COUPON_LEASE_CODES_MAX="10")
         stack.api()
         await stack.ready()

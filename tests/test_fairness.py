@@ -40,7 +40,7 @@ Counts follow it only nearly; the fewest expected in a cell are 12, where its fa
 the thousand that is left to the one in a million we would accept.
 """
 
-SHARD, SHARDS = 96, 97  # of no other test on this server
+SHARD, SHARDS = 96, 97  # no other test on this server has this number
 TERM = Term(SHARD, epoch=1, generation=1)
 CODES = [f"CODE-{number:02d}" for number in range(12)]
 

@@ -18,7 +18,7 @@ from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import Identity
 from tests.scripts.runner import new_rules
 
-SHARDS = 89  # of no other test on these servers
+SHARDS = 89  # tests elsewhere on these servers have greater numbers
 BOOK = "bk_000123456789abcdef"
 NUMBERS = itertools.count()
 
