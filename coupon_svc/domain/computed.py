@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, product
 
 from coupon_svc.domain.codes import Pattern
 from coupon_svc.domain.permutation import DOMAIN_MIN, FF1
@@ -81,11 +81,18 @@ def overlap(one: Pattern, other: Pattern) -> bool:
     )
 
 
-def may_begin_with(pattern: Pattern, prefix: str) -> bool:
-    """Whether some code of the pattern begins so."""
-    return len(prefix) <= len(pattern.text) and all(
+def count_beginning_with(pattern: Pattern, prefix: str) -> int:
+    """How many codes of the pattern begin so."""
+    possible = len(prefix) <= len(pattern.text) and all(
         char in _symbols(pattern, place) for char, place in zip(prefix, pattern.text, strict=False)
     )
+    return len(pattern.symbols) ** pattern.text.count("#", len(prefix)) if possible else 0
+
+
+def codes_beginning_with(pattern: Pattern, prefix: str) -> Iterator[str]:
+    """These codes; `prefix` must be the beginning of some."""
+    rest = [pattern.symbols if char == "#" else char for char in pattern.text[len(prefix) :]]
+    return (prefix + "".join(symbols) for symbols in product(*rest))
 
 
 def share_of_capacity(part: Pattern, whole: Pattern) -> float:

@@ -21,7 +21,8 @@ from coupon_svc.domain.computed import (
     KEY_BYTES,
     TOTAL_MIN,
     PatternCipher,
-    may_begin_with,
+    codes_beginning_with,
+    count_beginning_with,
     may_compute,
     overlap,
     share_of_capacity,
@@ -35,6 +36,9 @@ AT_ONCE = 500
 CIPHERS_KEPT_MAX = 10_000
 NOTED_MAX = 200_000
 """Of a pattern in which more of the tenant's codes lie already, no code is computed: each would have to be noted."""
+BY_PREFIX_MAX = 30_000
+"""Where at most so many codes of a pattern begin with a prefix, each of them is decoded: about 150 ms."""
+_NUMBER_END = (1 << 63) - 1
 _PATTERNS_LOCK = 0x70617474  # "patt"; the advisory lock of a tenant's computed patterns
 
 _PATTERN_COLUMNS = "pattern_id, tenant_id, pattern, symbols, sealed_key, master_key_id, taken"
@@ -322,7 +326,7 @@ async def _books_of_numbers(
     return {row["number"]: row["book_id"] for row in rows if row["named"] in (None, True)}
 
 
-async def _numbers_of(cipher: PatternCipher, codes: Collection[str]) -> dict[str, int]:
+async def _numbers_of(cipher: PatternCipher, codes: Iterable[str]) -> dict[str, int]:
     """As `PatternCipher.numbers_of`, and others have their turn in between."""
     every, numbers = list(codes), dict[str, int]()
     for start in range(0, len(every), AT_ONCE):
@@ -382,7 +386,7 @@ async def codes_by_number(
     connection: asyncpg.Connection, book_id: str, begin: tuple[int, int], prefix: str, at_most: int, ciphers: Ciphers
 ) -> NumbersPage | None:
     """The next `at_most` numbers of a book from a pattern and number on; of their codes, those that begin with `prefix`.
-    None where it has no more."""
+    Where few codes of the pattern do, all of the book's that do. None where it has no more."""
     rows = await connection.fetch(
         f"SELECT {_PATTERN_COLUMNS}, begins, ends FROM code_ranges JOIN computed_patterns USING (pattern_id)"
         " WHERE book_id = $1 AND (pattern_id, ends) > ($2, $3) ORDER BY pattern_id, begins LIMIT 2",
@@ -392,15 +396,30 @@ async def codes_by_number(
     if not rows:
         return None
     row, cipher = rows[0], ciphers.of(rows[0])
-    first = max(row["begins"], begin[1]) if row["pattern_id"] == begin[0] else row["begins"]
-    end = min(first + at_most, row["ends"]) if may_begin_with(cipher.pattern, prefix) else row["ends"]
-    codes: list[tuple[int, str]] = []
-    if may_begin_with(cipher.pattern, prefix):
-        numbers = await _not_passed_over(connection, row["pattern_id"], first, end, uploaded_only=True)
-        listed = zip(numbers, await Numbers(cipher, numbers).codes(), strict=True)
-        codes = [(number, code) for number, code in listed if code.startswith(prefix)]
+    pattern_id = row["pattern_id"]
+    first = max(row["begins"], begin[1]) if pattern_id == begin[0] else row["begins"]
+    if prefix and count_beginning_with(cipher.pattern, prefix) <= BY_PREFIX_MAX:
+        found = await _numbers_beginning_with(connection, book_id, Known(pattern_id, cipher, row["taken"]), prefix)
+        codes = [(number, code) for number, code in found if number >= first]
+        return NumbersPage(pattern_id, codes, (pattern_id, _NUMBER_END))
+    end = min(first + at_most, row["ends"])
+    numbers = await _not_passed_over(connection, pattern_id, first, end, uploaded_only=True)
+    listed = zip(numbers, await Numbers(cipher, numbers).codes(), strict=True)
+    codes = [(number, code) for number, code in listed if code.startswith(prefix)]
     over = end == row["ends"] and len(rows) == 1
-    return NumbersPage(row["pattern_id"], codes, None if over else (row["pattern_id"], end))
+    return NumbersPage(pattern_id, codes, None if over else (pattern_id, end))
+
+
+async def _numbers_beginning_with(
+    connection: asyncpg.Connection, book_id: str, known: Known, prefix: str
+) -> list[tuple[int, str]]:
+    """The book's numbers of a pattern whose codes begin so, in their order, with these codes."""
+    if not count_beginning_with(known.cipher.pattern, prefix):
+        return []
+    numbers = await _numbers_of(known.cipher, codes_beginning_with(known.cipher.pattern, prefix))
+    taken = {number: code for code, number in numbers.items() if number < known.taken}
+    books = await _books_of_numbers(connection, known.pattern_id, taken)
+    return [(number, taken[number]) for number in sorted(books) if books[number] == book_id]
 
 
 # --- lending

@@ -14,7 +14,7 @@ from coupon_svc.postgres.computed import Ciphers, codes_by_number
 from coupon_svc.postgres.database import one_row
 
 LOOKED_AT_MAX = 2_000
-"""How many codes one page of one status looks at, at most."""
+"""How many codes are looked at with one statement for those of one status, or with a prefix, at most."""
 _END = "\x7f"
 """Above every symbol of a code."""
 _NEXT = "\x01"

@@ -16,7 +16,7 @@ from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres.computed import Ciphers
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.errors import LedgerUnavailable
-from coupon_svc.postgres.listing import CodeAsOf, CodesRange, codes_as_of, ledger_position, look_at_codes
+from coupon_svc.postgres.listing import CodeAsOf, CodesRange, LookedAt, codes_as_of, ledger_position, look_at_codes
 from coupon_svc.postgres.uploads import TenantSlots
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.service.books import Books, ReadBook
@@ -28,6 +28,9 @@ SLOTS_PER_TENANT = 2
 PAGE_PATIENCE_S = 30.0
 """How long an export under way waits for Postgres, once per page, before it breaks off."""
 PAUSE_S = 0.5
+ROUNDS_MAX = 10
+"""How often a page that is not full yet looks at further codes, LOOKED_AT_MAX at most each time: with them all it takes some
+200 ms."""
 
 ExportedStatus = Literal["available", "assigned", "redeemed", "quarantined"]
 
@@ -44,7 +47,8 @@ class ListCodes(msgspec.Struct, frozen=True):
 
 
 class CodesPage(msgspec.Struct, frozen=True):
-    """`next` is the `after` of the next page, None on the last one. A page of one status, or of a prefix, may be short."""
+    """`next` is the `after` of the next page, None on the last one. Where few codes are of the status, or begin with the
+    prefix, it may be short."""
 
     codes: list[CodeRead]
     next: str | None
@@ -99,7 +103,7 @@ class Listing:
         self._slots = TenantSlots(SLOTS_PER_TENANT)
 
     async def list_codes(self, wanted: ListCodes) -> CodesPage:
-        """A page costs the same in a book of any size: of one status, a bounded number of codes is looked at.
+        """A page costs the same in a book of any size: it is full, or ROUNDS_MAX times some codes were looked at.
 
         Raises Refused: book_not_found; ledger_behind.
         """
@@ -107,29 +111,42 @@ class Listing:
         live = await self._books.read_book(ReadBook(wanted.tenant_id, wanted.book_id))
         if live.book.ack is Ack.REDIS and wanted.status is not None:
             await self._ledger_has_caught_up(wanted.book_id, begun)
+        codes = list[CodeRead]()
+        of = CodesRange(wanted.book_id, wanted.prefix, wanted.after)
+        for _ in range(ROUNDS_MAX):
+            missing = wanted.limit - len(codes)
+            looked_at = await self._look_at(wanted, of, live.book.max_redemptions_per_code, missing, begun)
+            found, after = await self._read(wanted, looked_at, missing, begun)
+            codes += found
+            if after is None or len(codes) == wanted.limit:
+                return CodesPage(codes, after)
+            of = of._replace(after=after)
+        return CodesPage(codes, of.after)
+
+    async def _look_at(
+        self, wanted: ListCodes, of: CodesRange, redemptions_max: int | None, limit: int, begun: float
+    ) -> LookedAt:
         async with (
             self._slots.slot(wanted.tenant_id, self._durability.left_s(begun)),
             self._database.connection(self._durability.left_s(begun), only_reads=True) as connection,
         ):
-            looked_at = await look_at_codes(
-                connection,
-                CodesRange(wanted.book_id, wanted.prefix, wanted.after),
-                wanted.status,
-                live.book.max_redemptions_per_code,
-                wanted.limit,
-                self._ciphers,
-            )
+            return await look_at_codes(connection, of, wanted.status, redemptions_max, limit, self._ciphers)
+
+    async def _read(
+        self, wanted: ListCodes, looked_at: LookedAt, limit: int, begun: float
+    ) -> tuple[list[CodeRead], str | None]:
+        """Up to `limit` of the candidates that are of the wanted status, and where to go on; None at the end."""
         codes, candidates = list[CodeRead](), list(looked_at.candidates)
-        at_once = max(wanted.limit, LOOKED_AT_ONCE_MIN)
+        at_once = max(limit, LOOKED_AT_ONCE_MIN)
         for start in range(0, len(candidates), at_once):
             part = candidates[start : start + at_once]
             for read in await self._reading.read_codes(wanted.tenant_id, wanted.book_id, part, begun):
                 if wanted.status is None or read.status == wanted.status:
                     codes.append(read)
-                if len(codes) == wanted.limit:
+                if len(codes) == limit:
                     there_is_more = read.code != candidates[-1] or looked_at.last is not None
-                    return CodesPage(codes, looked_at.candidates[read.code] if there_is_more else None)
-        return CodesPage(codes, looked_at.last)
+                    return codes, looked_at.candidates[read.code] if there_is_more else None
+        return codes, looked_at.last
 
     async def export_codes(self, wanted: ExportCodes) -> Export:
         """A book of any size, page by page, as the ledger has it at the position where it is now. Nothing is read ahead, and

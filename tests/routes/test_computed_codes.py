@@ -10,7 +10,7 @@ import asyncpg
 import httpx
 import pytest
 
-from coupon_svc.domain.computed import PatternCipher
+from coupon_svc.domain.computed import PatternCipher, codes_beginning_with
 from coupon_svc.domain.master_key import MasterKeys
 from coupon_svc.postgres.catalogue import compute_codes, insert_codes
 from coupon_svc.postgres.computed import Ciphers
@@ -250,7 +250,7 @@ async def test_a_stored_book_may_get_computed_codes_too(client: httpx.AsyncClien
     assert len(set(codes)) == 60
 
 
-async def pages_of(client: httpx.AsyncClient, book_id: str, **query: Any) -> list[list[str]]:
+async def pages_of(client: httpx.AsyncClient, book_id: str, *, pages_max: int = 60, **query: Any) -> list[list[str]]:
     pages, cursor = [], ""
     while cursor is not None:
         parameters = {**query, **({"cursor": cursor} if cursor else {})}
@@ -258,7 +258,7 @@ async def pages_of(client: httpx.AsyncClient, book_id: str, **query: Any) -> lis
         assert response.status_code == 200, response.text
         pages.append([read["code"] for read in response.json()["codes"]])
         cursor = response.json()["next_cursor"]
-        if len(pages) == 60:
+        if len(pages) == pages_max:
             break
     return pages
 
@@ -269,18 +269,44 @@ async def test_computed_codes_are_listed_behind_stored_ones(client: httpx.AsyncC
     cipher, begins, _ = await cipher_of(service, book_id)
     by_name = cipher.codes([begins + 3])[0]
     assert (await client.post(f"/coupons/assign/{by_name}", json={"user_id": "u"})).status_code == 201
-    pages = await pages_of(client, book_id, limit=7)
+    pages = await pages_of(client, book_id, pages_max=8, limit=7)
     first = [f"OWN-{n}" for n in range(5)] + cipher.codes(range(begins, begins + 60))
-    assert [code for page in pages[:8] for code in page] == first[:56]
+    assert [code for page in pages for code in page] == first[:56]
     assert len(pages[0]) == 7
-    free = [code for page in (await pages_of(client, book_id, limit=50, status="available"))[:3] for code in page]
+    free = [code for page in await pages_of(client, book_id, pages_max=3, status="available") for code in page]
     assert free == [
         code for code in [f"OWN-{n}" for n in range(5)] + cipher.codes(range(begins, begins + 146)) if code != by_name
     ]
     assert await pages_of(client, book_id, status="assigned") == [[by_name]]
     assert (await pages_of(client, book_id, prefix="OWN-"))[0] == [f"OWN-{n}" for n in range(5)]
-    assert (await pages_of(client, book_id, prefix=by_name[:9], limit=1000))[0] != []
+    page = (await client.get(f"/coupons/{book_id}/codes?prefix={by_name[:8]}")).json()
+    assert len(page["codes"]) == 50, "a thirtieth of all begins so"
     assert await pages_of(client, book_id, prefix="SUMMER-1") == [[]]
+
+
+async def test_a_prefix_finds_its_codes_wherever_in_a_billion_they_are(
+    client: httpx.AsyncClient, service: Stack
+) -> None:
+    """Where few codes of the pattern begin so, all of these are decoded, and none of the billion is read."""
+    book_id = await computed_book(client)
+    other = await computed_book(client, generate={**GENERATE, "total": 200_000})
+    cipher, begins, ends = await cipher_of(service, book_id)
+    code = cipher.codes([ends - 1])[0]
+    within = {
+        number: found
+        for found, number in cipher.numbers_of(codes_beginning_with(cipher.pattern, code[:13])).items()
+        if begins <= number < ends
+    }
+    expected = [within[number] for number in sorted(within)]
+    assert len(expected) > 1
+    assert (await pages_of(client, book_id, prefix=code[:13], limit=1000))[0] == expected
+    pages = await pages_of(client, book_id, prefix=code[:13], limit=len(expected) // 2)
+    assert [found for page in pages for found in page] == expected
+    assert code not in (await pages_of(client, other, prefix=code[:13]))[0]
+    lines = (
+        await client.get(f"/coupons/{book_id}/codes?prefix={code}", headers={"Accept": "text/csv"})
+    ).text.splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == [code]
 
 
 async def test_all_computed_codes_are_exported_as_they_are(client: httpx.AsyncClient, service: Stack) -> None:

@@ -100,6 +100,23 @@ async def test_a_page_of_one_status_looks_at_a_bounded_number_of_codes(client: h
     assert len(await everything(client, book, status="available", limit=1000)) == total - 1
 
 
+async def test_a_page_goes_on_looking_until_it_has_something(client: httpx.AsyncClient) -> None:
+    """The one code that is redeemed is behind more held ones than are looked at in one go."""
+    total = LOOKED_AT_MAX + 10
+    book = await make_book(client, generate={"pattern": "##########", "total": total}, max_redemptions_per_code=2)
+    held = []
+    for begin in range(0, total, 1000):
+        users = [f"u{number}" for number in range(begin, min(begin + 1000, total))]
+        answer = await client.post("/coupons/assignments", json={"book_id": book, "user_ids": users})
+        held += [result["code"] for result in answer.json()["results"]]
+    for _ in range(2):
+        await redeem(client, max(held))
+    page = (await client.get(f"/coupons/{book}/codes?status=redeemed&limit=1")).json()
+    assert [code["code"] for code in page["codes"]] == [max(held)]
+    page = (await client.get(f"/coupons/{book}/codes?status=locked")).json()
+    assert (page["codes"], page["next_cursor"]) == ([], None), "all were looked at"
+
+
 async def test_codes_of_a_book_that_is_shut_are_listed(client: httpx.AsyncClient) -> None:
     book = await make_book(client, codes=["SHUT-1"])
     await patch(client, book, status="closed")

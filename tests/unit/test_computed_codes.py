@@ -14,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coupon_svc.domain.codes import ALPHABETS, parse_pattern
-from coupon_svc.domain.computed import PatternCipher, may_compute, overlap, share_of_capacity
+from coupon_svc.domain.computed import (
+    PatternCipher,
+    codes_beginning_with,
+    count_beginning_with,
+    may_compute,
+    overlap,
+    share_of_capacity,
+)
 from coupon_svc.domain.permutation import FF1
 
 NIST_KEY = bytes.fromhex("2B7E151628AED2A6ABF7158809CF4F3CEF4359D8D580AA4F7F036D6F04FC6A94")
@@ -131,6 +138,16 @@ def test_the_share_of_a_pattern_that_lies_in_another() -> None:
     assert share_of_capacity(parse_pattern("A###", "digits"), parse_pattern("####", "alphanumeric")) == (
         pytest.approx(1 / 36 * (10 / 36) ** 3)
     )
+
+
+@pytest.mark.parametrize("prefix", ["", "A", "A1", "A10", "A10-", "A10-0", "A10-01", "B", "A2", "A10-011"])
+def test_all_codes_that_begin_so_are_named(prefix: str) -> None:
+    pattern = parse_pattern("A##-##", "01")
+    codes = [f"A{a}{b}-{c}{d}" for a, b, c, d in itertools.product("01", repeat=4)]
+    expected = [code for code in codes if code.startswith(prefix)]
+    assert count_beginning_with(pattern, prefix) == len(expected)
+    if expected:
+        assert sorted(codes_beginning_with(pattern, prefix)) == expected
 
 
 def _numerals(number: int, radix: int, length: int) -> str:
