@@ -21,7 +21,7 @@ from coupon_svc.config import Settings, SettingsError, load_settings
 from coupon_svc.domain.api_keys import ApiKey
 from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.master_key import new_master_key
-from coupon_svc.postgres import keys, quarantine
+from coupon_svc.postgres import epochs, keys, quarantine
 from coupon_svc.postgres.computed import rotate
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, open_connection
 from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
@@ -410,7 +410,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _rebuild(args: argparse.Namespace) -> None:
     shards = None if args.shard is None else [args.shard]
     number = _with_database(
-        load_settings(**_no_redis()), lambda connection: quarantine.want_recovery(connection, shards, rebuild=True)
+        load_settings(**_no_redis()), lambda connection: epochs.want_recovery(connection, shards, rebuild=True)
     )
     if not number:
         which = "no shard" if args.shard is None else f"no shard {args.shard}"

@@ -19,15 +19,16 @@ from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_CONFIRMED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.domain.reports import Report
-from coupon_svc.postgres import outstanding, processes, recovery
+from coupon_svc.postgres import epochs, late_events, outstanding, processes, rebuild_source, settling
 from coupon_svc.postgres.catalogue import lease_code
 from coupon_svc.postgres.database import one_row, open_connection
+from coupon_svc.postgres.epochs import NewEpoch, Verdict
 from coupon_svc.postgres.errors import LedgerUnavailable, NotOwner
+from coupon_svc.postgres.late_events import redeem_receipt
 from coupon_svc.postgres.lending import settle_lone_leases
 from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago, note_marks
 from coupon_svc.postgres.migrations import migrate
-from coupon_svc.postgres.quarantine import deal_again, redeem_receipt
-from coupon_svc.postgres.recovery import NewEpoch, Verdict
+from coupon_svc.postgres.quarantine import deal_again
 from coupon_svc.postgres.shards import OwnedShard, owned_shards
 from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.keys import ShardKeys
@@ -271,7 +272,7 @@ async def keys_in_redis(bench: Bench) -> dict[str, str]:
 async def test_a_rebuild_reads_the_events_of_the_last_day_once_for_all_books(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "EVENTS_PAGE", 7)
+    monkeypatch.setattr(rebuild_source, "EVENTS_PAGE", 7)
     books = [await bench.book(f"{number}") for number in range(20)]
     await bench.ledger.execute(
         "INSERT INTO old_events (shard, epoch, seq, event, book_id, code, user_id, at_ms, idem, fingerprint)"
@@ -338,7 +339,7 @@ async def test_a_key_whose_event_came_late_is_restored_though_it_stands_before_t
     )
     begun = NewEpoch(await bench.owned(), 0, False)
     event = Event(1, 5, COUPON_ASSIGNED, book_id, "LATE", "u", round(time.time() * 1000), None, None, None, "late", "f")
-    await recovery.take_late(bench.ledger, "w", begun, 1, [event])
+    await late_events.take_late(bench.ledger, "w", begun, 1, [event])
     await bench.ledger.execute("UPDATE shards SET rebuild = true WHERE shard = 0")
     await bench.recover()
     assert await keys_in_redis(bench) == {"late": "LATE"}
@@ -372,9 +373,9 @@ async def test_marks_are_made_hourly_while_redis_decides_and_the_one_to_begin_at
 # --- settling
 
 
-async def settle(bench: Bench, begun: NewEpoch, verdict: Verdict, book_id: str) -> recovery.Settled:
+async def settle(bench: Bench, begun: NewEpoch, verdict: Verdict, book_id: str) -> settling.Settled:
     await account(bench, book_id)
-    settled, more = await recovery.settle_piece(bench.ledger, "w", begun, verdict, book_id, 1000)
+    settled, more = await settling.settle_piece(bench.ledger, "w", begun, verdict, book_id, 1000)
     assert not more
     return settled
 
@@ -443,21 +444,21 @@ async def test_a_settlement_that_ended_half_way_is_gone_on_with(bench: Bench) ->
     """The first recoverer could not tell whether something was lost. When the second comes all have reported, and the Redis
     before it has an event of that epoch which the first one's had not: neither changes what is to become of the codes."""
     done, left = [await bench.book(name, held=1, free=2, ack="redis") for name in ("H", "L")]
-    begun = await recovery.begin_epoch(bench.ledger, "w", await bench.owned())
-    verdict = await recovery.end_live_epoch(bench.ledger, "w", begun, lost=True)
+    begun = await epochs.begin_epoch(bench.ledger, "w", await bench.owned())
+    verdict = await settling.end_live_epoch(bench.ledger, "w", begun, lost=True)
     assert await settle(bench, begun, verdict, done) == (0, 2)
-    again = await recovery.begin_epoch(bench.ledger, "w", await bench.owned())
+    again = await epochs.begin_epoch(bench.ledger, "w", await bench.owned())
     assert (again.live_epoch, again.verdict) == (0, verdict)
     live = begun.live_epoch
     event = Event(live, 900, COUPON_ASSIGNED, left, "L-2", "late", 1)
-    await recovery.take_late(bench.ledger, "w", again, live, [event])
+    await late_events.take_late(bench.ledger, "w", again, live, [event])
     await bench.recover()
     rows = [await bench.row(book_id) for book_id in (done, left)]
     assert [(row["lent"], row["quarantined"]) for row in rows] == [(1, 2), (1, 2)]
     assert [await bench.counts(book_id) for book_id in (done, left)] == [(0, 1, 1)] * 2
     quarantined = await bench.ledger.fetch("SELECT epoch FROM quarantine")
     assert {row["epoch"] for row in quarantined} == {live}
-    assert (await recovery.begin_epoch(bench.ledger, "w", await bench.owned())).verdict is None
+    assert (await epochs.begin_epoch(bench.ledger, "w", await bench.owned())).verdict is None
 
 
 # --- rebuilding
@@ -467,8 +468,8 @@ async def test_a_receipt_that_comes_in_the_middle_of_a_rebuild_makes_no_second_r
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     book_id = await bench.book("R", held=998, free=1, ack="redis")  # R-999 is the last by name
-    begun = await recovery.begin_epoch(bench.ledger, "w", await bench.owned())
-    await settle(bench, begun, await recovery.end_live_epoch(bench.ledger, "w", begun, lost=True), book_id)
+    begun = await epochs.begin_epoch(bench.ledger, "w", await bench.owned())
+    await settle(bench, begun, await settling.end_live_epoch(bench.ledger, "w", begun, lost=True), book_id)
     honest = bench.store.restore_coupons
     came: list[bool] = []
 
@@ -481,7 +482,7 @@ async def test_a_receipt_that_comes_in_the_middle_of_a_rebuild_makes_no_second_r
             await other.close()
         await honest(*args)
 
-    monkeypatch.setattr(recovery, "PAGE", 500)
+    monkeypatch.setattr(rebuild_source, "PAGE", 500)
     monkeypatch.setattr(bench.store, "restore_coupons", restore_coupons)
     await bench.recover()
     in_pool, held, lent = await bench.counts(book_id)
@@ -498,7 +499,7 @@ async def test_a_recovery_may_take_as_long_as_it_gets_on(bench: Bench, monkeypat
         await asyncio.sleep(0.3)
         await honest(*args)
 
-    monkeypatch.setattr(recovery, "PAGE", 250)
+    monkeypatch.setattr(rebuild_source, "PAGE", 250)
     monkeypatch.setattr(recover_module, "STEP_TIMEOUT_S", 1.0)
     monkeypatch.setattr(bench.store, "restore_coupons", slow)
     began = time.monotonic()

@@ -18,12 +18,12 @@ from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.http.auth import KeyRing
-from coupon_svc.postgres import recovery
+from coupon_svc.postgres import late_events, rebuild_source
 from coupon_svc.postgres.catalogue import lease_code
+from coupon_svc.postgres.epochs import NewEpoch
 from coupon_svc.postgres.errors import LedgerUnavailable
+from coupon_svc.postgres.late_events import redeem_receipt
 from coupon_svc.postgres.marks import Mark
-from coupon_svc.postgres.quarantine import redeem_receipt
-from coupon_svc.postgres.recovery import NewEpoch
 from coupon_svc.postgres.shards import OwnedShard
 from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.data_plane import DataPlane
@@ -299,7 +299,7 @@ async def test_late_events_before_one_that_a_receipt_brought_back_are_taken_in(l
         assert await redeem_receipt(ledger, 0, BOOK, "A-2", Receipt("bob", 5, 2, 1))
     late = [Event(5, seq, COUPON_ASSIGNED, BOOK, f"A-{seq}", user, 1) for seq, user in ((1, "ann"), (2, "bob"))]
     for _ in range(2):
-        await recovery.take_late(ledger, "w", begun, 5, late)
+        await late_events.take_late(ledger, "w", begun, 5, late)
     held = await ledger.fetch("SELECT code, user_id FROM coupons ORDER BY code")
     assert [tuple(row) for row in held] == [("A-1", "ann"), ("A-2", "bob")]
     assert await ledger.fetchval("SELECT count(*) FROM quarantine") == 0
@@ -317,7 +317,7 @@ async def test_a_key_answers_the_same_after_a_rebuild_though_an_older_record_cam
             code,
         )
     await ledger.execute("SET enable_indexscan = off; SET enable_bitmapscan = off")  # as the planner may have it
-    page = await recovery.old_idempotent_events(ledger, 0, Mark(0, 0), 1)
+    page = await rebuild_source.old_idempotent_events(ledger, 0, Mark(0, 0), 1)
     assert [event.code for event in page.events] == ["OLD", "NEW"], "the last one is the one that stays"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coupon_svc.postgres.database import open_connection
-from coupon_svc.postgres.quarantine import want_recovery
+from coupon_svc.postgres.epochs import want_recovery
 from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.errors import StoreError

@@ -16,11 +16,13 @@ from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.ops.history import Head, walk_history
 from coupon_svc.ops.verify import LEDGER_CHECKS
+from coupon_svc.postgres.draining import drain
+from coupon_svc.postgres.epochs import begin_epoch, mark_certified
 from coupon_svc.postgres.events import Batch, DeadLetter, commit_batches
+from coupon_svc.postgres.late_events import note_late, redeem_receipt
 from coupon_svc.postgres.marks import Mark
 from coupon_svc.postgres.migrations import migrate
-from coupon_svc.postgres.quarantine import redeem_receipt
-from coupon_svc.postgres.recovery import begin_epoch, drain, idempotent_events, mark_certified, note_late
+from coupon_svc.postgres.rebuild_source import idempotent_events
 from coupon_svc.postgres.shards import owned_shards
 from coupon_svc.resources import resource_folder
 from tests.entries import batch_of, entry_of

@@ -19,10 +19,12 @@ from coupon_svc.domain.events import (
 from coupon_svc.domain.position import Position
 from coupon_svc.ops.history import walk_history
 from coupon_svc.ops.verify import LEDGER_CHECKS
+from coupon_svc.postgres.draining import drain
+from coupon_svc.postgres.epochs import NewEpoch, begin_epoch
 from coupon_svc.postgres.errors import HistoryForked
 from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.marks import Mark
-from coupon_svc.postgres.recovery import NewEpoch, begin_epoch, drain, idempotent_events
+from coupon_svc.postgres.rebuild_source import idempotent_events
 from coupon_svc.postgres.shards import OwnedShard, owned_shards
 from coupon_svc.redis.control import LedgerSeen, Published, ShardControl
 from coupon_svc.redis.errors import ShardNotUsable

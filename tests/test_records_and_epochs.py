@@ -9,10 +9,11 @@ import pytest
 
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.domain.receipts import Receipt
-from coupon_svc.postgres import recovery
+from coupon_svc.postgres import late_events
+from coupon_svc.postgres.epochs import NewEpoch
 from coupon_svc.postgres.events import commit_batches, contradicts, first_data_error
-from coupon_svc.postgres.quarantine import deal_again, redeem_receipt
-from coupon_svc.postgres.recovery import NewEpoch
+from coupon_svc.postgres.late_events import redeem_receipt
+from coupon_svc.postgres.quarantine import deal_again
 from coupon_svc.postgres.shards import OwnedShard
 from tests.entries import batch_of
 from tests.harness import fresh_database
@@ -54,9 +55,9 @@ async def holder(ledger: asyncpg.Connection) -> str | None:
 async def test_a_late_event_gives_a_code_to_its_user_only_in_its_own_epoch(ledger: asyncpg.Connection) -> None:
     event = Event(1, 1, COUPON_ASSIGNED, BOOK, CODE, "ann", 1)
     for _ in range(2):  # a recovery may die and be run again
-        await recovery.take_late(ledger, "w", BEGUN, 1, [event])
+        await late_events.take_late(ledger, "w", BEGUN, 1, [event])
         assert await holder(ledger) is None, "P1: the code was answered to bob"
-    await recovery.take_late(ledger, "w", BEGUN, LOST_IN, [event._replace(epoch=LOST_IN, user_id="bob")])
+    await late_events.take_late(ledger, "w", BEGUN, LOST_IN, [event._replace(epoch=LOST_IN, user_id="bob")])
     assert await holder(ledger) == "bob"
     notes = await ledger.fetch("SELECT epoch, user_id, recorded FROM late_events ORDER BY link")
     assert [tuple(note) for note in notes] == [(1, "ann", False), (2, "bob", True)]

@@ -17,7 +17,7 @@ from coupon_svc.domain import bounds, chain, clock
 from coupon_svc.domain import events as domain_events
 from coupon_svc.domain.outcomes import Refused
 from coupon_svc.domain.position import Position
-from coupon_svc.postgres import events, lending, recovery
+from coupon_svc.postgres import epochs, events, late_events, lending, processes
 from coupon_svc.redis import scripts as store_scripts
 from coupon_svc.redis import server
 from coupon_svc.redis.connection import Connection, Reply
@@ -62,8 +62,8 @@ def record_epoch() -> None:
         epoch = await connection.fetchval(lost_in, book_id, code) or epoch
         return await honest(connection, book_id, code, epoch, decision)
 
-    honest = recovery.release
-    recovery.release = release
+    honest = late_events.release  # type: ignore[attr-defined]
+    late_events.release = release  # type: ignore[attr-defined]
 
 
 def told_position() -> None:
@@ -134,7 +134,7 @@ def quarantine() -> None:
     async def may_have_answered_early(*_: Any) -> bool:
         return False
 
-    recovery.may_have_answered_early = may_have_answered_early  # type: ignore[assignment]
+    processes.may_have_answered_early = may_have_answered_early  # type: ignore[assignment]
 
 
 def rebuild() -> None:
@@ -320,7 +320,7 @@ def stop_flag() -> None:
     async def stopped_because(*_: Any) -> None:
         return None
 
-    recovery.stopped_because = stopped_because  # type: ignore[assignment]
+    epochs.stopped_because = stopped_because  # type: ignore[assignment]
 
 
 def room() -> None:

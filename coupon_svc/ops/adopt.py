@@ -15,8 +15,8 @@ from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
 from coupon_svc.postgres.computed import Ciphers, check_master_key, give_rows, move_counters
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, LedgerRow, one_row, open_connection
+from coupon_svc.postgres.epochs import EPOCH_CHANNEL, last_seq
 from coupon_svc.postgres.migrations import check_installation, known_migrations
-from coupon_svc.postgres.recovery import EPOCH_CHANNEL, last_seq
 from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.redis.meta import ShardMeta

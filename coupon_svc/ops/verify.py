@@ -33,7 +33,7 @@ from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.computed import Ciphers, accounted_codes, has_master_key, lent_by_number
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable
-from coupon_svc.postgres.recovery import coupons_of_book
+from coupon_svc.postgres.rebuild_source import coupons_of_book
 from coupon_svc.redis.keys import ShardKeys
 
 ARRIVAL_WAIT_S = 10.0

@@ -16,13 +16,7 @@ from coupon_svc.domain.books import Book
 from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row
 from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers, lend_numbers
 from coupon_svc.postgres.database import one_row
-from coupon_svc.postgres.errors import NotOwner
-from coupon_svc.postgres.shards import OwnedShard
-
-_STILL_OWNER = """
-    SELECT true FROM shards WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 FOR SHARE
-"""
-
+from coupon_svc.postgres.shards import OwnedShard, require_owner
 
 # Uploads and changes of a book lock its row for some milliseconds each. The owner queues for it: if it only skipped a
 # locked row, it might never get it. It waits for QUEUE_MS at most, since other books wait meanwhile. Every transaction
@@ -83,7 +77,7 @@ async def mark_loaded(
             book_id,
             version,
         )
-        await _require_owner(connection, writer_id, owned)
+        await require_owner(connection, writer_id, owned)
     return True
 
 
@@ -113,7 +107,7 @@ async def lease_block(
         codes = await _lend_rows(connection, book_id, book["leased_upto"], count - of_ranges)
         if not lent and not codes:
             return Lease([], book["unlent"])
-        await _require_owner(connection, writer_id, owned)
+        await require_owner(connection, writer_id, owned)
     for part in lent:  # after the commit: nobody waits for the book while codes are computed
         codes += await part.codes()
     return Lease(codes, book["unlent"] - len(codes))
@@ -177,8 +171,3 @@ async def _lock_book(connection: asyncpg.Connection, book_id: str) -> bool:
     except asyncpg.LockNotAvailableError:
         return False
     return True
-
-
-async def _require_owner(connection: asyncpg.Connection, writer_id: str, owned: OwnedShard) -> None:
-    if not await connection.fetchval(_STILL_OWNER, owned.shard, writer_id, owned.generation, owned.epoch):
-        raise NotOwner

@@ -19,7 +19,7 @@ from coupon_svc.postgres.lending import Lease
 PIECE = 5_000
 """Codes per transaction."""
 
-# Scalar subqueries, here and in `recovery`: a join or EXISTS may be planned as a hash of all the book's coupons, for each
+# Scalar subqueries, here and in `settling`: a join or EXISTS may be planned as a hash of all the book's coupons, for each
 # piece anew.
 
 # Codes of book $1 that are lent and have no coupon, once all leased places are accounted for.

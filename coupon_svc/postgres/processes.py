@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 import asyncpg
 
+from coupon_svc.domain.events import Entry
 from coupon_svc.domain.reports import Report
+from coupon_svc.postgres.entries import ENTRIES_PAGE
 
 ENTRIES_REPORTED_MAX = 10_000
 """Of one shard, in one report: what a statement can take in time."""
 PROCESS_TTL_S = 5
 """For so long an observer must have seen a row unchanged before it counts the process as gone; a process stops to answer
 early before that (coupon_svc/service/registration.py)."""
-
 # A row that somebody has counted as gone stays so: its shards' owners may have reported for it already.
 _RENEW = "UPDATE api_processes SET beat = nextval('beats') WHERE process_id = $1 AND NOT gone"
 _REPORT_ENTRIES = """
@@ -30,6 +31,23 @@ _FORGET = """
             SELECT FROM api_reports r
             WHERE r.shard = s.shard AND r.epoch = s.certified_epoch AND r.process_id = p.process_id))
 """
+_SILENT = """
+    SELECT process_id FROM api_processes p WHERE NOT EXISTS
+        (SELECT FROM api_reports r WHERE r.process_id = p.process_id AND r.shard = $1 AND r.epoch = $2)
+"""
+_REPORTED_BEHIND = """
+    SELECT epoch, seq, n, after, tip, at_ms, events AS body FROM reported_entries
+    WHERE shard = $1 AND epoch = $2 AND seq > $3 ORDER BY seq LIMIT $4
+"""
+_CONTRADICTED = """
+    SELECT min(seq) FROM reported_entries r WHERE shard = $1 AND epoch = $2 AND seq <= $3
+        AND NOT EXISTS (SELECT FROM entries e
+            WHERE (e.shard, e.epoch, e.seq, e.tip) = (r.shard, r.epoch, r.seq, r.tip))
+        AND NOT EXISTS (SELECT FROM dead_letters d
+            WHERE (d.shard, d.epoch, d.seq) = (r.shard, r.epoch, r.seq) AND d.code IS NULL)
+"""
+_HIGHEST_SEEN = "SELECT max(seen_seq) FROM api_reports WHERE shard = $1 AND epoch = $2"
+_ANSWERS_EARLY = "SELECT EXISTS (SELECT FROM books WHERE shard = $1 AND ack = 'redis' AND lent > 0)"
 
 
 async def begin_process(connection: asyncpg.Connection, process_id: str) -> None:
@@ -100,3 +118,30 @@ async def gone_processes(connection: asyncpg.Connection) -> list[str]:
 async def forget_processes(connection: asyncpg.Connection) -> None:
     """Drop processes that are gone and of which every shard knows enough."""
     await connection.execute(_FORGET)
+
+
+async def silent_processes(connection: asyncpg.Connection, shard: int, epoch: int) -> list[str]:
+    """API processes that could have answered in an epoch and have not said what they saw of it."""
+    return [row["process_id"] for row in await connection.fetch(_SILENT, shard, epoch)]
+
+
+async def reported_entries(connection: asyncpg.Connection, shard: int, epoch: int, behind: int) -> list[Entry]:
+    """What API processes have reported and the ledger lacks: the next entries of an epoch that end behind a seq."""
+    return [Entry(*row) for row in await connection.fetch(_REPORTED_BEHIND, shard, epoch, behind, ENTRIES_PAGE)]
+
+
+async def contradicted(connection: asyncpg.Connection, shard: int, epoch: int, accounted: int) -> int | None:
+    """The seq of an entry that an API process has reported and that the ledger does not have, though it accounts for the
+    epoch up to there; None when there is none. One that is noted as missing contradicts nothing."""
+    seq: int | None = await connection.fetchval(_CONTRADICTED, shard, epoch, accounted)
+    return seq
+
+
+async def highest_seen(connection: asyncpg.Connection, shard: int, epoch: int) -> int:
+    """The highest seq of an epoch that any API process has answered from, of those that reported."""
+    return await connection.fetchval(_HIGHEST_SEEN, shard, epoch) or 0
+
+
+async def may_have_answered_early(connection: asyncpg.Connection, shard: int) -> bool:
+    """Whether a book of the shard answers before the ledger knows, and has codes lent."""
+    return bool(await connection.fetchval(_ANSWERS_EARLY, shard))

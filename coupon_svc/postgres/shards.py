@@ -11,6 +11,7 @@ from typing import NamedTuple
 import asyncpg
 
 from coupon_svc.postgres.database import one_row
+from coupon_svc.postgres.errors import NotOwner
 
 WRITER_TTL_S = 4
 
@@ -32,6 +33,7 @@ _TAKE = """
                    AND NOT EXISTS (SELECT FROM writers WHERE writer_id = owner) FOR UPDATE SKIP LOCKED)
     RETURNING shard, epoch, committed, generation, chain, tip
 """
+_CHAIN_IF_OWNER = "SELECT chain FROM shards WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4"
 _RELEASE = """
     UPDATE shards SET owner = NULL
     WHERE shard IN (SELECT shard FROM shards WHERE owner = $1 AND ($2::int[] IS NULL OR shard = ANY ($2))
@@ -115,3 +117,23 @@ async def leave(connection: asyncpg.Connection, writer_id: str) -> None:
     is free as well."""
     await connection.execute("DELETE FROM writers WHERE writer_id = $1", writer_id)
     await connection.execute(_RELEASE, writer_id, None)
+
+
+async def require_owner(connection: asyncpg.Connection, writer_id: str, owned: OwnedShard) -> None:
+    """Raises NotOwner unless this writer owns the shard in this generation and epoch, which stays so until the commit."""
+    if await _chain_if_owner(connection, "FOR SHARE", writer_id, owned) is None:
+        raise NotOwner
+
+
+async def require_recoverer(connection: asyncpg.Connection, writer_id: str, owned: OwnedShard) -> bytes:
+    """As `require_owner`, and holds the shard's row alone, to change it. Returns the hash of the shard's last entry."""
+    chain = await _chain_if_owner(connection, "FOR UPDATE", writer_id, owned)
+    if chain is None:
+        raise NotOwner
+    return chain
+
+
+async def _chain_if_owner(connection: asyncpg.Connection, lock: str, writer_id: str, owned: OwnedShard) -> bytes | None:
+    identity = (owned.shard, writer_id, owned.generation, owned.epoch)
+    chain: bytes | None = await connection.fetchval(f"{_CHAIN_IF_OWNER} {lock}", *identity)
+    return chain

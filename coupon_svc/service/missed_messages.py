@@ -10,8 +10,8 @@ import asyncio
 
 from coupon_svc.loops import keep_running
 from coupon_svc.postgres.database import Database
+from coupon_svc.postgres.entries import find_tips
 from coupon_svc.postgres.errors import LedgerUnavailable
-from coupon_svc.postgres.tips import find_tips
 from coupon_svc.redis.waiters import DurabilityWaiters
 
 ASK_EVERY_S = 0.2

@@ -8,7 +8,7 @@ from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.domain.receipts import check_receipt
 from coupon_svc.hot import in_a_task
 from coupon_svc.postgres.database import Database
-from coupon_svc.postgres.quarantine import redeem_receipt
+from coupon_svc.postgres.late_events import redeem_receipt
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.shard_view import ShardView
 from coupon_svc.service.durability import Durability

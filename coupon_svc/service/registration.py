@@ -15,6 +15,7 @@ from coupon_svc.domain.reports import Report
 from coupon_svc.loops import keep_running
 from coupon_svc.postgres.computed import NO_CIPHERS, check_master_key
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession
+from coupon_svc.postgres.epochs import EPOCH_CHANNEL
 from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
 from coupon_svc.postgres.migrations import check_installation, known_migrations
 from coupon_svc.postgres.processes import (
@@ -26,7 +27,6 @@ from coupon_svc.postgres.processes import (
     renew_process,
     report_seen,
 )
-from coupon_svc.postgres.recovery import EPOCH_CHANNEL
 from coupon_svc.redis.data_plane import DataPlane
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ from coupon_svc.domain.bounds import CLOCKS_APART_MAX_MS
 from coupon_svc.domain.errors import error_location
 from coupon_svc.domain.events import Entry, MalformedEntry, parse_entry
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession, within
+from coupon_svc.postgres.entries import entry_ending_at, first_dead_letter
+from coupon_svc.postgres.epochs import stop_shard, stopped_because, want_rebuild
 from coupon_svc.postgres.errors import HistoryForked, LedgerUnavailable, NotOwner
-from coupon_svc.postgres.recovery import entry_ending_at, first_dead_letter, stop_shard, stopped_because, want_rebuild
 from coupon_svc.postgres.shards import OwnedShard, owned_shards
 from coupon_svc.redis.codec import StreamEntry
 from coupon_svc.redis.control import ShardControl, Term, clocks_apart

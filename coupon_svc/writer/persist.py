@@ -21,6 +21,7 @@ from coupon_svc.domain.events import (
     parse_entry,
 )
 from coupon_svc.postgres.database import LedgerSession
+from coupon_svc.postgres.epochs import stop_shard
 from coupon_svc.postgres.errors import LedgerUnavailable, NotOwner
 from coupon_svc.postgres.events import (
     DATA_ERRORS,
@@ -32,7 +33,6 @@ from coupon_svc.postgres.events import (
     first_data_error,
     unread_letters,
 )
-from coupon_svc.postgres.recovery import stop_shard
 from coupon_svc.postgres.shards import connection_name
 from coupon_svc.redis.codec import StreamEntry
 from coupon_svc.redis.control import LedgerSeen, Published, ShardControl, Term

@@ -35,16 +35,18 @@ from coupon_svc.domain.events import (
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.lists import key_of_list
 from coupon_svc.domain.position import Position
-from coupon_svc.postgres import recovery
+from coupon_svc.postgres import draining, epochs, late_events, processes, quarantine, rebuild_source, settling
 from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import LedgerConnection, LedgerRow, within
+from coupon_svc.postgres.entries import anything_missing, first_dead_letter
+from coupon_svc.postgres.epochs import NewEpoch, Verdict
 from coupon_svc.postgres.errors import BookBusy, HistoryForked
 from coupon_svc.postgres.events import Batch, DeadLetter, garbled_letter, unread_letters
 from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago
 from coupon_svc.postgres.outstanding import account_piece, held_by_book
 from coupon_svc.postgres.processes import gone_processes
-from coupon_svc.postgres.recovery import NewEpoch, Settled, Verdict
+from coupon_svc.postgres.settling import Settled
 from coupon_svc.postgres.shards import OwnedShard
 from coupon_svc.redis.codec import AssignRecord, ListRecord, RedeemRecord, StreamEntry, encode_book
 from coupon_svc.redis.control import KEYS_PER_CALL_MAX, ShardControl, Term
@@ -90,7 +92,7 @@ class Recoverer:
         Raises NotOwner, StoreError, LedgerUnavailable: try again from the start; ShardNotUsable: a newer owner is at work;
         HistoryForked: the shard is stopped now, and a person must look.
         """
-        begun = await _step(connection, recovery.begin_epoch(connection, self._writer_id, owned))
+        begun = await _step(connection, epochs.begin_epoch(connection, self._writer_id, owned))
         crash_point("recover.begun")
         shard, term = begun.owned.shard, term_of(begun.owned)
         try:
@@ -108,7 +110,7 @@ class Recoverer:
             if verdict is None:
                 verdict, accounted = await self._judge(connection, begun, drained)
         except HistoryForked as error:
-            await _step(connection, recovery.stop_shard(connection, shard, str(error)))
+            await _step(connection, epochs.stop_shard(connection, shard, str(error)))
             raise
         crash_point("recover.judged")
         settled = await self._settle(connection, begun, verdict)
@@ -123,7 +125,7 @@ class Recoverer:
             crash_point("recover.wiped")
             await self._rebuild(connection, term, books, sum(held.values()))
         crash_point("recover.restored")
-        owned = await _step(connection, recovery.mark_certified(connection, self._writer_id, begun))
+        owned = await _step(connection, epochs.mark_certified(connection, self._writer_id, begun))
         await self._store.certify_shard(term, identity, self._backlog_max)
         crash_point("recover.certified")
         log.info(
@@ -136,7 +138,7 @@ class Recoverer:
         """What the stream holds and the ledger does not, into the ledger. Returns the seq up to which the ledger accounts
         for the live epoch, and whether this Redis stands just there."""
         shard, live = begun.owned.shard, begun.live_epoch
-        reached = await _step(connection, recovery.last_seq(connection, shard, live))
+        reached = await _step(connection, epochs.last_seq(connection, shard, live))
         if live in (meta.epoch, meta.was):
             await self._require_told(shard, live, reached, meta.committed or 0)
         now = await self._store.read_meta(shard)  # it is shut: no script adds to it any more
@@ -146,15 +148,15 @@ class Recoverer:
         while entries := await self._stream_after(shard, epoch, seq):
             for number, batch in _by_epoch(shard, [entry for entry in entries if not _made_up(entry, begun, made)]):
                 if number == live:
-                    reached = await _step(connection, recovery.drain(connection, self._writer_id, begun, batch))
+                    reached = await _step(connection, draining.drain(connection, self._writer_id, begun, batch))
                 else:
-                    late = recovery.take_late(connection, self._writer_id, begun, number, batch.events)
+                    late = late_events.take_late(connection, self._writer_id, begun, number, batch.events)
                     await _step(connection, late)
             epoch, seq = entries[-1].position
-        dead = await _step(connection, recovery.first_dead_letter(connection, shard, live))
+        dead = await _step(connection, first_dead_letter(connection, shard, live))
         if live:  # whoever still waits in that epoch is answered, up to what the ledger could not take
             await self._store.tell_position(shard, live, reached if dead is None else min(reached, dead - 1))
-        _, tip = await _step(connection, recovery.end_of_epoch(connection, shard, live))
+        _, tip = await _step(connection, epochs.end_of_epoch(connection, shard, live))
         # With another tip it is another history that has come as far. Of what an older version made no tip is known.
         same = tip is None or (meta.tip or "") == tip
         stands = live > 0 and meta.epoch == live and meta.seq == reached and same and dead is None
@@ -187,9 +189,9 @@ class Recoverer:
         if not begun.live_epoch:
             return Verdict(0, lost=False), drained
         lost, accounted = False, drained
-        if await _step(connection, recovery.may_have_answered_early(connection, begun.owned.shard)):
+        if await _step(connection, processes.may_have_answered_early(connection, begun.owned.shard)):
             lost, accounted = await self._hear_reports(connection, begun, drained)
-        verdict = await _step(connection, recovery.end_live_epoch(connection, self._writer_id, begun, lost=lost))
+        verdict = await _step(connection, settling.end_live_epoch(connection, self._writer_id, begun, lost=lost))
         return verdict, accounted
 
     async def _hear_reports(self, connection: LedgerConnection, begun: NewEpoch, drained: int) -> tuple[bool, int]:
@@ -204,22 +206,22 @@ class Recoverer:
         if silent:
             log.warning("shard %02d: %d API processes cannot be asked what they have answered", shard, silent)
         accounted = await self._enter_reported(connection, begun, drained)
-        missing = await _step(connection, recovery.anything_missing(connection, shard, live))
-        seen = await _step(connection, recovery.highest_seen(connection, shard, live))
+        missing = await _step(connection, anything_missing(connection, shard, live))
+        seen = await _step(connection, processes.highest_seen(connection, shard, live))
         return silent > 0 or missing or seen > accounted, accounted
 
     async def _enter_reported(self, connection: LedgerConnection, begun: NewEpoch, accounted: int) -> int:
         """Enter what API processes have reported and the stream has lost. Returns up to which seq the ledger accounts for
         the live epoch then. Raises HistoryForked where a report is of another history than the ledger."""
         shard, live = begun.owned.shard, begun.live_epoch
-        seq = await _step(connection, recovery.contradicted(connection, shard, live, accounted))
+        seq = await _step(connection, processes.contradicted(connection, shard, live, accounted))
         if seq is not None:
             raise HistoryForked(f"an API process has answered from another entry {live}-{seq} than the ledger has")
-        while entries := await _step(connection, recovery.reported_entries(connection, shard, live, accounted)):
+        while entries := await _step(connection, processes.reported_entries(connection, shard, live, accounted)):
             events = [event for entry in entries for event in events_of(entry)]
             batch = Batch(shard, live, 0, accounted, entries[-1].seq, entries, events)
             log.info("shard %02d: redis has lost %d events; API processes have kept them", shard, len(events))
-            accounted = await _step(connection, recovery.drain(connection, self._writer_id, begun, batch))
+            accounted = await _step(connection, draining.drain(connection, self._writer_id, begun, batch))
         return accounted
 
     async def _wait_for_reports(self, connection: LedgerConnection, shard: int, live: int) -> int:
@@ -227,7 +229,7 @@ class Recoverer:
         Returns how many processes have not reported."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        while silent := set(await _step(connection, recovery.silent_processes(connection, shard, live))):
+        while silent := set(await _step(connection, processes.silent_processes(connection, shard, live))):
             gone = set(await _step(connection, gone_processes(connection)))
             now = loop.time()
             patience = {process: self._patience(process, now) for process in silent - gone}
@@ -246,9 +248,9 @@ class Recoverer:
         else would bring the shard any further."""
         shard, told_at = begun.owned.shard, asyncio.get_running_loop().time()
         returned = quarantined = 0
-        books, wait_ms = await _step(connection, recovery.books_to_settle(connection, shard)), 0
+        books, wait_ms = await _step(connection, settling.books_to_settle(connection, shard)), 0
         while books:
-            await _step(connection, recovery.still_recoverer(connection, self._writer_id, begun))
+            await _step(connection, epochs.still_recoverer(connection, self._writer_id, begun))
             busy = []
             for book_id in books:
                 try:
@@ -265,7 +267,7 @@ class Recoverer:
                     "shard %02d waits for %d books whose rows other transactions hold: %s, …", shard, len(busy), busy[0]
                 )
             books, wait_ms = busy, BOOK_WAIT_MS
-        await _step(connection, recovery.mark_settled(connection, self._writer_id, begun, verdict))
+        await _step(connection, settling.mark_settled(connection, self._writer_id, begun, verdict))
         return Settled(returned, quarantined)
 
     async def _settle_book(
@@ -276,7 +278,7 @@ class Recoverer:
         while more:
             while await _step(connection, account_piece(connection, book_id, wait_ms, self._ciphers)):
                 pass
-            piece = recovery.settle_piece(connection, self._writer_id, begun, verdict, book_id, wait_ms)
+            piece = settling.settle_piece(connection, self._writer_id, begun, verdict, book_id, wait_ms)
             settled, more = await _step(connection, piece)
             returned, quarantined = returned + settled.returned, quarantined + settled.quarantined
         return Settled(returned, quarantined)
@@ -320,7 +322,7 @@ class Recoverer:
     async def _quarantine(self, connection: LedgerConnection, book: Book) -> list[str]:
         if not book.quarantined:
             return []
-        return await _step(connection, recovery.quarantined_codes(connection, book.book_id))
+        return await _step(connection, quarantine.quarantined_codes(connection, book.book_id))
 
     async def _restore_coupons(
         self, connection: LedgerConnection, term: Term, book: Book, progress: _Progress
@@ -339,12 +341,12 @@ class Recoverer:
         """Hand all coupons of a book to `use`, a page at a time, and count them on the way: a receipt may add one at any
         time, so a count of its own would be of others."""
         counts = _Counts(book.max_redemptions_per_code)
-        rows = await _step(connection, recovery.coupons_of_book(connection, book.book_id))
+        rows = await _step(connection, rebuild_source.coupons_of_book(connection, book.book_id))
         while rows:
             await use(rows)
             counts.add(rows)
             after = rows[-1]["code"]
-            rows = await _step(connection, recovery.coupons_of_book(connection, book.book_id, after))
+            rows = await _step(connection, rebuild_source.coupons_of_book(connection, book.book_id, after))
         return counts
 
     async def _restore_idem(self, connection: LedgerConnection, term: Term, books: Mapping[str, Book]) -> None:
@@ -355,9 +357,9 @@ class Recoverer:
             connection,
             term,
             books,
-            await _step(connection, recovery.late_idempotent_events(connection, shard, mark, since)),
+            await _step(connection, rebuild_source.late_idempotent_events(connection, shard, mark, since)),
         )
-        for page_behind in (recovery.old_idempotent_events, recovery.idempotent_events):
+        for page_behind in (rebuild_source.old_idempotent_events, rebuild_source.idempotent_events):
             upto: Mark | None = mark
             while upto is not None:
                 events, upto = await _step(connection, page_behind(connection, shard, upto, since))
@@ -379,7 +381,7 @@ class Recoverer:
         confirmed = [event.code for event in events if event.event == COUPON_CONFIRMED]
         coupons = {}
         if confirmed:
-            coupons = await _step(connection, recovery.coupons_named(connection, book.book_id, confirmed))
+            coupons = await _step(connection, rebuild_source.coupons_named(connection, book.book_id, confirmed))
         now = now_ms()
         records = []
         for event in events:

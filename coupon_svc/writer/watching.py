@@ -9,13 +9,7 @@ import time
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.liveness import Watch
-from coupon_svc.postgres.processes import (
-    PROCESS_TTL_S,
-    count_as_gone,
-    forget_processes,
-    gone_processes,
-    process_beats,
-)
+from coupon_svc.postgres.processes import PROCESS_TTL_S, count_as_gone, forget_processes, gone_processes, process_beats
 
 log = logging.getLogger(__name__)
 

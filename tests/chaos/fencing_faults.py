@@ -22,7 +22,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from coupon_svc.domain.position import parse_shard_position
-from coupon_svc.postgres.quarantine import want_recovery
+from coupon_svc.postgres.epochs import want_recovery
 from coupon_svc.redis.keys import ShardKeys
 from tests.chaos.fault import SHARDS, Fault
 from tests.chaos.probe import Probe, probing, under_load

@@ -1,6 +1,6 @@
 """Recovery, split into its real steps: a writer may be killed or overtaken between any two.
 
-In step with coupon_svc/writer/recover.py, coupon_svc/postgres/recovery.py and lua/.
+In step with coupon_svc/writer/recover.py, the steps of it in coupon_svc/postgres/, and lua/.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ SAFEGUARDS = {
     ),
     "quarantine": Safeguard(
         "codes that somebody may have been answered are dealt to nobody",
-        "coupon_svc/postgres/recovery.py",
+        "coupon_svc/postgres/settling.py",
         _EARLY._replace(kinds=frozenset({"empty"})),
     ),
     "registered": Safeguard(
@@ -140,27 +140,27 @@ SAFEGUARDS = {
     ),
     "late": Safeguard(
         "an event of a settled epoch gives its code to nobody, but out of the quarantine",
-        "coupon_svc/postgres/recovery.py",
+        "coupon_svc/postgres/late_events.py",
         _SMALL._replace(order=("promote", "failback"), faults=2, epochs=3),
     ),
     "late_epoch": Safeguard(
         "a late event releases its code only from the quarantine of its own epoch",
-        "coupon_svc/postgres/recovery.py",
+        "coupon_svc/postgres/late_events.py",
         _EARLY._replace(order=("promote", "failback", CUT), faults=3, epochs=4),
     ),
     "release_epoch": Safeguard(
         "a receipt releases its code only from the quarantine of its own epoch",
-        "coupon_svc/postgres/quarantine.py",
+        "coupon_svc/postgres/late_events.py",
         _OPERATOR._replace(receipts=True, order=("empty", DEAL_AGAIN, "empty")),
     ),
     "dead_epoch": Safeguard(
         "a dead letter quarantines its code only when its own epoch is settled",
-        "coupon_svc/postgres/recovery.py",
+        "coupon_svc/postgres/settling.py",
         _OPERATOR._replace(users=1, order=("trim", DEAL_AGAIN, "empty")),
     ),
     "verdict": Safeguard(
         "the epoch ends, and its verdict is kept, before the first book is settled",
-        "coupon_svc/postgres/recovery.py",
+        "coupon_svc/postgres/settling.py",
         _EARLY._replace(users=1, order=("promote", CUT, "failback"), faults=3, epochs=4),
     ),
     "message_seen": Safeguard(
