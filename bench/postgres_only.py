@@ -44,6 +44,7 @@ from coupon_svc.redis.scripts import Scripts
 from coupon_svc.service import books, jobs
 from coupon_svc.service.api_keys import ApiKeys
 from coupon_svc.service.assign import AssignCode, AssignCoupon, AssignCoupons, Assigned
+from coupon_svc.service.budgets import Budget
 from coupon_svc.service.code_directory import CodeDirectory
 from coupon_svc.service.durability import Durability
 from coupon_svc.service.health import Health
@@ -209,7 +210,8 @@ def postgres_only_app(url: str) -> Api:
     plane = DataPlane("redis://unused", 16, Scripts())
     registration = Registration(url, plane)
     durability = Durability(plane, 5_000)
-    directory = CodeDirectory(database, IssuedCodes(database, NO_CIPHERS))
+    unknown_codes = Budget(1, 1)  # spent, and nobody asks for it
+    directory = CodeDirectory(database, IssuedCodes(database, NO_CIPHERS), unknown_codes)
     waiting = Waiting(plane, directory, database, durability, ReceiptRescue(plane, database, durability, registration))
     uploads = Uploads(database)
     book_service = books.Books(plane, waiting, database, uploads, 16, BookAnswers())
@@ -226,6 +228,7 @@ def postgres_only_app(url: str) -> Api:
         Public(Health(plane), metrics, {}),
         KeyRing(ApiKeys(database).find, 5_000),
         metrics,
+        lambda *_: None,
         lifespan,
     )
 

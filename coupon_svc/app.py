@@ -29,6 +29,7 @@ from coupon_svc.redis.scripts import Scripts
 from coupon_svc.service import books, jobs
 from coupon_svc.service.api_keys import ApiKeys
 from coupon_svc.service.assign import Assigning
+from coupon_svc.service.budgets import Budget, Budgets
 from coupon_svc.service.code_directory import CodeDirectory
 from coupon_svc.service.durability import Durability
 from coupon_svc.service.health import Health
@@ -46,6 +47,9 @@ GC_THRESHOLD = 10_000
 """New objects between two collections. Requests leave no cycles behind; with Python's 700 each burst of them was searched
 for some, which took a twelfth of the process's time."""
 
+UNKNOWN_CODES_AT_ONCE_S = 10
+"""A tenant that has rested may name so many seconds' worth of codes that do not exist at once."""
+
 
 def make_api(settings: Settings | None = None) -> Api:
     """The API as an ASGI application. It connects when it starts, and starts whether or not the stores are there."""
@@ -62,7 +66,10 @@ def make_api(settings: Settings | None = None) -> Api:
     registration = Registration(settings.database_url, plane, ciphers.keys)
     missed = MissedMessages(plane.waiters, lookups)
 
-    directory = CodeDirectory(lookups, IssuedCodes(lookups, ciphers))
+    unknown_codes = Budget(settings.unknown_codes_per_s, UNKNOWN_CODES_AT_ONCE_S * settings.unknown_codes_per_s)
+    requests = Budget(settings.requests_per_s, settings.requests_per_s) if settings.requests_per_s else None
+    directory = CodeDirectory(lookups, IssuedCodes(lookups, ciphers), unknown_codes)
+    budgets = Budgets(requests, unknown_codes, directory.has_met)
     durability = Durability(plane, settings.ledger_wait_ms)
     rescue = ReceiptRescue(plane, database, durability, registration)
     waiting = Waiting(plane, directory, database, durability, rescue, ciphers)
@@ -114,6 +121,7 @@ def make_api(settings: Settings | None = None) -> Api:
         public,
         KeyRing(ApiKeys(lookups).find, settings.key_cache_ms),
         metrics,
+        budgets.admit,
         lifespan,
         Limits.of(settings),
     )

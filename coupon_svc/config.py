@@ -38,6 +38,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How long a connection may be idle: longer than any load balancer in front keeps it, or it meets a closed one."""
     connections_max: int = 10_000
     """Connections of callers per API process: beyond it requests are refused with `too_many_connections`."""
+    requests_per_s: int = 0
+    """Requests per second of one tenant that an API process serves; 0: no limit."""
+    unknown_codes_per_s: int = 500
+    """Codes per second that do not exist and that one tenant may name to an API process."""
     drain_ms: int = 0
     """How long `/readyz` is 503 after SIGTERM before the process stops serving."""
     key_cache_ms: int = 5_000
@@ -61,6 +65,8 @@ _BOUNDS = {
     "body_bytes_per_s_min": (1, 1_000_000),
     "keep_alive_ms": (100, 86_400_000),
     "connections_max": (10, 1_000_000),
+    "requests_per_s": (0, 1_000_000),
+    "unknown_codes_per_s": (1, 1_000_000),
     "drain_ms": (0, 600_000),
     "key_cache_ms": (0, 600_000),
     "lease_codes_min": (1, 100_000),

@@ -17,6 +17,7 @@ import pytest
 
 from tests.conftest import SHARDS
 from tests.harness import Stack, running_stack, until
+from tests.routes.helpers import make_book, refused
 from tests.routes.test_fast_path import Answered, Wire, chunked, dial, post
 
 WINDOW_S = 1.0
@@ -342,6 +343,44 @@ async def test_beyond_its_connections_a_process_says_so_and_that_it_lives(stack:
             wires[0].writer.write(HEALTH)
             assert (await wires[0].answer()).status == 200
         await stack.ready()
+    finally:
+        part.kill()
+        stack.base_url = base_url
+
+
+async def test_who_guesses_codes_is_told_to_wait_and_customers_are_not(stack: Stack) -> None:
+    base_url = stack.base_url
+    part = stack.api(**{**SHORT, "COUPON_UNKNOWN_CODES_PER_S": "1"})
+    try:
+        await stack.ready()
+        async with await stack.client() as shop, await stack.client() as other:
+            book = await make_book(shop, codes=["MET-1", "COLD-1"])
+            assert (await shop.post("/coupons/assign/MET-1", json={"user_id": "u"})).status_code == 201
+            statuses = {(await shop.get(f"/coupons/codes/NO-{number}")).status_code for number in range(100)}
+            assert statuses == {404, 429}
+            for number in range(10):  # where the machine is slow, a second's worth has come back
+                await shop.get(f"/coupons/codes/NO-{number}")
+            for path in ("assign", "lock", "unlock", "redeem"):
+                answer = await shop.post(f"/coupons/{path}/COLD-1", json={"no": "body"})
+                assert refused(answer, 429, "too_many_unknown_codes")["retry_after_seconds"] <= 2
+            assert (await shop.post("/coupons/redeem/MET-1", json={})).status_code == 201
+            assert (await shop.get(f"/coupons/{book}")).status_code == 200
+            refused(await other.get("/coupons/codes/NO-1"), 404, "code_not_found")
+    finally:
+        part.kill()
+        stack.base_url = base_url
+
+
+async def test_where_requests_are_limited_a_tenant_has_its_own_share(stack: Stack) -> None:
+    base_url = stack.base_url
+    part = stack.api(**{**SHORT, "COUPON_REQUESTS_PER_S": "1"})
+    try:
+        await stack.ready()
+        async with await stack.client() as busy, await stack.client() as other:
+            first, *more = [await busy.get("/coupons") for _ in range(10)]
+            assert first.status_code == 200
+            assert any(answer.status_code == 429 and refused(answer, 429, "rate_limited") for answer in more)
+            assert (await other.get("/coupons")).status_code == 200
     finally:
         part.kill()
         stack.base_url = base_url

@@ -14,6 +14,7 @@ from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.redis import server, verification
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
+from coupon_svc.service.budgets import Budget
 from coupon_svc.service.code_directory import CodeDirectory
 from coupon_svc.service.issued_codes import IssuedCodes
 from tests.conftest import SHARDS
@@ -51,7 +52,7 @@ async def test_who_asks_for_a_code_is_told_whatever_goes_wrong(monkeypatch: pyte
         raise KeyError
 
     database = Database("postgresql://127.0.0.1:1/none", "test")
-    directory = CodeDirectory(database, IssuedCodes(database, NO_CIPHERS))
+    directory = CodeDirectory(database, IssuedCodes(database, NO_CIPHERS), Budget(1, 1))
     monkeypatch.setattr(Database, "fetch", fails)
     for code in ("A", "B"):  # the second shows that the first has left nothing behind
         async with asyncio.timeout(5):

@@ -219,14 +219,14 @@ def test_every_outcome_is_told_of_somewhere_or_is_internal() -> None:
 def test_a_retry_after_is_promised_where_one_has_to_wait() -> None:
     for _, _, operation in _operations():
         for status, response in operation["responses"].items():
-            assert ("Retry-After" in response.get("headers", {})) == (status in ("423", "503"))
+            assert ("Retry-After" in response.get("headers", {})) == (status in ("423", "429", "503"))
 
 
 def test_the_router_and_the_document_know_the_same_methods_and_paths() -> None:
     nothing: Any = type("Nothing", (), {"__getattr__": lambda self, name: None})()
     public = Public.__new__(Public)
     handlers = [cls.__new__(cls) for cls in HANDLERS]
-    router = make_app(handlers, public, nothing, nothing, nothing).router
+    router = make_app(handlers, public, nothing, nothing, nothing, nothing).router
     routed = set()
     for route in router.routes:
         assert isinstance(route, Route)

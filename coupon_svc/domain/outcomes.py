@@ -18,6 +18,8 @@ class Outcome(StrEnum):
     METHOD_NOT_ALLOWED = "method_not_allowed"
     UNAUTHENTICATED = "unauthenticated"
     MISSING_SCOPE = "missing_scope"
+    RATE_LIMITED = "rate_limited"
+    TOO_MANY_UNKNOWN_CODES = "too_many_unknown_codes"
     BODY_TOO_LARGE = "body_too_large"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     MALFORMED_JSON = "malformed_json"

@@ -1,4 +1,4 @@
-"""The transport's side of an operation: authenticate, read the body, check the request, call the handler, respond.
+"""The transport's side of an operation: authenticate, admit, read the body, check the request, call the handler, respond.
 
 Plain ASGI without a framework's request and response objects: hot routes pass through here tens of thousands of times per
 second."""
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -43,12 +43,17 @@ class _Method(NamedTuple):
     decoder: msgspec.json.Decoder[Any] | None
 
 
+Admit = Callable[[int, str | None], None]
+"""Lets a request of a tenant in, which names a code, as it was sent. Raises Refused where a budget is spent."""
+
+
 class Endpoint:
     """The ASGI application of one path: an operation and its handler for each method."""
 
-    def __init__(self, keys: KeyRing, metrics: Metrics) -> None:
+    def __init__(self, keys: KeyRing, metrics: Metrics, admit: Admit) -> None:
         self._keys = keys
         self._metrics = metrics
+        self._admit = admit
         self._methods: dict[str, _Method] = {}
 
     def add(self, operation: Operation, handler: Handler) -> None:
@@ -112,6 +117,7 @@ class Endpoint:
             key = await self._keys.authenticate(headers.get(b"authorization", b""))
             if key.scopes.isdisjoint(operation.scopes):
                 raise Refused(Outcome.MISSING_SCOPE, scopes=list(operation.scopes))
+            self._admit(key.tenant_id, path.get("code"))
             call = Call(key, method, operation.path, path)
             call.headers = headers
             if operation.file_query is not None and (kind := file_kind(headers)):

@@ -77,9 +77,11 @@ _HEADERS: dict[int, dict[str, Any]] = {
     401: {"WWW-Authenticate": {"required": True, "schema": {"const": "Bearer"}, "description": "how to authenticate"}},
     405: {"Allow": {"required": True, "schema": {"type": "string"}, "description": "the methods of this address"}},
     423: _RETRY_AFTER,
+    429: _RETRY_AFTER,
     503: _RETRY_AFTER,
 }
 """What problems of a status carry, always."""
+_RETRY_AFTER_SECONDS = {"retry_after_seconds": {"type": "integer", "minimum": 1}}
 _NUMBERS: dict[Outcome, dict[str, Any]] = {
     Outcome.MISSING_SCOPE: {"scopes": {"type": "array", "items": {"type": "string"}, "description": "one is enough"}},
     Outcome.BODY_TOO_LARGE: {"limit_bytes": _NUMBER},
@@ -97,7 +99,9 @@ _NUMBERS: dict[Outcome, dict[str, Any]] = {
     },
     Outcome.PATTERN_CAPACITY: {"capacity": _NUMBER, "requested": _NUMBER, "already_used": _NUMBER},
     Outcome.USER_CODE_LIMIT: {"limit": _NUMBER, "held": _NUMBER},
-    Outcome.LOCKED: {"retry_after_seconds": {"type": "integer", "minimum": 1}},
+    Outcome.LOCKED: _RETRY_AFTER_SECONDS,
+    Outcome.RATE_LIMITED: _RETRY_AFTER_SECONDS,
+    Outcome.TOO_MANY_UNKNOWN_CODES: _RETRY_AFTER_SECONDS,
 }
 """What else a problem of an outcome says."""
 _NUMBERS_TOLD: dict[Outcome, dict[str, Any]] = {
@@ -107,6 +111,8 @@ _NUMBERS_TOLD: dict[Outcome, dict[str, Any]] = {
     Outcome.PATTERN_CAPACITY: {"capacity": 810_000, "requested": 500_000, "already_used": 0},
     Outcome.USER_CODE_LIMIT: {"limit": 1, "held": 1},
     Outcome.LOCKED: {"retry_after_seconds": 42},
+    Outcome.RATE_LIMITED: {"retry_after_seconds": 1},
+    Outcome.TOO_MANY_UNKNOWN_CODES: {"retry_after_seconds": 1},
 }
 """An example of each."""
 _EITHER_CODES_OR_GENERATE = {

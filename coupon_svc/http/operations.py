@@ -31,6 +31,7 @@ ANY_OPERATION = (
     *ANY_REQUEST,
     Outcome.UNAUTHENTICATED,
     Outcome.MISSING_SCOPE,
+    Outcome.RATE_LIMITED,
     Outcome.INVALID_REQUEST,
     Outcome.RECOVERING,
     Outcome.STORE_UNAVAILABLE,
@@ -127,11 +128,16 @@ def operation(
 ) -> Callable[[F], F]:
     """Declare that a handler, `async (self, Call) -> Answer`, answers `method` of `path`. Its name is the operation's.
 
-    `refusals` leaves out what follows from the method and from having a body.
+    `refusals` leaves out what follows from the method, from naming a code and from having a body.
     """
 
     def declare(handler: F) -> F:
-        outcomes = (*(_ANY_BODY if body is not None else ()), *(_ANY_POST if method == "POST" else ()), *refusals)
+        outcomes = (
+            *((Outcome.TOO_MANY_UNKNOWN_CODES,) if "{code}" in path else ()),
+            *(_ANY_BODY if body is not None else ()),
+            *(_ANY_POST if method == "POST" else ()),
+            *refusals,
+        )
         declared = Operation(
             name=handler.__name__,
             method=method,

@@ -42,6 +42,18 @@ PROBLEMS: dict[Outcome, ProblemText] = {
     Outcome.MISSING_SCOPE: ProblemText(
         403, "Missing scope", "The key has none of the scopes in `scopes`; one is enough."
     ),
+    Outcome.RATE_LIMITED: ProblemText(
+        429,
+        "Too many requests",
+        "Your requests come too fast. Nothing was done. Try again after `retry_after_seconds`.",
+        1,
+    ),
+    Outcome.TOO_MANY_UNKNOWN_CODES: ProblemText(
+        429,
+        "Too many unknown codes",
+        "You have named too many codes that do not exist. Nothing was done. Try again after `retry_after_seconds`.",
+        1,
+    ),
     Outcome.BODY_TOO_LARGE: ProblemText(
         413, "Body too large", "A body has at most `limit_bytes` bytes. Send less at a time."
     ),

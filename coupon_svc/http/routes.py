@@ -16,7 +16,7 @@ from coupon_svc.http.auth import KeyRing
 from coupon_svc.http.books import Books
 from coupon_svc.http.codes_out import CodesOut
 from coupon_svc.http.coupons import Coupons
-from coupon_svc.http.endpoint import ENCODED_SLASH, Endpoint
+from coupon_svc.http.endpoint import ENCODED_SLASH, Admit, Endpoint
 from coupon_svc.http.jobs import Jobs
 from coupon_svc.http.limits import Limits
 from coupon_svc.http.metrics import Metrics
@@ -40,6 +40,7 @@ def make_app(
     public: Public,
     keys: KeyRing,
     metrics: Metrics,
+    admit: Admit,
     lifespan: Callable[[Any], AbstractAsyncContextManager[None]],
     limits: Limits | None = None,
 ) -> Api:
@@ -48,7 +49,7 @@ def make_app(
     endpoints: dict[str, Endpoint] = {}
     hot_paths = set()
     for operation, handler in chain.from_iterable(map(declared_in, handlers)):
-        endpoints.setdefault(operation.path, Endpoint(keys, metrics)).add(operation, handler)
+        endpoints.setdefault(operation.path, Endpoint(keys, metrics, admit)).add(operation, handler)
         if operation.hot:
             hot_paths.add(operation.path)
     routes = [Route(path, endpoints[path]) for path in sorted(endpoints, key=_where_parameters_stand)]

@@ -15,6 +15,7 @@ from coupon_svc.hot import in_a_task
 from coupon_svc.postgres.books import find_codes, is_loaded
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.errors import LedgerUnavailable
+from coupon_svc.service.budgets import Budget
 from coupon_svc.service.issued_codes import IssuedCodes, Verdict
 from coupon_svc.service.questions import Asked, Questions
 
@@ -22,11 +23,13 @@ CODES_KEPT_MAX = 200_000
 
 
 class CodeDirectory:
-    """One process's memory of codes, and its questions about others."""
+    """One process's memory of codes, and its questions about others. One that does not exist costs its tenant one of
+    `unknown_codes`."""
 
-    def __init__(self, database: Database, issued: IssuedCodes) -> None:
+    def __init__(self, database: Database, issued: IssuedCodes, unknown_codes: Budget) -> None:
         self._database = database
         self._issued = issued
+        self._unknown_codes = unknown_codes
         self._books: dict[tuple[int, str], str] = {}
         self._questions = Questions(self._find)
 
@@ -40,6 +43,10 @@ class CodeDirectory:
         """The id of the book that has the code, if this process has met it."""
         return self._books.get((tenant_id, code))
 
+    def has_met(self, tenant_id: int, code: str) -> bool:
+        """Whether this process knows the book of the code without a look anywhere."""
+        return (tenant_id, code) in self._books
+
     async def book_of_code(self, tenant_id: int, code: str, within_s: float) -> str:
         """The id of the book that has the code.
 
@@ -51,6 +58,7 @@ class CodeDirectory:
             return known
         computed = self._issued.look(tenant_id, code)
         if isinstance(computed, str):
+            self.learn_code(tenant_id, code, computed)
             return computed
         await in_a_task()
         try:
@@ -64,6 +72,7 @@ class CodeDirectory:
         except TimeoutError:
             raise LedgerUnavailable("the code was not found in time") from None
         if not isinstance(book_id, str):
+            self._unknown_codes.spend(tenant_id)
             raise Refused(Outcome.CODE_NOT_FOUND)
         return book_id
 

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Collection
 from time import monotonic
 
 from coupon_svc.postgres.errors import LedgerUnavailable
+from coupon_svc.service.budgets import Budget
 
 PACED_PER_S = 20
 MISSES_PER_S = 20
@@ -38,7 +39,7 @@ class Questions:
         self._find = find
         self._quick = _Lane(self._ask, pause_s=0.0)
         self._paced = _Lane(self._ask, pause_s=1 / PACED_PER_S)
-        self._misses: dict[int, _Misses] = {}
+        self._misses = Budget(MISSES_PER_S, MISSES_FREE)
 
     def ask(self, tenant_id: int, code: str) -> asyncio.Future[str | None]:
         """The id of the book that has the code, or None; what `find` raises, when it raises. Whoever waits shields it: it is
@@ -46,35 +47,14 @@ class Questions:
 
         Raises LedgerUnavailable when too many codes of the tenant wait already.
         """
-        guesses = tenant_id in self._misses and self._misses[tenant_id].are_too_many(monotonic())
+        guesses = self._misses.wait_s(tenant_id) > 0
         return (self._paced if guesses else self._quick).ask(tenant_id, code)
 
     async def _ask(self, asked: Collection[Asked]) -> dict[Asked, str]:
         found = await self._find(asked)
-        now = monotonic()
         for tenant_id, _ in set(asked) - found.keys():
-            self._misses.setdefault(tenant_id, _Misses(now)).count(now)
+            self._misses.spend(tenant_id)
         return found
-
-
-class _Misses:
-    """How many more codes a tenant may miss before it is taken for one who guesses: a token bucket with a second's debt."""
-
-    def __init__(self, now: float) -> None:
-        self._left = float(MISSES_FREE)
-        self._at = now
-
-    def count(self, now: float) -> None:
-        self._refill(now)
-        self._left = max(self._left - 1, -float(MISSES_PER_S))
-
-    def are_too_many(self, now: float) -> bool:
-        self._refill(now)
-        return self._left <= 0
-
-    def _refill(self, now: float) -> None:
-        self._left = min(self._left + (now - self._at) * MISSES_PER_S, MISSES_FREE)
-        self._at = now
 
 
 class _Lane:

@@ -15,6 +15,7 @@ from coupon_svc.domain.master_key import MasterKeys
 from coupon_svc.postgres.catalogue import compute_codes, insert_codes
 from coupon_svc.postgres.computed import Ciphers
 from coupon_svc.postgres.database import Database
+from coupon_svc.service.budgets import Budget
 from coupon_svc.service.code_directory import CodeDirectory
 from coupon_svc.service.issued_codes import IssuedCodes, Verdict
 from tests.harness import MASTER_KEY, Stack
@@ -153,7 +154,7 @@ async def test_an_upload_and_a_range_over_it_are_seen_together(client: httpx.Asy
     issued = IssuedCodes(database, Ciphers(MasterKeys.parse(MASTER_KEY)))
     await issued.refresh([tenant_id])
     assert issued.look(tenant_id, code) is Verdict.NOT_ISSUED
-    directory = CodeDirectory(database, issued)
+    directory = CodeDirectory(database, issued, Budget(1, 1))
     assert await directory.book_of_code(tenant_id, code, 5) == uploads
     assert await directory.book_of_code(tenant_id, cipher.codes([ends + 8])[0], 5) == book_id
     await database.close()

@@ -80,7 +80,7 @@ class Told(Endpoint):
     """Answers with what it was given."""
 
     def __init__(self) -> None:
-        super().__init__(None, Metrics())  # type: ignore[arg-type]
+        super().__init__(None, Metrics(), lambda *_: None)  # type: ignore[arg-type]
         self.slow: asyncio.Event | None = None
         self.slots: list[Slot[None]] = []
         self.request_ids: list[str] = []

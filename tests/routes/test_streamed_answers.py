@@ -63,7 +63,7 @@ class Streaming(NamedTuple):
 @pytest.fixture
 async def streaming() -> AsyncIterator[Streaming]:
     pieces = Pieces()
-    endpoint = Endpoint(_Keys(), Metrics())  # type: ignore[arg-type]
+    endpoint = Endpoint(_Keys(), Metrics(), lambda *_: None)  # type: ignore[arg-type]
     endpoint.add(LIST_CODES, pieces.answer)
     api = Api(Router([Route(LIST_CODES.path, endpoint)]), {}, Limits(body_s=0.5))
     settings = {**SERVER_SETTINGS, "loop": "none", "lifespan": "off", "timeout_graceful_shutdown": 1}

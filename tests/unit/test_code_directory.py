@@ -11,6 +11,7 @@ import pytest
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.service import code_directory, questions
+from coupon_svc.service.budgets import Budget
 from coupon_svc.service.code_directory import CodeDirectory
 from coupon_svc.service.issued_codes import Verdict
 
@@ -54,7 +55,7 @@ class NothingComputed:
 
 @pytest.fixture
 def directory(ledger: Ledger) -> CodeDirectory:
-    return CodeDirectory(None, NothingComputed())  # type: ignore[arg-type]  # every question goes through `find_codes`
+    return CodeDirectory(None, NothingComputed(), Budget(1, 1))  # type: ignore[arg-type]  # every question goes through `find_codes`
 
 
 async def test_a_code_is_asked_for_once_in_its_life(directory: CodeDirectory, ledger: Ledger) -> None:

@@ -30,15 +30,27 @@ class _Keys:
         return _Key
 
 
-async def ask(raised: BaseException | None, *, method: str = "GET", key: bytes = b"Bearer good") -> Response | None:
+def admit(tenant_id: int, code: str | None) -> None:
+    if code == "SPENT":
+        raise Refused(Outcome.TOO_MANY_UNKNOWN_CODES, retry_after_seconds=7)
+
+
+async def ask(
+    raised: BaseException | None,
+    *,
+    method: str = "GET",
+    key: bytes = b"Bearer good",
+    code: str = "A-1",
+    query: bytes = b"",
+) -> Response | None:
     async def handler(call: Call) -> Answer:
         if raised is not None:
             raise raised
         return Answer(200, {"code": call.path["code"]})
 
-    endpoint = Endpoint(_Keys(), Metrics())  # type: ignore[arg-type]
+    endpoint = Endpoint(_Keys(), Metrics(), admit)  # type: ignore[arg-type]
     endpoint.add(READ_CODE, handler)
-    return await endpoint.respond(b"its-id", method, {"code": "A-1"}, b"", {b"authorization": key}, b"")
+    return await endpoint.respond(b"its-id", method, {"code": code}, query, {b"authorization": key}, b"")
 
 
 @pytest.mark.parametrize(
@@ -76,3 +88,14 @@ async def test_the_method_is_judged_before_the_key_and_the_key_before_the_functi
     wrong_key = await ask(KeyError(), key=b"Bearer bad")
     assert wrong_key is not None
     assert wrong_key.status == 401
+
+
+async def test_a_budget_is_judged_after_the_key_and_before_the_request() -> None:
+    wrong_key = await ask(KeyError(), key=b"Bearer bad", code="SPENT")
+    assert wrong_key is not None
+    assert wrong_key.status == 401
+    spent = await ask(KeyError(), code="SPENT", query=b"foo=1")
+    assert spent is not None
+    problem = json.loads(spent.body)
+    assert (spent.status, problem["code"], problem["retry_after_seconds"]) == (429, "too_many_unknown_codes", 7)
+    assert (b"retry-after", b"7") in spent.headers
