@@ -16,7 +16,7 @@ import httpx
 from bench.figures import BenchError
 from coupon_svc.dev.throwaway import throwaway_service
 from coupon_svc.domain.codes import parse_pattern
-from coupon_svc.postgres.catalogue import ROUND, random_places
+from coupon_svc.postgres.lend_order import ROUND, random_places
 
 _PATTERN = parse_pattern("############", "alphanumeric")
 _BLOCK = 10_000

@@ -20,12 +20,11 @@ from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_CONFIRMED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.domain.reports import Report
 from coupon_svc.postgres import epochs, late_events, outstanding, processes, rebuild_source, settling
-from coupon_svc.postgres.catalogue import lease_code
 from coupon_svc.postgres.database import one_row, open_connection
 from coupon_svc.postgres.epochs import NewEpoch, Verdict
 from coupon_svc.postgres.errors import LedgerUnavailable, NotOwner
 from coupon_svc.postgres.late_events import redeem_receipt
-from coupon_svc.postgres.lending import settle_lone_leases
+from coupon_svc.postgres.lone_leases import lease_code, settle_lone_leases
 from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago, note_marks
 from coupon_svc.postgres.migrations import migrate
 from coupon_svc.postgres.quarantine import deal_again

@@ -17,7 +17,8 @@ from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.codes import Generated, Pattern
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.books import BookAnswers
-from coupon_svc.postgres.catalogue import NewBook, insert_book, insert_codes
+from coupon_svc.postgres.books import NewBook, insert_book
+from coupon_svc.postgres.codes import insert_codes
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.lending import lease_block
 from coupon_svc.postgres.shards import OwnedShard

@@ -23,7 +23,9 @@ from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.shards import new_book_id
-from coupon_svc.postgres.catalogue import NewBook, insert_book, insert_codes, random_places
+from coupon_svc.postgres.books import NewBook, insert_book
+from coupon_svc.postgres.codes import insert_codes
+from coupon_svc.postgres.lend_order import random_places
 from coupon_svc.postgres.lending import lease_block
 from coupon_svc.postgres.shards import OwnedShard
 from coupon_svc.redis.connection import Connection, connect

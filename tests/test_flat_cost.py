@@ -12,8 +12,8 @@ import pytest
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
-from coupon_svc.postgres import catalogue, lending
-from coupon_svc.postgres.books import find_codes
+from coupon_svc.postgres import lending, lone_leases
+from coupon_svc.postgres.codes import find_codes
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.events import commit_batches
 from coupon_svc.postgres.shards import OwnedShard
@@ -95,7 +95,7 @@ async def reads_of(ledger: Ledger, what: str, book_id: str, codes: int) -> Count
 
     work: dict[str, Callable[[], Awaitable[Any]]] = {
         "lend_a_block": lambda: lending.lease_block(connection, OWNER, SHARD, book_id, BLOCK),
-        "lend_one_by_name": lambda: catalogue.lease_code(connection, 1, book_id, unlent),
+        "lend_one_by_name": lambda: lone_leases.lease_code(connection, 1, book_id, unlent),
         "find_its_book": lambda: find_codes(OnOne(ledger.url, "test"), {(1, waiting), (1, "NONE-1")}),
         "assign_and_redeem": lambda: commit_batches(connection, OWNER, [batch_of(0, 3, 7, 0, [assigned, redeemed])]),
     }

@@ -19,10 +19,10 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.http.auth import KeyRing
 from coupon_svc.postgres import late_events, rebuild_source
-from coupon_svc.postgres.catalogue import lease_code
 from coupon_svc.postgres.epochs import NewEpoch
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.late_events import redeem_receipt
+from coupon_svc.postgres.lone_leases import lease_code
 from coupon_svc.postgres.marks import Mark
 from coupon_svc.postgres.shards import OwnedShard
 from coupon_svc.redis.control import ShardControl, Term

@@ -14,8 +14,9 @@ import pytest
 from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.upload_files import Batch
-from coupon_svc.postgres import jobs
-from coupon_svc.postgres.catalogue import PIECE_CODES, NewBook, insert_book
+from coupon_svc.postgres import jobs, staging
+from coupon_svc.postgres.books import NewBook, insert_book
+from coupon_svc.postgres.codes import PIECE_CODES
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.jobs import PIECE_ROWS
 from tests.harness import Stack, fresh_database, until
@@ -108,9 +109,9 @@ async def test_a_piece_that_was_done_is_not_done_again(postgres_url: str) -> Non
     await connection.execute("INSERT INTO tenants (name) VALUES ('t')")
     book = "bk_000123456789abcdef"
     await insert_book(connection, NewBook(book, 0, 1, "b", None, 1, 120, None, None, Ack.LEDGER, "{}", 0))
-    opened = await jobs.open_job(connection, 1, book, "job_1", None)
-    await jobs.stage(connection, opened.job_no, Batch(CODES[:1_500], list(range(1, 1_501)), []))
-    running = await jobs.complete(connection, opened.job_no, jobs.Received(1_500, 0, 0, None, []))
+    opened = await staging.open_job(connection, 1, book, "job_1", None)
+    await staging.stage(connection, opened.job_no, Batch(CODES[:1_500], list(range(1, 1_501)), []))
+    running = await staging.complete(connection, opened.job_no, staging.Received(1_500, 0, 0, None, []))
     moved = await jobs.add_piece(connection, running)
     assert (moved.done_rows, moved.inserted) == (PIECE_ROWS, PIECE_ROWS)
     with pytest.raises(LedgerUnavailable):

@@ -1,24 +1,21 @@
-"""Jobs: upload files that have been received, or still are, and are worked off in pieces.
+"""Jobs: upload files that have been received, or still are (`staging`), and are worked off in pieces.
 
-A body is staged in blocks, each a transaction of its own that also shows that the receiver lives. Once it is complete its
-job runs: each piece takes the next staged rows, in the order of their codes, adds them to the book, and moves the job's row
-by compare-and-set. So it does not matter how often, or by which process, a job is taken up again.
+Once a body is complete its job runs: each piece takes the next staged rows, in the order of their codes, adds them to the
+book, and moves the job's row by compare-and-set. So it does not matter how often, or by which process, a job is taken up
+again.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import asyncpg
 import msgspec
 
 from coupon_svc.domain.codes import why_taken
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.domain.upload_files import Batch
-from coupon_svc.postgres import catalogue
+from coupon_svc.postgres.codes import insert_codes
 from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
-from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import LedgerUnavailable
 
 SILENT_S = 120
@@ -26,30 +23,14 @@ SILENT_S = 120
 KEPT_DAYS = 30
 """How long a finished job, with its rejected rows, can be read."""
 EMPTIED_AT_ONCE = 10_000
-LINES_AT_ONCE = 2_000
-"""Lines for COPY that are made before others have their turn."""
 PIECE_ROWS = 1_000
 """Rows that are added at once. They hold the row of their book, for which refills and changes wait, less than 50 ms."""
 TELL_EVERY = 100_000
 """Rows after which the book's owner hears of the codes, while the job still runs."""
-
-_COLUMNS = """
+COLUMNS = """
     job_no, job_id, tenant_id, book_id, state, received, inserted, duplicates, invalid, blank, header, warnings, error,
     done_rows, done_code, done_row, (extract(epoch FROM created_at) * 1000)::bigint AS created_at_ms,
     (extract(epoch FROM finished_at) * 1000)::bigint AS finished_at_ms
-"""
-_OPEN = f"""
-    INSERT INTO jobs (job_id, tenant_id, book_id, idempotency_key) VALUES ($1, $2, $3, $4) RETURNING {_COLUMNS}
-"""
-_IS_RECEIVED = f"""
-    SELECT EXISTS (SELECT FROM jobs
-                   WHERE tenant_id = $1 AND book_id = $2 AND idempotency_key = $3 AND state = 'receiving' AND NOT emptied
-                     AND touched_at > now() - interval '{SILENT_S} seconds')
-"""
-_TOUCH = "UPDATE jobs SET touched_at = now() WHERE job_no = $1 AND state = 'receiving'"
-_COMPLETE = f"""
-    UPDATE jobs SET state = 'running', received = $2, invalid = $3, blank = $4, header = $5, warnings = $6
-    WHERE job_no = $1 AND state = 'receiving' RETURNING {_COLUMNS}
 """
 _GIVE_UP_SILENT = f"""
     UPDATE jobs SET state = 'failed', error = 'broken_off', finished_at = now()
@@ -61,7 +42,7 @@ _TENANTS_WITH_WORK = f"""
     WHERE NOT emptied AND (state <> 'receiving' OR touched_at < now() - interval '{SILENT_S} seconds')
 """
 _FIRST_WITH_WORK = f"""
-    SELECT {_COLUMNS} FROM jobs WHERE tenant_id = $1 AND NOT emptied AND state <> 'receiving' ORDER BY job_no LIMIT 1
+    SELECT {COLUMNS} FROM jobs WHERE tenant_id = $1 AND NOT emptied AND state <> 'receiving' ORDER BY job_no LIMIT 1
 """
 # Along the key. Postgres knows little of a table that is filled and emptied, and would sort all that is staged each time.
 _READ_ALONG_KEY = "SET LOCAL enable_bitmapscan TO off; SET LOCAL enable_seqscan TO off; SET LOCAL enable_sort TO off"
@@ -76,7 +57,7 @@ _REJECT = """
 _MOVE = f"""
     UPDATE jobs SET inserted = inserted + $3, duplicates = duplicates + $4, done_rows = done_rows + $5, done_code = $6,
                     done_row = $7
-    WHERE job_no = $1 AND state = 'running' AND done_rows = $2 RETURNING {_COLUMNS}
+    WHERE job_no = $1 AND state = 'running' AND done_rows = $2 RETURNING {COLUMNS}
 """
 _FINISH = "UPDATE jobs SET state = $2, error = $3, finished_at = now() WHERE job_no = $1 AND state = 'running'"
 _LAST_TO_EMPTY = """
@@ -135,84 +116,6 @@ class RejectedRow(msgspec.Struct, frozen=True):
     detail: str
 
 
-class Received(msgspec.Struct, frozen=True):
-    """What a body was found to hold, once it is complete."""
-
-    received: int
-    invalid: int
-    blank: int
-    header: str | None
-    warnings: list[str]
-
-
-# --- receiving
-
-
-async def open_job(
-    connection: asyncpg.Connection, tenant_id: int, book_id: str, job_id: str, idempotency_key: str | None
-) -> Job:
-    """A job whose body is about to be received. Raises Refused(idempotency_in_progress) while another one with the same
-    key is being received."""
-    if idempotency_key is not None:
-        taken = await connection.fetchval(_IS_RECEIVED, tenant_id, book_id, idempotency_key)
-        if taken:
-            raise Refused(Outcome.IDEMPOTENCY_IN_PROGRESS)
-    return _job(await one_row(connection, _OPEN, job_id, tenant_id, book_id, idempotency_key))
-
-
-async def stage(connection: asyncpg.Connection, job_no: int, batch: Batch) -> None:
-    """Keep what a part of the body has brought, and show that its receiver lives; at most some 20,000 rows.
-
-    Raises LedgerUnavailable when the job was given up meanwhile.
-    """
-    async with connection.transaction():
-        if await connection.execute(_TOUCH, job_no) != "UPDATE 1":
-            raise LedgerUnavailable("the upload was taken for dead")
-        if batch.codes:
-            await connection.copy_to_table(
-                "staged_codes",
-                source=_lines(job_no, batch),
-                columns=("job_no", "code", "row"),
-                format="text",
-                timeout=None,
-            )
-        if batch.invalid:
-            rejected = [RejectedRow(row.row, row.text, "invalid", row.detail) for row in batch.invalid]
-            await _reject(connection, job_no, rejected)
-
-
-async def _lines(job_no: int, batch: Batch) -> AsyncIterator[bytes]:
-    """For COPY, sorted, so that neighbours come to the same page of the index. A code has no sign that COPY would escape."""
-    lines: list[str] = []
-    for start in range(0, len(batch.codes), LINES_AT_ONCE):
-        part = slice(start, start + LINES_AT_ONCE)
-        lines += [f"{job_no}\t{code}\t{row}\n" for code, row in zip(batch.codes[part], batch.rows[part], strict=True)]
-        await asyncio.sleep(0)
-    lines.sort()
-    await asyncio.sleep(0)
-    yield "".join(lines).encode("ascii")
-
-
-async def complete(connection: asyncpg.Connection, job_no: int, received: Received) -> Job:
-    """The whole body is there: the job runs from now on, if the transaction commits."""
-    row = await connection.fetchrow(_COMPLETE, job_no, *msgspec.structs.astuple(received))
-    if row is None:
-        raise LedgerUnavailable("the upload was taken for dead")
-    return _job(row)
-
-
-async def give_up(connection: asyncpg.Connection, job_no: int, error: str) -> None:
-    """Nothing of an upload that is being received is to be added."""
-    await connection.execute(
-        "UPDATE jobs SET state = 'failed', error = $2, finished_at = now() WHERE job_no = $1 AND state = 'receiving'",
-        job_no,
-        error,
-    )
-
-
-# --- working off; in the tenant's turn
-
-
 async def tenants_with_work(connection: asyncpg.Connection) -> list[int]:
     """Tenants with a job to be worked off, or with staged rows to be removed."""
     return [row["tenant_id"] for row in await connection.fetch(_TENANTS_WITH_WORK)]
@@ -222,7 +125,7 @@ async def next_job(connection: asyncpg.Connection, tenant_id: int) -> Job | None
     """The tenant's oldest job that something is to be done for. Uploads whose receiver has died are given up first."""
     await connection.execute(_GIVE_UP_SILENT, tenant_id)
     row = await connection.fetchrow(_FIRST_WITH_WORK, tenant_id)
-    return _job(row) if row else None
+    return job_from_row(row) if row else None
 
 
 async def add_piece(connection: asyncpg.Connection, job: Job, ciphers: Ciphers = NO_CIPHERS) -> Job:
@@ -249,16 +152,16 @@ async def add_piece(connection: asyncpg.Connection, job: Job, ciphers: Ciphers =
     async with connection.transaction():
         # Lost with a crash of Postgres, it is done again; and whatever rests on it is behind it in the log, so is lost, too.
         await connection.execute("SET LOCAL synchronous_commit TO off")
-        _, taken = await catalogue.insert_codes(connection, job.tenant_id, job.book_id, codes, ciphers, tell=tell)
+        _, taken = await insert_codes(connection, job.tenant_id, job.book_id, codes, ciphers, tell=tell)
         rejected += [RejectedRow(first_rows[code], code, *why_taken(job.book_id, has)) for code, has in taken.items()]
-        await _reject(connection, job.job_no, rejected)
+        await reject(connection, job.job_no, rejected)
         done = (rows[-1]["code"], rows[-1]["row"]) if rows else (job.done_code, job.done_row)
         moved = await connection.fetchrow(
             _MOVE, job.job_no, job.done_rows, len(codes) - len(taken), len(rejected), len(rows), *done
         )
         if moved is None:
             raise LedgerUnavailable("the job was moved by somebody else")
-    return _job(moved)
+    return job_from_row(moved)
 
 
 async def finish(connection: asyncpg.Connection, job_no: int, error: str | None = None) -> None:
@@ -286,17 +189,14 @@ async def forget_old(connection: asyncpg.Connection) -> None:
     await connection.execute(_FORGET_JOBS)
 
 
-# --- reading
-
-
 async def read_job(connection: asyncpg.Connection, tenant_id: int, job_id: str) -> Job:
     """A job of the tenant. Raises Refused(job_not_found)."""
     row = await connection.fetchrow(
-        f"SELECT {_COLUMNS} FROM jobs WHERE job_id = $1 AND tenant_id = $2", job_id, tenant_id
+        f"SELECT {COLUMNS} FROM jobs WHERE job_id = $1 AND tenant_id = $2", job_id, tenant_id
     )
     if row is None:
         raise Refused(Outcome.JOB_NOT_FOUND)
-    return _job(row)
+    return job_from_row(row)
 
 
 async def rejected_after(connection: asyncpg.Connection, job_no: int, after: int, limit: int) -> list[RejectedRow]:
@@ -310,11 +210,11 @@ async def rejected_after(connection: asyncpg.Connection, job_no: int, after: int
     return [RejectedRow(*row) for row in rows]
 
 
-def _job(row: asyncpg.Record) -> Job:
+def job_from_row(row: asyncpg.Record) -> Job:
     return Job(**row)
 
 
-async def _reject(connection: asyncpg.Connection, job_no: int, rejected: Sequence[RejectedRow]) -> None:
+async def reject(connection: asyncpg.Connection, job_no: int, rejected: Sequence[RejectedRow]) -> None:
     if rejected:
         columns = [[getattr(one, name) for one in rejected] for name in RejectedRow.__struct_fields__]
         await connection.execute(_REJECT, job_no, *columns)

@@ -25,6 +25,22 @@ _LOCK_BOOK = "SELECT true FROM books WHERE book_id = $1 FOR UPDATE"
 _QUEUE_FOR = "SELECT set_config('lock_timeout', $1, true)"
 QUEUE_MS = 1000
 
+LOADED_AT_ONCE = 100
+_TO_LOAD = (
+    f"SELECT {BOOK_COLUMNS} FROM books WHERE shard = ANY ($1) AND version > loaded_version LIMIT {LOADED_AT_ONCE}"
+)
+_BOOK_NOW = f"""
+    SELECT {BOOK_COLUMNS}, loaded, (SELECT count(*) FROM lone_leases l WHERE l.book_id = books.book_id) AS lone
+    FROM books WHERE book_id = $1
+"""
+_MARK_LOADED = "UPDATE books SET loaded = true, loaded_version = greatest(loaded_version, $2) WHERE book_id = $1"
+_LEFT = "SELECT leased_upto, computed_unlent, total - lent - quarantined AS unlent FROM books WHERE book_id = $1"
+_NEXT_PLACES_END = """
+    SELECT max(place) FROM (SELECT place FROM codes WHERE book_id = $1 AND place > $2 ORDER BY place LIMIT $3) b
+"""
+_CODES_AT = "SELECT code FROM codes WHERE book_id = $1 AND place > $2 AND place <= $3"
+_COUNT_LENT = "UPDATE books SET leased_upto = $2, lent = lent + $3 WHERE book_id = $1"
+
 
 class Lease(NamedTuple):
     """Codes that are lent to Redis now, and how many of the book are not."""
@@ -33,12 +49,9 @@ class Lease(NamedTuple):
     unlent: int
 
 
-async def books_to_load(connection: asyncpg.Connection, shards: Sequence[int], most: int = 100) -> list[Book]:
+async def books_to_load(connection: asyncpg.Connection, shards: Sequence[int]) -> list[Book]:
     """Books whose newest version is not in Redis yet."""
-    rows = await connection.fetch(
-        f"SELECT {BOOK_COLUMNS} FROM books WHERE shard = ANY ($1) AND version > loaded_version LIMIT {most}",
-        list(shards),
-    )
+    rows = await connection.fetch(_TO_LOAD, list(shards))
     return [book_from_row(row) for row in rows]
 
 
@@ -53,12 +66,7 @@ class BookNow(NamedTuple):
 
 async def read_book(connection: asyncpg.Connection, book_id: str) -> BookNow:
     """The book as the ledger has it."""
-    row = await one_row(
-        connection,
-        f"SELECT {BOOK_COLUMNS}, loaded, (SELECT count(*) FROM lone_leases l WHERE l.book_id = books.book_id) AS lone"
-        " FROM books WHERE book_id = $1",
-        book_id,
-    )
+    row = await one_row(connection, _BOOK_NOW, book_id)
     return BookNow(book_from_row(row), row["loaded"], row["lone"])
 
 
@@ -72,11 +80,7 @@ async def mark_loaded(
     async with connection.transaction():
         if not await _lock_book(connection, book_id):
             return False
-        await connection.execute(
-            "UPDATE books SET loaded = true, loaded_version = greatest(loaded_version, $2) WHERE book_id = $1",
-            book_id,
-            version,
-        )
+        await connection.execute(_MARK_LOADED, book_id, version)
         await require_owner(connection, writer_id, owned)
     return True
 
@@ -97,11 +101,7 @@ async def lease_block(
     async with connection.transaction():
         if not await _lock_book(connection, book_id):
             return None
-        book = await one_row(
-            connection,
-            "SELECT leased_upto, computed_unlent, total - lent - quarantined AS unlent FROM books WHERE book_id = $1",
-            book_id,
-        )
+        book = await one_row(connection, _LEFT, book_id)
         of_ranges = computed_share(count, book["unlent"] - book["computed_unlent"], book["computed_unlent"])
         lent = await lend_numbers(connection, book_id, of_ranges, ciphers) if of_ranges else []
         codes = await _lend_rows(connection, book_id, book["leased_upto"], count - of_ranges)
@@ -115,20 +115,11 @@ async def lease_block(
 
 async def _lend_rows(connection: asyncpg.Connection, book_id: str, leased_upto: int, count: int) -> list[str]:
     """Lend the next `count` codes that are stored."""
-    upto = await connection.fetchval(
-        "SELECT max(place) FROM (SELECT place FROM codes WHERE book_id = $1 AND place > $2 ORDER BY place LIMIT $3) b",
-        book_id,
-        leased_upto,
-        count,
-    )
+    upto = await connection.fetchval(_NEXT_PLACES_END, book_id, leased_upto, count)
     if upto is None:
         return []
-    rows = await connection.fetch(
-        "SELECT code FROM codes WHERE book_id = $1 AND place > $2 AND place <= $3", book_id, leased_upto, upto
-    )
-    await connection.execute(
-        "UPDATE books SET leased_upto = $2, lent = lent + $3 WHERE book_id = $1", book_id, upto, len(rows)
-    )
+    rows = await connection.fetch(_CODES_AT, book_id, leased_upto, upto)
+    await connection.execute(_COUNT_LENT, book_id, upto, len(rows))
     return [row["code"] for row in rows]
 
 
@@ -142,21 +133,6 @@ def computed_share(count: int, stored: int, computed: int) -> int:
         if draw() * (stored + computed - drawn) < left:
             left, share = left - 1, share + 1
     return share
-
-
-async def lone_leases(connection: asyncpg.Connection, shards: Sequence[int], most: int = 500) -> dict[str, Lease]:
-    """Codes that were lent alone and are not in Redis yet, by book."""
-    rows = await connection.fetch(
-        "SELECT book_id, array_agg(code) AS codes, min(total - lent - quarantined) AS unlent FROM"
-        f" (SELECT * FROM lone_leases WHERE shard = ANY ($1) LIMIT {most}) l JOIN books USING (book_id) GROUP BY book_id",
-        list(shards),
-    )
-    return {row["book_id"]: Lease(row["codes"], row["unlent"]) for row in rows}
-
-
-async def settle_lone_leases(connection: asyncpg.Connection, book_id: str, codes: list[str]) -> None:
-    """Redis has these codes now."""
-    await connection.execute("DELETE FROM lone_leases WHERE book_id = $1 AND code = ANY ($2)", book_id, codes)
 
 
 async def _lock_book(connection: asyncpg.Connection, book_id: str) -> bool:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import asyncpg
 
-from coupon_svc.postgres.catalogue import ROUND, random_places
 from coupon_svc.postgres.epochs import want_recovery
+from coupon_svc.postgres.lend_order import ROUND, random_places
 
 _BOOKS = """
     SELECT book_id, name, count(*) AS codes, min(at) AS since FROM quarantine JOIN books USING (book_id)

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import asyncpg
 
 from coupon_svc.domain.books import Ack
-from coupon_svc.postgres.catalogue import ROUND, random_places
 from coupon_svc.postgres.computed import numbers_to_account
 from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.epochs import NewEpoch, Verdict
 from coupon_svc.postgres.errors import BookBusy
+from coupon_svc.postgres.lend_order import ROUND, random_places
 from coupon_svc.postgres.outstanding import PIECE, limit_wait
 from coupon_svc.postgres.shards import require_recoverer
 

@@ -15,7 +15,6 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Concatenate, ParamSpec, TypeVar
-from weakref import WeakValueDictionary
 
 import asyncpg
 
@@ -23,16 +22,17 @@ from coupon_svc.domain.books import Book
 from coupon_svc.domain.codes import Generated
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.loops import keep_running
-from coupon_svc.postgres import catalogue
-from coupon_svc.postgres.catalogue import PIECE_CODES, UNPLACED_FROM
+from coupon_svc.postgres import books, patterns
+from coupon_svc.postgres.codes import PIECE_CODES, books_of, insert_rows, place_codes
 from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import Database, one_row, within
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.idempotency import IdempotentCall, Remembered, recall
+from coupon_svc.postgres.lend_order import UNPLACED_FROM
+from coupon_svc.postgres.tenant_slots import TenantSlots, busy
 
 T = TypeVar("T")
 P = ParamSpec("P")
-
 TURN_WAIT_S = 10.0
 PIECE_TIMEOUT_S = 10.0
 COUNT_TIMEOUT_S = 60.0
@@ -40,43 +40,11 @@ COUNT_TIMEOUT_S = 60.0
 SWEEP_EVERY_S = 10.0
 _BARREN_MAX = 200
 _TURN_LOCK = 0x7475726E  # "turn"; the advisory lock of a tenant's uploads in pieces
-
 # A process that is stopped or cut off must not keep its turn until TCP gives it up.
 _TRY_TURN = "SELECT set_config('idle_session_timeout', '30s', false), pg_try_advisory_lock($1, $2) AS mine"
-
-
 Decide = Callable[[asyncpg.Connection, int, dict[str, str]], Awaitable[T]]
 """What is to happen in the transaction that decides an upload: given its id, and the codes that were left out with the
 books that have them. Raises Refused when nothing of the upload is to stay."""
-
-
-class TenantSlots:
-    """At most so many of a tenant's requests are served at a time; more of them wait, those of others do not."""
-
-    def __init__(self, each: int) -> None:
-        self._each = each
-        self._slots: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
-
-    @asynccontextmanager
-    async def slot(self, tenant_id: int, wait_s: float) -> AsyncIterator[None]:
-        """One of the tenant's slots. Raises Refused(store_unavailable) when none is free in time."""
-        slot = self._slots.get(tenant_id)
-        if slot is None:
-            slot = self._slots[tenant_id] = asyncio.Semaphore(self._each)
-        try:
-            async with asyncio.timeout(wait_s):
-                await slot.acquire()
-        except TimeoutError:
-            raise busy() from None
-        try:
-            yield
-        finally:
-            slot.release()
-
-
-def busy() -> Refused:
-    """The refusal of a request that others of its tenant stood before."""
-    return Refused(Outcome.STORE_UNAVAILABLE, "Other requests of yours are still running. Nothing was done.")
 
 
 class Uploads:
@@ -163,8 +131,8 @@ class Turn:
         return await self._step(recall(self._connection, call, for_session=True))
 
     async def read_book(self, book_id: str) -> Book:
-        """As `catalogue.read_book`."""
-        return await self._step(catalogue.read_book(self._connection, self._tenant_id, book_id))
+        """As `books.read_book`."""
+        return await self._step(books.read_book(self._connection, self._tenant_id, book_id))
 
     async def add(self, book_id: str, wanted: Sequence[str] | Generated, decide: Decide[T]) -> tuple[Book, T]:
         """Add codes to a book, which may be made by `decide` only. Returns it as it is then, and what `decide` returned.
@@ -209,7 +177,7 @@ class Turn:
         async with self._connection.transaction():
             used = None
             if isinstance(wanted, Generated):
-                used = await catalogue.require_capacity(self._connection, self._tenant_id, *wanted)
+                used = await patterns.require_capacity(self._connection, self._tenant_id, *wanted)
             upload_id: int = await self._connection.fetchval(
                 "INSERT INTO uploads (tenant_id, book_id, codes, used) VALUES ($1, $2, $3, $4) RETURNING upload_id",
                 self._tenant_id,
@@ -226,7 +194,7 @@ class Turn:
             piece = codes[start : start + PIECE_CODES]
             inserted = await self._insert_piece(book_id, piece, start)
             left_out = [code for code in piece if code not in inserted]
-            taken |= await self._step(catalogue.books_of(self._connection, self._tenant_id, left_out, self._ciphers))
+            taken |= await self._step(books_of(self._connection, self._tenant_id, left_out, self._ciphers))
         return taken
 
     async def _insert_drawn(self, book_id: str, wanted: Generated) -> dict[str, str]:
@@ -252,9 +220,7 @@ class Turn:
 
         async def insert() -> set[str]:
             async with self._connection.transaction():
-                return await catalogue.insert_rows(
-                    self._connection, self._tenant_id, book_id, codes, places, self._ciphers
-                )
+                return await insert_rows(self._connection, self._tenant_id, book_id, codes, places, self._ciphers)
 
         return await self._step(insert())
 
@@ -275,7 +241,7 @@ class Turn:
 
     async def _place_piece(self, upload_id: int, book_id: str, begin: int, *, last: bool) -> Book:
         async with self._connection.transaction():
-            book = await catalogue.place_codes(self._connection, book_id, begin, tell=last)
+            book = await place_codes(self._connection, book_id, begin, tell=last)
             if last:
                 await self._close(upload_id)
             return book

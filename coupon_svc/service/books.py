@@ -27,13 +27,15 @@ from coupon_svc.domain.codes import (
 )
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.shards import book_shard, new_book_id
-from coupon_svc.postgres import catalogue
-from coupon_svc.postgres.catalogue import PIECE_CODES, NewBook
+from coupon_svc.postgres import books, codes, patterns
+from coupon_svc.postgres.books import NewBook
+from coupon_svc.postgres.codes import PIECE_CODES
 from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers, is_computed
 from coupon_svc.postgres.database import Database, LedgerConnection
 from coupon_svc.postgres.errors import LedgerUnavailable, TakeTurns
 from coupon_svc.postgres.idempotency import IdempotentCall, recall, remember
-from coupon_svc.postgres.uploads import TenantSlots, Uploads
+from coupon_svc.postgres.tenant_slots import TenantSlots
+from coupon_svc.postgres.uploads import Uploads
 from coupon_svc.redis.codec import decode_stored_book
 from coupon_svc.redis.contract import Reply
 from coupon_svc.redis.data_plane import DataPlane
@@ -243,10 +245,10 @@ class Books:
                     raise TakeTurns
                 kept = KeptAnswer(before.status, before.answer)
                 book_id = self._answers.book_of(kept)
-                return Done(await catalogue.read_book(connection, new.tenant_id, book_id), kept)
+                return Done(await books.read_book(connection, new.tenant_id, book_id), kept)
             if generated and generated.total > PIECE_CODES and not self._may_compute(generated):
                 raise TakeTurns
-            book = await catalogue.insert_book(connection, new)
+            book = await books.insert_book(connection, new)
             if generated:
                 book = await self._generate(connection, new.tenant_id, new.book_id, generated)
             answer = self._answers.created(LiveBook(book, book.total))
@@ -262,8 +264,8 @@ class Books:
         _check_stored(generated)
 
         async def decide(connection: LedgerConnection, upload_id: int, _: dict[str, str]) -> KeptAnswer:
-            await catalogue.insert_book(connection, new)
-            book = await catalogue.note_guessing(connection, upload_id, new.book_id, *generated)
+            await books.insert_book(connection, new)
+            book = await patterns.note_guessing(connection, upload_id, new.book_id, *generated)
             answer = self._answers.created(LiveBook(book, generated.total))
             if idempotent:
                 await remember(connection, idempotent, *answer, upload_id)
@@ -301,12 +303,12 @@ class Books:
             self._database.connection() as connection,
             connection.transaction(),
         ):
-            book = await catalogue.read_book(connection, tenant_id, book_id)
+            book = await books.read_book(connection, tenant_id, book_id)
             if idempotent and (before := await recall(connection, idempotent)):
                 if before.unfinished:
                     raise TakeTurns
                 kept = KeptAnswer(before.status, before.answer)
-                return Done(await catalogue.read_book(connection, tenant_id, book_id), kept)
+                return Done(await books.read_book(connection, tenant_id, book_id), kept)
             if book.status is BookStatus.CLOSED:
                 raise Refused(Outcome.BOOK_CLOSED)
             if isinstance(wanted, Generated):
@@ -317,7 +319,7 @@ class Books:
             else:
                 if len(wanted.codes) > PIECE_CODES:
                     raise TakeTurns
-                book, taken = await catalogue.insert_codes(connection, tenant_id, book_id, wanted.codes, self._ciphers)
+                book, taken = await codes.insert_codes(connection, tenant_id, book_id, wanted.codes, self._ciphers)
                 answer = self._answers.uploaded(_upload(book_id, wanted, taken))
             if idempotent:
                 await remember(connection, idempotent, *answer)
@@ -331,8 +333,8 @@ class Books:
 
         async def decide(connection: LedgerConnection, upload_id: int, taken: dict[str, str]) -> KeptAnswer:
             if isinstance(wanted, Generated):  # first, since it locks the book's row for good
-                await catalogue.note_guessing(connection, upload_id, book_id, *wanted)
-            await catalogue.require_not_closed(connection, book_id)
+                await patterns.note_guessing(connection, upload_id, book_id, *wanted)
+            await books.require_not_closed(connection, book_id)
             if isinstance(wanted, Generated):
                 answer = self._answers.uploaded(Upload(book_id, wanted.total, []))
             else:
@@ -354,8 +356,8 @@ class Books:
     async def _generate(self, connection: LedgerConnection, tenant_id: int, book_id: str, generated: Generated) -> Book:
         """Add codes within the transaction: computed ones, or stored ones where these are few. Raises TakeTurns."""
         if not self._may_compute(generated):
-            return await catalogue.generate_codes(connection, tenant_id, book_id, *generated, self._ciphers)
-        book = await catalogue.compute_codes(connection, tenant_id, book_id, *generated, self._ciphers)
+            return await patterns.generate_codes(connection, tenant_id, book_id, *generated, self._ciphers)
+        book = await patterns.compute_codes(connection, tenant_id, book_id, *generated, self._ciphers)
         if book is None:
             raise TakeTurns  # they are to be stored, and are too many for one transaction
         return book
@@ -371,10 +373,10 @@ class Books:
     async def list_books(self, wanted: ListBooks) -> BooksPage:
         """Which books there are, Postgres says, and of each what `read_book` does. May be repeated."""
         async with self._database.connection(only_reads=True) as connection:
-            books = await catalogue.list_books(connection, wanted.tenant_id, wanted.limit + 1, wanted.before)
-        page = books[: wanted.limit]
+            found = await books.list_books(connection, wanted.tenant_id, wanted.limit + 1, wanted.before)
+        page = found[: wanted.limit]
         live = await asyncio.gather(*(self.read_book(ReadBook(book.tenant_id, book.book_id)) for book in page))
-        more = len(books) > wanted.limit
+        more = len(found) > wanted.limit
         return BooksPage(list(live), (page[-1].created_at_ms, page[-1].book_id) if more else None)
 
     async def update_book(self, wanted: UpdateBook) -> LiveBook:
@@ -383,7 +385,7 @@ class Books:
         tenant_id, book_id = wanted.tenant_id, wanted.book_id
         self._plane.view_of_book(book_id)
         async with self._database.connection() as connection, connection.transaction():
-            book = await catalogue.update_book(connection, tenant_id, book_id, wanted.changes.columns())
+            book = await books.update_book(connection, tenant_id, book_id, wanted.changes.columns())
         if not await self.in_force(book):
             raise Refused(Outcome.OUTCOME_UNKNOWN)
         try:

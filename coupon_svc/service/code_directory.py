@@ -12,7 +12,8 @@ from collections.abc import Collection
 
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.hot import in_a_task
-from coupon_svc.postgres.books import find_codes, is_loaded
+from coupon_svc.postgres.books import is_loaded
+from coupon_svc.postgres.codes import find_codes
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.service.budgets import Budget

@@ -23,14 +23,16 @@ from coupon_svc.domain.errors import error_location
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.upload_files import Batch, FileKind, FileReader, UnreadableFile
 from coupon_svc.loops import keep_running
-from coupon_svc.postgres import catalogue, jobs
+from coupon_svc.postgres import books, jobs, staging
 from coupon_svc.postgres.computed import Ciphers
 from coupon_svc.postgres.database import Database, LedgerConnection
 from coupon_svc.postgres.errors import LedgerUnavailable, TakeTurns
 from coupon_svc.postgres.idempotency import IdempotentCall, is_remembered, recall, remember
-from coupon_svc.postgres.jobs import Job, Received
+from coupon_svc.postgres.jobs import Job
 from coupon_svc.postgres.jobs import RejectedRow as RejectedRow
-from coupon_svc.postgres.uploads import TenantSlots, Turn, Uploads
+from coupon_svc.postgres.staging import Received
+from coupon_svc.postgres.tenant_slots import TenantSlots
+from coupon_svc.postgres.uploads import Turn, Uploads
 from coupon_svc.service.durability import SLOT_WAIT_S
 from coupon_svc.service.idempotency import KeptAnswer
 
@@ -167,12 +169,12 @@ class Jobs:
         async with self._nothing_happens() as connection, connection.transaction():
             if "\0" in book_id:
                 raise Refused(Outcome.BOOK_NOT_FOUND)
-            book = await catalogue.read_book(connection, tenant_id, book_id)
+            book = await books.read_book(connection, tenant_id, book_id)
             if key is not None and await is_remembered(connection, book_id, key):
                 return None
             if book.status is BookStatus.CLOSED:
                 raise Refused(Outcome.BOOK_CLOSED)
-            return await jobs.open_job(connection, tenant_id, book_id, _new_job_id(), key)
+            return await staging.open_job(connection, tenant_id, book_id, _new_job_id(), key)
 
     async def _receive(self, wanted: UploadFile, job: Job) -> Received:
         reader = FileReader(wanted.kind)
@@ -189,7 +191,7 @@ class Jobs:
 
     async def _stage(self, job: Job, block: Batch) -> None:
         async with self._staging.slot(job.tenant_id, STAGE_WAIT_S), self._nothing_happens() as connection:
-            await jobs.stage(connection, job.job_no, block)
+            await staging.stage(connection, job.job_no, block)
 
     def _nothing_happens(self) -> AbstractAsyncContextManager[LedgerConnection]:
         """A connection for what adds nothing yet: when it fails, nothing was done."""
@@ -199,9 +201,9 @@ class Jobs:
         async with self._bodies.connection(wait_s=STAGE_WAIT_S) as connection, connection.transaction():
             call = _idempotent(wanted)
             if call and (before := await recall(connection, call)):
-                await jobs.give_up(connection, job.job_no, Outcome.IDEMPOTENCY_KEY_REUSED)
+                await staging.give_up(connection, job.job_no, Outcome.IDEMPOTENCY_KEY_REUSED)
                 return Accepted(KeptAnswer(before.status, before.answer), replayed=True)
-            running = await jobs.complete(connection, job.job_no, received)
+            running = await staging.complete(connection, job.job_no, received)
             rejected = await jobs.rejected_after(connection, job.job_no, 0, self._shown_max + 1)
             answer = self._answers.accepted(JobReport(running, rejected))
             if call:
@@ -227,7 +229,7 @@ class Jobs:
         word = Outcome.INVALID_REQUEST if isinstance(error, UnreadableFile) else word
         with contextlib.suppress(LedgerUnavailable):
             async with self._bodies.connection() as connection:
-                await jobs.give_up(connection, job.job_no, word)
+                await staging.give_up(connection, job.job_no, word)
         self._wanted.set()
 
     # --- reading
@@ -336,7 +338,7 @@ class Jobs:
         try:
             with contextlib.suppress(LedgerUnavailable):
                 async with self._work.connection(only_reads=True) as connection:
-                    book = await catalogue.read_book(connection, job.tenant_id, job.book_id)
+                    book = await books.read_book(connection, job.tenant_id, job.book_id)
                 if await self._in_force(book):
                     async with self._work.connection() as connection:
                         await jobs.finish(connection, job.job_no)

@@ -17,7 +17,7 @@ from coupon_svc.postgres.computed import Ciphers
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.listing import CodeAsOf, CodesRange, LookedAt, codes_as_of, ledger_position, look_at_codes
-from coupon_svc.postgres.uploads import TenantSlots
+from coupon_svc.postgres.tenant_slots import TenantSlots
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.service.books import Books, ReadBook
 from coupon_svc.service.durability import STATEMENTS_S, Durability

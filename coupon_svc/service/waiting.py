@@ -11,9 +11,9 @@ from typing import Any
 
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.hot import in_a_task
-from coupon_svc.postgres.catalogue import lease_code
 from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import Database
+from coupon_svc.postgres.lone_leases import lease_code
 from coupon_svc.redis.contract import Reply
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.shard_view import ShardView

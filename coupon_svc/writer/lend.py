@@ -10,12 +10,12 @@ from collections.abc import Awaitable, Mapping
 from coupon_svc.domain.books import Book
 from coupon_svc.domain.shards import shard_of
 from coupon_svc.postgres import lending, outstanding
-from coupon_svc.postgres.books import books_of_shard
-from coupon_svc.postgres.catalogue import WRITER_CHANNEL
+from coupon_svc.postgres.books import WRITER_CHANNEL, books_of_shard
 from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import UNAVAILABLE, LedgerConnection, LedgerSession, within
 from coupon_svc.postgres.errors import BookBusy, DatabaseUnfit, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.idempotency import forget_old
+from coupon_svc.postgres.lone_leases import lone_leases, settle_lone_leases
 from coupon_svc.postgres.shards import OwnedShard, connection_name
 from coupon_svc.redis.codec import encode_book
 from coupon_svc.redis.control import ShardControl
@@ -102,7 +102,7 @@ class Lender:
         await self._load_changed(connection, open_shards)
         # What is lent in a term is brought in that term: a recovery that comes between may give the code to another.
         lent_in = {number: (shard, shard.owned) for number, shard in open_shards.items()}
-        for book_id, lease in (await lending.lone_leases(connection, list(open_shards))).items():
+        for book_id, lease in (await lone_leases(connection, list(open_shards))).items():
             shard, owned = lent_in[shard_of(book_id)]
             if self._shard_of(book_id) is shard:
                 await self._guarded(shard, owned, self._bring_lone(connection, shard, owned, book_id, lease))
@@ -243,7 +243,7 @@ class Lender:
     ) -> None:
         await self._bring(shard, owned, book_id, lease)
         crash_point("lend.lone_brought")
-        await lending.settle_lone_leases(connection, book_id, lease.codes)
+        await settle_lone_leases(connection, book_id, lease.codes)
 
     async def _bring(self, shard: Shard, owned: OwnedShard, book_id: str, lease: lending.Lease) -> int:
         """Put leased codes into the pool, however often it takes: they are lent, so nobody else will bring them. `owned` is

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coupon_svc.postgres.catalogue import (
+from coupon_svc.postgres.lend_order import (
     CODES_PER_PLACE_MAX,
     PLACES_PER_CODE_MIN,
     ROUND,
