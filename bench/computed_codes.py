@@ -11,7 +11,7 @@ import urllib.request
 
 from coupon_svc.domain.codes import parse_pattern
 from coupon_svc.domain.computed import PatternCipher
-from coupon_svc.postgres.computed import AT_ONCE
+from coupon_svc.postgres.computed.ciphers import AT_ONCE
 
 PATTERNS = (
     ("SUMMER-####-####", "unambiguous"),

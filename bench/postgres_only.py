@@ -36,7 +36,7 @@ from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.public import Public
 from coupon_svc.http.routes import Api, make_app
 from coupon_svc.http.server import SERVER_SETTINGS, CouponProtocol
-from coupon_svc.postgres.computed import NO_CIPHERS
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS
 from coupon_svc.postgres.database import Database, open_connection
 from coupon_svc.postgres.uploads import Uploads
 from coupon_svc.redis.data_plane import DataPlane

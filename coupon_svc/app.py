@@ -21,7 +21,7 @@ from coupon_svc.http.openapi import openapi_document
 from coupon_svc.http.public import Public
 from coupon_svc.http.routes import OPERATIONS, PUBLIC_PATHS, Api, make_app
 from coupon_svc.http.schemas import REJECTED_SHOWN_MAX
-from coupon_svc.postgres.computed import Ciphers
+from coupon_svc.postgres.computed.ciphers import Ciphers
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.uploads import Uploads
 from coupon_svc.redis.data_plane import DataPlane

@@ -22,7 +22,7 @@ from coupon_svc.domain.api_keys import ApiKey
 from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.master_key import new_master_key
 from coupon_svc.postgres import epochs, keys, quarantine
-from coupon_svc.postgres.computed import rotate
+from coupon_svc.postgres.computed.ciphers import rotate
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, open_connection
 from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
 from coupon_svc.postgres.migrations import migrate

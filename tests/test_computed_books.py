@@ -17,7 +17,7 @@ from coupon_svc.config import load_settings
 from coupon_svc.domain.master_key import MasterKeys, new_master_key
 from coupon_svc.ops import verify
 from coupon_svc.ops.verify import Report
-from coupon_svc.postgres.computed import Ciphers
+from coupon_svc.postgres.computed.ciphers import Ciphers
 from tests.backup import Backup
 from tests.harness import MASTER_KEY, Stack, until
 from tests.test_verify import found_in, report_of

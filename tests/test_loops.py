@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.postgres.computed import NO_CIPHERS
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS
 from coupon_svc.postgres.database import Database, open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.redis import server, verification

@@ -13,7 +13,9 @@ from coupon_svc.config import Settings
 from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
-from coupon_svc.postgres.computed import Ciphers, check_master_key, give_rows, move_counters
+from coupon_svc.postgres.computed.ciphers import Ciphers, check_master_key
+from coupon_svc.postgres.computed.ranges import move_counters
+from coupon_svc.postgres.computed.rows import give_rows
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, LedgerRow, one_row, open_connection
 from coupon_svc.postgres.epochs import EPOCH_CHANNEL, last_seq
 from coupon_svc.postgres.migrations import check_installation, known_migrations

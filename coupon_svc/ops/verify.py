@@ -30,7 +30,9 @@ from coupon_svc.domain.books import Book
 from coupon_svc.domain.holding import Holding, ListedCoupon
 from coupon_svc.ops.history import Head, walk_history
 from coupon_svc.postgres.books import books_of_shard
-from coupon_svc.postgres.computed import Ciphers, accounted_codes, has_master_key, lent_by_number
+from coupon_svc.postgres.computed.ciphers import Ciphers, has_master_key
+from coupon_svc.postgres.computed.lending import accounted_codes
+from coupon_svc.postgres.computed.rows import lent_by_number
 from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.rebuild_source import coupons_of_book

@@ -12,7 +12,8 @@ import asyncpg
 from coupon_svc.domain.books import Book, BookStatus
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row, tell_owner
-from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers, books_of_computed, shut_out_issued
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, Ciphers
+from coupon_svc.postgres.computed.rows import books_of_computed, shut_out_issued
 from coupon_svc.postgres.database import Database, one_row
 from coupon_svc.postgres.errors import TakeTurns
 from coupon_svc.postgres.lend_order import ROUND, places_end, random_places, spread_factor

@@ -15,7 +15,7 @@ import msgspec
 from coupon_svc.domain.codes import why_taken
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.codes import insert_codes
-from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.errors import LedgerUnavailable
 
 SILENT_S = 120

@@ -14,7 +14,8 @@ import asyncpg
 
 from coupon_svc.domain.books import Book
 from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row
-from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers, lend_numbers
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, Ciphers
+from coupon_svc.postgres.computed.lending import lend_numbers
 from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.shards import OwnedShard, require_owner
 

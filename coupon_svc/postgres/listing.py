@@ -10,7 +10,8 @@ import asyncpg
 
 from coupon_svc.domain.codes import CodeStatus
 from coupon_svc.domain.position import Position
-from coupon_svc.postgres.computed import Ciphers, codes_by_number
+from coupon_svc.postgres.computed.ciphers import Ciphers
+from coupon_svc.postgres.computed.reading import codes_by_number
 from coupon_svc.postgres.database import one_row
 
 LOOKED_AT_MAX = 2_000

@@ -8,7 +8,8 @@ import asyncpg
 
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.books import tell_owner
-from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers, give_rows
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, Ciphers
+from coupon_svc.postgres.computed.rows import give_rows
 from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.lending import Lease
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import asyncpg
 
-from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers, account_numbers
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, Ciphers
+from coupon_svc.postgres.computed.lending import account_numbers
 from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import BookBusy
 from coupon_svc.postgres.lending import Lease

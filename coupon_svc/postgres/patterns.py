@@ -9,7 +9,8 @@ from coupon_svc.domain.codes import Pattern, check_capacity, fits, guess_probabi
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row, tell_owner
 from coupon_svc.postgres.codes import LOCK_BOOK, count_in, insert_rows, open_span
-from coupon_svc.postgres.computed import Ciphers, numbers_used, take_range
+from coupon_svc.postgres.computed.ciphers import Ciphers
+from coupon_svc.postgres.computed.ranges import numbers_used, take_range
 from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.errors import TakeTurns
 

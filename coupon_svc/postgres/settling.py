@@ -8,7 +8,7 @@ from typing import NamedTuple
 import asyncpg
 
 from coupon_svc.domain.books import Ack
-from coupon_svc.postgres.computed import numbers_to_account
+from coupon_svc.postgres.computed.lending import numbers_to_account
 from coupon_svc.postgres.database import one_row
 from coupon_svc.postgres.epochs import NewEpoch, Verdict
 from coupon_svc.postgres.errors import BookBusy

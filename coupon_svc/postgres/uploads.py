@@ -24,7 +24,7 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.loops import keep_running
 from coupon_svc.postgres import books, patterns
 from coupon_svc.postgres.codes import PIECE_CODES, books_of, insert_rows, place_codes
-from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import Database, one_row, within
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.idempotency import IdempotentCall, Remembered, recall

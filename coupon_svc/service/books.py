@@ -30,7 +30,8 @@ from coupon_svc.domain.shards import book_shard, new_book_id
 from coupon_svc.postgres import books, codes, patterns
 from coupon_svc.postgres.books import NewBook
 from coupon_svc.postgres.codes import PIECE_CODES
-from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers, is_computed
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, Ciphers
+from coupon_svc.postgres.computed.ranges import is_computed
 from coupon_svc.postgres.database import Database, LedgerConnection
 from coupon_svc.postgres.errors import LedgerUnavailable, TakeTurns
 from coupon_svc.postgres.idempotency import IdempotentCall, recall, remember

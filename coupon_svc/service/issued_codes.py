@@ -14,7 +14,8 @@ from enum import Enum
 from time import monotonic
 
 from coupon_svc.domain.computed import PatternCipher
-from coupon_svc.postgres.computed import Ciphers, Range, read_patterns
+from coupon_svc.postgres.computed.ciphers import Ciphers
+from coupon_svc.postgres.computed.reading import Range, read_patterns
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
 

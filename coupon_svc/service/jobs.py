@@ -24,7 +24,7 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.upload_files import Batch, FileKind, FileReader, UnreadableFile
 from coupon_svc.loops import keep_running
 from coupon_svc.postgres import books, jobs, staging
-from coupon_svc.postgres.computed import Ciphers
+from coupon_svc.postgres.computed.ciphers import Ciphers
 from coupon_svc.postgres.database import Database, LedgerConnection
 from coupon_svc.postgres.errors import LedgerUnavailable, TakeTurns
 from coupon_svc.postgres.idempotency import IdempotentCall, is_remembered, recall, remember

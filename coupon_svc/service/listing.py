@@ -13,7 +13,7 @@ from coupon_svc.domain.books import Ack
 from coupon_svc.domain.codes import CodeStatus
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.domain.position import Epoch, Position, Seq
-from coupon_svc.postgres.computed import Ciphers
+from coupon_svc.postgres.computed.ciphers import Ciphers
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.listing import CodeAsOf, CodesRange, LookedAt, codes_as_of, ledger_position, look_at_codes

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from coupon_svc.domain.codes import Generated, Pattern, fits, guess_probability
 from coupon_svc.postgres.codes import codes_taken
-from coupon_svc.postgres.computed import Ciphers
+from coupon_svc.postgres.computed.ciphers import Ciphers
 from coupon_svc.postgres.database import Database, LedgerConnection
 from coupon_svc.postgres.patterns import COUNT_S, count_used
 from coupon_svc.postgres.tenant_slots import TenantSlots

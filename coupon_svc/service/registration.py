@@ -13,7 +13,7 @@ from coupon_svc.domain.clock import boot_s
 from coupon_svc.domain.master_key import MasterKeys
 from coupon_svc.domain.reports import Report
 from coupon_svc.loops import keep_running
-from coupon_svc.postgres.computed import NO_CIPHERS, check_master_key
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, check_master_key
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession
 from coupon_svc.postgres.epochs import EPOCH_CHANNEL
 from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable

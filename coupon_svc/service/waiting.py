@@ -11,7 +11,7 @@ from typing import Any
 
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.hot import in_a_task
-from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.lone_leases import lease_code
 from coupon_svc.redis.contract import Reply

@@ -11,7 +11,7 @@ from coupon_svc.domain.books import Book
 from coupon_svc.domain.shards import shard_of
 from coupon_svc.postgres import lending, outstanding
 from coupon_svc.postgres.books import WRITER_CHANNEL, books_of_shard
-from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import UNAVAILABLE, LedgerConnection, LedgerSession, within
 from coupon_svc.postgres.errors import BookBusy, DatabaseUnfit, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.idempotency import forget_old

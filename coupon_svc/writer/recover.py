@@ -37,7 +37,7 @@ from coupon_svc.domain.lists import key_of_list
 from coupon_svc.domain.position import Position
 from coupon_svc.postgres import draining, epochs, late_events, processes, quarantine, rebuild_source, settling
 from coupon_svc.postgres.books import books_of_shard
-from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import LedgerConnection, LedgerRow, within
 from coupon_svc.postgres.entries import anything_missing, first_dead_letter
 from coupon_svc.postgres.epochs import NewEpoch, Verdict

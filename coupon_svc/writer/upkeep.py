@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 
 from coupon_svc.postgres import outstanding
-from coupon_svc.postgres.computed import NO_CIPHERS, Ciphers
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import LedgerSession
 from coupon_svc.postgres.errors import BookBusy, LedgerUnavailable
 from coupon_svc.postgres.marks import note_marks

@@ -15,7 +15,7 @@ import uvloop
 
 from coupon_svc.config import Settings
 from coupon_svc.loops import keep_running
-from coupon_svc.postgres.computed import Ciphers, check_master_key
+from coupon_svc.postgres.computed.ciphers import Ciphers, check_master_key
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.migrations import check_installation, known_migrations

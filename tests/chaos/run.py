@@ -19,7 +19,7 @@ from coupon_svc.config import load_settings
 from coupon_svc.domain.computed import TOTAL_MIN
 from coupon_svc.domain.master_key import MasterKeys
 from coupon_svc.ops.verify import Verifier
-from coupon_svc.postgres.computed import Ciphers
+from coupon_svc.postgres.computed.ciphers import Ciphers
 from coupon_svc.postgres.database import PATIENT_S, open_connection
 from tests.harness import MASTER_KEY, START_S, Part, Stack, until
 from tests.linearizable import CodeModel, LimitModel, Operation, require_linearizable

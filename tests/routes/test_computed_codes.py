@@ -13,7 +13,7 @@ import pytest
 from coupon_svc.domain.computed import PatternCipher, codes_beginning_with
 from coupon_svc.domain.master_key import MasterKeys
 from coupon_svc.postgres.codes import insert_codes
-from coupon_svc.postgres.computed import Ciphers
+from coupon_svc.postgres.computed.ciphers import Ciphers
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.patterns import compute_codes
 from coupon_svc.service.budgets import Budget

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from coupon_svc.domain.position import parse_shard_position
-from coupon_svc.postgres.computed import NO_CIPHERS
+from coupon_svc.postgres.computed.ciphers import NO_CIPHERS
 from coupon_svc.postgres.listing import ROWS_PER_PAGE, CodesRange, codes_as_of
 from tests.harness import Stack
 from tests.routes.helpers import NO_SUCH_BOOK, POSITION, TIME, assign, lock, make_book, redeem, refused, upload
