@@ -1,4 +1,5 @@
-"""Whether an assign, a lock and a redeem take as long in a large book as in a small one, in turns."""
+"""Whether an assign, a lock and a redeem take as long in a large book as in a small one, in turns: in one of uploaded codes,
+and in one of computed ones."""
 
 from __future__ import annotations
 
@@ -13,12 +14,15 @@ import msgspec
 
 from bench.figures import BenchError
 from bench.stand import Stand
+from coupon_svc.domain.master_key import MasterKeys, new_master_key
 from coupon_svc.load.client import Connections
-from coupon_svc.postgres.database import open_connection
+from coupon_svc.postgres.computed.ciphers import PATTERN_COLUMNS, Ciphers
+from coupon_svc.postgres.database import one_row, open_connection
 
 SMALL_CODES = 1_000
+COMPUTED_CODES = 1_000_000_000
 LEASE_CODES = 50
-"""Codes of a block: few, so that both books are lent blocks while they are measured."""
+"""Codes of a block: few, so that all books are lent blocks while they are measured."""
 ROUNDS = 15
 OF_A_ROUND = 20
 FILL_TIMEOUT_S = 7200
@@ -32,37 +36,46 @@ _FILL = """
 _COUNT_IN = "UPDATE books SET total = $2, version = version + 1 WHERE book_id = $1"
 _NAMED = "SELECT code FROM codes WHERE book_id = $1 ORDER BY place DESC LIMIT $2"
 """Codes that are lent last: not before all of this is over."""
+_LAST_RANGE = (
+    f"SELECT {PATTERN_COLUMNS}, ends FROM code_ranges JOIN computed_patterns USING (pattern_id) WHERE book_id = $1"
+)
 
 
 class FlatFigure(NamedTuple):
-    """Of one operation: median ms in the small and in the large book, and the median of the rounds' ratios."""
+    """Of one operation: median ms in the small book, the large and the computed one; and of the latter two the medians of
+    the rounds' ratios to the small one."""
 
     operation: str
-    small_ms: float
-    large_ms: float
-    ratio: float
+    ms: list[float]
+    ratios: list[float]
 
 
 def bench_flat(codes: int, say: Callable[[str], None]) -> list[FlatFigure]:
-    """Measure a book of SMALL_CODES beside one of `codes`, whose rows SQL makes. Raises BenchError."""
-    with Stand(COUPON_LEASE_CODES_MIN=str(LEASE_CODES), COUPON_LEASE_CODES_MAX=str(LEASE_CODES)) as stand:
+    """Measure a book of SMALL_CODES beside one of `codes`, whose rows SQL makes, and one of COMPUTED_CODES that have none.
+    Raises BenchError."""
+    block, master_key = str(LEASE_CODES), new_master_key()
+    settings = {"COUPON_LEASE_CODES_MIN": block, "COUPON_LEASE_CODES_MAX": block, "COUPON_MASTER_KEY": master_key}
+    with Stand(16, **settings) as stand:
         stand.writer()
         api = stand.api()
         stand.await_ready(api)
         books = [stand.make_empty_book(api, "redis") for _ in range(2)]
         say(f"making {codes:,} rows")
         named = asyncio.run(_fill(stand.postgres.url, dict(zip(books, (SMALL_CODES, codes), strict=True))))
+        computed = stand.make_computed_book(api, "redis", COMPUTED_CODES)
+        named.append(asyncio.run(_last_computed(stand.postgres.url, computed, master_key)))
         say("measuring")
-        return asyncio.run(_measure(api.port, stand.key, books, named))
+        return asyncio.run(_measure(api.port, stand.key, [*books, computed], named))
 
 
 def show_flat(codes: int, figures: Sequence[FlatFigure]) -> None:
     """Print the figures."""
-    print(f"{'':16} {SMALL_CODES:>14,} {codes:>14,} codes")
+    heads = (f"{SMALL_CODES:,} stored", f"{codes:,} stored", f"{COMPUTED_CODES:,} computed")
+    print(f"{'':16}" + "".join(f"{head:>25}" for head in heads))
     for figure in figures:
-        print(
-            f"{figure.operation:16} {figure.small_ms:11.2f} ms {figure.large_ms:11.2f} ms    ratio {figure.ratio:.2f}"
-        )
+        cells = [f"{figure.ms[0]:.2f} ms"]
+        cells += [f"{ms:.2f} ms ({ratio:.2f})" for ms, ratio in zip(figure.ms[1:], figure.ratios, strict=True)]
+        print(f"{figure.operation:16}" + "".join(f"{cell:>25}" for cell in cells))
 
 
 async def _fill(url: str, codes_of: dict[str, int]) -> list[list[str]]:
@@ -83,6 +96,18 @@ async def _fill(url: str, codes_of: dict[str, int]) -> list[list[str]]:
             named.append([row["code"] for row in rows])
         await _in_force(connection)
         return named
+    finally:
+        await connection.close()
+
+
+async def _last_computed(url: str, book_id: str, master_key: str) -> list[str]:
+    """As _NAMED, of a book whose codes are computed."""
+    connection = await open_connection(url, "coupon-bench")
+    try:
+        row = await one_row(connection, _LAST_RANGE, book_id)
+        return (
+            Ciphers(MasterKeys.parse(master_key)).of(row).codes(range(row["ends"] - ROUNDS * OF_A_ROUND, row["ends"]))
+        )
     finally:
         await connection.close()
 
@@ -136,7 +161,7 @@ class _Caller:
 
 async def _measure(port: int, key: str, books: Sequence[str], named: Sequence[list[str]]) -> list[FlatFigure]:
     caller = _Caller(port, key)
-    taken: list[list[dict[str, list[float]]]] = [[], []]
+    taken: list[list[dict[str, list[float]]]] = [[] for _ in books]
     try:
         for book_id in books:
             await caller.ask("/coupons/assign", book_id=book_id, user_id="first")
@@ -163,6 +188,6 @@ async def _round(caller: _Caller, book_id: str, named: Sequence[str]) -> dict[st
 
 
 def _figure(operation: str, taken: list[list[dict[str, list[float]]]]) -> FlatFigure:
-    small, large = ([statistics.median(one[operation]) for one in of_book] for of_book in taken)
-    ratios = [b / a for a, b in zip(small, large, strict=True)]
-    return FlatFigure(operation, statistics.median(small), statistics.median(large), statistics.median(ratios))
+    small, *others = ([statistics.median(one[operation]) for one in of_book] for of_book in taken)
+    ratios = [statistics.median(b / a for a, b in zip(small, other, strict=True)) for other in others]
+    return FlatFigure(operation, [statistics.median(of_book) for of_book in (small, *others)], ratios)

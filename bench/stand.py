@@ -156,6 +156,14 @@ class Stand:
         self.add_codes(api, book_id, codes - first)
         return book_id
 
+    def make_computed_book(self, api: Process, ack: str, codes: int) -> str:
+        """As make_book, of codes that are computed; the processes need a master key."""
+        generate = {"pattern": f"C{os.urandom(3).hex()}-########", "total": codes}
+        book_id: str = self._post(api, "/coupons", {"name": f"bench {ack}", "ack": ack, "generate": generate})[
+            "book_id"
+        ]
+        return book_id
+
     def make_empty_book(self, api: Process, ack: str) -> str:
         """A book without a limit per user, and without codes. Returns its id. Raises BenchError."""
         book_id: str = self._post(api, "/coupons", {"name": f"bench {ack}", "ack": ack})["book_id"]

@@ -188,6 +188,7 @@ _NOTHING_DONE = frozenset(
         "backlog_full",
         "ledger_behind",
         "rate_limited",
+        "too_many_unknown_codes",
     }
 )
 
