@@ -24,7 +24,7 @@ class Assigns:
 
     def __init__(self, scripts: Scripts) -> None:
         self._operation = bind_operation(scripts.operations["assign_coupon"].contract)
-        self._sha = scripts[f"call_{self._operation.call_class}"].sha
+        self._function = scripts.library.function(self._operation.call_class)
 
     def command(
         self, shard: ShardKeys, epoch: int, tenant_id: int, book_id: str, asked: Iterable[tuple[str, str]]
@@ -44,7 +44,7 @@ class Assigns:
                     fingerprint=FINGERPRINT if key else "",
                 )
             )
-        return call_command(self._sha, keys, [section])
+        return call_command(self._function, keys, [section])
 
     def replies(self, raw: Any) -> list[Reply]:
         """What the call replied to each that was asked."""
@@ -68,7 +68,7 @@ async def assign_many(
     *,
     with_key: bool = False,
 ) -> None:
-    """Assign a code to `user-<number>` for each number. The script must be loaded; every reply must be `ok`."""
+    """Assign a code to `user-<number>` for each number. The library must be loaded; every reply must be `ok`."""
     assigns = Assigns(Scripts())
     for begin in range(0, len(numbers), _IN_FLIGHT):
         some = numbers[begin : begin + _IN_FLIGHT]

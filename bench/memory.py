@@ -13,6 +13,7 @@ from coupon_svc.redis.connection import Connection, connect
 from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
+from coupon_svc.redis.server import load_library
 
 BOOK_ID = "bk_00" + "m" * 16
 TENANT_ID = 1
@@ -35,6 +36,7 @@ async def measure_memory(codes: int) -> Memory:
         owner = ShardControl(server.url, 1, Scripts())
         await _open_book(owner)
         connection = await connect(server.url, "bench")
+        await load_library(connection, Scripts().library)
         empty = await _used_memory(connection)
         await owner.load_codes(TERM, BOOK_ID, [f"SUMMER-{i:08d}" for i in range(codes)], 0)
         free = await _used_memory(connection)

@@ -1,7 +1,8 @@
 --[[
-call: operations on shards of this server, each decided as if it had come alone. Three scripts are made of this file, one
-for each class of operations (lua/operations/): call_read, call_grow and call_keep. Memory, disk and role are judged once for
-a whole script, by its flags.
+call: operations on shards of this server, each decided as if it had come alone. This file and the operations
+(lua/operations/) are one library of Redis functions: one function for each class of operations. Redis judges memory, disk
+and role once for a whole function, by its flags. A library is compiled once; a script makes its functions anew each time
+it runs, which took a third of the time of a call with one operation (docs/adr/0016-functions.md).
 
 A section is one shard's part of the call. Its operations are decided one after the other: deciding only reads, through what
 the section itself is about to write. Then comes one entry of the stream, the first write of all; then seq and tip; then what
@@ -26,13 +27,16 @@ Keys
 Args
   sections  text
 ]]
+-- include: book
 -- include: clock
 -- include: fence
+-- include: server
 -- include: overlay
 -- include: log
 -- include: apply
-local now_ms, at_ms = read_clock()
-local meta, pool_look
+-- What belongs to one call: `run_call` begins it anew.
+local KEYS, now_ms, at_ms, meta, pool_look
+local operations = {read = {}, grow = {}, keep = {}}
 
 -- operations
 
@@ -46,10 +50,10 @@ local function doubt(meta_key)
   redis.call("HSET", meta_key, "epoch", "doubt", "was", meta.epoch)
 end
 
-local function decide(ops)
+local function decide(class, ops)
   local replies, damaged = {}, false
   for i, op in ipairs(ops) do
-    local whole, reply = pcall(operations[op[1]], op)
+    local whole, reply = pcall(operations[class][op[1]], op)
     if not whole then
       local word = word_of(reply)
       damaged = damaged or word == "WRONGTYPE"
@@ -60,7 +64,7 @@ local function decide(ops)
   return replies, damaged
 end
 
-local function run_section(section)
+local function run_section(class, section)
   local meta_key, events_key, epoch, seen_seq, tip, ops = KEYS[section[1]], KEYS[section[2]], unpack(section, 3)
   local whole, refusal
   whole, refusal, meta = pcall(fence, meta_key, epoch, seen_seq)
@@ -72,9 +76,9 @@ local function run_section(section)
   end
   begin_section()
   pool_look = #ops
-  local replies, damaged = decide(ops)
+  local replies, damaged = decide(class, ops)
   local entry
-  if CLASS ~= "read" then
+  if class ~= "read" then
     whole, entry = pcall(log_events, meta_key, events_key, meta, tip, at_ms)
     if not whole then
       doubt(meta_key)
@@ -91,8 +95,15 @@ local function run_section(section)
   return {"ok", meta.seq, meta.tip, replies, entry or nil}
 end
 
-local replies = {}
-for i, section in ipairs(cmsgpack.unpack(sections)) do
-  replies[i] = run_section(section)
+local function run_call(class, keys, sections)
+  KEYS = keys
+  forget_replication()
+  begin_books()
+  now_ms, at_ms = read_clock()
+  local replies = {}
+  for i, section in ipairs(cmsgpack.unpack(sections)) do
+    replies[i] = run_section(class, section)
+  end
+  return replies
 end
-return replies
+

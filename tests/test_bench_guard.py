@@ -122,7 +122,7 @@ async def monitored(stack: Stack) -> AsyncIterator[Callable[[], Awaitable[dict[s
                     commands.append(words[0].upper())
                 elif marker in seen["command"]:
                     return ran
-                elif words[0].upper() == "EVALSHA":
+                elif words[0].upper() in ("EVALSHA", "FCALL"):
                     name = names.search(seen["command"])
                     with_key = ", with a key" if "guard-0001" in seen["command"] else ""
                     commands = ran[name[0] + with_key if name else "of an owner"] = []

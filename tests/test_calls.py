@@ -113,11 +113,16 @@ async def api(server: EmbeddedRedis, admin: Any) -> AsyncIterator[Api]:
 ALL_GO = {"assign": "ok", "lock": "ok", "redeem": "ok", "unlock": "ok", "read": "ok"}
 
 
+async def test_functions_that_are_gone_are_loaded_again(api: Api, admin: Any) -> None:
+    await admin.function_flush()
+    assert await api.all_in_one_turn(0) == ALL_GO
+
+
 async def test_all_that_comes_in_one_turn_is_three_calls(api: Api, admin: Any) -> None:
-    before = (await admin.info("commandstats"))["cmdstat_evalsha"]["calls"]
+    before = (await admin.info("commandstats"))["cmdstat_fcall"]["calls"]
     told = await asyncio.gather(api.all_in_one_turn(0), api.all_in_one_turn(1))
     assert list(told) == [ALL_GO, ALL_GO]
-    assert (await admin.info("commandstats"))["cmdstat_evalsha"]["calls"] == before + 3
+    assert (await admin.info("commandstats"))["cmdstat_fcall"]["calls"] == before + 3
 
 
 async def test_without_memory_nothing_new_is_promised_and_all_else_goes_on(api: Api, admin: Any) -> None:

@@ -33,6 +33,7 @@ from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
+from coupon_svc.redis.server import load_library
 from tests.harness import fresh_database
 
 FALSE_ALARM = 1e-9
@@ -227,6 +228,7 @@ async def dealer(plain_redis: EmbeddedRedis) -> AsyncIterator[Dealer]:
     await owner.shut_shard(TERM)
     await owner.certify_shard(TERM, await owner.connect(), 1_000_000_000)
     connection = await connect(plain_redis.url, "test-fairness")
+    await load_library(connection, scripts.library)
     yield Dealer(owner, connection, scripts)
     connection.abort()
     owner.close()

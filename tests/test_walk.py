@@ -528,6 +528,7 @@ def test_the_scripts_do_what_a_plain_model_of_them_foretells(plain_redis: Embedd
     with Redis.from_url(plain_redis.admin_url) as redis:
         for script in Walk.scripts:
             redis.script_load(script.source)
+        redis.function_load(Walk.scripts.library.source, replace=True)
     run_state_machine_as_test(
         OnThisServer,
         settings=settings(max_examples=60, stateful_step_count=60, deadline=None, print_blob=True),

@@ -21,9 +21,8 @@ from coupon_svc.postgres import epochs, events, late_events, lending, processes
 from coupon_svc.redis import scripts as store_scripts
 from coupon_svc.redis import server
 from coupon_svc.redis.connection import Connection, Reply
-from coupon_svc.redis.contract import CallClass
 from coupon_svc.redis.keys import parse_position_message
-from coupon_svc.redis.scripts import Operation, Script
+from coupon_svc.redis.scripts import Library, Operation, Script
 from coupon_svc.redis.waiters import DurabilityWaiters, EntryKey
 from coupon_svc.resources import resource_folder
 
@@ -36,22 +35,20 @@ def _without_text(file: str, text: str, instead: str = "") -> None:
     assert text in (resource_folder("lua") / f"{file}.lua").read_text(), (
         f"{file}.lua: the safeguard is not where it was"
     )
-    read_script_before, read_call_before = store_scripts.read_script, store_scripts.read_call
+    read_script_before, read_library_before = store_scripts.read_script, store_scripts.read_library
 
     def read_script(path: Path) -> Script:
         script = read_script_before(path)
-        return _cut(script, text, instead) if file == path.stem or file.startswith("include/") else script
+        if file != path.stem and not file.startswith("include/"):
+            return script
+        body = script.body.replace(text, instead)
+        return store_scripts.bind_script(script.name, script.first_line, script.contract, body)
 
-    def read_call(path: Path, call: CallClass, operations: Sequence[Operation]) -> Script:
-        return _cut(read_call_before(path, call, operations), text, instead)
+    def read_library(path: Path, operations: Sequence[Operation]) -> Library:
+        body = read_library_before(path, operations).body.replace(text, instead)
+        return store_scripts.bind_library(body)
 
-    store_scripts.read_script, store_scripts.read_call = read_script, read_call
-
-
-def _cut(script: Script, text: str, instead: str = "") -> Script:
-    body = script.body.replace(text, instead)
-    names = "" if script.name.startswith("call_") else None
-    return store_scripts.bind_script(script.name, script.first_line, script.contract, body, names)
+    store_scripts.read_script, store_scripts.read_library = read_script, read_library
 
 
 def record_epoch() -> None:

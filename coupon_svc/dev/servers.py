@@ -249,7 +249,7 @@ class EmbeddedRedis(EmbeddedServer):
 
     service_rules = (
         "~cb:* &cb:* +@all -@dangerous -@admin +info +acl|dryrun -script|flush -script|kill"
-        " -function -flushall -flushdb"
+        " -function +function|list +function|load +function|delete -flushall -flushdb"
     )
     """Of the service's user: its own keys and channels, and nothing that harms everybody."""
 

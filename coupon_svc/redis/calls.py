@@ -1,4 +1,4 @@
-"""A call: operations on shards of one server, sent together and run as one script (lua/call.lua).
+"""A call: operations on shards of one server, sent together and run as one function (lua/call.lua).
 
 Callers name the parameters of an operation: tenant, book, code and user, and never a key. Its keys follow from these:
 `holders` is `ShardKeys.holders(book_id)`. So each operation gets one function, generated at load, that spells its keys and
@@ -173,6 +173,6 @@ def open_section(keys: KeyTable, shard: ShardKeys, epoch: int, seen_seq: int) ->
     return Section(meta, events, str(epoch), str(seen_seq), new_tip(), [])
 
 
-def call_command(sha: str, keys: KeyTable, sections: Sequence[Section]) -> Command:
-    """The command that runs a call."""
-    return ("EVALSHA", sha, len(keys), *keys, _pack_sections(sections))
+def call_command(function: str, keys: KeyTable, sections: Sequence[Section]) -> Command:
+    """The command that runs a call: `function` is the library's, for the class of its operations."""
+    return ("FCALL", function, len(keys), *keys, _pack_sections(sections))

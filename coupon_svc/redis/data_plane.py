@@ -30,7 +30,7 @@ from coupon_svc.redis.errors import NotSent, StoreError
 from coupon_svc.redis.keys import ShardKeys, positions_channel
 from coupon_svc.redis.listener import PositionListener
 from coupon_svc.redis.scripts import Scripts
-from coupon_svc.redis.server import load_scripts
+from coupon_svc.redis.server import drop_other_libraries, load_library, load_scripts
 from coupon_svc.redis.shard_view import Seen, ShardView, ViewState
 from coupon_svc.redis.verification import ServerReading, read_metas, read_server
 from coupon_svc.redis.waiters import DurabilityWaiters
@@ -174,7 +174,11 @@ class DataPlane:
             if self._connection:
                 await self._verify(self._connection)
                 if any(view.is_open for view in self.views):
-                    await load_scripts(self._connection, self._scripts)
+                    await self._load(self._connection)
+
+    async def _load(self, connection: Connection) -> None:
+        await load_scripts(connection, self._scripts)
+        await load_library(connection, self._scripts.library)
 
     def _suspect(self, view: ShardView) -> None:
         view.suspect()
@@ -183,13 +187,17 @@ class DataPlane:
     # --- knowing whom one speaks to
 
     async def _keep_connected(self) -> None:
+        first = True
         while True:
             connection = None
             try:
                 connection = await connect(self._url, "coupon-api")
                 async with replies_within(REPLY_TIMEOUT_S):  # nobody watches it yet
                     await self._verify(connection)
-                    await load_scripts(connection, self._scripts)
+                    await self._load(connection)
+                    if first:  # once: two versions that did so each time would never end it
+                        await drop_other_libraries(connection, self._scripts.library)
+                        first = False
                 self._connection = connection
                 await connection.closed
             except StoreError as error:

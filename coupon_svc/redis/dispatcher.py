@@ -82,9 +82,9 @@ class _Call(NamedTuple):
 class _Lane:
     """One class of operations on its way."""
 
-    def __init__(self, call_class: CallClass, sha: str) -> None:
+    def __init__(self, call_class: CallClass, function: str) -> None:
         self.call_class = call_class
-        self.sha = sha
+        self.function = function
         self.queue = CallQueue()
         self.under_way = 0
 
@@ -95,7 +95,7 @@ class Dispatcher:
     def __init__(self, scripts: Scripts, plane: Plane) -> None:
         self._plane = plane
         self._operations = {name: bind_operation(one.contract) for name, one in scripts.operations.items()}
-        self._lanes = {one: _Lane(one, scripts[f"call_{one}"].sha) for one in CallClass}
+        self._lanes = {one: _Lane(one, scripts.library.function(one)) for one in CallClass}
         self._flush_due = False
         self._loading: set[asyncio.Task[None]] = set()
         self._answered_by: Connection | None = None
@@ -176,7 +176,7 @@ class Dispatcher:
         if not ready:
             return
         try:
-            sections, command = _pack(lane.sha, ready)
+            sections, command = _pack(lane.function, ready)
             on_reply = partial(self._on_reply, _Call(lane, connection, sections, last))
             connection.submit(command, on_reply, flushed=True)
         except NotSent:
@@ -282,7 +282,7 @@ class Dispatcher:
     def _read_error(self, call: _Call, error: ReplyError) -> None:
         """Redis refused the call as a whole."""
         word = error.word
-        if word == "NOSCRIPT" and not call.last:
+        if error.not_loaded and not call.last:
             call.lane.under_way += 1
             task = asyncio.create_task(self._send_again(call))
             self._loading.add(task)
@@ -293,7 +293,7 @@ class Dispatcher:
                 self._plane.suspect(section.view)
         if word == "OOM":
             outcome = Outcome.BACKLOG_FULL
-        elif word in ("READONLY", "MASTERDOWN", "NOSCRIPT"):
+        elif error.not_loaded or word in ("READONLY", "MASTERDOWN"):
             outcome = Outcome.RECOVERING
         elif word in _UNAVAILABLE_WORDS:
             outcome = Outcome.STORE_UNAVAILABLE
@@ -305,7 +305,7 @@ class Dispatcher:
         _refuse_all(call.operations, outcome)
 
     async def _send_again(self, call: _Call) -> None:
-        """The server did not know the script, and so did nothing."""
+        """The server did not know the function, and so did nothing."""
         try:
             await self._plane.load_again()
         finally:
@@ -314,7 +314,7 @@ class Dispatcher:
             self._write()
 
 
-def _pack(sha: str, operations: Sequence[PendingOperation]) -> tuple[list[_Sent], Command]:
+def _pack(function: str, operations: Sequence[PendingOperation]) -> tuple[list[_Sent], Command]:
     """The sections of a call, one for each shard, and its command."""
     keys: KeyTable = {}
     packed: dict[int, tuple[_Sent, Section]] = {}
@@ -328,7 +328,9 @@ def _pack(sha: str, operations: Sequence[PendingOperation]) -> tuple[list[_Sent]
         section[0].operations.append(pending)
         pending.epoch = view.epoch
         pending.reply.withdrawable = False
-    return [sent for sent, _ in packed.values()], call_command(sha, keys, [section for _, section in packed.values()])
+    return [sent for sent, _ in packed.values()], call_command(
+        function, keys, [section for _, section in packed.values()]
+    )
 
 
 def _can_be_packed(pending: PendingOperation) -> bool:

@@ -38,6 +38,11 @@ class ReplyError(StoreError):
         """The first word of the error: `NOSCRIPT`, `OOM`, `WRONGTYPE`, …"""
         return str(self).partition(" ")[0]
 
+    @property
+    def not_loaded(self) -> bool:
+        """The server does not know the script or the function, and so nothing ran."""
+        return self.word == "NOSCRIPT" or str(self) == "ERR Function not found"
+
 
 class ShardNotUsable(CouponError):
     """Redis answers, and this shard must not be used as it is. The message may name the script and its reason."""

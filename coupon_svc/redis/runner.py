@@ -56,7 +56,7 @@ async def run_script(
             if reply.outcome == "fenced":
                 raise Fenced(script.name)
             return reply
-        if last or raw.word != "NOSCRIPT":
+        if last or not raw.not_loaded:
             raise _error(script, raw)
         await load()
     raise AssertionError("the last attempt returns or raises")

@@ -1,7 +1,7 @@
-"""The Lua scripts: those of a shard's owner, one file each in `lua/`, and the three calls of the API.
+"""The Lua: the scripts of a shard's owner, one file each in `lua/`, and the library of the API's calls.
 
-A call is `lua/call.lua` with the operations of one class in it (`lua/operations/`, one file each). What several files share
-are functions in `lua/include/`.
+The library is `lua/call.lua` with all operations in it (`lua/operations/`, one file each). What several files share are
+functions in `lua/include/`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ CONSTANTS = {
 }
 """What a script may name without defining it. Only those that it names are put into it."""
 FLAGS: Mapping[CallClass, str] = {
-    CallClass.READ: " flags=no-writes",
+    CallClass.READ: '"no-writes"',
     CallClass.GROW: "",
-    CallClass.KEEP: " flags=allow-oom",
+    CallClass.KEEP: '"allow-oom"',
 }
 """What Redis is told of a call of each class."""
+LIBRARIES = "coupon_svc_"
+"""What the name of every version's library begins with."""
 
 _INCLUDE = re.compile(r"^-- include: (\w+)\n", re.MULTILINE)
 _OPERATIONS_HERE = "-- operations\n"
@@ -76,6 +78,19 @@ class Script(msgspec.Struct, frozen=True):
     """The EVALSHA command from one keyword argument for each key and argument (coupon_svc/redis/contract.py, `packer`)."""
     reply: Callable[[Sequence[Any]], Reply]
     """What Redis sent, with a name for each field. Raises UnexpectedReply."""
+
+
+class Library(msgspec.Struct, frozen=True):
+    """The functions of the calls, one for each class. The name is of the text: two versions can be loaded side by side."""
+
+    name: str
+    body: str
+    """The Lua as it was written, with the functions that it includes in front."""
+    source: str
+
+    def function(self, call: CallClass) -> str:
+        """What FCALL names the function of a class by."""
+        return f"{self.name}_{call}"
 
 
 class Includes:
@@ -115,46 +130,57 @@ def read_operation(path: Path) -> Operation:
     return Operation(path.stem, parse_operation(header), body, included + bare)
 
 
-def read_call(path: Path, call: CallClass, operations: Sequence[Operation]) -> Script:
-    """The script that runs operations of one class."""
-    header, loop = split_operation(path.stem, path.read_text())
+def read_library(path: Path, operations: Sequence[Operation]) -> Library:
+    """The library that runs these operations: `path` is the file of the call."""
+    _, loop = split_operation(path.stem, path.read_text())
     included, (loop, *bodies) = Includes(path.parent / "include").before(
         loop, *(operation.own for operation in operations)
     )
-    functions = "local operations = {}\n" + "".join(
-        f"operations.{operation.name} = function(op)\n{operation_preamble(operation.contract)}{body}end\n"
+    functions = "".join(
+        f"operations.{operation.contract.call_class}.{operation.name} = function(op)\n"
+        f"{operation_preamble(operation.contract)}{body}end\n"
         for operation, body in zip(operations, bodies, strict=True)
     )
     before, here, after = loop.partition(_OPERATIONS_HERE)
     assert here, "call.lua says where its operations are to stand"
-    body = f'local sections, CLASS = ARGV[1], "{call}"\n{included}{before}{functions}{after}'
-    return bind_script(f"call_{call}", f"#!lua{FLAGS[call]}", parse_contract(header), body, names="")
+    return bind_library(f"{included}{before}{functions}{after}")
 
 
-def bind_script(name: str, first_line: str, contract: Contract, body: str, names: str | None = None) -> Script:
-    """The script of this body, and its binding. `names` is the Lua that names keys and arguments, where not the usual."""
-    if names is None:
-        names = preamble(contract)
-    named = {constant: value for constant, value in CONSTANTS.items() if re.search(rf"\b{constant}\b", body)}
-    constants = "".join(f"local {constant} = {value}\n" for constant, value in named.items())
-    source = f"{first_line}\n{constants}{names}{body}"
+def bind_library(body: str) -> Library:
+    """The library of this body."""
+    named = _with_constants(body)
+    library = Library(LIBRARIES + hashlib.sha1(named.encode()).hexdigest()[:16], body, "")
+    registered = "".join(
+        f'redis.register_function{{function_name = "{library.function(call)}", flags = {{{FLAGS[call]}}},'
+        f' callback = function(keys, args) return run_call("{call}", keys, args[1]) end}}\n'
+        for call in CallClass
+    )
+    return msgspec.structs.replace(library, source=f"#!lua name={library.name}\n{named}{registered}")
+
+
+def bind_script(name: str, first_line: str, contract: Contract, body: str) -> Script:
+    """The script of this body, and its binding."""
+    source = f"{first_line}\n{_with_constants(preamble(contract) + body)}"
     sha = hashlib.sha1(source.encode()).hexdigest()
     return Script(name, first_line, contract, body, source, sha, packer(contract, sha), ReplyReader(contract))
 
 
+def _with_constants(body: str) -> str:
+    """The Lua with those constants in front that it names."""
+    named = {constant: value for constant, value in CONSTANTS.items() if re.search(rf"\b{constant}\b", body)}
+    return "".join(f"local {constant} = {value}\n" for constant, value in named.items()) + body
+
+
 class Scripts:
-    """All scripts by name: `scripts["load_codes"]` is `lua/load_codes.lua`, `scripts["call_grow"]` one of the calls.
-    `operations` are those of the calls, by name. Raises ContractError."""
+    """All scripts by name: `scripts["load_codes"]` is `lua/load_codes.lua`. `operations` are those of the calls, by name;
+    `library` runs them. Raises ContractError."""
 
     def __init__(self, folder: Path | None = None) -> None:
         folder = folder or resource_folder("lua")
         paths = sorted(folder.glob("*.lua"))
         self._by_name = {path.stem: read_script(path) for path in paths if path.stem != "call"}
         self.operations = {path.stem: read_operation(path) for path in sorted((folder / "operations").glob("*.lua"))}
-        for call in CallClass:
-            some = [operation for operation in self.operations.values() if operation.contract.call_class is call]
-            script = read_call(folder / "call.lua", call, some)
-            self._by_name[script.name] = script
+        self.library = read_library(folder / "call.lua", list(self.operations.values()))
 
     def __getitem__(self, name: str) -> Script:
         return self._by_name[name]

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import msgspec
 
 from coupon_svc.redis.connection import Connection
-from coupon_svc.redis.errors import ServerUnfit
+from coupon_svc.redis.errors import ReplyError, ServerUnfit
 from coupon_svc.redis.rights import missing_rights
-from coupon_svc.redis.scripts import Scripts
+from coupon_svc.redis.scripts import LIBRARIES, Library, Scripts
 
 VERSION_MIN = (7, 0)
 
@@ -72,3 +72,27 @@ async def load_scripts(connection: Connection, scripts: Scripts) -> None:
         reply = await future
         if isinstance(reply, Exception):
             raise reply
+
+
+async def load_library(connection: Connection, library: Library) -> None:
+    """Make the functions of the calls known to the server, which keeps them through restarts and fail-overs.
+
+    Raises ServerUnfit when there is no room for them: loading is a write.
+    """
+    if await connection.ask("FUNCTION", "LIST", "LIBRARYNAME", library.name):
+        return
+    reply = await connection.send("FUNCTION", "LOAD", "REPLACE", library.source)
+    if isinstance(reply, ReplyError):
+        raise ServerUnfit(
+            f"Redis did not take the functions of this version ({reply.word}). It keeps them on disk and in memory: there"
+            " must be room in both."
+        )
+
+
+async def drop_other_libraries(connection: Connection, library: Library) -> None:
+    """Drop the functions of other versions, which Redis would keep for ever. A process of such a version that still runs
+    loads its own again."""
+    for found in await connection.ask("FUNCTION", "LIST", "LIBRARYNAME", f"{LIBRARIES}*"):
+        name = dict(zip(found[::2], found[1::2], strict=True))["library_name"]
+        if name != library.name:
+            await connection.send("FUNCTION", "DELETE", name)  # somebody may have been faster

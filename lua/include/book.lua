@@ -1,5 +1,9 @@
 -- The rules of the books that this call has met, by their keys, as text; "" is unlimited or unset.
-local books = {}
+local books
+
+local function begin_books()
+  books = {}
+end
 
 -- A book's rules. A book of another tenant does not exist. Returns a refusal; or nil, and the book.
 local function read_book(book_key, tenant_id)

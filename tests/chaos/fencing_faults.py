@@ -94,7 +94,7 @@ async def _script_as_sent(run: Run, probe: Probe) -> list[bytes]:
     def late(text: str) -> str:
         return text.replace(attempt.user, "late-user").replace(attempt.key, late_key)
 
-    # EVALSHA, sha, the number of keys, the keys; then the sections, as MONITOR spells what is no text.
+    # FCALL, the function, the number of keys, the keys; then the sections, as MONITOR spells what is no text.
     behind = 3 + int(words[2])
     texts, packed = words[:behind], " ".join(words[behind:])
     sections = msgspec.msgpack.decode(packed.encode("latin-1").decode("unicode_escape").encode("latin-1"))
@@ -108,7 +108,7 @@ async def _script_as_sent(run: Run, probe: Probe) -> list[bytes]:
 async def _first_assign(monitor: Any) -> list[str]:
     async for heard in monitor.listen():
         words: list[str] = heard["command"].split(" ")
-        if words[0].upper() == "EVALSHA" and any("probe-" in word for word in words):
+        if words[0].upper() == "FCALL" and any("probe-" in word for word in words):
             return words
     raise AssertionError("nobody asked Redis")
 

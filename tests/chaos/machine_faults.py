@@ -429,10 +429,10 @@ async def redis_busy(run: Run) -> None:
 
 
 async def _work_of_redis(redis: Any) -> tuple[int, int]:
-    """(scripts asked for, run or refused; connections accepted) since the start."""
-    calls = (await redis.info("commandstats")).get("cmdstat_evalsha", {})
-    stats = await redis.info("stats")
-    return calls.get("calls", 0) + calls.get("rejected_calls", 0), stats["total_connections_received"]
+    """(scripts and functions asked for, run or refused; connections accepted) since the start."""
+    commands, stats = await redis.info("commandstats"), await redis.info("stats")
+    ran = [commands.get(f"cmdstat_{name}", {}) for name in ("evalsha", "fcall")]
+    return sum(one.get("calls", 0) + one.get("rejected_calls", 0) for one in ran), stats["total_connections_received"]
 
 
 MACHINE_FAULTS = [

@@ -170,6 +170,7 @@ async def redis_and_api_killed(run: Run) -> None:
 async def scripts_flushed(run: Run) -> None:
     async with run.stack.redis() as redis:
         await redis.script_flush()
+        await redis.function_flush()
     await asyncio.sleep(0.5)
     assert await run.epochs_now() == run.epochs, "a script that is not loaded is no reason for a recovery"
 

@@ -1,4 +1,4 @@
-"""Runs the real scripts as the service does: keys by ShardKeys, sent by EVALSHA as the service's own Redis user.
+"""Runs the real scripts as the service does: keys by ShardKeys, sent as the service's own Redis user.
 
 Each Shard has a hash tag of its own, so tests on one server do not see each other.
 """
@@ -77,8 +77,8 @@ class Calls:
         keys: KeyTable = {}
         section = open_section(keys, shard, epoch, seen_seq)
         section.operations.append(operation.pack(keys, shard.prefix, **parameters))
-        script = self._scripts[f"call_{operation.call_class}"]
-        (reply,) = self._redis.execute_command(*call_command(script.sha, keys, [section]))
+        function = self._scripts.library.function(operation.call_class)
+        (reply,) = self._redis.execute_command(*call_command(function, keys, [section]))
         if reply[0] != "ok":
             return list(reply)
         (raw,) = reply[3]
@@ -101,6 +101,7 @@ class Server:
     def __enter__(self) -> Self:
         for script in self.scripts:
             assert self.run.script_load(script.source) == script.sha
+        self.run.function_load(self.scripts.library.source, replace=True)
         return self
 
     def __exit__(

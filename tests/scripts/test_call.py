@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coupon_svc.redis.scripts import Script, bind_script
+from coupon_svc.redis.contract import CallClass
+from coupon_svc.redis.scripts import Library, bind_library
 from tests.scripts.runner import CALLER, EPOCH, TENANT, Caller, Server, Shard
 
 Op = tuple[str, dict[str, Any]]
@@ -56,18 +57,16 @@ class Calls:
         self.shard = shard
         self.server: Server = shard.server
 
-    def send(self, ops: list[Op], caller: Caller = CALLER, *, script: Script | None = None, tip: str = "tip") -> Any:
+    def send(self, ops: list[Op], caller: Caller = CALLER, *, library: Library | None = None, tip: str = "tip") -> Any:
         """The reply of the one section."""
         keys: list[str] = []
         section = self.section(keys, ops, caller, tip)
-        name = f"call_{self.server.scripts.operations[ops[0][0]].contract.call_class}"
-        return self.run(script or self.server.scripts[name], keys, [section])[0]
+        call_class = self.server.scripts.operations[ops[0][0]].contract.call_class
+        assert call_class
+        return self.run((library or self.server.scripts.library).function(call_class), keys, [section])[0]
 
-    def run(self, script: Script, keys: list[str], sections: list[Any]) -> Any:
-        self.server.run.script_load(script.source)
-        return self.server.run.execute_command(
-            "EVALSHA", script.sha, len(keys), *keys, msgspec.msgpack.encode(sections)
-        )
+    def run(self, function: str, keys: list[str], sections: list[Any]) -> Any:
+        return self.server.run.execute_command("FCALL", function, len(keys), *keys, msgspec.msgpack.encode(sections))
 
     def section(self, keys: list[str], ops: list[Op], caller: Caller = CALLER, tip: str = "tip") -> list[Any]:
         def place(key: str) -> int:
@@ -339,11 +338,12 @@ def test_a_write_that_fails_behind_the_entry_is_unknown(calls: Calls, write: str
     grow = [assign(book, "v", "k1"), lock(book, "A-1", token="t")]
     keep = [redeem(book, "A-1", token="t", key="k2"), release(book, "Q-1")]
     ops = keep if write in ('"DEL"', '"HINCRBY"', '"SREM"') else grow
-    script = calls.server.scripts["call_keep" if ops is keep else "call_grow"]
-    assert f"redis.call({write}" in script.body
-    failing = script.body.replace(f"redis.call({write}", f'redis.call("HGET", "no key", {write}')
-    broken = bind_script(script.name, script.first_line, script.contract, failing)
-    assert calls.send(ops, script=broken) == ["unknown"]
+    body = calls.server.scripts.library.body
+    assert f"redis.call({write}" in body
+    broken = bind_library(body.replace(f"redis.call({write}", f'redis.call("HGET", "no key", {write}'))
+    calls.server.run.function_load(broken.source)
+    assert calls.send(ops, library=broken) == ["unknown"]
+    calls.server.run.function_delete(broken.name)
     assert shard.redis.hmget(shard.keys.meta, "epoch", "was", "seq") == ["doubt", str(EPOCH), "2"]
     assert [event[0] for entry in shard.redis.xrange(shard.keys.events) for event in events_of(entry)][1:] == [
         "coupon_redeemed" if ops is keep else "coupon_assigned"
@@ -366,7 +366,7 @@ def test_each_shard_has_a_verdict_of_its_own(server: Server, request: pytest.Fix
         first.section(keys, [assign(books[0], "u")], CALLER._replace(epoch=EPOCH + 1)),
         second.section(keys, [assign(books[1], "u")]),
     ]
-    refused, decided = first.run(server.scripts["call_grow"], keys, sections)
+    refused, decided = first.run(server.scripts.library.function(CallClass.GROW), keys, sections)
     assert refused == ["suspect", "epoch"]
     assert decided[0] == "ok"
     assert decided[3][0][:2] == ["ok", "A-1"]

@@ -99,8 +99,8 @@ def test_a_call_is_the_keys_and_the_sections() -> None:
     section = open_section(keys, KEYS, 4, 17)
     section.operations.append(["read_book", 3, "7"])
     keys["a book's"] = 3
-    *command, packed = call_command("5ha", keys, [section])
-    assert command == ["EVALSHA", "5ha", 3, KEYS.meta, KEYS.events, "a book's"]
+    *command, packed = call_command("function", keys, [section])
+    assert command == ["FCALL", "function", 3, KEYS.meta, KEYS.events, "a book's"]
     assert isinstance(packed, bytes)
     assert msgspec.msgpack.decode(packed) == [[1, 2, "4", "17", section.tip, [["read_book", 3, "7"]]]]
 

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.redis.contract import CallClass
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError
 from coupon_svc.redis.scripts import Scripts
@@ -64,6 +65,10 @@ class FakeRedis:
         """The commands that ran this script."""
         return [command for command in self.sent if command[1] == SCRIPTS[name].sha]
 
+    def called(self, call: CallClass) -> list[tuple[Any, ...]]:
+        """The calls of this class."""
+        return [command for command in self.sent if command[1] == SCRIPTS.library.function(call)]
+
 
 def sections_of(command: tuple[Any, ...]) -> list[Any]:
     """What a call tells each shard."""
@@ -97,7 +102,7 @@ async def refused(asked: Awaitable[Any]) -> Outcome:
 async def test_a_section_is_sent_with_the_epoch_and_what_was_seen() -> None:
     redis = FakeRedis(ASSIGNED)
     await assign(plane_on(redis))
-    (command,) = redis.ran("call_grow")
+    (command,) = redis.called(CallClass.GROW)
     assert [section[2:4] for section in sections_of(command)] == [["4", "20"]]
 
 

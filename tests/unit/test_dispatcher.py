@@ -14,7 +14,7 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.hot import drive
 from coupon_svc.redis import call_queue, dispatcher
 from coupon_svc.redis.calls import Entry
-from coupon_svc.redis.contract import Reply
+from coupon_svc.redis.contract import CallClass, Reply
 from coupon_svc.redis.dispatcher import UNDER_WAY_MAX, Dispatcher, Plane
 from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError
 from coupon_svc.redis.keys import ShardKeys
@@ -22,7 +22,7 @@ from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.shard_view import Certificate, ShardView
 
 SCRIPTS = Scripts()
-CLASSES = {SCRIPTS[f"call_{one}"].sha: one for one in ("read", "grow", "keep")}
+CLASSES = {SCRIPTS.library.function(one): str(one) for one in CallClass}
 BOOK = "bk_000123456789abcdef"
 
 
@@ -468,22 +468,22 @@ async def test_a_shard_that_was_shut_while_an_operation_waited_gets_none(service
 # --- a server that does not know the script
 
 
-async def test_a_script_that_is_not_there_is_loaded_and_the_call_sent_once_more(service: Service) -> None:
+async def test_a_function_that_is_not_there_is_loaded_and_the_call_sent_once_more(service: Service) -> None:
     asked = service.assign("ann")
     await turns()
-    service.calls[0].answer(ReplyError("NOSCRIPT"))
+    service.calls[0].answer(ReplyError("ERR Function not found"))
     await turns()
     assert service.loads == 1
     service.calls[1].serve()
     assert (await asked).outcome == "ok"
 
 
-async def test_a_script_that_cannot_be_loaded_is_not_asked_for_again(service: Service) -> None:
+async def test_a_function_that_cannot_be_loaded_is_not_asked_for_again(service: Service) -> None:
     asked = service.assign("ann")
     await turns()
-    service.calls[0].answer(ReplyError("NOSCRIPT"))
+    service.calls[0].answer(ReplyError("ERR Function not found"))
     await turns()
-    service.calls[1].answer(ReplyError("NOSCRIPT"))
+    service.calls[1].answer(ReplyError("ERR Function not found"))
     assert await outcome(asked) is Outcome.RECOVERING
     assert service.loads == 1
     later = service.assign("bob")
