@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from coupon_svc.redis.errors import ServerUnfit
 from coupon_svc.redis.scripts import LIBRARIES, Scripts, bind_library
 from coupon_svc.redis.server import drop_other_libraries, load_library
 from tests.harness import until
+from tests.scripts.runner import Server, Shard
 
 SCRIPTS = Scripts()
 OURS = SCRIPTS.library.name
@@ -96,3 +98,15 @@ async def test_a_process_drops_them_when_it_starts_and_not_when_it_comes_again(
         assert await has(OURS, OLDER.name)
     finally:
         await plane.stop()
+
+
+def test_a_call_asks_anew_which_history_the_server_is_in(tmp_path: Path) -> None:
+    """A function keeps its variables from one call to the next; what the server said to the first is no answer to both."""
+    with EmbeddedRedis(tmp_path) as embedded, Server(embedded, SCRIPTS) as server:
+        shard = Shard(server)
+        shard.certify()
+        book = shard.new_book("A-1", "B-2")
+        assert shard.assign_coupon(book, user_id="u")[0] == "ok"
+        server.admin.replicaof("127.0.0.1", "1")
+        server.admin.replicaof("no", "one")
+        assert shard.assign_coupon(book, user_id="v") == ["suspect", "server"]
