@@ -41,12 +41,16 @@ def figures(measured: dict[str, Any]) -> str:
             "`make bench`",
         ),
         (
-            "Throughput against Postgres alone (`SKIP LOCKED`)",
+            "Throughput against Postgres alone (`SKIP LOCKED`), 256 callers",
             f"{against['postgres_ledger']:.1f} ×",
             f"{against['postgres_redis']:.1f} ×",
             "`make bench`",
         ),
-        ("Redis memory per coupon, 100,000 given", *[f"{measured['sizes']['coupon']:.0f} bytes"] * 2, "`make bench`"),
+        (
+            "Redis memory per coupon, and per Idempotency-Key for 24 hours",
+            *[f"{measured['sizes']['coupon']:.0f} and {measured['sizes']['record']:.0f} bytes"] * 2,
+            "`make bench`",
+        ),
         ("Kinds of fault injected under load, without a broken promise", *[str(len(FAULTS))] * 2, "`make chaos`"),
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
