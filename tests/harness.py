@@ -10,7 +10,6 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,6 +24,7 @@ from redis.asyncio import Redis
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.postgres.keys import SCOPES, create_key, new_key
 from coupon_svc.postgres.migrations import migrate
+from tests.forked import Start, start_process
 
 # httpx looks for this optional package on every request, and the search costs more than the request.
 sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type]
@@ -39,10 +39,11 @@ START_S = 60.0
 
 async def until(fact: Callable[[], Awaitable[T]], timeout: float = DEADLINE_S, what: str = "") -> T:
     """Wait until `fact()` is true, and return it; fail the test when that takes longer than `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+    began = time.monotonic()
     while not (value := await fact()):
-        assert time.monotonic() < deadline, f"waited {timeout} s in vain: {what or fact}"
-        await asyncio.sleep(0.02)
+        waited = time.monotonic() - began
+        assert waited < timeout, f"waited {timeout} s in vain: {what or fact}"
+        await asyncio.sleep(min(0.02 + waited / 50, 0.1))  # what takes seconds is not asked for fifty times in each
     return value
 
 
@@ -114,21 +115,16 @@ class Part:
         args: list[str],
         environment: dict[str, str],
         log: Path,
-        pass_fds: tuple[int, ...] = (),
         module: tuple[str, ...] = ("coupon_svc",),
+        listener: socket.socket | None = None,
     ) -> None:
+        """With a `listener`, the process serves on it."""
         self.log = log
         self.base_url = ""
         """Where an API process listens."""
-        with log.open("ab") as output:
-            self._log_start = output.tell()
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *module, *args],
-                env={**os.environ, **environment},
-                stdout=output,
-                stderr=output,
-                pass_fds=pass_fds,
-            )
+        log.touch()
+        self._log_start = log.stat().st_size
+        self.process = start_process(Start([*module, *args], {**os.environ, **environment}, log, listener))
 
     def stop(self, timeout: float = 10.0) -> int:
         """SIGTERM, and the exit status."""
@@ -157,7 +153,7 @@ class Part:
             return self.process.poll() is not None
 
         await until(ended, timeout, "the process should have died")
-        return self.process.returncode
+        return self.process.wait(0)
 
 
 class Stack:
@@ -173,6 +169,8 @@ class Stack:
         self.folder = folder
         self.shards = shards
         self.parts: list[Part] = []
+        self._ledgers: list[asyncpg.Connection] = []
+        """Connections to the database that nobody uses now."""
         self.base_url = ""
         self.module: tuple[str, ...] = ("coupon_svc",)
         """What parts are started as; `("tests.unsafe", SAFEGUARD)` takes a safeguard out of them."""
@@ -204,13 +202,12 @@ class Stack:
         different logs."""
         listener = socket.create_server(("127.0.0.1", 0))
         self.base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        descriptor = listener.fileno()
         part = Part(
-            ["api", "--fd", str(descriptor)],
+            ["api"],
             {**self.environment, **environment},
             self.folder / f"api{number or ''}.log",
-            pass_fds=(descriptor,),
             module=self.module,
+            listener=listener,
         )
         part.base_url = self.base_url
         listener.close()
@@ -252,11 +249,22 @@ class Stack:
 
     async def ledger(self, statement: str, *args: Any) -> list[Any]:
         """Rows from Postgres."""
-        connection = await asyncpg.connect(self.database_url)
+        connection = await self._ledger_connection()
         try:
-            return list(await connection.fetch(statement, *args))
-        finally:
-            await connection.close()
+            rows = list(await connection.fetch(statement, *args))
+        except BaseException:
+            connection.terminate()
+            raise
+        self._ledgers.append(connection)
+        return rows
+
+    async def _ledger_connection(self) -> asyncpg.Connection:
+        """One that is used again: waits ask many times, and to connect costs more than to ask."""
+        while self._ledgers:
+            connection = self._ledgers.pop()
+            if not connection.is_closed():
+                return connection
+        return await asyncpg.connect(self.database_url, statement_cache_size=0)
 
     def redis(self) -> Redis:
         """A redis-py client that may do anything. Close it after use."""
@@ -282,6 +290,9 @@ class Stack:
 
     def close(self) -> None:
         """End every part that still runs, and the Redis."""
+        for connection in self._ledgers:
+            connection.terminate()
+        self._ledgers.clear()
         for part in self.parts:
             if part.process.poll() is None:
                 part.signal(signal.SIGCONT)
