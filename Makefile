@@ -37,7 +37,7 @@ check: install ## Style, types, import direction, dead code
 	$(BIN)/vulture
 
 quick: check ## `check`, and the tests that take half a minute: units, the model, scripts, docs
-	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist worksteal -m 'not chaos and not long' --hypothesis-profile quick $(QUICK)
+	$(BIN)/python -m pytest -n $(or $(JOBS),2) --dist worksteal --hypothesis-profile quick $(QUICK)
 
 test: install ## All tests, against servers they start themselves
 	$(BIN)/python -m pytest -n $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder

@@ -29,9 +29,10 @@ hypothesis.settings.load_profile("shared")
 SHARDS = 4
 
 LONGEST = (
-    "test_chaos", "test_writer_kills", "test_bulk_work", "test_model", "test_writers_come_and_go", "test_schemathesis",
-    "test_load", "test_door_limits", "test_upload_jobs", "test_noisy_neighbours", "test_adopt",
-    "test_call", "test_history", "test_chaos_proves_itself", "test_bounded_recovery", "test_walk", "test_quarantine",
+    "test_writer_kills", "test_bulk_work", "test_chaos", "test_computed_books", "test_load", "test_upload_jobs",
+    "test_bounded_recovery", "test_writers_come_and_go", "test_door_limits", "test_dev_supervisor", "test_model",
+    "test_dev_end_to_end", "test_adopt", "test_fairness", "test_call", "test_history", "test_schemathesis",
+    "test_chaos_proves_itself", "test_noisy_neighbours", "test_walk", "test_half_open",
 )  # fmt: skip
 """Files that take long begin first, lest one of them runs alone in the end."""
 
@@ -113,16 +114,18 @@ async def client(service: Stack) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-async def make_stack(tmp_path: Path, postgres_url: str) -> AsyncIterator[Callable[[], Awaitable[Stack]]]:
-    """Makes stacks of one's own, to be tampered with; nothing runs in them yet but Redis and an empty database."""
+async def make_stack(tmp_path: Path, postgres_url: str) -> AsyncIterator[Callable[..., Awaitable[Stack]]]:
+    """Makes stacks of one's own, to be tampered with; nothing runs in them yet but Redis and an empty database.
+
+    With one shard, all books are of the same."""
     stacks: list[Stack] = []
 
-    async def make() -> Stack:
+    async def make(shards: int = SHARDS) -> Stack:
         folder = tmp_path / f"stack{len(stacks)}"
         folder.mkdir()
         server = EmbeddedRedis(folder / "redis")
         server.start()
-        stack = Stack(server, server.url, await fresh_database(postgres_url, SHARDS), folder, SHARDS)
+        stack = Stack(server, server.url, await fresh_database(postgres_url, shards), folder, shards)
         stacks.append(stack)
         return stack
 

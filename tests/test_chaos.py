@@ -12,13 +12,10 @@ from tests.chaos.run import Run
 from tests.chaos.suite import FAULTS, run_once
 
 SEED = 20_261_122
-AT_ONCE = 3
-SELECTED = (
-    "writer_paused_across_a_recovery", "redis_rolled_back", "stream_trimmed", "failed_back_to_the_old_master",
-    "redis_disk_full", "redis_clock_jumps_seconds", "postgres_killed", "keys_put_back_unseen", "another_installation_comes",
-)  # fmt: skip
-"""One of a kind. What tests/test_writer_kills.py and its neighbours do to a quiet service, only `make chaos` does under
-load."""
+AT_ONCE = 2
+SELECTED = ("redis_rolled_back", "another_installation_comes")
+"""A recovery, and a fault that is no reason for one: the machinery works. What tests/test_writer_kills.py and its neighbours
+do to a quiet service, `make chaos` does under load."""
 
 
 @pytest.fixture(scope="module")

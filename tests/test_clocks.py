@@ -14,7 +14,7 @@ from tests.harness import until
 
 
 @pytest.mark.skipif(bool(lacks_a_compiler()), reason=lacks_a_compiler())
-@pytest.mark.parametrize("apart_s", [90_000, -90_000])
+@pytest.mark.parametrize("apart_s", [90_000, pytest.param(-90_000, marks=pytest.mark.chaos)])
 async def test_a_clock_that_jumps_by_a_day_ends_no_idempotency_key(
     tmp_path: Path, postgres_url: str, apart_s: int
 ) -> None:

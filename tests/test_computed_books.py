@@ -22,7 +22,8 @@ from tests.backup import Backup
 from tests.harness import MASTER_KEY, Stack, until
 from tests.test_verify import found_in, report_of
 
-MakeStack = Callable[[], Awaitable[Stack]]
+MakeStack = Callable[..., Awaitable[Stack]]
+SMALL_BLOCKS = {"COUPON_LEASE_CODES_MIN": "20", "COUPON_LEASE_CODES_MAX": "40"}
 GENERATE = {"pattern": "C-########", "total": 1_000_000}
 
 
@@ -92,13 +93,18 @@ class Shop:
                 assert (await http.get(f"/coupons/codes/{code}")).json()["user_id"] == user
 
 
-async def started(make_stack: MakeStack) -> Stack:
+async def started(make_stack: MakeStack, *acks: str, sold: int, named: bool = False) -> tuple[Stack, Shop]:
+    """A running stack, and a shop that has opened a book of each kind of answer and sold so many codes of each."""
     stack = await make_stack()
     stack.patient = True
-    stack.writer(COUPON_LEASE_CODES_MIN="20", COUPON_LEASE_CODES_MAX="40")
+    stack.writer(**SMALL_BLOCKS)
     stack.api()
     await stack.ready()
-    return stack
+    shop = Shop(stack)
+    await shop.open(*acks)
+    await shop.sell("before", sold, named=named)
+    await stack.drained()
+    return stack, shop
 
 
 async def verified(stack: Stack) -> Report:
@@ -112,7 +118,7 @@ async def verified(stack: Stack) -> Report:
 @pytest.mark.parametrize("dies_at", ["lend.leased", "lend.brought", "lend.lone_brought"])
 async def test_a_writer_that_dies_while_it_lends_loses_no_number(make_stack: MakeStack, dies_at: str) -> None:
     stack = await make_stack()
-    writer = stack.writer(dies_at=dies_at, COUPON_LEASE_CODES_MIN="20")
+    writer = stack.writer(dies_at=dies_at, **SMALL_BLOCKS)
     stack.api()
     await stack.ready()
     shop = Shop(stack)
@@ -122,7 +128,7 @@ async def test_a_writer_that_dies_while_it_lends_loses_no_number(make_stack: Mak
         await opened
         sold = asyncio.create_task(shop.sell("first", 1, named=True))
     await writer.died()
-    stack.writer(COUPON_LEASE_CODES_MIN="20")
+    stack.writer(**SMALL_BLOCKS)
     await opened
     await (sold or shop.sell("first", 1, named=True))
     await shop.sell("more", 45)
@@ -134,11 +140,7 @@ async def test_a_writer_that_dies_while_it_lends_loses_no_number(make_stack: Mak
 async def test_a_redis_that_lost_everything_is_given_what_nobody_holds(make_stack: MakeStack) -> None:
     """Codes that were lent and not assigned come back as rows; in a book that answers early nobody knows, where the one
     process that answered is silent."""
-    stack = await started(make_stack)
-    shop = Shop(stack)
-    await shop.open("ledger", "redis")
-    await shop.sell("before", 30, named=True)
-    await stack.drained()
+    stack, shop = await started(make_stack, "ledger", "redis", sold=30, named=True)
     (api,) = (part for part in stack.parts if part.base_url)
     api.kill()
     async with stack.redis() as redis:
@@ -166,11 +168,7 @@ async def test_a_redis_that_lost_everything_is_given_what_nobody_holds(make_stac
 
 @pytest.mark.chaos
 async def test_after_a_restore_no_code_that_redis_shows_is_issued_again(make_stack: MakeStack) -> None:
-    stack = await started(make_stack)
-    shop = Shop(stack)
-    await shop.open("ledger")
-    await shop.sell("before", 3)
-    await stack.drained()
+    stack, shop = await started(make_stack, "ledger", sold=3)
     backup = Backup(stack)
     await backup.take()
     await shop.sell("lost", 70, named=True)
@@ -179,12 +177,12 @@ async def test_after_a_restore_no_code_that_redis_shows_is_issued_again(make_sta
     writer = stack.parts[0]
     for turn in range(2):  # each start is a new generation
         writer.stop()
-        writer = stack.writer(COUPON_LEASE_CODES_MIN="20", COUPON_LEASE_CODES_MAX="40")
+        writer = stack.writer(**SMALL_BLOCKS)
         await shop.sell(f"turn{turn}", 1)
     await stack.drained()
     writer.stop()
     await backup.put_back()
-    stack.writer(COUPON_LEASE_CODES_MIN="20", COUPON_LEASE_CODES_MAX="40")
+    stack.writer(**SMALL_BLOCKS)
 
     async def stopped() -> bool:
         return await stack.ledger("SELECT FROM shards WHERE stopped IS NOT NULL") != []
@@ -202,11 +200,7 @@ async def test_after_a_restore_no_code_that_redis_shows_is_issued_again(make_sta
 
 
 async def test_a_missing_or_wrong_master_key_is_named_at_start_and_nothing_is_lost(make_stack: MakeStack) -> None:
-    stack = await started(make_stack)
-    shop = Shop(stack)
-    await shop.open("ledger")
-    await shop.sell("before", 25)
-    await stack.drained()
+    stack, shop = await started(make_stack, "ledger", sold=25)
     for part in stack.parts:
         part.stop()
     (row,) = await stack.ledger("SELECT master_key_id FROM computed_patterns")
@@ -224,7 +218,7 @@ async def test_a_missing_or_wrong_master_key_is_named_at_start_and_nothing_is_lo
         api.kill()
     broken = command(stack, "writer", COUPON_MASTER_KEY="short")
     assert (broken.returncode, "COUPON_MASTER_KEY is not a master key" in broken.stderr) == (1, True)
-    stack.writer(COUPON_LEASE_CODES_MIN="20")
+    stack.writer(**SMALL_BLOCKS)
     stack.api()
     await stack.ready()
     await shop.sell("after", 30)
@@ -234,16 +228,15 @@ async def test_a_missing_or_wrong_master_key_is_named_at_start_and_nothing_is_lo
 
 async def test_a_writer_that_lacks_the_key_keeps_its_shards_open(make_stack: MakeStack) -> None:
     """It was started before there were computed books, and so not refused."""
-    stack = await make_stack()
+    stack = await make_stack(1)
     writer = stack.writer(COUPON_MASTER_KEY="")
     stack.api()
     await stack.ready()
     async with await stack.client("shop") as http:
         books: dict[str, str] = {}
-        while len({book_id[3:5] for book_id in books.values()}) != 1 or len(books) < 2:
-            for name, wanted in (("computed", GENERATE), ("stored", {**GENERATE, "total": 5})):
-                answer = await http.post("/coupons", json={"name": name, "generate": wanted})
-                books[name] = answer.json()["book_id"]
+        for name, wanted in (("computed", GENERATE), ("stored", {**GENERATE, "total": 5})):
+            answer = await http.post("/coupons", json={"name": name, "generate": wanted})
+            books[name] = answer.json()["book_id"]
         answer = await http.post("/coupons/assign", json={"book_id": books["computed"], "user_id": "u"})
         assert (answer.status_code, answer.json()["code"]) == (503, "refilling")
         assert writer.said("COUPON_MASTER_KEY is not set")
@@ -260,10 +253,7 @@ async def test_a_writer_that_lacks_the_key_keeps_its_shards_open(make_stack: Mak
 
 
 async def test_the_master_key_is_changed_by_command(make_stack: MakeStack) -> None:
-    stack = await started(make_stack)
-    shop = Shop(stack)
-    await shop.open("ledger")
-    sold = await shop.sell("before", 3)
+    stack, shop = await started(make_stack, "ledger", sold=3)
     new = new_master_key()
     refused = command(stack, "master-key", "rotate", COUPON_MASTER_KEY=new)
     assert refused.returncode != 0
@@ -277,8 +267,8 @@ async def test_the_master_key_is_changed_by_command(make_stack: MakeStack) -> No
     stack.api(COUPON_MASTER_KEY=new)
     await stack.ready()
     async with await stack.client("shop") as http:
-        for code in sold:
-            assert (await http.get(f"/coupons/codes/{code}")).json()["user_id"] == shop.given[code]
+        for code, user in shop.given.items():
+            assert (await http.get(f"/coupons/codes/{code}")).json()["user_id"] == user
     settings = load_settings({**stack.environment, "COUPON_MASTER_KEY": new})
     assert settings.master_key.first != MasterKeys.parse(MASTER_KEY).first
 
@@ -287,10 +277,8 @@ async def test_verify_sees_codes_that_are_none_of_the_range(
     make_stack: MakeStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "ARRIVAL_WAIT_S", 0.3)
-    stack = await started(make_stack)
-    shop = Shop(stack)
-    await shop.open("ledger")
-    code = (await shop.sell("u", 2))[0]
+    stack, shop = await started(make_stack, "ledger", sold=2)
+    code = next(iter(shop.given))
     await verified(stack)
     for part in stack.parts:
         part.stop()

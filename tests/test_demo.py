@@ -62,6 +62,7 @@ def test_a_demo_that_is_interrupted_while_it_starts_leaves_nothing(tmp_path: Pat
         assert_ends_cleanly(process, signal.SIGINT, tmp_path)
 
 
+@pytest.mark.chaos
 def test_a_demo_that_is_told_to_end_half_way_leaves_nothing(tmp_path: Path) -> None:
     with started(tmp_path) as process:
         assert process.stdout is not None

@@ -227,7 +227,7 @@ def test_a_second_start_on_the_same_directory_is_refused(dev: Dev) -> None:
 # -- life and death ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("order", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.chaos)])
 def test_an_order_to_stop_ends_everything_cleanly(tmp_path: Path, order: signal.Signals) -> None:
     dev = Dev(tmp_path, key="ck_given")
     told = dev.ready()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -21,9 +20,10 @@ from tests.harness import until
 GIVEN_UP_S = 8.0
 
 
-@pytest.fixture
-async def network(postgres_url: str, tmp_path: Path) -> AsyncIterator[Network]:
-    async with network_stage(postgres_url, tmp_path) as network:
+@pytest.fixture(scope="module")
+async def network(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Network]:
+    """One for all: each test heals what it has cut."""
+    async with network_stage(postgres_url, tmp_path_factory.mktemp("network")) as network:
         try:
             network.writer()
             network.api()
@@ -122,20 +122,6 @@ async def test_calls_go_on_while_postgres_is_silent_on_connections_that_stand(ne
         network.postgres_of["api"].heal()
 
 
-async def test_a_writer_stops_in_time_while_postgres_is_silent(network: Network) -> None:
-    """Its commit is cancelled, and the rollback would wait for a server that confirms nothing."""
-    network.patient = True
-    async with await network.client() as http:
-        book = {"name": "stop", "ack": "redis", "generate": {"pattern": "T-######", "total": 10}}
-        book_id = (await http.post("/coupons", json=book)).json()["book_id"]
-        assert (await http.post("/coupons/assign", json={"book_id": book_id, "user_id": "ann"})).status_code == 201
-        network.postgres_of["writer"].treat(requests="hold", replies="hold")
-        assert (await http.post("/coupons/assign", json={"book_id": book_id, "user_id": "bob"})).status_code == 201
-    await asyncio.sleep(0.5)
-    (writer,) = (part for part in network.parts if part.log.name == "writer.log")
-    assert await asyncio.to_thread(writer.stop, 3.5) == 0, "it asks for a connection for 2 s, to hand its shards over"
-
-
 async def test_a_process_that_falls_silent_within_a_transaction_does_not_hold_up_a_recovery(network: Network) -> None:
     async with await network.client() as http:
         book = {"name": "held", "generate": {"pattern": "S-######", "total": 10}}
@@ -180,3 +166,18 @@ async def test_the_api_gives_up_a_listener_that_carries_nothing() -> None:
     await asyncio.wait_for(over.wait(), GIVEN_UP_S)
     await plane.stop()
     server.close()
+
+
+async def test_a_writer_stops_in_time_while_postgres_is_silent(network: Network) -> None:
+    """Its commit is cancelled, and the rollback would wait for a server that confirms nothing. The last test that needs
+    the writer."""
+    network.patient = True
+    async with await network.client() as http:
+        book = {"name": "stop", "ack": "redis", "generate": {"pattern": "T-######", "total": 10}}
+        book_id = (await http.post("/coupons", json=book)).json()["book_id"]
+        assert (await http.post("/coupons/assign", json={"book_id": book_id, "user_id": "ann"})).status_code == 201
+        network.postgres_of["writer"].treat(requests="hold", replies="hold")
+        assert (await http.post("/coupons/assign", json={"book_id": book_id, "user_id": "bob"})).status_code == 201
+    await asyncio.sleep(0.5)
+    (writer,) = (part for part in network.parts if part.log.name == "writer.log")
+    assert await asyncio.to_thread(writer.stop, 3.5) == 0, "it asks for a connection for 2 s, to hand its shards over"

@@ -32,13 +32,13 @@ ONE_MODE = {
 LONG = {
     "failovers-redis", "interrupted-redis", "swaps-ledger", "tampering-redis", "two_recoverers-ledger", "redeems-redis",
     "delays-ledger",  # scopes
-    "attempt", "late_epoch", "mark", "run",  # safeguards
+    "attempt", "late_epoch", "mark", "redemption_user", "run",  # safeguards
 }  # fmt: skip
-"""Walks through so many states that `make quick` leaves them out."""
+"""Walks through the most states, seconds of a core each: `make chaos` has them."""
 
 
 def cases(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(*name.split("-"), id=name, marks=pytest.mark.long if name in LONG else ()) for name in names]
+    return [pytest.param(*name.split("-"), id=name, marks=pytest.mark.chaos if name in LONG else ()) for name in names]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_known_limit_is_one(name: str) -> None:
     assert walk(LIMITS[name]).broken
 
 
-@pytest.mark.long
+@pytest.mark.chaos
 @pytest.mark.parametrize("mode", MODES)
 def test_from_every_state_a_recovery_can_finish(mode: str) -> None:
     bounds = Bounds(mode=mode, kinds=frozenset((*RESTARTS, *TAMPERING)), users=1, tries=1)

@@ -107,7 +107,7 @@ async def median_ms(port: int, client: httpx.AsyncClient, book_id: str) -> float
     ("kind", "same_tenant"),
     [
         pytest.param("flood", False, id="flood-other_tenant"),
-        pytest.param("list", True, id="list-same_tenant"),
+        pytest.param("list", True, id="list-same_tenant", marks=pytest.mark.chaos),
         pytest.param("flood", True, id="flood-same_tenant", marks=pytest.mark.chaos),
         pytest.param("list", False, id="list-other_tenant", marks=pytest.mark.chaos),
     ],

@@ -76,6 +76,16 @@ async def held_up(stack: Stack, after: int) -> AsyncIterator[Callable[[], Awaita
         await stack.ledger("DROP FUNCTION stall CASCADE")
 
 
+@contextlib.asynccontextmanager
+async def file_held_up(stack: Stack, client: httpx.AsyncClient) -> AsyncIterator[tuple[str, httpx.Response]]:
+    """A new book, and the answer to FILE, which is sent into it. While in force, the job has worked off some and waits."""
+    book = await make_book(client, codes=[])
+    async with held_up(stack, 2 * PIECE_ROWS) as is_held_up:
+        sent = await send(client, book, FILE)
+        await until(is_held_up)
+        yield book, sent
+
+
 async def job_of(client: httpx.AsyncClient, sent: httpx.Response) -> tuple[str, int]:
     """(status, codes inserted so far)."""
     job = (await client.get(sent.headers["location"])).json()
@@ -125,10 +135,7 @@ async def test_a_piece_that_was_done_is_not_done_again(postgres_url: str) -> Non
 
 async def test_a_job_goes_on_when_postgres_has_ended_its_connections(stack: Stack) -> None:
     async with await stack.client("t") as client:
-        book = await make_book(client, codes=[])
-        async with held_up(stack, 2_000) as is_held_up:
-            sent = await send(client, book, FILE)
-            await until(is_held_up)
+        async with file_held_up(stack, client) as (book, sent):
             await stack.ledger(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                 " WHERE datname = current_database() AND application_name LIKE 'coupon-%'"
@@ -226,10 +233,7 @@ async def test_a_body_of_any_length_takes_little_memory(stack: Stack) -> None:
 
 async def test_a_book_that_is_closed_meanwhile_keeps_what_is_in(stack: Stack) -> None:
     async with await stack.client("t") as client:
-        book = await make_book(client, codes=[])
-        async with held_up(stack, 2_000) as is_held_up:
-            sent = await send(client, book, FILE)
-            await until(is_held_up)
+        async with file_held_up(stack, client) as (book, sent):
             closing = asyncio.create_task(patch(client, book, status="closed"))
             await asyncio.sleep(0.2)
         await closing

@@ -86,6 +86,7 @@ async def test_a_writer_that_never_reaches_redis_takes_no_shard(make_stack: Make
     assert stranger.process.poll() is None, "it goes on to try"
 
 
+@pytest.mark.chaos
 async def test_a_writer_that_is_cut_off_from_redis_gives_its_shards_to_one_that_is_not(make_stack: MakeStack) -> None:
     stack = await make_stack()
     with Proxy(stack.redis_url) as proxy:
@@ -147,6 +148,7 @@ async def step_clock(stack: Stack, interval: str) -> None:
     await ledger.close()
 
 
+@pytest.mark.chaos
 async def test_a_step_of_the_ledgers_clock_forward_ends_no_living_process(make_stack: MakeStack) -> None:
     """Else its shards' owners would report for it while it goes on to answer."""
     stack = await make_stack()

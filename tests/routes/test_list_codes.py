@@ -46,8 +46,7 @@ async def test_each_code_is_listed_as_it_is_read(client: httpx.AsyncClient) -> N
         assert (code["locked_until"] is None) == (read["locked_until"] is None)
 
 
-@pytest.mark.parametrize("ack", ["ledger", "redis"])
-@pytest.mark.parametrize("uses", [1, 2, None])
+@pytest.mark.parametrize(("ack", "uses"), [("ledger", 1), ("redis", 2), ("ledger", None)])
 async def test_pages_of_each_status_hold_every_code_once(client: httpx.AsyncClient, ack: str, uses: int | None) -> None:
     book = await make_book(
         client, generate={"pattern": "#########", "total": 40}, ack=ack, max_redemptions_per_code=uses
