@@ -20,6 +20,7 @@ from bench.over_http import HttpPlan, bench_http
 from bench.postgres_only import POOL_SIZE, serve_postgres_only
 from bench.rebuild import bench_rebuild
 from bench.run import describe_run
+from bench.snapshot import bench_snapshot, show_snapshot
 from bench.toll import TollPlan, bench_toll, counts, expectations, toll_figures
 from bench.turns import CONNECTIONS
 from bench.uploads import bench_upload, show_upload
@@ -61,6 +62,7 @@ def _arguments() -> argparse.Namespace:
     what.add_argument(
         "--flat", action="store_true", help="whether calls take as long in a book of --codes as in one of 1,000"
     )
+    what.add_argument("--snapshot", action="store_true", help="what a snapshot of --minutes does to commits")
     what.add_argument("--render", action="store_true", help="write benchmarks.md anew from benchmarks.json")
     what.add_argument("--serve", choices=SERVED, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -71,6 +73,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--codes", type=int, default=1_000_000, metavar="N", help="of --memory, --rebuild, --upload and --flat"
     )
+    parser.add_argument("--minutes", type=int, default=10, metavar="N", help="of --snapshot")
     parser.add_argument(
         "--codes-max", type=int, default=CODES_A_BOOK_DEFAULT_MAX, metavar="N", help="of --growth: the largest book"
     )
@@ -90,6 +93,9 @@ def _measure(args: argparse.Namespace) -> int:
         return 0
     if args.flat:
         show_flat(args.codes, bench_flat(args.codes, _narrator()))
+        return 0
+    if args.snapshot:
+        show_snapshot(bench_snapshot(args.minutes, _narrator()))
         return 0
     if args.rebuild:
         bench_rebuild(args.codes)
