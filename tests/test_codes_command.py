@@ -330,6 +330,47 @@ def test_what_cannot_be_sent_is_told(run: Command, fake: Fake, tmp_path: Path) -
     assert fake.sent == []
 
 
+def test_what_the_service_says_of_a_file_reads_well(run: Command, fake: Fake, tmp_path: Path) -> None:
+    file = tmp_path / "codes.csv"
+    file.write_bytes(b"\xff\xfeA\0")
+    errors = [{"pointer": "", "detail": "line 1: the file is in UTF-16; save it as UTF-8"}]
+    told = {
+        "title": "Invalid request",
+        "detail": "The file cannot be read.",
+        "code": "invalid_request",
+        "errors": errors,
+    }
+    fake.refusals = [(422, told)]
+    said = one_line(run(url_of(fake), "k", "upload", str(file), "--book", "bk"))
+    assert "Invalid request. The file cannot be read. Line 1: the file is in UTF-16; save it as UTF-8. (422" in said
+    file.write_bytes(b"")
+    fake.answers = [job(received=0, inserted=0, duplicates=0, invalid=0)]
+    assert "the file has no row with a code" in run(url_of(fake), "k", "upload", str(file), "--book", "bk").out
+
+
+@pytest.mark.parametrize(
+    ("action", "ends", "status", "said"),
+    [
+        ("upload - --type csv", "<&-", 1, "standard input is closed: there is nothing to send."),
+        ("upload codes.csv", ">/dev/full", 1, "its report cannot be written: No space left on device."),
+        ("upload codes.csv", "| true", 0, ""),
+        ("export", ">/dev/full", 1, "No space left on device. What was written is not whole."),
+        ("export", "| true", 1, ""),
+    ],
+)
+def test_standard_input_and_output_that_do_not_work_are_told(
+    fake: Fake, tmp_path: Path, action: str, ends: str, status: int, said: str
+) -> None:
+    (tmp_path / "codes.csv").write_text("A-1\n")
+    fake.export = HEADING.encode() + 100_000 * b"A-1,available,,,0,1\r\n"
+    command = f"set -o pipefail; {sys.executable} -m coupon_svc codes {action} --book bk {ends}"
+    environment = {**os.environ, "COUPON_URL": url_of(fake), "COUPON_KEY": "k"}
+    ran = subprocess.run(["bash", "-c", command], env=environment, cwd=tmp_path, capture_output=True, timeout=30)
+    assert (ran.returncode, ran.stdout) == (status, b"")
+    assert ran.stderr.decode().rstrip().endswith(said)
+    assert len(ran.stderr.splitlines()) <= 1, ran.stderr
+
+
 def test_an_address_of_something_else_is_told(run: Command, fake: Fake, tmp_path: Path) -> None:
     said = one_line(
         run(url_of(fake) + "/elsewhere", "k", "export", "--book", "bk", "--output", str(tmp_path / "a.csv"))
@@ -337,19 +378,20 @@ def test_an_address_of_something_else_is_told(run: Command, fake: Fake, tmp_path
     assert f"{url_of(fake)}/elsewhere answers 404, and not as a coupon service does; check COUPON_URL" in said
 
 
-def test_a_503_is_tried_again_and_a_refusal_is_not(run: Command, fake: Fake, tmp_path: Path) -> None:
+def test_a_429_or_503_is_tried_again_and_a_refusal_is_not(run: Command, fake: Fake, tmp_path: Path) -> None:
     file = tmp_path / "codes.csv.gz"
     file.write_bytes(gzip.compress(b"A-1\n"))
     errors = [{"pointer": "/book_id", "detail": "give one"}]
     fake.refusals = [
         (503, {"code": "recovering"}),
+        (429, {"code": "rate_limited"}),
         (422, {"title": "Invalid", "code": "invalid_request", "errors": errors}),
     ]
     said = one_line(run(url_of(fake), "k", "upload", str(file), "--book", "bk"))
     assert "Invalid." in said
     assert "/book_id: give one. (422 invalid_request, request ?)" in said
-    assert len(fake.sent) == 2
-    assert fake.sent[0][0]["Idempotency-Key"] == fake.sent[1][0]["Idempotency-Key"]
+    assert len(fake.sent) == 3
+    assert len({headers["Idempotency-Key"] for headers, _, _ in fake.sent}) == 1
 
 
 def test_an_export_that_breaks_off_starts_again_and_leaves_no_part(run: Command, fake: Fake, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ async def _inflated(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             try:
                 piece = member.decompress(data, PIECE_BYTES)
             except zlib.error:
-                raise invalid("", "the gzip stream is damaged") from None
+                raise invalid("", "the gzip stream is damaged; nothing was added") from None
             data = member.unused_data if member.eof else member.unconsumed_tail
             given += len(piece)
             if given > INFLATED_FREE_BYTES and given > taken * INFLATED_RATIO_MAX:
@@ -106,4 +106,4 @@ async def _inflated(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
                 )
             yield piece
     if begun and not member.eof:
-        raise invalid("", "the gzip stream ends before its end")
+        raise invalid("", "the gzip stream is cut short; nothing was added")

@@ -79,11 +79,17 @@ class Refusal(NamedTuple):
     body: Mapping[str, Any]
 
     def __str__(self) -> str:
-        errors = "".join(f" {error['pointer']}: {error['detail']}." for error in self.body.get("errors", ()))
+        errors = "".join(f" {_error(error)}." for error in self.body.get("errors", ()))
         return (
             f"the service refused: {self.body.get('title', 'no reason')}. {self.body.get('detail', '')}{errors}"
             f" ({self.status} {self.body.get('code', '?')}, request {self.body.get('request_id', '?')})"
         )
+
+
+def _error(error: Mapping[str, str]) -> str:
+    """One of the errors of a problem. Of a file the pointer is empty."""
+    pointer, detail = error["pointer"], error["detail"]
+    return f"{pointer}: {detail}" if pointer else detail[:1].upper() + detail[1:]
 
 
 # --- the service
@@ -158,7 +164,7 @@ class Service:
         if answer.status == 403:
             scopes = " or ".join(refusal.body.get("scopes", ()))
             raise CodesError(f"COUPON_KEY lacks the scope {scopes}.")
-        if answer.status == 503:
+        if answer.status in (429, 503):
             raise _TryAgain(str(refusal))
         raise CodesError(str(refusal))
 
@@ -209,7 +215,13 @@ def upload_codes(wanted: Upload, *, as_json: bool = False) -> int:
         media_type = UPLOAD_TYPES[wanted.kind or _kind_of(wanted.file)]
         job = _send(service, wanted, file, media_type)
     job = _followed(service, job)
-    print(json.dumps(job, indent=2) if as_json else _report(job))
+    try:
+        print(json.dumps(job, indent=2) if as_json else _report(job), flush=True)
+    except OSError as error:
+        _drop_standard_output()
+        if not isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+            reason = f"its report cannot be written: {error.strerror}"
+            raise CodesError(f"job {job['job_id']} has {job['status']}; {reason}.") from None
     return 1 if job["status"] == "failed" or job["invalid"] else 0
 
 
@@ -235,6 +247,8 @@ def _opened(name: str) -> Iterator[BinaryIO]:
             with file:
                 file = _kept(file)
     else:
+        if sys.stdin is None:
+            raise CodesError("standard input is closed: there is nothing to send.")
         file = _kept(sys.stdin.buffer)
     with file:
         yield file
@@ -336,6 +350,8 @@ def _report(job: Mapping[str, Any]) -> str:
         f"{job['received']} received: {job['inserted']} inserted, {job['duplicates']} duplicates, {job['invalid']} invalid;"
         f" {job.get('blank', 0)} blank",
     ]
+    if not job["received"]:
+        lines.append("the file has no row with a code")
     if job.get("header"):
         lines.append(f"the codes are those below the heading {job['header']}")
     lines += [f"warning: {_text(warning)}" for warning in job.get("warnings", ())]
@@ -395,9 +411,12 @@ def _export_to_standard_output(service: Service, wanted: Export, total: int | No
     try:
         position, rows = _copy(service, wanted, sys.stdout.buffer, total)
         sys.stdout.buffer.flush()
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except OSError as error:
+        _drop_standard_output()
+        if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
+            return 1
+        reason = f"standard output cannot be written: {error.strerror}"
+        raise CodesError(f"{reason}. What was written is not whole.") from None
     except _Away as error:
         raise CodesError(f"{error} What was written is not whole.") from None
     except KeyboardInterrupt:
@@ -439,6 +458,11 @@ def _total(service: Service, book_id: str) -> int | None:
 
 
 # --- what is shown
+
+
+def _drop_standard_output() -> None:
+    """Python would write what is left of it once more when it ends, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _bar(what: str, **options: Any) -> Any:

@@ -213,6 +213,33 @@ async def test_a_pattern_that_overlaps_a_computed_one_is_not_computed(client: ht
     assert (response.status_code, response.json()["errors"][0]["pointer"]) == (422, "/generate/total")
 
 
+@pytest.mark.chaos
+async def test_many_codes_of_a_pattern_that_overlaps_are_stored_and_none_is_a_computed_one(
+    client: httpx.AsyncClient, service: Stack
+) -> None:
+    """Of the codes that are drawn about 150 are the other book's by number: none of them may become a row."""
+    computed = await computed_book(client)
+    cipher, begins, ends = await cipher_of(service, computed)
+    wanted = {"pattern": "SUMMER-####-#2##", "total": 100_001}
+    response = await client.post("/coupons", json={"name": "b", "generate": wanted}, timeout=240)
+    assert response.status_code == 201, response.text
+    book = response.json()
+    assert (book["codes"]["total"], book["codes"]["available"]) == (100_001, 100_001)
+    rows = await service.ledger("SELECT code FROM codes WHERE book_id = $1 AND place > 0", book["book_id"])
+    codes = [row["code"] for row in rows]
+    assert len(set(codes)) == 100_001
+    numbers = {
+        number for at in range(0, len(codes), 500) for number in cipher.numbers_of(codes[at : at + 500]).values()
+    }
+    assert len(numbers) == 100_001, "each lies in the computed pattern"
+    assert not any(begins <= number < ends for number in numbers)
+    (row,) = await service.ledger(
+        "SELECT count(*) AS n FROM passed_over JOIN code_ranges USING (pattern_id) WHERE book_id = $1", computed
+    )
+    assert row["n"] == 100_001, "no later range takes one of them"
+    assert len({await assign(client, book["book_id"], f"u{number}") for number in range(20)}) == 20
+
+
 async def test_at_most_half_of_a_pattern_is_computed(client: httpx.AsyncClient) -> None:
     wanted = {"pattern": "######", "alphabet": "digits", "total": 300_000}
     await make_book(client, codes=["111111", "222222"])
