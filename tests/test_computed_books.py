@@ -15,8 +15,8 @@ import pytest
 
 from coupon_svc.config import load_settings
 from coupon_svc.domain.master_key import MasterKeys, new_master_key
-from coupon_svc.ops import verify
-from coupon_svc.ops.verify import Report
+from coupon_svc.invariants import stores
+from coupon_svc.invariants.stores import RedisCheck, Report
 from coupon_svc.postgres.computed.ciphers import Ciphers
 from tests.backup import Backup
 from tests.harness import MASTER_KEY, Stack, until
@@ -276,7 +276,7 @@ async def test_the_master_key_is_changed_by_command(make_stack: MakeStack) -> No
 async def test_verify_sees_codes_that_are_none_of_the_range(
     make_stack: MakeStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "ARRIVAL_WAIT_S", 0.3)
+    monkeypatch.setattr(stores, "ARRIVAL_WAIT_S", 0.3)
     stack, shop = await started(make_stack, "ledger", sold=2)
     code = next(iter(shop.given))
     await verified(stack)
@@ -284,9 +284,9 @@ async def test_verify_sees_codes_that_are_none_of_the_range(
         part.stop()
     ledger = await asyncpg.connect(stack.database_url)
     await ledger.execute("UPDATE code_ranges SET accounted_upto = lent_upto")
-    assert "a number that was lent has neither a coupon nor a row" in found_in(await report_of(stack))
+    assert RedisCheck.NUMBERS in found_in(await report_of(stack))
     await ledger.execute("UPDATE code_ranges SET accounted_upto = begins")
     await ledger.execute("UPDATE coupons SET code = 'C-22222222' WHERE code = $1", code)
-    assert "a computed code in somebody's hands was not lent" in found_in(await report_of(stack))
+    assert RedisCheck.COMPUTED_LENT in found_in(await report_of(stack))
     await ledger.close()
     assert "only COUPON_MASTER_KEY tells" in command(stack, "verify", COUPON_MASTER_KEY="").stdout

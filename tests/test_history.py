@@ -14,8 +14,8 @@ import pytest
 
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.domain.receipts import Receipt
-from coupon_svc.ops.history import Head, walk_history
-from coupon_svc.ops.verify import LEDGER_CHECKS
+from coupon_svc.invariants.chains import Head, walk_history
+from coupon_svc.invariants.ledger import LedgerCheck
 from coupon_svc.postgres.draining import drain
 from coupon_svc.postgres.epochs import begin_epoch, mark_certified
 from coupon_svc.postgres.events import Batch, DeadLetter, commit_batches
@@ -105,6 +105,7 @@ CHANGES = {
     "a late event recorded after all": ("UPDATE late_events SET recorded = true WHERE link = 2", "late event 2 "),
     "a late event removed": ("DELETE FROM late_events WHERE link = 1", "late event 2 "),
     "the last late event removed": ("DELETE FROM late_events WHERE link = 2", "last hash of the late events"),
+    "a late event without its hash": ("UPDATE late_events SET chain = NULL WHERE link = 2", "carries no hash"),
     "late events swapped": (SWAP.format(table="late_events", a=90, b=91), "late event 1 "),
     "the head of late events edited": ("UPDATE late_heads SET chain = 'x'", "last hash of the late events"),
 }  # fmt: skip
@@ -117,7 +118,7 @@ async def test_a_change_is_found_and_named(ledger: asyncpg.Connection, statement
 
 
 async def test_many_pages_are_one_chain(ledger: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coupon_svc.ops.history.PAGE", 2)
+    monkeypatch.setattr("coupon_svc.invariants.chains.PAGE", 2)
     assert await findings(ledger) == []
     await ledger.execute("UPDATE entries SET at_ms = 1 WHERE seq = 8")
     assert "00:1-8" in (await findings(ledger))[0]
@@ -188,13 +189,13 @@ async def test_a_note_of_a_dead_letter_is_no_row_of_the_chain(ledger: asyncpg.Co
     assert await ledger.fetchval("SELECT count(*) FROM dead_letters WHERE seq IN (1, 2, 3, 5)") == 4
     history = await walk_history(ledger, 0)
     assert (history.findings, history.head.unhashed) == ([], 0)
-    for what, statement in LEDGER_CHECKS.items():
-        if "position" in what or "entry" in what:
-            assert await ledger.fetchval(statement, 0) == 0, what
+    for check in LedgerCheck:
+        if "position" in check or "entry" in check:
+            assert await ledger.fetchval(check.statement, 0) == 0, check
 
 
 async def test_the_end_of_an_epoch_that_is_over_is_compared_with_its_entries(ledger: asyncpg.Connection) -> None:
-    check = LEDGER_CHECKS["the ledger's position is not where its events end"]
+    check = LedgerCheck.END.statement
     (owned,) = await owned_shards(ledger, OWNER)
     await begin_epoch(ledger, OWNER, owned)
     assert await ledger.fetchval(check, 0) == 0
@@ -223,10 +224,10 @@ async def test_a_receipt_for_a_dead_letter_leaves_it_in_the_chain(ledger: asyncp
         assert await redeem_receipt(ledger, 0, "bk_00x", "CODE-4", Receipt("ann", 1, 4, AT_MS))
     history = await walk_history(ledger, 0)
     assert (history.findings, history.head.position, history.head.late_events) == ([], "00:1-8", 3)
-    checks = ("a position is missing or doubled", "a late event is not the same in both places that have it")
-    assert [await ledger.fetchval(LEDGER_CHECKS[check], 0) for check in checks] == [0, 0]
+    checks = (LedgerCheck.POSITIONS, LedgerCheck.LATE_EVENT)
+    assert [await ledger.fetchval(check.statement, 0) for check in checks] == [0, 0]
     await ledger.execute("DELETE FROM entries WHERE seq = 5")
-    assert [await ledger.fetchval(LEDGER_CHECKS[check], 0) for check in checks] == [1, 0]
+    assert [await ledger.fetchval(check.statement, 0) for check in checks] == [1, 0]
 
 
 async def test_a_batch_behind_another_last_hash_is_not_taken(ledger: asyncpg.Connection) -> None:

@@ -22,12 +22,12 @@ import msgspec
 import pytest
 
 from coupon_svc.cli import main
+from coupon_svc.invariants.answers import Assigned, Coupon, History
 from coupon_svc.load.audit import LOST_NOTE, ServiceAudit, Verdict
 from coupon_svc.load.caller import Caller
 from coupon_svc.load.client import Connections
 from coupon_svc.load.drive import open_loop
 from coupon_svc.load.histogram import ERROR, Histogram
-from coupon_svc.load.history import Assigned, Book, Coupon, History, Redeemed
 from coupon_svc.load.plan import SCENARIOS, LoadError, make_plan
 from coupon_svc.load.recorder import Recorder
 from coupon_svc.load.run import Load, Result
@@ -266,7 +266,7 @@ async def over(stack: Stack, key: str) -> AsyncIterator[Played]:
 def falsified(over: Played, monkeypatch: pytest.MonkeyPatch) -> Iterator[Played]:
     """The load with a history that can be changed, and an audit that waits for nothing."""
     monkeypatch.setattr("coupon_svc.load.stores.ARRIVAL_WAIT_S", 0.1)
-    monkeypatch.setattr("coupon_svc.ops.verify.ARRIVAL_WAIT_S", 0.1)
+    monkeypatch.setattr("coupon_svc.invariants.stores.ARRIVAL_WAIT_S", 0.1)
     true = over.history
     over.load.history = over.history = copy.deepcopy(true)
     yield over
@@ -372,72 +372,6 @@ async def test_a_service_that_goes_away_leaves_the_audit_incomplete(
     monkeypatch.setattr(falsified.load, "_url", "http://127.0.0.1:1")
     verdict = await falsified.load.audit()
     assert verdict.unchecked == ["the service does not answer (connection_refused); the audit is not complete"]
-
-
-# -- contradictions among answers, without a service ------------------------------------------------------------------
-
-BOOK = "bk_00" + "a" * 16
-
-
-def history(ack: str = "ledger", most: int | None = 1) -> History:
-    made = History(Random(1))
-    made.books[BOOK] = Book(BOOK, ack, 100, most, 1)
-    return made
-
-
-def assigned(code: str, user: str, position: str = "00:1-1", durable: bool = True) -> Assigned:
-    return Assigned(code, BOOK, user, position, durable)
-
-
-def redeemed(code: str, user: str, used: int = 1, number: str = "r1") -> Redeemed:
-    return Redeemed(number, code, BOOK, user, used, "00:1-9", True)
-
-
-@pytest.mark.parametrize(
-    ("told", "what"),
-    [
-        ([("u", assigned("A", "u")), ("v", assigned("A", "v"))], "a code was given to two users"),
-        ([("u", assigned("A", "u")), ("u", assigned("A", "u", "00:1-2"))], "a code was assigned twice"),
-        ([("u", assigned("A", "u")), ("u", assigned("B", "u"))], "a user was given more codes than the book allows"),
-        ([("u", assigned("A", "v"))], "an assign was answered with another book or user than was asked for"),
-        (
-            [("u", assigned("A", "u", durable=False))],
-            "an assign of an ack = ledger book was answered before it was durable",
-        ),
-    ],
-)
-def test_assigns_that_contradict_each_other_are_found(told: list[tuple[str, Assigned]], what: str) -> None:
-    seen = history()
-    for user, answer in told:
-        assert not seen.broken
-        seen.assigned(BOOK, user, answer)
-    assert {found for found, _ in seen.broken} == {what}
-
-
-@pytest.mark.parametrize(
-    ("told", "what"),
-    [
-        ([redeemed("A", "u"), redeemed("A", "u", number="r2")], "one use of a code was redeemed twice"),
-        ([redeemed("A", "u"), redeemed("A", "u", 2, "r2")], "a code was redeemed more often than its book allows"),
-        ([redeemed("A", "v")], "a redemption names another book or user than the assign did"),
-    ],
-)
-def test_redeems_that_contradict_each_other_are_found(told: list[Redeemed], what: str) -> None:
-    seen = history()
-    seen.assigned(BOOK, "u", assigned("A", "u"))
-    for answer in told:
-        assert not seen.broken
-        seen.redeemed(answer)
-    assert {found for found, _ in seen.broken} == {what}
-
-
-def test_one_key_with_two_effects_is_found() -> None:
-    seen = history(most=None)
-    seen.assigned(BOOK, "u", assigned("A", "u"), "key")
-    seen.assigned(BOOK, "u", assigned("A", "u"), "key")
-    assert not seen.broken
-    seen.assigned(BOOK, "u", assigned("B", "u", "00:1-2"), "key")
-    assert {found for found, _ in seen.broken} == {"one Idempotency-Key had two effects"}
 
 
 async def test_a_record_that_a_disaster_may_take_is_told_apart_from_one_that_is_lost(play: Play, stack: Stack) -> None:

@@ -17,8 +17,8 @@ from coupon_svc.domain.events import (
     parse_entry,
 )
 from coupon_svc.domain.position import Position
-from coupon_svc.ops.history import walk_history
-from coupon_svc.ops.verify import LEDGER_CHECKS
+from coupon_svc.invariants.chains import walk_history
+from coupon_svc.invariants.ledger import LedgerCheck
 from coupon_svc.postgres.draining import drain
 from coupon_svc.postgres.epochs import NewEpoch, begin_epoch
 from coupon_svc.postgres.errors import HistoryForked
@@ -39,11 +39,8 @@ from tests.owned import open_shard
 OWNER = "wr_me"
 SHARDS = 2
 ENTRY_CHECKS = (
-    "a position is missing or doubled",
-    "an entry does not follow the one before it",
-    "an entry's events cannot be read, or are not as many as it says",
-    "the ledger's position is not where its events end",
-)
+    LedgerCheck.POSITIONS, LedgerCheck.ENTRY_BEFORE, LedgerCheck.EVENTS, LedgerCheck.END,
+)  # fmt: skip
 EVENTS = [
     Event(1, seq, COUPON_ASSIGNED, "bk_00x", f"CODE-{seq}", user, 5, idem=f"key-{seq}", fingerprint="f")
     for seq, user in enumerate(("ann", "nul \0", "bob"), 1)
@@ -128,8 +125,8 @@ async def test_the_other_events_are_seen_and_verify_has_nothing_to_find(
     await drain(connection, OWNER, await begun(connection), batch(POISONED, events=EVENTS))
     seen = await connection.fetch("SELECT seq, user_id FROM events WHERE shard = 0 ORDER BY seq")
     assert [tuple(row) for row in seen] == [(1, "ann"), (3, "bob")]
-    for what in ENTRY_CHECKS:
-        assert await connection.fetchval(LEDGER_CHECKS[what], 0) == 0, what
+    for check in ENTRY_CHECKS:
+        assert await connection.fetchval(check.statement, 0) == 0, check
     history = await walk_history(connection, 0)
     assert (history.findings, history.head.position, history.head.unhashed) == ([], "00:1-3", 0)
 

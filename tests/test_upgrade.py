@@ -18,7 +18,7 @@ from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
-from coupon_svc.ops.verify import Verifier
+from coupon_svc.invariants.stores import Verifier
 from coupon_svc.postgres.database import open_connection
 from coupon_svc.postgres.migrations import migrate
 from coupon_svc.postgres.shards import owned_shards

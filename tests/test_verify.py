@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import asyncpg
@@ -14,8 +12,9 @@ from redis.asyncio import Redis
 from coupon_svc.config import load_settings
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Epoch
-from coupon_svc.ops import verify as verify_module
-from coupon_svc.ops.verify import LEDGER_CHECKS, Report, Verifier
+from coupon_svc.invariants import stores as stores_module
+from coupon_svc.invariants.ledger import LedgerCheck
+from coupon_svc.invariants.stores import RedisCheck, Report, Verifier
 from coupon_svc.postgres.database import open_connection
 from tests.conftest import SHARDS
 from tests.harness import Stack, running_stack
@@ -62,7 +61,7 @@ async def stack(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> 
 @pytest.fixture
 async def damaged(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Damaged]:
     """Both stores, to be damaged: they are as they were when the test is over."""
-    monkeypatch.setattr(verify_module, "ARRIVAL_WAIT_S", 0.3)
+    monkeypatch.setattr(stores_module, "ARRIVAL_WAIT_S", 0.3)
     ledger = await asyncpg.connect(stack.database_url)
     await ledger.execute("SET session_replication_role = replica")  # foreign keys are whole again in the end
     for table in TABLES:
@@ -130,51 +129,51 @@ async def a_redemption_miscounted(redis: Redis) -> None:
 
 
 IN_LEDGER = {
-    "a position is missing or doubled": "DELETE FROM entries WHERE seq = 2",
-    "an entry does not follow the one before it": "UPDATE entries SET after = 'x' WHERE seq = 2",
-    "an entry's events cannot be read, or are not as many as it says": "UPDATE entries SET events = '[' WHERE seq = 2",
-    "a late event is not the same in both places that have it": """
+    LedgerCheck.POSITIONS: "DELETE FROM entries WHERE seq = 2",
+    LedgerCheck.ENTRY_BEFORE: "UPDATE entries SET after = 'x' WHERE seq = 2",
+    LedgerCheck.EVENTS: "UPDATE entries SET events = '[' WHERE seq = 2",
+    LedgerCheck.LATE_EVENT: """
         INSERT INTO old_events (shard, epoch, seq, event, book_id, code, user_id, at_ms)
         VALUES (0, 0, 1, 'coupon_assigned', 'b', 'c', 'u', 1);
         INSERT INTO late_events (shard, epoch, seq, link, event, book_id, code, user_id, at_ms, recorded)
         VALUES (0, 0, 1, NULL, 'coupon_assigned', 'b', 'c', 'thief', 1, true)""",
-    "the ledger's position is not where its events end": "UPDATE shards SET committed = committed + 1 WHERE committed > 0",
-    "a code was assigned twice, or its coupon is not what its event says": """
+    LedgerCheck.END: "UPDATE shards SET committed = committed + 1 WHERE committed > 0",
+    LedgerCheck.COUPON: """
         UPDATE coupons SET user_id = 'thief' WHERE user_id = 'u5'""",
-    "a coupon's uses are not its redemptions": "UPDATE coupons SET uses = 0 WHERE user_id = 'u0'",
-    "a coupon was confirmed to somebody who does not have it": """
+    LedgerCheck.USES: "UPDATE coupons SET uses = 0 WHERE user_id = 'u0'",
+    LedgerCheck.CONFIRMED: """
         INSERT INTO late_events (shard, epoch, seq, link, event, book_id, code, user_id, at_ms, recorded)
         SELECT shard, 0, 1, NULL, 'coupon_confirmed', book_id, 'c', 'thief', 1, true FROM books LIMIT 1""",
-    "a redemption has no coupon": "DELETE FROM coupons WHERE user_id = 'u0'",
-    "a code was redeemed more often than its book allows": "UPDATE coupons SET uses = 2 WHERE user_id = 'u0'",
-    "a book's counts are not those of its codes": "UPDATE books SET total = total + 1",
-    "a range's counts are not those of its numbers": """
+    LedgerCheck.REDEMPTION: "DELETE FROM coupons WHERE user_id = 'u0'",
+    LedgerCheck.USES_MAX: "UPDATE coupons SET uses = 2 WHERE user_id = 'u0'",
+    LedgerCheck.COUNTS: "UPDATE books SET total = total + 1",
+    LedgerCheck.RANGE_COUNTS: """
         INSERT INTO code_ranges SELECT 1, 0, 10, book_id, 10, 10, 5, 0 FROM books""",
-    "two ranges have a number in common, or one is above its pattern's counter": """
+    LedgerCheck.RANGES: """
         INSERT INTO computed_patterns (tenant_id, pattern, symbols, sealed_key, master_key_id, taken)
         SELECT tenant_id, '######', 'AB', '', 'another', 9 FROM books;
         INSERT INTO code_ranges SELECT pattern_id, 0, 10, book_id, 10, 10, 0, 0 FROM books, computed_patterns""",
-    "codes have no place in their book, and no upload is at work on it": """
+    LedgerCheck.PLACES: """
         INSERT INTO codes SELECT tenant_id, 'LEFT-BEHIND', book_id, -2 FROM books""",
-    "a code in somebody's hands was not lent": "DELETE FROM codes WHERE code IN (SELECT code FROM coupons LIMIT 1)",
-    "a code that was lent is neither assigned nor known to be outstanding": "UPDATE books SET accounted_upto = leased_upto",
-    "the quarantine's list is not what its codes say": """
+    LedgerCheck.LENT: "DELETE FROM codes WHERE code IN (SELECT code FROM coupons LIMIT 1)",
+    LedgerCheck.OUTSTANDING: "UPDATE books SET accounted_upto = leased_upto",
+    LedgerCheck.QUARANTINE: """
         INSERT INTO quarantine (book_id, code, shard, epoch) SELECT book_id, code, 0, 1 FROM codes LIMIT 1""",
 }
-IN_REDIS: dict[str, Callable[[Redis], Awaitable[None]]] = {
-    "a coupon of the ledger is not in Redis, or another's there": another_holder,
-    "a coupon of an older epoch is in Redis and not in the ledger": a_free_code_held_since_an_older_epoch,
-    "an event was made and has not arrived in the ledger": a_free_code_held,
-    "a book counts other redemptions than its coupons have": a_redemption_miscounted,
-    "a code is free that somebody holds": a_held_code_free,
-    "a coupon is not in its user's list": a_users_list_gone,
-    "a free code was not lent": a_foreign_code_free,
-    "codes are missing from Redis": a_free_code_gone,
+IN_REDIS: dict[RedisCheck, Callable[[Redis], Awaitable[None]]] = {
+    RedisCheck.HELD: another_holder,
+    RedisCheck.OLDER_EPOCH: a_free_code_held_since_an_older_epoch,
+    RedisCheck.ARRIVED: a_free_code_held,
+    RedisCheck.REDEMPTIONS: a_redemption_miscounted,
+    RedisCheck.FREE: a_held_code_free,
+    RedisCheck.LISTED: a_users_list_gone,
+    RedisCheck.FREE_LENT: a_foreign_code_free,
+    RedisCheck.COUNTS: a_free_code_gone,
 }
 """What is found, and the damage that it is found by."""
 OF_COMPUTED_BOOKS = {
-    "a computed code in somebody's hands was not lent",
-    "a number that was lent has neither a coupon nor a row",
+    RedisCheck.COMPUTED_LENT,
+    RedisCheck.NUMBERS,
 }
 """Their damage is done in tests/test_computed_books.py."""
 
@@ -185,16 +184,16 @@ async def test_a_service_at_rest_is_in_order(stack: Stack) -> None:
     assert (report.shards, report.books, report.codes_held, report.codes_free) == (SHARDS, 1, 6, 14)
 
 
-@pytest.mark.parametrize("finding", IN_LEDGER)
-async def test_damage_in_the_ledger_is_found(stack: Stack, damaged: Damaged, finding: str) -> None:
-    await damaged.ledger.execute(IN_LEDGER[finding])
-    assert finding in found_in(await report_of(stack))
+@pytest.mark.parametrize("check", IN_LEDGER)
+async def test_damage_in_the_ledger_is_found(stack: Stack, damaged: Damaged, check: LedgerCheck) -> None:
+    await damaged.ledger.execute(IN_LEDGER[check])
+    assert check in found_in(await report_of(stack))
 
 
-@pytest.mark.parametrize("finding", IN_REDIS)
-async def test_damage_in_redis_is_found(stack: Stack, damaged: Damaged, finding: str) -> None:
-    await IN_REDIS[finding](damaged.redis)
-    assert finding in found_in(await report_of(stack))
+@pytest.mark.parametrize("check", IN_REDIS)
+async def test_damage_in_redis_is_found(stack: Stack, damaged: Damaged, check: RedisCheck) -> None:
+    await IN_REDIS[check](damaged.redis)
+    assert check in found_in(await report_of(stack))
 
 
 def found_in(report: Report) -> set[str]:
@@ -202,10 +201,8 @@ def found_in(report: Report) -> set[str]:
 
 
 def test_every_check_of_the_ledger_has_its_damage() -> None:
-    assert IN_LEDGER.keys() == LEDGER_CHECKS.keys()
+    assert IN_LEDGER.keys() == set(LedgerCheck)
 
 
 def test_every_check_of_redis_has_its_damage() -> None:
-    """Those that are made book by book, in Python."""
-    source = Path(verify_module.__file__).read_text()
-    assert set(re.findall(r'_find\(shard, "([^"]+)"', source)) == IN_REDIS.keys() | OF_COMPUTED_BOOKS
+    assert set(RedisCheck) == IN_REDIS.keys() | OF_COMPUTED_BOOKS

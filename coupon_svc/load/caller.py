@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 import msgspec
 
+from coupon_svc.invariants.answers import Assigned, History, Redeemed, Replay
 from coupon_svc.load.client import Connections, Reply
-from coupon_svc.load.history import Assigned, History, Redeemed, Replay
 from coupon_svc.load.recorder import UNANSWERED, Recorder
 
 JSON_HEADER = b"content-type: application/json\r\n"

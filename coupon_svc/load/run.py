@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from coupon_svc.invariants.answers import Book, History
 from coupon_svc.load.audit import ServiceAudit, Verdict
 from coupon_svc.load.caller import Caller
 from coupon_svc.load.client import Connections
 from coupon_svc.load.drive import Arrivals, closed_loop, open_loop
 from coupon_svc.load.histogram import ERROR, Histogram
-from coupon_svc.load.history import Book, History
 from coupon_svc.load.plan import LoadError, Plan
 from coupon_svc.load.processes import machine
 from coupon_svc.load.recorder import Recorder

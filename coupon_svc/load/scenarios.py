@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Iterator
 from random import Random
 
+from coupon_svc.invariants.answers import AnswerCheck, Assigned, Book
 from coupon_svc.load.caller import Caller, path_of
-from coupon_svc.load.history import Assigned, Book
 from coupon_svc.load.plan import Plan
 
 LOCK_TTL_S = 1
@@ -73,12 +73,12 @@ class Checkout(Scenario):
             return not locked.pushed_back
         token: str = locked.value.lock_token
         if second_click and not short and (await caller.lock(coupon, 120)).value is not None:
-            caller.history.breaks("a lock was given while another held it", coupon.book_id)
+            caller.history.breaks(AnswerCheck.ONE_LOCK, coupon.book_id)
         if dice < 0.15:  # pays too late
             await asyncio.sleep(_LOCK_ENDED_S)
             late = await caller.redeem(coupon, token, f"late-{user}")
             if late.value is not None:
-                caller.history.breaks("a lock that had expired was honoured", coupon.book_id)
+                caller.history.breaks(AnswerCheck.LOCK_EXPIRED, coupon.book_id)
             return not (await caller.redeem(coupon, None, f"redeem-{user}")).pushed_back
         if dice < 0.25:  # leaves while holding the lock
             return True

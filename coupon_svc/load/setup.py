@@ -6,9 +6,9 @@ import asyncio
 
 import msgspec
 
+from coupon_svc.invariants.answers import Book
 from coupon_svc.load.caller import JSON_HEADER, outcome_of
 from coupon_svc.load.client import Connections, Reply
-from coupon_svc.load.history import Book
 from coupon_svc.load.plan import LoadError, Plan
 from coupon_svc.load.scenarios import scenario_class
 

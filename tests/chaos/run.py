@@ -9,6 +9,8 @@ import random
 import secrets
 import time
 from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -18,9 +20,13 @@ from redis.asyncio import Redis
 from coupon_svc.config import load_settings
 from coupon_svc.domain.computed import TOTAL_MIN
 from coupon_svc.domain.master_key import MasterKeys
-from coupon_svc.ops.verify import Verifier
+from coupon_svc.invariants.answers import Assigned, Book, Coupon, History, Redeemed
+from coupon_svc.invariants.check import Check
+from coupon_svc.invariants.kept import compare, read_rows
+from coupon_svc.invariants.service import Listed, ServiceCheck, compare_list, same_answer
+from coupon_svc.invariants.stores import Verifier
 from coupon_svc.postgres.computed.ciphers import Ciphers
-from coupon_svc.postgres.database import PATIENT_S, open_connection
+from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, open_connection
 from tests.harness import MASTER_KEY, START_S, Part, Stack, until
 from tests.linearizable import CodeModel, LimitModel, Operation, require_linearizable
 
@@ -217,7 +223,7 @@ class Run:
 
     async def check(self) -> None:
         """Everything that must hold now, whatever happened."""
-        self._check_history()
+        self._check_answers()
         await self._check_order()
         await self._check_replays()
         await self._check_ledger()
@@ -339,19 +345,37 @@ class Run:
         ]
         return {attempt.code for attempt in since} - {""}, {attempt.user for attempt in since}
 
-    def _check_history(self) -> None:
-        holders: dict[str, str] = {}
-        for attempt in self._assigned():
-            code = attempt.answer["code"]
-            assert attempt.answer["user_id"] == attempt.user
-            assert holders.setdefault(code, attempt.user) == attempt.user, "P1: a code was answered to two users"
+    def _answers(self) -> History:
+        """All answers, each held against those before it. Of what an operator gave up, only who was given a code: the rest
+        counts as unknown."""
+        answers = History(random.Random(0))
+        asked = {attempt.book_id: attempt.ack for attempt in self.history}  # a fault may bring books of its own
+        answers.books = {book_id: Book(book_id, ack, CODES, None, USES) for book_id, ack in asked.items()}
+        given_up, _ = self._given_up()
+        for attempt in self.history:
+            if attempt.verb not in ("assign", "assign_code"):
+                continue
+            if attempt.outcome != "ok":
+                answers.unknown_assigns[attempt.book_id, attempt.user] += 1
+                continue
+            known = answers.coupons.get(attempt.answer["code"]) if attempt.answer["code"] in given_up else None
+            if known is None or known.user_id != attempt.user:
+                answer = msgspec.convert(attempt.answer, Assigned)
+                answers.assigned(attempt.book_id, attempt.user, answer, attempt.key)
+        for attempt in self.history:
+            if attempt.verb == "redeem" and attempt.outcome == "ok" and attempt.code not in given_up:
+                answers.redeemed(msgspec.convert(attempt.answer, Redeemed), attempt.key)
+            elif attempt.verb == "redeem":
+                answers.unknown_redeems[attempt.code] += 1
+        return answers
+
+    def _check_answers(self) -> None:
+        broken = self._answers().broken
+        assert not broken, _in_words(check for check, _ in broken)
         for attempt in self._ok("assign_code", "lock", "redeem"):
             assert attempt.answer["code"] == attempt.code, "an answer is another request's"
         keys = Counter(attempt.key for attempt in self.history)
         assert max(keys.values()) == 1
-        given_up, _ = self._given_up()
-        uses = Counter(attempt.path for attempt in self._ok("redeem") if attempt.code not in given_up)
-        assert not uses or max(uses.values()) <= USES, "P3: a code was redeemed more often than allowed"
         events = [attempt for attempt in [*self._assigned(), *self._ok("redeem")] if attempt.status == 201]
         positions = Counter(attempt.answer["position"] for attempt in events)
         assert not positions or max(positions.values()) == 1, "two events were answered with one position"
@@ -402,48 +426,34 @@ class Run:
                     return again.status != 503  # which says nothing of the first
 
                 await until(judged, HEAL_S, "a replay should be answered")
-                # It may be durable by now.
-                first, second = ({**answer, "durable": None} for answer in (attempt.answer, again.answer))
-                assert first == second, f"P5: the same key was not given the same answer: {first}, {second}"
+                first, second = msgspec.json.encode(attempt.answer), msgspec.json.encode(again.answer)
+                check = ServiceCheck.REDEEM_AGAIN if attempt.verb == "redeem" else ServiceCheck.ASSIGN_AGAIN
+                assert same_answer(second, first), f"{_in_words([check])}: {first!r}, {second!r}"
 
     async def _check_ledger(self) -> None:
-        rows = await self.stack.ledger("SELECT book_id, code, user_id, uses FROM coupons")
-        ledger = {row["code"]: row for row in rows}
+        answers = self._answers()
         given_up, their_users = self._given_up()
-        for attempt in self._assigned():
-            row = ledger.get(attempt.answer["code"])
-            if row is None:
-                by_choice = attempt.code in given_up
-                assert attempt.ack == "redis" or by_choice, "P2: a durable answer is not in the ledger"
-                assert self.loses_records, "a record is lost, and the fault does not lose any"
-                quarantined = await self.stack.ledger("SELECT FROM quarantine WHERE code = $1", attempt.answer["code"])
-                assert quarantined, "P1: a code was answered, its record lost, and it is not in quarantine"
-            else:
-                assert row["user_id"] == attempt.user, "P1: the ledger has the code in other hands than it was answered"
-        redeemed = Counter(attempt.code for attempt in self._ok("redeem") if attempt.code not in given_up)
-        for code, number in redeemed.items():
-            assert code in ledger, "P2: a code that was redeemed is not in the ledger"
-            assert ledger[code]["uses"] >= number, "P2: a redemption that was answered is not in the ledger"
-        invoked = Counter(a.code for a in self.history if a.verb == "redeem")
-        for code, row in ledger.items():
-            assert row["uses"] <= invoked[code], "a redemption is in the ledger that nobody asked for"
         # A record that was lost and found again counts neither as its request's only one, nor towards the limit.
-        decisions = await self.stack.ledger("SELECT code FROM quarantine_decisions")
-        found_again = {decision["code"] for decision in decisions}
-        rows = [row for row in rows if row["code"] not in found_again and row["user_id"] not in their_users]
-        asked = Counter((a.book_id, a.user) for a in self.history if a.verb in ("assign", "assign_code"))
-        given = Counter((row["book_id"], row["user_id"]) for row in rows)
-        assert all(given[place] <= asked[place] for place in given), "P5: one request had two effects"
-        held = Counter((row["book_id"], row["user_id"]) for row in rows if row["book_id"] in self.limited)
-        assert not held or max(held.values()) <= 1, "P3: a user holds more codes than the limit"
+        found_again = {row["code"] for row in await self.stack.ledger("SELECT code FROM quarantine_decisions")}
+        async with self._database() as database:
+            for book_id, answered in answers.by_book().items():
+                rows = await read_rows(database, book_id, answered)
+                theirs = {code for code, row in rows.coupons.items() if row["user_id"] in their_users}
+                book = msgspec.structs.replace(
+                    answers.books[book_id], max_codes_per_user=1 if book_id in self.limited else None
+                )
+                compared = compare(answers, book, answered, rows, given_up=given_up, uncounted=found_again | theirs)
+                assert not compared.found, _in_words(compared.found)
+                assert not compared.lost or self.loses_records, "a record is lost, and the fault does not lose any"
 
     async def _check_lists(self) -> None:
         """What was answered is in its user's list, unless its record was lost (and then it is in quarantine)."""
-        expected: dict[str, set[str]] = {}
-        for attempt in self._assigned():
-            expected.setdefault(attempt.user, set()).add(attempt.answer["code"])
+        answers = self._answers()
+        of_user: dict[str, dict[str, Coupon]] = {}
+        for code, coupon in answers.coupons.items():
+            of_user.setdefault(coupon.user_id, {})[code] = coupon
         async with self.client() as http:
-            for user, codes in expected.items():
+            for user, answered in of_user.items():
 
                 async def listed(user: str = user) -> httpx.Response | None:
                     url = f"{self.random.choice(self.apis).base_url}/users/{user}/coupons"
@@ -456,17 +466,25 @@ class Run:
 
                 answer = await until(listed, HEAL_S, "a user's coupons should be told")
                 assert answer is not None
-                missing = codes - {coupon["code"] for coupon in answer.json()["coupons"]}
-                assert not missing or self.loses_records, "P2: what was answered is not in the user's list"
+                listed_now = msgspec.convert(answer.json()["coupons"], list[Listed])
+                found, missing = compare_list(answers, user, answered, listed_now)
+                if not self.loses_records:
+                    assert not missing, _in_words([ServiceCheck.LISTED])
+                    assert not found, _in_words(check for check, _ in found)
 
     async def _check_verify(self) -> None:
         settings = load_settings(self.stack.environment)
-        connection = await open_connection(settings.database_url, "chaos", PATIENT_S)
         redis = Redis.from_url(settings.redis_url, decode_responses=True)
-        report = await Verifier(settings, connection, redis, show_progress=False).verify()
+        async with self._database() as database:
+            report = await Verifier(settings, database, redis, show_progress=False).verify()
         await redis.aclose()
-        connection.terminate()
         assert report.holds, (report.findings, report.unchecked)
+
+    @asynccontextmanager
+    async def _database(self) -> AsyncIterator[LedgerConnection]:
+        connection = await open_connection(self.stack.database_url, "chaos", PATIENT_S)
+        yield connection
+        connection.terminate()
 
     async def epochs_now(self) -> dict[int, int]:
         return {row["shard"]: row["epoch"] for row in await self.stack.ledger("SELECT shard, epoch FROM shards")}
@@ -496,6 +514,10 @@ async def new_book(http: httpx.AsyncClient, rules: dict[str, Any]) -> str:
         return str(answer.json()["book_id"]) if answer.status_code == 201 else ""
 
     return await until(made, HEAL_S, "a book should be made")
+
+
+def _in_words(broken: Iterable[Check]) -> str:
+    return "; ".join(f"{check.promise}: {check}" for check in broken)
 
 
 def _never_known(attempt: Attempt) -> bool:

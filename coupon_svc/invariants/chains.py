@@ -16,6 +16,7 @@ import msgspec
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.events import RECORD_FIELDS, Entry
 from coupon_svc.domain.position import parse_shard_position
+from coupon_svc.invariants.check import Check
 from coupon_svc.postgres.database import LedgerConnection, one_row
 from coupon_svc.postgres.events import DeadLetter
 
@@ -56,10 +57,17 @@ _ENDS = """
     SELECT shards.chain, late_heads.chain AS late_chain FROM shards LEFT JOIN late_heads USING (shard) WHERE shard = $1
 """
 
-_MISFIT = "a row of the ledger is not as it was written, or one before it was removed; the first is {}"
-_UNHASHED = "a row of the ledger carries no hash, and did not come late; the first is {}"
-_NOT_LAST = "the last hash of the {} is not that of their last row: rows were removed at the end, or it was edited"
-_GONE = "the {} do not run through the hash of an earlier report, that of {}: history was written anew"
+
+class ChainCheck(Check):
+    """What must hold of a chain; {} is a place in it, or which chain it is."""
+
+    MISFIT = "P2", "a row of the ledger is not as it was written, or one before it was removed; the first is {}"
+    UNHASHED = "P2", "a row of the ledger carries no hash, and did not come late; the first is {}"
+    NOT_LAST = (
+        "P2",
+        "the last hash of the {} is not that of their last row: rows were removed at the end, or it was edited",
+    )
+    GONE = "P2", "the {} do not run through the hash of an earlier report, that of {}: history was written anew"
 
 
 class Head(msgspec.Struct, frozen=True):
@@ -150,12 +158,13 @@ class _Chain:
 
     def findings(self, end: bytes) -> list[tuple[str, int]]:
         """What does not fit, given the hash that the shard's row says is the last."""
-        amiss = [(places, text) for places, text in ((self._misfits, _MISFIT), (self._bare, _UNHASHED)) if places]
-        found = [(text.format(self.name(places[0])), len(places)) for places, text in sorted(amiss)]
+        misfits, bare = (self._misfits, ChainCheck.MISFIT), (self._bare, ChainCheck.UNHASHED)
+        amiss = sorted((places, check) for places, check in (misfits, bare) if places)
+        found = [(check.format(self.name(places[0])), len(places)) for places, check in amiss]
         if self.hash != end:
-            found.append((_NOT_LAST.format(self._what), 1))
+            found.append((ChainCheck.NOT_LAST.format(self._what), 1))
         if self._sought is not None:
-            found.append((_GONE.format(self._what, self.name(self._sought[0])), 1))
+            found.append((ChainCheck.GONE.format(self._what, self.name(self._sought[0])), 1))
         return found
 
 
