@@ -22,9 +22,13 @@ from bench.assigning import Assigns
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.chain import CHAIN_START
+from coupon_svc.domain.codes import parse_pattern
+from coupon_svc.domain.master_key import MasterKeys
 from coupon_svc.domain.shards import new_book_id
 from coupon_svc.postgres.books import NewBook, insert_book
 from coupon_svc.postgres.codes import insert_codes
+from coupon_svc.postgres.computed.ciphers import Ciphers
+from coupon_svc.postgres.computed.ranges import take_range
 from coupon_svc.postgres.lend_order import random_places
 from coupon_svc.postgres.lending import lease_block
 from coupon_svc.postgres.shards import OwnedShard
@@ -34,7 +38,7 @@ from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import load_library
-from tests.harness import fresh_database
+from tests.harness import MASTER_KEY, fresh_database
 
 FALSE_ALARM = 1e-9
 """How often a fair draw may fail one of these assertions, by the chi-square distribution.
@@ -47,6 +51,7 @@ SHARD, SHARDS = 96, 97  # no other test on this server has this number
 TERM = Term(SHARD, epoch=1, generation=1)
 CODES = [f"CODE-{number:02d}" for number in range(12)]
 
+CIPHERS = Ciphers(MasterKeys.parse(MASTER_KEY))
 RULES = {
     "tenant_id": "1",
     "status": "active",
@@ -284,9 +289,14 @@ class Lender:
     async def upload(self, book_id: str, codes: Sequence[str]) -> list[str]:
         """Codes are unique within their tenant: each gets the book's own letters behind it."""
         texts = [f"{code}-{book_id[5:].upper()}" for code in codes]
-        _, taken = await insert_codes(self.connection, self._tenant_id, book_id, texts)
+        _, taken = await insert_codes(self.connection, self._tenant_id, book_id, texts, CIPHERS)
         assert not taken
         return texts
+
+    async def compute(self, book_id: str, pattern: str, count: int) -> None:
+        """Give the book computed codes, of a pattern with a key of its own."""
+        wanted = parse_pattern(pattern, "digits")
+        assert await take_range(self.connection, self._tenant_id, book_id, wanted, count, CIPHERS)
 
     async def crowd(self, book_id: str, places: int) -> None:
         """Leave the book so many places, over which its codes stand in their order."""
@@ -302,7 +312,7 @@ class Lender:
         )
 
     async def lend(self, book_id: str, count: int) -> list[str]:
-        lease = await lease_block(self.connection, "test", self._owned, book_id, count)
+        lease = await lease_block(self.connection, "test", self._owned, book_id, count, CIPHERS)
         assert lease is not None
         assert len(lease.codes) == count
         return lease.codes
@@ -331,6 +341,29 @@ async def test_codes_lent_in_blocks_come_at_any_place_alike(dealer: Dealer, lend
             lent.append((book_id, [await lender.lend(book_id, 4) for _ in range(3)]))
     dealt = await asyncio.gather(*(dealer.deal_blocks(book_id, blocks) for book_id, blocks in lent))
     orders = [[number_of(code) for code in order] for order in dealt]
+    assert unevenness((order[0] for order in orders), 12) < threshold(11)
+    assert order_unevenness(orders) < threshold(121)
+
+
+async def test_computed_and_stored_codes_of_a_book_come_at_any_place_alike(dealer: Dealer, lender: Lender) -> None:
+    """Eight computed ones, numbered as their texts are sorted, and four that were uploaded before."""
+    connection = lender.connection
+    lent: list[tuple[str, list[list[str]]]] = []
+    numbers: list[dict[str, int]] = []
+    async with connection.transaction():
+        for number in range(200):
+            name = f"computed-{number}"
+            tenant_id = await connection.fetchval("INSERT INTO tenants (name) VALUES ($1) RETURNING tenant_id", name)
+            of_tenant = Lender(connection, tenant_id)  # with one pattern, and so one key
+            book_id = await of_tenant.new_book()
+            stored = await of_tenant.upload(book_id, CODES[:4])
+            await of_tenant.compute(book_id, "C-######", 8)
+            blocks = [await of_tenant.lend(book_id, 4) for _ in range(3)]
+            computed = sorted({code for block in blocks for code in block} - set(stored))
+            lent.append((book_id, blocks))
+            numbers.append({code: place for place, code in enumerate([*stored, *computed])})
+    dealt = await asyncio.gather(*(dealer.deal_blocks(book_id, blocks) for book_id, blocks in lent))
+    orders = [[of_book[code] for code in order] for of_book, order in zip(numbers, dealt, strict=True)]
     assert unevenness((order[0] for order in orders), 12) < threshold(11)
     assert order_unevenness(orders) < threshold(121)
 

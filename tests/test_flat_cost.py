@@ -262,6 +262,18 @@ def commands_of(server: Server, in_pool: int, unlent: int) -> Counter[str]:
     return Counter({name.removeprefix("cmdstat_"): one["calls"] for name, one in stats.items() if "config" not in name})
 
 
+def test_redis_keeps_no_more_for_a_large_book(server: Server) -> None:
+    """Its memory is for what is lent and held."""
+
+    def memory(unlent: int) -> int:
+        shard = Shard(server)
+        shard.certify()
+        shard.new_book(*(f"CODE-{number}" for number in range(500)), unlent=unlent)
+        return sum(server.admin.memory_usage(key, samples=0) for key in server.admin.scan_iter())
+
+    assert memory(999_999_500) <= memory(500) + 64
+
+
 def test_redis_runs_as_many_commands_for_a_large_book(server: Server) -> None:
     small, large = commands_of(server, 500, 500), commands_of(server, 20_000, 49_980_000)
     assert small == large

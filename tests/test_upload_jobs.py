@@ -247,12 +247,14 @@ async def test_a_book_that_is_closed_meanwhile_keeps_what_is_in(stack: Stack) ->
 async def test_hot_work_and_other_uploads_of_the_tenant_do_not_wait_for_a_job(stack: Stack) -> None:
     async with await stack.client("t") as client:
         other = await make_book(client)
-        book = await make_book(client, codes=["NAMED-1"])
+        book = await make_book(client, codes=[f"NAMED-{number}" for number in range(15)])
         body = "\n".join(f"LONG-{number:06}" for number in range(60_000)).encode()
         sent = await send(client, book, body)
         done = 0
         while (await job_of(client, sent))[0] == "running":
             await assign(client, other, f"u{done}")
+            named = await client.post(f"/coupons/assign/NAMED-{done}", json={"user_id": "u"})
+            assert named.status_code == 201, named.text
             await patch(client, book, name=f"b{done}")
             await upload(client, book, [f"SMALL-{done}"])
             if done == 2:  # needs the turn
