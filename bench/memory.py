@@ -10,7 +10,7 @@ import msgspec
 from bench.assigning import assign_many
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.redis.connection import Connection, connect
-from coupon_svc.redis.control import ShardControl, Term
+from coupon_svc.redis.control import Published, ShardControl, Term
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import load_library
@@ -43,12 +43,12 @@ async def measure_memory(codes: int) -> Memory:
         await assign_many(connection, ShardKeys(0, 1), 1, TENANT_ID, BOOK_ID, range(codes))
         assigned = await _used_memory(connection)
         tip = (await owner.read_meta(TERM.shard)).tip or ""
-        await owner.publish_position(TERM, codes, "committed", tip=tip, trim_seq=codes)
+        await owner.publish_positions([Published(TERM, codes, tip, (), codes)], "committed")
         trimmed = await _used_memory(connection)
         await owner.load_codes(TERM, BOOK_ID, [f"WINTER-{i:08d}" for i in range(codes)], 0)
         await assign_many(connection, ShardKeys(0, 1), 1, TENANT_ID, BOOK_ID, range(codes, 2 * codes), with_key=True)
         tip = (await owner.read_meta(TERM.shard)).tip or ""
-        await owner.publish_position(TERM, 2 * codes, "committed", tip=tip, trim_seq=2 * codes)
+        await owner.publish_positions([Published(TERM, 2 * codes, tip, (), 2 * codes)], "committed")
         with_records = await _used_memory(connection)
         owner.close()
         connection.abort()

@@ -160,23 +160,6 @@ class ShardControl:
         )  # fmt: skip
         return int(reply.seq)
 
-    async def publish_position(
-        self,
-        term: Term,
-        committed: int,
-        ledger: LedgerSeen,
-        *,
-        tip: str,
-        ledger_ms: int | None = None,
-        trim_seq: int = 0,
-    ) -> int:
-        """Tell how far the ledger is in one shard, as `publish_positions` does. Returns the shard's seq, and raises what is
-        amiss with the shard."""
-        (seen,) = await self.publish_positions([Published(term, committed, tip, (), trim_seq)], ledger, ledger_ms)
-        if isinstance(seen, ShardNotUsable):
-            raise seen
-        return seen
-
     async def publish_positions(
         self, published: Sequence[Published], ledger: LedgerSeen, ledger_ms: int | None = None
     ) -> list[int | ShardNotUsable]:

@@ -70,10 +70,9 @@ class Opener:
 
         async with asyncio.TaskGroup() as tasks:
             while True:
-                for number in sorted(set(self._shards) - under_way, key=tried.__getitem__):
+                shut = [n for n, one in self._shards.items() if isinstance(one.state, Shut) and n not in under_way]
+                for number in sorted(shut, key=tried.__getitem__)[: len(free)]:
                     shard = self._shards[number]
-                    if not free or not isinstance(shard.state, Shut):
-                        continue
                     tried[number] = max(tried.values(), default=0) + 1
                     under_way.add(number)
                     tasks.create_task(open_one(shard, free.pop()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -35,11 +34,12 @@ from coupon_svc.postgres.events import (
 )
 from coupon_svc.postgres.shards import connection_name
 from coupon_svc.redis.codec import StreamEntry
-from coupon_svc.redis.control import LedgerSeen, Published, ShardControl, Term
+from coupon_svc.redis.control import Published, ShardControl, Term
 from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.crash import crash_point
 from coupon_svc.writer.shard import Hole, Shard, Unrecorded
+from coupon_svc.writer.telling import tell_positions
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ class Persister:
             if (published := self._advance(shard, batch, head, now)) is not None
         ]
         if told:
-            await self._tell(told, "committed")
+            await tell_positions(self._store, self._clock, told, "committed")
 
     def _advance(self, shard: Shard, batch: Batch, head: bytes, now: float) -> Published | None:
         """Take note of what is committed. What is to be told of it; None when there is nothing."""
@@ -250,33 +250,22 @@ class Persister:
             shard.report(term, Unrecorded(f"the ledger could not take {len(batch.dead)} events"))
             return None
         # First, whatever becomes of the rest: a pool that is thought fuller than it is runs dry and is never refilled.
-        assigned = Counter(event.book_id for event in batch.events if event.event == COUPON_ASSIGNED)
+        assigned: dict[str, int] = {}
+        for event in batch.events:
+            if event.event == COUPON_ASSIGNED:
+                assigned[event.book_id] = assigned.get(event.book_id, 0) + 1
         for book_id, number in assigned.items():
             self._on_assigned(shard, book_id, number)
         shard.mark(now)
         return Published(term, batch.upto, batch.last_tip, [entry.tip for entry in batch.entries], shard.trim_seq(now))
 
-    async def _tell(self, told: Sequence[tuple[Shard, Published]], ledger: LedgerSeen) -> None:
-        """Publish positions; what is amiss with a shard is reported to it. Raises StoreError."""
-        try:
-            clock_ms = self._clock.now_ms() if ledger != "away" else None
-            seen = await self._store.publish_positions([published for _, published in told], ledger, clock_ms)
-        except StoreError:
-            raise
-        except Exception as error:
-            for shard, published in told:
-                shard.report(published.term, error)
-            return
-        for (shard, published), one in zip(told, seen, strict=True):
-            if isinstance(one, Exception):
-                shard.report(published.term, one)
-
     async def show_away(self) -> None:
         """Let Redis refuse at once what would wait for the ledger."""
         open_shards = [shard for shard in self._shards.values() if shard.is_open]
         if open_shards:
+            told = [(one, Published(one.term, one.committed, one.tip)) for one in open_shards]
             with contextlib.suppress(StoreError):
-                await self._tell([(one, Published(one.term, one.committed, one.tip)) for one in open_shards], "away")
+                await tell_positions(self._store, self._clock, told, "away")
 
 
 def term_of_batch(batch: Batch) -> Term:

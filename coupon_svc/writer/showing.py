@@ -10,11 +10,12 @@ from coupon_svc.domain.reports import Report
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession, within
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.processes import report_seen
-from coupon_svc.redis.control import ShardControl
+from coupon_svc.redis.control import Published, ShardControl, Term
 from coupon_svc.redis.errors import StoreError, WrongServer
 from coupon_svc.writer.clock import LedgerClock, ledger_clock_ms
 from coupon_svc.writer.opening import next_event_is_there
 from coupon_svc.writer.shard import Hole, Shard
+from coupon_svc.writer.telling import tell_positions
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ class Showing:
         self._clock = clock
         self._gone = gone
         self._show_away = show_away
+        self._shown: dict[Term, int] = {}
+        """Where the ledger was in each shard when it was shown last."""
 
     async def run(self) -> None:
         """Show until cancelled."""
@@ -59,31 +62,38 @@ class Showing:
             self._clock.asked(await ledger_clock_ms(connection))
         await self._store.connect()
         gone = self._gone()  # as found before any seq is read: they can have seen nothing beyond it
+        now = asyncio.get_running_loop().time()
+        told = []
         for shard in list(self._shards.values()):
             if not shard.is_open:
                 continue
-            term = shard.term
+            if shard.identity == self._store.identity:
+                told.append((shard, Published(shard.term, shard.committed, shard.tip, (), shard.trim_seq(now))))
+            else:
+                shard.report(shard.term, WrongServer("another Redis answers than the one that is certified"))
+        if not told:
+            return
+        before, self._shown = self._shown, {shown.term: shown.committed for _, shown in told}
+        for shard, shown, seq in await tell_positions(self._store, self._clock, told, "seen"):
             try:
-                await self._show_shard(connection, shard, gone)
+                # What the persister goes on with is there, and it looks at each entry.
+                if seq > shown.committed == before.get(shown.term):
+                    await self._require_next_event(shown)
+                if shard.term == shown.term:  # else it was recovered meanwhile
+                    await self._report_gone(connection, shard, seq, gone)
             except (LedgerUnavailable, StoreError):
                 raise
             except Exception as error:
-                shard.report(term, error)
+                shard.report(shown.term, error)
 
-    async def _show_shard(self, connection: LedgerConnection, shard: Shard, gone: list[str]) -> None:
-        """Tell one shard that the ledger is there, and report for API processes that are gone.
+    async def _require_next_event(self, shown: Published) -> None:
+        """Raises Hole when the stream does not go on where the ledger is, StoreError."""
+        if not await next_event_is_there(self._store, shown.term, shown.committed, shown.tip):
+            raise Hole(f"event {shown.committed + 1} is not in the stream")
 
-        Raises StoreError, LedgerUnavailable; ShardNotUsable and Hole, which are about this shard alone.
-        """
-        if shard.identity != self._store.identity:
-            raise WrongServer("another Redis answers than the one that is certified")
-        term, committed, tip = shard.term, shard.committed, shard.tip
-        trim_seq = shard.trim_seq(asyncio.get_running_loop().time())
-        seq = await self._store.publish_position(
-            term, committed, "seen", tip=tip, ledger_ms=self._clock.now_ms(), trim_seq=trim_seq
-        )
-        if seq > committed and not await next_event_is_there(self._store, term, committed, tip):
-            raise Hole(f"event {committed + 1} is not in the stream")
+    async def _report_gone(self, connection: LedgerConnection, shard: Shard, seq: int, gone: list[str]) -> None:
+        """Report for API processes that are gone what they can have seen of the shard, which is at `seq`. Raises
+        LedgerUnavailable."""
         for process_id, seen in shard.answered_by_gone(gone, seq):
             async with within(connection, STATEMENTS_TIMEOUT_S):
-                await report_seen(connection, process_id, [Report(term.shard, term.epoch, seen)])
+                await report_seen(connection, process_id, [Report(shard.number, shard.term.epoch, seen)])
