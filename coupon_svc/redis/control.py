@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from array import array
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -212,7 +213,7 @@ class ShardControl:
             some = codes[start : start + CODES_PER_CALL_MAX]
             reply = await self._own(
                 "load_codes", term, book=keys.book(book_id), free=keys.free(book_id), holders=keys.holders(book_id),
-                unlent=unlent, scores=[secrets.randbits(53) for _ in some], codes=some,
+                unlent=unlent, scores=_random_scores(len(some)), codes=some,
             )  # fmt: skip
             if reply.outcome != "ok":
                 raise CountsDiffer(f"book {book_id} is gone")
@@ -432,6 +433,11 @@ class ShardControl:
             self._close_reader()
             raise
         return {by_stream[stream]: [StreamEntry.of(entry) for entry in entries] for stream, entries in reply or ()}
+
+
+def _random_scores(number: int) -> list[int]:
+    """Scores of 53 bits from the system's CSPRNG, all drawn at once."""
+    return [word >> 11 for word in array("Q", secrets.token_bytes(8 * number))]
 
 
 def _flat(fields: Mapping[str, str]) -> list[str]:

@@ -30,6 +30,8 @@ STATEMENTS_TIMEOUT_S = 10.0
 LOOK_EVERY_S = 1.0
 FORGET_EVERY_S = 600.0
 FAST_REFILL_S, SLOW_REFILL_S = 2.0, 30.0
+CODES_PER_LEASE_MAX = 5_000
+"""A block is lent in pieces. While the rows of one are read, the writer does nothing else: 1 ms, but 46 ms for 100,000."""
 
 
 class Lender:
@@ -200,8 +202,8 @@ class Lender:
         crash_point("lend.marked")
 
     async def _refill(self, connection: LedgerConnection, shard: Shard, book_id: str) -> None:
-        """Lend the next block if the pool wants it; tell Redis in any case how many codes are kept back. The book stays to
-        be looked at until that is done."""
+        """Lend the next piece of a block if the pool wants it; tell Redis in any case how many codes are kept back. The book
+        stays to be looked at until that is done."""
         self._low[book_id] = shard
         owned = shard.owned
         book, _, lone = await lending.read_book(connection, book_id)
@@ -214,15 +216,12 @@ class Lender:
         if not pool.wants_refill():
             self._low.pop(book_id, None)
             return
-        now = asyncio.get_running_loop().time()
-        since = now - pool.refilled_at
-        if since < FAST_REFILL_S:
-            pool.block = min(2 * pool.block, self._lease_max)
-        elif since > SLOW_REFILL_S:
-            pool.block = max(pool.block // 2, self._lease_min)
+        if not pool.to_lend:
+            self._begin_block(pool)
+        piece = min(pool.to_lend, CODES_PER_LEASE_MAX)
         doubtful = book_id in self._in_doubt
         self._in_doubt[book_id] = shard  # until it is brought: a lease may be committed, and its reply lost
-        lease = await lending.lease_block(connection, self._writer_id, owned, book_id, pool.block, self._ciphers)
+        lease = await lending.lease_block(connection, self._writer_id, owned, book_id, piece, self._ciphers)
         if lease is None:
             if not doubtful:
                 self._in_doubt.pop(book_id, None)
@@ -231,12 +230,22 @@ class Lender:
         pool.in_pool = await self._bring(shard, owned, book_id, lease._replace(unlent=lease.unlent + lone + doubtful))
         if not doubtful:
             self._in_doubt.pop(book_id, None)
-        pool.unlent, pool.refilled_at = lease.unlent, now
-        if pool.wants_refill():  # what was brought is gone already
+        pool.unlent, pool.to_lend = lease.unlent, max(0, pool.to_lend - len(lease.codes)) if lease.unlent else 0
+        if pool.wants_refill():  # there is another piece, or what was brought is gone already
             self._work.set()
         else:
             self._low.pop(book_id, None)
         crash_point("lend.brought")
+
+    def _begin_block(self, pool: Pool) -> None:
+        """Blocks grow while refills come fast, and shrink when they are rare."""
+        now = asyncio.get_running_loop().time()
+        since, pool.refilled_at = now - pool.refilled_at, now
+        if since < FAST_REFILL_S:
+            pool.block = min(2 * pool.block, self._lease_max)
+        elif since > SLOW_REFILL_S:
+            pool.block = max(pool.block // 2, self._lease_min)
+        pool.to_lend = pool.block
 
     async def _bring_lone(
         self, connection: LedgerConnection, shard: Shard, owned: OwnedShard, book_id: str, lease: lending.Lease
