@@ -1,4 +1,5 @@
-"""Every test of a script runs twice: on a plain server, and on a cluster, which refuses a script that touches two slots."""
+"""Every test of a script runs on a cluster, which refuses a script that touches two slots; in `make chaos` also on a plain
+server, as all other tests have it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from coupon_svc.redis.scripts import Scripts
 from tests.scripts.runner import Server, Shard
 
 
-@pytest.fixture(scope="session", params=["plain_redis", "cluster_redis"])
+@pytest.fixture(scope="session", params=[pytest.param("plain_redis", marks=pytest.mark.chaos), "cluster_redis"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server with all scripts loaded."""
     embedded: EmbeddedRedis = request.getfixturevalue(request.param)
