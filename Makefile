@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-QUICK  := tests/unit tests/scripts tests/test_model.py tests/test_lua_headers.py tests/test_docs.py
+QUICK  := tests/lint tests/model tests/scripts tests/unit
 
 # Tests start some hundred processes: without bytecode each of them compiles the service anew.
 unexport PYTHONDONTWRITEBYTECODE

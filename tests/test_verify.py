@@ -175,7 +175,7 @@ OF_COMPUTED_BOOKS = {
     RedisCheck.COMPUTED_LENT,
     RedisCheck.NUMBERS,
 }
-"""Their damage is done in tests/test_computed_books.py."""
+"""Their damage is done in tests/faults/test_computed_books.py."""
 
 
 async def test_a_service_at_rest_is_in_order(stack: Stack) -> None:

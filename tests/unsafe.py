@@ -2,7 +2,7 @@
 
 Nothing in the service knows of this: public functions are replaced and lines of Lua left out, in a process of the test's
 own. That happens before the part is imported, so a replaced function is replaced for whoever imports it. A safeguard that
-cannot be found any more makes `mypy` or tests/test_chaos_proves_itself.py fail at once.
+cannot be found any more makes `mypy` or tests/chaos/test_chaos_proves_itself.py fail at once.
 """
 
 from __future__ import annotations

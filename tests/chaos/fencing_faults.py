@@ -1,6 +1,6 @@
 """Faults in which one safeguard alone stands between the harm and a broken promise: something comes too late.
 
-tests/test_chaos_proves_itself.py takes those safeguards out, and sees these faults fail.
+tests/chaos/test_chaos_proves_itself.py takes those safeguards out, and sees these faults fail.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coupon_svc.redis.scripts import Scripts
-from tests.lua_headers import sender
+from tests.lint.lua_headers import sender
 from tests.scripts.every_script import KEYED, api_requests, owner_requests, recovery_requests, worn
 from tests.scripts.runner import CALLER, EPOCH, GENERATION, INSTALLATION, OWNER, RECOVERED, Caller, Owner, Shard
 

@@ -1,0 +1,1 @@
+"""What can be checked by reading: documents, headers of scripts, pictures."""

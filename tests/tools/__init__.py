@@ -1,0 +1,1 @@
+"""What stands beside the service: the command line, the servers for development, load and benchmarks."""
