@@ -28,7 +28,7 @@ from coupon_svc.postgres.computed.ciphers import Ciphers
 from coupon_svc.postgres.database import Database, LedgerConnection
 from coupon_svc.postgres.errors import LedgerUnavailable, TakeTurns
 from coupon_svc.postgres.idempotency import IdempotentCall, is_remembered, recall, remember
-from coupon_svc.postgres.jobs import PIECE_ROWS, Job
+from coupon_svc.postgres.jobs import Job
 from coupon_svc.postgres.jobs import RejectedRow as RejectedRow
 from coupon_svc.postgres.staging import Received
 from coupon_svc.postgres.tenant_slots import TenantSlots
@@ -52,29 +52,11 @@ WORKERS = 2
 """Jobs that a process works off at a time."""
 SLICE_S = 2.0
 """How long a job has its tenant's turn."""
-PIECE_S = 0.05
-"""How long a piece should take at most: whoever wants the row of its book waits for that."""
-PIECE_ROWS_MIN = 500
-"""Smaller ones would make an upload half as slow again: each piece costs about as much as 150 rows."""
 PAUSE_S = 0.15
 """Between two slices; longer than those who wait for the turn take to ask for it."""
 EXPORT_ROWS = 1_000
 LOOK_EVERY_S = 2.0
 """How often a process looks for jobs that another one has left."""
-
-
-class PieceSize:
-    """How many rows the next piece of a job has. A machine that is busy, or slow, takes smaller ones."""
-
-    def __init__(self) -> None:
-        self.rows = PIECE_ROWS
-
-    def note(self, took_s: float) -> None:
-        """A piece has taken so long, for nearly all of which it held the row of its book."""
-        if took_s > PIECE_S:
-            self.rows = max(self.rows // 2, PIECE_ROWS_MIN)
-        else:
-            self.rows = min(self.rows + self.rows // 8, PIECE_ROWS)
 
 
 class FileDigest(Protocol):
@@ -145,7 +127,6 @@ class Jobs:
         self._ciphers = ciphers
         self._receiving = TenantSlots(RECEIVED_PER_TENANT_MAX)
         self._staging = TenantSlots(1)
-        self._piece = PieceSize()
         self._wanted = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._waiting: dict[int, asyncio.Task[None]] = {}
@@ -347,10 +328,7 @@ class Jobs:
 
     async def _add_piece(self, turn: Turn, job: Job) -> Job | None:
         try:
-            begun = monotonic()
-            moved = await turn.run(jobs.add_piece, job, self._ciphers, at_most=self._piece.rows)
-            self._piece.note(monotonic() - begun)
-            return moved
+            return await turn.run(jobs.add_piece, job, self._ciphers)
         except Refused as refused:
             await turn.run(jobs.finish, job.job_no, refused.outcome)
             return await turn.run(jobs.next_job, job.tenant_id)
