@@ -251,6 +251,7 @@ async def test_the_first_code_of_a_small_book_is_any_of_them_alike(dealer: Deale
     assert unevenness(draws, 12) < threshold(11)
 
 
+@pytest.mark.chaos
 async def test_the_first_forty_of_a_large_book_are_any_of_the_thousand_alike(dealer: Dealer) -> None:
     codes = [f"CODE-{number:03d}" for number in range(1000)]
 
