@@ -49,6 +49,7 @@ _FIND_CODES = """
     JOIN unnest($1::int[], $2::text[]) AS asked (tenant_id, code) USING (tenant_id, code)
     WHERE place >= -1 -- others are of an upload that may still come to nothing
 """
+TAKEN = "SELECT code FROM codes WHERE tenant_id = $1 AND code = ANY ($2)"
 
 
 async def insert_codes(
@@ -161,7 +162,5 @@ async def codes_taken(
     connection: asyncpg.Connection, tenant_id: int, codes: Collection[str], ciphers: Ciphers
 ) -> set[str]:
     """Those of the codes that the tenant has, or is uploading."""
-    rows = await connection.fetch(
-        "SELECT code FROM codes WHERE tenant_id = $1 AND code = ANY ($2)", tenant_id, list(codes)
-    )
+    rows = await connection.fetch(TAKEN, tenant_id, list(codes))
     return {row["code"] for row in rows} | set(await books_of_computed(connection, tenant_id, codes, ciphers))

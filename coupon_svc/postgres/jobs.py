@@ -74,6 +74,10 @@ _FORGET_JOBS = f"""
     DELETE FROM jobs WHERE finished_at < now() - interval '{KEPT_DAYS} days' AND emptied
                        AND NOT EXISTS (SELECT FROM rejected_codes r WHERE r.job_no = jobs.job_no)
 """
+_OF_TENANT = f"SELECT {COLUMNS} FROM jobs WHERE job_id = $1 AND tenant_id = $2"
+_REJECTED_AFTER = """
+    SELECT row, code, reason, detail FROM rejected_codes WHERE job_no = $1 AND row > $2 ORDER BY row LIMIT $3
+"""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,9 +196,7 @@ async def forget_old(connection: asyncpg.Connection) -> None:
 
 async def read_job(connection: asyncpg.Connection, tenant_id: int, job_id: str) -> Job:
     """A job of the tenant. Raises Refused(job_not_found)."""
-    row = await connection.fetchrow(
-        f"SELECT {COLUMNS} FROM jobs WHERE job_id = $1 AND tenant_id = $2", job_id, tenant_id
-    )
+    row = await connection.fetchrow(_OF_TENANT, job_id, tenant_id)
     if row is None:
         raise Refused(Outcome.JOB_NOT_FOUND)
     return job_from_row(row)
@@ -202,12 +204,7 @@ async def read_job(connection: asyncpg.Connection, tenant_id: int, job_id: str) 
 
 async def rejected_after(connection: asyncpg.Connection, job_no: int, after: int, limit: int) -> list[RejectedRow]:
     """The next rejected rows of a job, in the order of the file."""
-    rows = await connection.fetch(
-        "SELECT row, code, reason, detail FROM rejected_codes WHERE job_no = $1 AND row > $2 ORDER BY row LIMIT $3",
-        job_no,
-        after,
-        limit,
-    )
+    rows = await connection.fetch(_REJECTED_AFTER, job_no, after, limit)
     return [RejectedRow(*row) for row in rows]
 
 

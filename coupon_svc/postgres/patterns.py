@@ -8,7 +8,7 @@ from coupon_svc.domain.books import Book, BookStatus
 from coupon_svc.domain.codes import Pattern, check_capacity, fits, guess_probability
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.books import BOOK_COLUMNS, book_from_row, tell_owner
-from coupon_svc.postgres.codes import LOCK_BOOK, count_in, insert_rows, open_span
+from coupon_svc.postgres.codes import LOCK_BOOK, TAKEN, count_in, insert_rows, open_span
 from coupon_svc.postgres.computed.ciphers import Ciphers
 from coupon_svc.postgres.computed.ranges import numbers_used, take_range
 from coupon_svc.postgres.database import one_row
@@ -140,9 +140,7 @@ async def _draw_free(connection: asyncpg.Connection, tenant_id: int, pattern: Pa
     codes: set[str] = set()
     for _ in range(_BARREN_MAX):
         drawn = set(pattern.draw(count - len(codes))) - codes
-        rows = await connection.fetch(
-            "SELECT code FROM codes WHERE tenant_id = $1 AND code = ANY ($2)", tenant_id, list(drawn)
-        )
+        rows = await connection.fetch(TAKEN, tenant_id, list(drawn))
         codes |= drawn - {row["code"] for row in rows}
         if len(codes) == count:
             return codes

@@ -48,6 +48,14 @@ _CONTRADICTED = """
 """
 _HIGHEST_SEEN = "SELECT max(seen_seq) FROM api_reports WHERE shard = $1 AND epoch = $2"
 _ANSWERS_EARLY = "SELECT EXISTS (SELECT FROM books WHERE shard = $1 AND ack = 'redis' AND lent > 0)"
+_EPOCHS = """
+    SELECT epoch, CASE WHEN certified_epoch > settled_epoch THEN certified_epoch ELSE 0 END AS live
+    FROM shards ORDER BY shard
+"""
+_REPORT_SEEN = """
+    INSERT INTO api_reports (process_id, shard, epoch, seen_seq) VALUES ($1, $2, $3, $4)
+    ON CONFLICT (shard, epoch, process_id) DO UPDATE SET seen_seq = greatest(api_reports.seen_seq, $4)
+"""
 
 
 async def begin_process(connection: asyncpg.Connection, process_id: str) -> None:
@@ -65,10 +73,7 @@ async def epochs_of_shards(connection: asyncpg.Connection) -> list[tuple[int, in
 
     A process answers from no older epoch than the first any more, and reports what it has seen of the second.
     """
-    rows = await connection.fetch(
-        "SELECT epoch, CASE WHEN certified_epoch > settled_epoch THEN certified_epoch ELSE 0 END AS live"
-        " FROM shards ORDER BY shard"
-    )
+    rows = await connection.fetch(_EPOCHS)
     return [(row["epoch"], row["live"]) for row in rows]
 
 
@@ -85,11 +90,7 @@ async def report_seen(connection: asyncpg.Connection, process_id: str, reports: 
     async with connection.transaction():
         if entries:
             await connection.execute(_REPORT_ENTRIES, *zip(*entries, strict=True))
-        await connection.executemany(
-            "INSERT INTO api_reports (process_id, shard, epoch, seen_seq) VALUES ($1, $2, $3, $4)"
-            " ON CONFLICT (shard, epoch, process_id) DO UPDATE SET seen_seq = greatest(api_reports.seen_seq, $4)",
-            [(process_id, *report[:3]) for report in reports],
-        )
+        await connection.executemany(_REPORT_SEEN, [(process_id, *report[:3]) for report in reports])
 
 
 async def end_process(connection: asyncpg.Connection, process_id: str) -> None:

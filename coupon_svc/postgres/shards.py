@@ -39,6 +39,7 @@ _RELEASE = """
     WHERE shard IN (SELECT shard FROM shards WHERE owner = $1 AND ($2::int[] IS NULL OR shard = ANY ($2))
                     FOR UPDATE SKIP LOCKED)
 """
+_OWNED = "SELECT shard, epoch, committed, generation, chain, tip FROM shards WHERE owner = $1 ORDER BY shard"
 
 
 class OwnedShard(NamedTuple):
@@ -100,9 +101,7 @@ async def take_shards(connection: asyncpg.Connection, writer_id: str, most: int)
 
 async def owned_shards(connection: asyncpg.Connection, writer_id: str) -> list[OwnedShard]:
     """The shards this writer owns now."""
-    rows = await connection.fetch(
-        "SELECT shard, epoch, committed, generation, chain, tip FROM shards WHERE owner = $1 ORDER BY shard", writer_id
-    )
+    rows = await connection.fetch(_OWNED, writer_id)
     return [OwnedShard(*row) for row in rows]
 
 

@@ -30,6 +30,7 @@ _COMPLETE = f"""
     UPDATE jobs SET state = 'running', received = $2, invalid = $3, blank = $4, header = $5, warnings = $6
     WHERE job_no = $1 AND state = 'receiving' RETURNING {COLUMNS}
 """
+_GIVE_UP = "UPDATE jobs SET state = 'failed', error = $2, finished_at = now() WHERE job_no = $1 AND state = 'receiving'"
 
 
 class Received(msgspec.Struct, frozen=True):
@@ -97,8 +98,4 @@ async def complete(connection: asyncpg.Connection, job_no: int, received: Receiv
 
 async def give_up(connection: asyncpg.Connection, job_no: int, error: str) -> None:
     """Nothing of an upload that is being received is to be added."""
-    await connection.execute(
-        "UPDATE jobs SET state = 'failed', error = $2, finished_at = now() WHERE job_no = $1 AND state = 'receiving'",
-        job_no,
-        error,
-    )
+    await connection.execute(_GIVE_UP, job_no, error)

@@ -45,6 +45,10 @@ _TRY_TURN = "SELECT set_config('idle_session_timeout', '30s', false), pg_try_adv
 Decide = Callable[[asyncpg.Connection, int, dict[str, str]], Awaitable[T]]
 """What is to happen in the transaction that decides an upload: given its id, and the codes that were left out with the
 books that have them. Raises Refused when nothing of the upload is to stay."""
+_REMOVE_PIECE = "DELETE FROM codes WHERE book_id = $1 AND place >= $2 AND place < $3"
+_UNDER_WAY = "SELECT upload_id, book_id, decided FROM uploads WHERE tenant_id = $1 ORDER BY upload_id"
+_BEGIN = "INSERT INTO uploads (tenant_id, book_id, codes, used) VALUES ($1, $2, $3, $4) RETURNING upload_id"
+_NEXT_UNPLACED = "SELECT min(place) FROM codes WHERE book_id = $1 AND place >= $2 AND place < -1"
 
 
 class Uploads:
@@ -161,12 +165,7 @@ class Turn:
 
     async def clean_up(self) -> None:
         """Finish what was decided, and take back what was not, of uploads that have died."""
-        rows = await self._step(
-            self._connection.fetch(
-                "SELECT upload_id, book_id, decided FROM uploads WHERE tenant_id = $1 ORDER BY upload_id",
-                self._tenant_id,
-            )
-        )
+        rows = await self._step(self._connection.fetch(_UNDER_WAY, self._tenant_id))
         for row in rows:
             if row["decided"]:
                 await self._place(row["upload_id"], row["book_id"])
@@ -179,7 +178,7 @@ class Turn:
             if isinstance(wanted, Generated):
                 used = await patterns.require_capacity(self._connection, self._tenant_id, *wanted)
             upload_id: int = await self._connection.fetchval(
-                "INSERT INTO uploads (tenant_id, book_id, codes, used) VALUES ($1, $2, $3, $4) RETURNING upload_id",
+                _BEGIN,
                 self._tenant_id,
                 book_id,
                 wanted.total if isinstance(wanted, Generated) else len(wanted),
@@ -250,12 +249,7 @@ class Turn:
         """Remove every code of an upload that was not decided."""
         begin: int | None = UNPLACED_FROM
         while begin is not None:
-            removed = self._connection.execute(
-                "DELETE FROM codes WHERE book_id = $1 AND place >= $2 AND place < $3",
-                book_id,
-                begin,
-                begin + PIECE_CODES,
-            )
+            removed = self._connection.execute(_REMOVE_PIECE, book_id, begin, begin + PIECE_CODES)
             await self._step(removed)
             begin = await self._next_unplaced(book_id, begin + PIECE_CODES)
         await self._step(self._close(upload_id))
@@ -263,11 +257,7 @@ class Turn:
     async def _next_unplaced(self, book_id: str, begin: int) -> int | None:
         """The first of the places from `begin` on that is none yet. From where the last piece ended: what that left in the
         index may still have to be skipped over."""
-        place: int | None = await self._step(
-            self._connection.fetchval(
-                "SELECT min(place) FROM codes WHERE book_id = $1 AND place >= $2 AND place < -1", book_id, begin
-            )
-        )
+        place: int | None = await self._step(self._connection.fetchval(_NEXT_UNPLACED, book_id, begin))
         return place
 
     async def _close(self, upload_id: int) -> None:

@@ -214,7 +214,7 @@ IN_COUNTS: dict[ServiceCheck, Counts] = {
     ServiceCheck.SPENT_ASKED: Counts(10, 8, 0, 2, 0),
 }
 OF_REPLAYS = {ServiceCheck.ASSIGN_AGAIN, ServiceCheck.REDEEM_AGAIN}
-"""Their damage is done in tests/test_load.py, where a service is asked again."""
+"""Their damage is done in tests/tools/test_load.py, where a service is asked again."""
 
 
 @pytest.mark.parametrize("check", IN_LIST)

@@ -16,6 +16,8 @@ AT_ONCE = 500
 """Codes that are computed before others have their turn: about 2 ms."""
 CIPHERS_KEPT_MAX = 10_000
 PATTERN_COLUMNS = "pattern_id, tenant_id, pattern, symbols, sealed_key, master_key_id, taken"
+_UNDER_ANOTHER_KEY = f"SELECT {PATTERN_COLUMNS} FROM computed_patterns WHERE master_key_id <> $1"
+_SEAL_ANEW = "UPDATE computed_patterns SET sealed_key = $2, master_key_id = $3 WHERE pattern_id = $1"
 
 
 class Ciphers:
@@ -95,15 +97,13 @@ async def rotate(connection: asyncpg.Connection, keys: MasterKeys) -> int:
     await check_master_key(connection, keys)
     async with connection.transaction():
         await connection.execute("LOCK TABLE computed_patterns IN SHARE ROW EXCLUSIVE MODE")
-        rows = await connection.fetch(
-            f"SELECT {PATTERN_COLUMNS} FROM computed_patterns WHERE master_key_id <> $1", keys.first
-        )
+        rows = await connection.fetch(_UNDER_ANOTHER_KEY, keys.first)
         for row in rows:
             of = seal_of(row["tenant_id"], Pattern(row["pattern"], row["symbols"]))
             if row["master_key_id"] not in keys:
                 raise DatabaseUnfit(_lacks_key({row["master_key_id"]}, keys))
             await connection.execute(
-                "UPDATE computed_patterns SET sealed_key = $2, master_key_id = $3 WHERE pattern_id = $1",
+                _SEAL_ANEW,
                 row["pattern_id"],
                 keys.seal(keys.first, keys.open(row["master_key_id"], row["sealed_key"], of), of),
                 keys.first,

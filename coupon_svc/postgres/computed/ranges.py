@@ -35,22 +35,32 @@ _PASSED_OVER_IN = """
 _COUNT_PASSED_OVER_IN = """
     SELECT count(*) FROM passed_over WHERE pattern_id = $1 AND number >= $2::bigint AND number < $3::bigint
 """
+_PATTERNS_TAKEN = "SELECT pattern_id, pattern, symbols, taken FROM computed_patterns WHERE tenant_id = $1"
+_ADD_RANGE = """
+    INSERT INTO code_ranges (pattern_id, begins, ends, book_id, total, unlent, lent_upto, accounted_upto)
+    VALUES ($1, $2, $3, $4, $5, $5, $2, $2)
+"""
+_COUNT_IN = """
+    UPDATE books SET total = total + $2, computed_total = computed_total + $2, computed_unlent = computed_unlent + $2,
+                     version = version + 1
+    WHERE book_id = $1
+"""
+_ADD_PATTERN = """
+    INSERT INTO computed_patterns (tenant_id, pattern, symbols, sealed_key, master_key_id) VALUES ($1, $2, $3, $4, $5)
+    RETURNING pattern_id
+"""
+_MOVE_COUNTER = "UPDATE computed_patterns SET taken = taken + $2 WHERE pattern_id = $1"
+_COUNT_PASSED_OVER_FROM = "SELECT count(*) FROM passed_over WHERE pattern_id = $1 AND number >= $2::bigint"
 
 
 async def numbers_used(connection: asyncpg.Connection, tenant_id: int, pattern: Pattern) -> tuple[int, bool]:
     """How many computed codes of the tenant lie in the pattern, and whether that is all of its codes that do: uploaded ones
     are noted where the pattern's own codes are computed. Of a pattern that only overlaps, about how many."""
     used = 0
-    for row in await connection.fetch(
-        "SELECT pattern_id, pattern, symbols, taken FROM computed_patterns WHERE tenant_id = $1", tenant_id
-    ):
+    for row in await connection.fetch(_PATTERNS_TAKEN, tenant_id):
         other = Pattern(row["pattern"], row["symbols"])
         if other == pattern:
-            above = await connection.fetchval(
-                "SELECT count(*) FROM passed_over WHERE pattern_id = $1 AND number >= $2::bigint",
-                row["pattern_id"],
-                row["taken"],
-            )
+            above = await connection.fetchval(_COUNT_PASSED_OVER_FROM, row["pattern_id"], row["taken"])
             return row["taken"] + above, True
         used += round(row["taken"] * share_of_capacity(pattern, other))
     return used, False
@@ -75,21 +85,8 @@ async def take_range(
         return False
     ends = await past(connection, known.pattern_id, known.taken, total)
     await connection.execute("UPDATE computed_patterns SET taken = $2 WHERE pattern_id = $1", known.pattern_id, ends)
-    await connection.execute(
-        "INSERT INTO code_ranges (pattern_id, begins, ends, book_id, total, unlent, lent_upto, accounted_upto)"
-        " VALUES ($1, $2, $3, $4, $5, $5, $2, $2)",
-        known.pattern_id,
-        known.taken,
-        ends,
-        book_id,
-        total,
-    )
-    await connection.execute(
-        "UPDATE books SET total = total + $2, computed_total = computed_total + $2, computed_unlent = computed_unlent + $2,"
-        " version = version + 1 WHERE book_id = $1",
-        book_id,
-        total,
-    )
+    await connection.execute(_ADD_RANGE, known.pattern_id, known.taken, ends, book_id, total)
+    await connection.execute(_COUNT_IN, book_id, total)
     return True
 
 
@@ -115,15 +112,7 @@ async def _own_pattern(
     newest = await connection.fetchval("SELECT master_key_id FROM computed_patterns ORDER BY pattern_id DESC LIMIT 1")
     master = newest if newest in ciphers.keys else ciphers.keys.first
     sealed = ciphers.keys.seal(master, key, seal_of(tenant_id, pattern))
-    pattern_id = await connection.fetchval(
-        "INSERT INTO computed_patterns (tenant_id, pattern, symbols, sealed_key, master_key_id) VALUES ($1, $2, $3, $4, $5)"
-        " RETURNING pattern_id",
-        tenant_id,
-        pattern.text,
-        pattern.symbols,
-        sealed,
-        master,
-    )
+    pattern_id = await connection.fetchval(_ADD_PATTERN, tenant_id, pattern.text, pattern.symbols, sealed, master)
     for start in range(0, len(uploaded), AT_ONCE):
         await pass_over(connection, pattern_id, cipher.numbers_of(uploaded[start : start + AT_ONCE]).values())
     return Known(pattern_id, cipher, 0)
@@ -158,6 +147,4 @@ async def move_counters(connection: asyncpg.Connection, gap: int) -> None:
     after a backup are never issued to somebody else once that is restored."""
     for row in await connection.fetch("SELECT pattern_id, pattern, symbols FROM computed_patterns"):
         most = Pattern(row["pattern"], row["symbols"]).capacity // 8
-        await connection.execute(
-            "UPDATE computed_patterns SET taken = taken + $2 WHERE pattern_id = $1", row["pattern_id"], min(gap, most)
-        )
+        await connection.execute(_MOVE_COUNTER, row["pattern_id"], min(gap, most))

@@ -29,6 +29,10 @@ _READ_PATTERNS = f"""
     LEFT JOIN code_ranges r ON r.pattern_id = p.pattern_id AND begins >= since
     ORDER BY p.pattern_id, begins
 """
+_NEXT_RANGES = f"""
+    SELECT {PATTERN_COLUMNS}, begins, ends FROM code_ranges JOIN computed_patterns USING (pattern_id)
+    WHERE book_id = $1 AND (pattern_id, ends) > ($2, $3) ORDER BY pattern_id, begins LIMIT 2
+"""
 
 
 class Range(NamedTuple):
@@ -79,12 +83,7 @@ async def codes_by_number(
 ) -> NumbersPage | None:
     """The next `at_most` numbers of a book from a pattern and number on; of their codes, those that begin with `prefix`.
     Where few codes of the pattern do, all of the book's that do. None where it has no more."""
-    rows = await connection.fetch(
-        f"SELECT {PATTERN_COLUMNS}, begins, ends FROM code_ranges JOIN computed_patterns USING (pattern_id)"
-        " WHERE book_id = $1 AND (pattern_id, ends) > ($2, $3) ORDER BY pattern_id, begins LIMIT 2",
-        book_id,
-        *begin,
-    )
+    rows = await connection.fetch(_NEXT_RANGES, book_id, *begin)
     if not rows:
         return None
     row, cipher = rows[0], ciphers.of(rows[0])

@@ -19,6 +19,12 @@ _RANGES_OF_NUMBERS = """
     LEFT JOIN passed_over p ON p.pattern_id = $1 AND p.number = asked.number::numeric
     WHERE asked.number < r.ends
 """
+_ADD_ROWS = """
+    INSERT INTO codes (tenant_id, code, book_id, place, computed) SELECT $1, code, $2, 0, true
+    FROM unnest($3::text[]) AS code ORDER BY code ON CONFLICT DO NOTHING RETURNING code
+"""
+COUNT_LENT = "UPDATE books SET computed_unlent = computed_unlent - $2, lent = lent + $2 WHERE book_id = $1"
+_TAKE_OUT = "UPDATE code_ranges SET unlent = unlent - 1 WHERE pattern_id = $1 AND begins = $2"
 
 
 async def shut_out_issued(
@@ -82,18 +88,10 @@ async def give_rows(
         ahead = [row for row in mine if row["number"] >= row["lent_upto"] and numbers[row["number"]] in inserted]
         await pass_over(connection, known.pattern_id, [row["number"] for row in ahead], named=True)
         for row in ahead:
-            await connection.execute(
-                "UPDATE code_ranges SET unlent = unlent - 1 WHERE pattern_id = $1 AND begins = $2",
-                known.pattern_id,
-                row["begins"],
-            )
+            await connection.execute(_TAKE_OUT, known.pattern_id, row["begins"])
         early += len(ahead)
     if early:
-        await connection.execute(
-            "UPDATE books SET computed_unlent = computed_unlent - $2, lent = lent + $2 WHERE book_id = $1",
-            book_id,
-            early,
-        )
+        await connection.execute(COUNT_LENT, book_id, early)
 
 
 async def insert_computed_rows(
@@ -102,13 +100,7 @@ async def insert_computed_rows(
     """Rows of computed codes that are lent."""
     if not codes:
         return set()
-    rows = await connection.fetch(
-        "INSERT INTO codes (tenant_id, code, book_id, place, computed) SELECT $1, code, $2, 0, true"
-        " FROM unnest($3::text[]) AS code ORDER BY code ON CONFLICT DO NOTHING RETURNING code",
-        tenant_id,
-        book_id,
-        list(codes),
-    )
+    rows = await connection.fetch(_ADD_ROWS, tenant_id, book_id, list(codes))
     return {row["code"] for row in rows}
 
 
