@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
-from coupon_svc.postgres.events import Batch, commit_batches, first_data_error
+from coupon_svc.postgres.events import Batch, commit_batches, first_data_error, prepare_commits
 from tests.entries import batch_of, entry_of
 from tests.harness import fresh_database
 
@@ -55,6 +55,13 @@ async def test_a_batch_is_thrown_away(ledger: asyncpg.Connection, owner: str, ba
 async def test_nothing_is_committed_in_a_shard_that_was_stopped(ledger: asyncpg.Connection) -> None:
     await ledger.execute("UPDATE shards SET stopped = 'a person must look'")
     assert await write(ledger, OWNER, GOOD) == {0: "lost"}
+
+
+async def test_a_session_that_was_prepared_plans_no_commit_anew(ledger: asyncpg.Connection) -> None:
+    await prepare_commits(ledger)
+    assert await write(ledger, OWNER, GOOD) == {0: "moved"}
+    plans = "SELECT custom_plans FROM pg_prepared_statements WHERE statement LIKE 'SELECT * FROM commit_entries%'"
+    assert [plan["custom_plans"] for plan in await ledger.fetch(plans)] == [0]
 
 
 # --- entries of several events, and shards that do not touch each other

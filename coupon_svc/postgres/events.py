@@ -139,15 +139,13 @@ class Rows:
         """Add what a batch brings. Returns the hash of its last entry."""
         shard, head = batch.shard, batch.chain
         keyed = {event.seq for event in batch.events if event.idem is not None}
-        unsure = (
-            bool(batch.dead) or not batch.events
-        )  # of some events nothing follows, and their entry may have other keys
+        # Of some events nothing follows, and their entry may have other keys.
+        unsure = bool(batch.dead) or not batch.events
         for entry in batch.entries:
             epoch, seq, n, after, tip, at_ms, body = entry
-            head = chain_hash(head, shard, epoch, entry[1:])
-            self._entries.append(
-                (shard, epoch, seq, n, after, tip, at_ms, unsure or not keyed.isdisjoint(entry.seqs), body, head)
-            )
+            head = chain_hash(head, shard, epoch, (seq, n, after, tip, at_ms, body))
+            may_be_keyed = unsure or seq in keyed or not keyed.isdisjoint(entry.seqs)
+            self._entries.append((shard, epoch, seq, n, after, tip, at_ms, may_be_keyed, body, head))
         self.add_events(shard, batch.events)
         self._dead += [(shard, batch.epoch, *letter) for letter in batch.dead]
         return head
@@ -181,6 +179,12 @@ def _columns(types: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> list[str 
     return [
         column if kind == "bytea" else array_literal(kind, column) for kind, column in zip(types, columns, strict=True)
     ]
+
+
+async def prepare_commits(connection: asyncpg.Connection) -> None:
+    """Have a session plan the statements of its commits once. Left to itself, Postgres plans some of them anew each time,
+    since it takes a plan for one row to be cheaper than one for any number of rows."""
+    await connection.execute("SET plan_cache_mode = force_generic_plan")
 
 
 async def commit_batches(

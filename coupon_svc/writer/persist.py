@@ -30,6 +30,7 @@ from coupon_svc.postgres.events import (
     contradicts,
     dead_letter,
     first_data_error,
+    prepare_commits,
     unread_letters,
 )
 from coupon_svc.postgres.shards import connection_name
@@ -79,7 +80,7 @@ class Persister:
         on_assigned: Callable[[Shard, str, int], None],
         clock: LedgerClock,
     ) -> None:
-        self.session = LedgerSession(url, connection_name(writer_id))
+        self.session = LedgerSession(url, connection_name(writer_id), on_open=prepare_commits)
         self._writer_id = writer_id
         self._store = store
         self._shards = shards
@@ -108,7 +109,7 @@ class Persister:
             return
         try:
             entries = await self._store.read_events(
-                {n: (s.owned.epoch, s.committed) for n, s in open_shards.items()}, BLOCK_MS
+                {n: (terms[n].epoch, s.committed) for n, s in open_shards.items()}, BLOCK_MS
             )
         except ShardNotUsable:
             await self._shut_unreadable(open_shards)

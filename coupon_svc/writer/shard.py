@@ -77,7 +77,7 @@ class Shard:
 
     def __init__(self, owned: OwnedShard) -> None:
         self._state: State = Shut()
-        self._owned = owned
+        self._own(owned)
         self._committed = owned.committed
         self._chain = owned.chain
         self._tip = owned.tip
@@ -101,7 +101,7 @@ class Shard:
     @property
     def term(self) -> Term:
         """Names the owner and the epoch. What was found in another term says nothing about this one."""
-        return term_of(self._owned)
+        return self._term
 
     @property
     def committed(self) -> int:
@@ -150,7 +150,7 @@ class Shard:
     def found_in_ledger(self, owned: OwnedShard) -> None:
         """The ledger has the shard as `owned`, whatever was thought. `Opening` stays."""
         if self._allows("found_in_ledger", Opening):
-            self._owned = owned
+            self._own(owned)
             self._committed, self._chain, self._tip = owned.committed, owned.chain, owned.tip
 
     def found_clocks_apart(self) -> bool:
@@ -168,7 +168,7 @@ class Shard:
     def recovered(self, owned: OwnedShard) -> None:
         """A new epoch has begun: nothing that was known of the last one is of use."""
         if self._allows("recovered", Recovering):
-            self._owned = owned
+            self._own(owned)
             self._committed, self._chain, self._tip = 0, owned.chain, ""
             self._recovery_wanted, self._clocks_were_apart = None, False
             self.pools.clear()
@@ -229,6 +229,9 @@ class Shard:
             return False
         self._committed, self._chain, self._tip = committed, chain, tip
         return True
+
+    def _own(self, owned: OwnedShard) -> None:
+        self._owned, self._term = owned, term_of(owned)
 
     def _enter(self, state: State, level: int, what: str) -> None:
         self._state = state
