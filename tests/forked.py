@@ -75,17 +75,17 @@ class Forked:
 
 
 def start_process(start: Start) -> Forked | subprocess.Popen[bytes]:
-    """Start a part: by fork, unless it is to be preloaded with a library, or is to have children."""
+    """Start a part: by fork, unless the linker is to load a library first, or the part is to have children."""
     if "LD_PRELOAD" not in start.environment and "--workers" not in start.command:
         return Forked(start)
-    number = [start.listener.fileno()] if start.listener is not None else []
+    descriptors = [start.listener.fileno()] if start.listener is not None else []
     with start.log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", *start.command, *(f"--fd={fd}" for fd in number)],
+            [sys.executable, "-m", *start.command, *(f"--fd={number}" for number in descriptors)],
             env=start.environment,
             stdout=output,
             stderr=output,
-            pass_fds=number,
+            pass_fds=descriptors,
         )
 
 
