@@ -49,7 +49,7 @@ chaos: install ## Faults under load, 100 seeded runs (RUNS=…): clients record,
 load: install ## Load a service of its own, time it and audit every answer; make load ARGS='--scenario checkout'
 	@exec $(BIN)/coupon-svc load $(ARGS)
 
-bench: install ## The figures of docs/benchmarks.md, about a quarter of an hour on a quiet machine; make bench ARGS=--quick, ARGS=--growth
+bench: install ## The figures of docs/benchmarks.md, about 20 minutes on a quiet machine; make bench ARGS=--quick, ARGS=--growth
 	@$(BIN)/python -m bench $(ARGS)
 	@$(BIN)/python -m tools.readme
 

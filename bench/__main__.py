@@ -144,6 +144,9 @@ def _table(args: argparse.Namespace, folder: Path | None) -> int:
     if folder is not None:
         document.write_results(folder, results)
         print(f"written to {folder / 'benchmarks.md'}")
+    if not args.quick:
+        print()
+        show_flat(args.codes, bench_flat(args.codes, say))
     return _status(figures)
 
 
