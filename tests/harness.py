@@ -157,7 +157,7 @@ class Part:
 
 
 class Stack:
-    """The service on a Redis of its own and a database of its own: `api()` and `writer()` start its parts."""
+    """The service on a Redis of its own and a database of its own: `api()` and `writer()` start its parts. Close it."""
 
     def __init__(
         self, redis: EmbeddedRedis | None, redis_url: str, database_url: str, folder: Path, shards: int

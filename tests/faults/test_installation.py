@@ -65,6 +65,7 @@ async def test_a_second_installation_with_our_redis_changes_nothing_of_ours(
             assert await owners() == before
             writer.kill()
             api.kill()
+        theirs.close()
         assert "belongs to installation" in (ours.folder / "api.log").read_text()
 
 
