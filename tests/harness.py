@@ -280,7 +280,7 @@ class Stack:
             async for key in redis.scan_iter("cb:*:meta"):
                 metas[int(key[4:6])] = await redis.hgetall(key)
             return all(
-                int(metas[row["shard"]]["seq"]) == row["committed"] for row in rows if row["shard"] in metas
+                metas[row["shard"]].get("seq") == str(row["committed"]) for row in rows if row["shard"] in metas
             ) and bool(metas)
 
         try:
