@@ -74,6 +74,7 @@ async def _measure(
 
     await take("to warm up")
     await take("before")
+    await keeping.execute("SET idle_in_transaction_session_timeout = 0")
     async with keeping.transaction(isolation="repeatable_read", readonly=True):
         await keeping.execute("SELECT count(*) FROM books")
         for minute in range(1, minutes + 1):
