@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import asyncpg
 import pytest
 
@@ -31,3 +33,30 @@ async def test_a_connection_on_which_the_server_refused_is_given_up(postgres_url
         async with within(connection, 5.0):
             await connection.execute("CREATE TABLE t ()")
     assert connection.is_closed()
+
+
+async def test_a_connection_that_ends_between_two_messages_of_a_statement_is_given_up(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watchdog may come just when the server has parsed a statement, and not run it yet."""
+    connection = await open_connection(await fresh_database(postgres_url, 1), "test")
+    parse = asyncpg.Connection._get_statement  # type: ignore[attr-defined]
+
+    async def parse_and_end(self: asyncpg.Connection, *args: Any, **named: Any) -> Any:
+        statement = await parse(self, *args, **named)
+        self.terminate()
+        return statement
+
+    monkeypatch.setattr(asyncpg.Connection, "_get_statement", parse_and_end)
+    with pytest.raises(LedgerUnavailable):
+        async with within(connection, 5.0):
+            await connection.fetchval("SELECT 1")
+
+
+async def test_a_mistake_of_ours_is_not_taken_for_an_unfit_server(postgres_url: str) -> None:
+    connection = await open_connection(await fresh_database(postgres_url, 1), "test")
+    with pytest.raises(AttributeError):
+        async with within(connection, 5.0):
+            await connection.no_such_method()  # type: ignore[attr-defined]
+    assert not connection.is_closed()
+    await connection.close()

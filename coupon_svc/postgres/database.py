@@ -63,7 +63,10 @@ async def within(
     except asyncio.CancelledError:
         connection.terminate()
         raise
-    except UNAVAILABLE as error:
+    except (*UNAVAILABLE, AttributeError) as error:
+        # asyncpg raises AttributeError when the connection is ended between two messages of one statement.
+        if isinstance(error, AttributeError) and not connection.is_closed():
+            raise
         # The next connection may be better off: this one may have begun while the server was read-only, and stays so.
         connection.terminate()
         task = asyncio.current_task()
