@@ -119,7 +119,7 @@ async def together(all_driven: Sequence[Coroutine[Any, None, T]]) -> list[T | No
     """Drive several coroutines at once, and return what they return, in their order; None for one that raised."""
     results: list[T | None] = [None] * len(all_driven)
     left = len(all_driven)
-    all_done = Slot[None]()
+    all_done: Slot[None] = Slot()
 
     def on_done(index: int, result: T | None) -> None:
         nonlocal left

@@ -34,7 +34,7 @@ class PendingOperation:
         self.tenant_id: int = parameters["tenant_id"]
         self.weight = 1 if operation.weigh is None else operation.weigh(parameters)
         self.deadline = deadline
-        """When it must have been sent, by the loop's clock."""
+        """When it must have been sent, by the monotonic clock."""
         self.reply: Slot[Reply] = Slot()
         self.reply.withdrawable = True
         self.epoch = 0

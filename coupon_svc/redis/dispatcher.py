@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from time import monotonic
 from typing import Any, NamedTuple, cast
 
 import hiredis
@@ -110,8 +111,7 @@ class Dispatcher:
             raise Refused(Outcome.RECOVERING)
         operation = self._operations[name]
         lane = self._lanes[operation.call_class]
-        loop = asyncio.get_running_loop()
-        pending = PendingOperation(operation, view, parameters, loop.time() + QUEUED_S)
+        pending = PendingOperation(operation, view, parameters, monotonic() + QUEUED_S)
         if not lane.queue.put(pending):
             raise Refused(Outcome.STORE_UNAVAILABLE)
         self._wake()
@@ -129,7 +129,7 @@ class Dispatcher:
 
     def refuse_late(self) -> None:
         """Refuse what was not sent in time: nothing was done."""
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         for lane in self._lanes.values():
             for pending in lane.queue.take_late(now):
                 _refuse(pending, Outcome.STORE_UNAVAILABLE)
@@ -162,7 +162,7 @@ class Dispatcher:
         if connection is None:
             _refuse_all(operations, Outcome.STORE_UNAVAILABLE)
             return
-        now = asyncio.get_running_loop().time()
+        now = monotonic()
         ready = []
         for pending in operations:
             if pending.reply.done():

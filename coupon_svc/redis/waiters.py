@@ -50,7 +50,7 @@ class _EntryWaiter:
         self.begun = begun
         self.ask_at = begun + OVERDUE_S
         self.until = until
-        self.slot = Slot[None]()
+        self.slot: Slot[None] = Slot()
 
 
 class DurabilityWaiters:
@@ -109,7 +109,7 @@ class DurabilityWaiters:
             return
         if known_epoch > epoch:
             raise Refused(Outcome.OUTCOME_UNKNOWN)
-        slot = Slot[None]()
+        slot: Slot[None] = Slot()
         overdue_at = monotonic() + OVERDUE_S
         heapq.heappush(
             self._for_positions[shard], _PositionWaiter(epoch, seq, next(self._tie), overdue_at, until, slot)
