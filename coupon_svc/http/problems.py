@@ -96,7 +96,7 @@ PROBLEMS: dict[Outcome, ProblemText] = {
     Outcome.USER_CODE_LIMIT: ProblemText(
         409, "User's limit reached", "The user holds `held` codes of the book; the limit is `limit`."
     ),
-    Outcome.BOOK_EXHAUSTED: ProblemText(409, "Book exhausted", "Every code of the book is assigned."),
+    Outcome.BOOK_EXHAUSTED: ProblemText(409, "Book exhausted", "No code of the book is left to assign."),
     Outcome.REFILLING: ProblemText(
         503, "Refilling", "More codes of the book are being loaded. Nothing was done. Try again.", 1
     ),
