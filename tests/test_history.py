@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from coupon_svc.postgres.rebuild_source import idempotent_events
 from coupon_svc.postgres.shards import owned_shards
 from coupon_svc.resources import resource_folder
 from tests.entries import batch_of, entry_of
+from tests.forked import run_command
 from tests.harness import Stack, fresh_database, until
 
 OWNER = "wr_me"
@@ -268,9 +267,7 @@ async def test_rows_from_before_the_chain_are_counted_and_the_chain_begins_behin
 
 
 def verify(stack: Stack, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "coupon_svc", "verify", *options]
-    environment = {**os.environ, **stack.environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return run_command("verify", *options, **stack.environment)
 
 
 async def test_a_running_service_is_verified_against_earlier_heads_and_stops_at_a_head_that_was_edited(

@@ -4,9 +4,7 @@ code that Redis shows as somebody's is dealt to somebody else."""
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable
 
 import httpx
@@ -16,20 +14,14 @@ from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.writer.persist import HEAD_CHANGED
 from tests.backup import Backup
+from tests.forked import run_command
 from tests.harness import Part, Stack, until
 
 MakeStack = Callable[..., Awaitable[Stack]]
 
 
 def command(stack: Stack, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "coupon_svc", *args],
-        env={**os.environ, **stack.environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return run_command(*args, **stack.environment)
 
 
 async def adopt(stack: Stack, *args: str) -> subprocess.CompletedProcess[str]:
@@ -217,5 +209,5 @@ async def test_adopt_says_what_it_cannot_do(make_stack: MakeStack) -> None:
 
 @pytest.mark.parametrize("word", ["quarantine", "restored", "epoch", "lost"])
 def test_its_help_explains_what_it_does(word: str) -> None:
-    shown = subprocess.run([sys.executable, "-m", "coupon_svc", "adopt", "--help"], capture_output=True, text=True)
+    shown = run_command("adopt", "--help")
     assert word in shown.stdout

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,6 +17,7 @@ from coupon_svc.invariants import stores
 from coupon_svc.invariants.stores import RedisCheck, Report
 from coupon_svc.postgres.computed.ciphers import Ciphers
 from tests.backup import Backup
+from tests.forked import run_command
 from tests.harness import MASTER_KEY, Stack, until
 from tests.test_verify import found_in, report_of
 
@@ -28,14 +27,7 @@ GENERATE = {"pattern": "C-########", "total": 1_000_000}
 
 
 def command(stack: Stack, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "coupon_svc", *args],
-        env={**os.environ, **stack.environment, **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return run_command(*args, **{**stack.environment, **environment})
 
 
 class Shop:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
@@ -15,6 +12,7 @@ import pytest
 
 from coupon_svc.postgres.quarantine import deal_again, quarantined_books
 from tests.conftest import SHARDS
+from tests.forked import run_command
 from tests.harness import Stack, running_stack, until
 
 BOOKS = 3
@@ -72,9 +70,7 @@ async def losses(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) ->
 
 
 def verify(stack: Stack) -> int:
-    command = [sys.executable, "-m", "coupon_svc", "verify"]
-    done = subprocess.run(command, env={**os.environ, **stack.environment}, capture_output=True, check=False)
-    return done.returncode
+    return run_command("verify", **stack.environment).returncode
 
 
 async def test_a_receipt_brings_a_lost_record_back(losses: list[Loss]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections.abc import Awaitable, Callable
 
 import httpx
 
 from coupon_svc.domain.holding import Holding
+from tests.forked import run_command
 from tests.harness import Stack, until
 
 MakeStack = Callable[[], Awaitable[Stack]]
@@ -17,13 +16,9 @@ MakeStack = Callable[[], Awaitable[Stack]]
 
 async def want_rebuild(stack: Stack) -> str:
     """Type the command. Returns the beginning of what it says."""
-    ran = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "coupon_svc", "rebuild",
-        env={**os.environ, **stack.environment}, stdout=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    said, _ = await ran.communicate()
+    ran = await asyncio.to_thread(run_command, "rebuild", **stack.environment)
     assert ran.returncode == 0
-    return said.decode().partition(" by ")[0]
+    return ran.stdout.partition(" by ")[0]
 
 
 async def test_what_was_changed_by_hand_is_put_right_and_what_was_given_stays_given(make_stack: MakeStack) -> None:
