@@ -29,7 +29,7 @@ def figures(measured: dict[str, Any]) -> str:
         ("", "`ack = ledger`", "`ack = redis`", "by"),
         ("---", "---:", "---:", "---"),
         (
-            "Assigns per second, 64 callers",
+            "Assigns per second in one book, 64 callers",
             f"{statistics.median(ledger['rates']):,.0f}",
             f"{statistics.median(redis['rates']):,.0f}",
             "`make bench`",

@@ -4,7 +4,7 @@ Nothing here asks what went wrong. Every recovery takes the same steps, each of 
 
 1. the next epoch in Postgres: no batch of an older one can be committed any more, and API processes say what they saw;
 2. the shard is shut in Redis;
-3. what its stream still holds goes into the ledger;
+3. what its stream still holds goes into the ledger, and what API processes report that it has lost;
 4. codes that were lent and have no record go back to be dealt, or into quarantine when somebody may have been answered;
 5. Redis is rebuilt from the ledger, or kept when it provably stands where the ledger stands; its pools are emptied;
 6. Redis is certified.
