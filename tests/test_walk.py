@@ -7,6 +7,7 @@ import secrets
 import zlib
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -521,7 +522,8 @@ class Walk(RuleBasedStateMachine):
             assert [int(counter) for counter in counters] == [book.version, len(free) + len(holders), spent, partly]
 
 
-def test_the_scripts_do_what_a_plain_model_of_them_foretells(plain_redis: EmbeddedRedis) -> None:
+@pytest.mark.parametrize("walks", [30, pytest.param(300, marks=pytest.mark.chaos)])
+def test_the_scripts_do_what_a_plain_model_of_them_foretells(plain_redis: EmbeddedRedis, walks: int) -> None:
     class OnThisServer(Walk):
         server = plain_redis
 
@@ -531,5 +533,5 @@ def test_the_scripts_do_what_a_plain_model_of_them_foretells(plain_redis: Embedd
         redis.function_load(Walk.scripts.library.source, replace=True)
     run_state_machine_as_test(
         OnThisServer,
-        settings=settings(max_examples=60, stateful_step_count=60, deadline=None, print_blob=True),
+        settings=settings(max_examples=walks, stateful_step_count=60, deadline=None, print_blob=True),
     )

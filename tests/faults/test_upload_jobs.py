@@ -247,7 +247,7 @@ async def test_hot_work_and_other_uploads_of_the_tenant_do_not_wait_for_a_job(st
     async with await stack.client("t") as client:
         other = await make_book(client)
         book = await make_book(client, codes=[f"NAMED-{number}" for number in range(15)])
-        body = "\n".join(f"LONG-{number:06}" for number in range(60_000)).encode()
+        body = "\n".join(f"LONG-{number:06}" for number in range(30_000)).encode()
         sent = await send(client, book, body)
         done = 0
         while (await job_of(client, sent))[0] == "running":
@@ -262,7 +262,7 @@ async def test_hot_work_and_other_uploads_of_the_tenant_do_not_wait_for_a_job(st
             if done >= 15:
                 break
         assert done >= 2
-        assert (await over(client, sent))["inserted"] == 60_000
+        assert (await over(client, sent))["inserted"] == 30_000
 
 
 @pytest.mark.chaos

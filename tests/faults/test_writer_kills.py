@@ -64,7 +64,7 @@ def log_of(stack: Stack, part: str = "writer") -> str:
 
 # --- the writer dies at each of its crash points
 
-IN_MAKE_TEST = ("persist.committed", "lend.leased", "recover.settled", "recover.coupons_restored")
+IN_MAKE_TEST = ("persist.committed", "lend.leased", "recover.coupons_restored")
 """Where the stores have parted furthest. The model dies at every one (tests/model/test_model.py), and
 `make chaos` kills a writer there."""
 

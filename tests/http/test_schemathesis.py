@@ -29,7 +29,12 @@ async def test_schemathesis_finds_nothing(service: Stack, tmp_path: Path, exampl
         *("--checks", "all", "--phases", "examples,coverage,fuzzing,stateful", "--generation-database", "none"),
         *("--seed", str(SEED), "--max-examples", str(examples), "--continue-on-failure", "--no-color"),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SCHEMATHESIS_HOOKS": "tests.http.schemathesis_hooks"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "SCHEMATHESIS_HOOKS": "tests.http.schemathesis_hooks",
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(ROOT / ".hypothesis"),  # which keeps what it has read of all Unicode
+    }
     process = await asyncio.create_subprocess_exec(
         *command, cwd=tmp_path, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )

@@ -108,7 +108,7 @@ REACHED = {
 @pytest.mark.parametrize("scenario", SCENARIOS)
 async def test_a_scenario_is_played_and_its_audit_holds(play: Play, scenario: str) -> None:
     settings = {"ack": "both", "books": 3} if scenario == "mixed" else {}
-    played = await play(scenario, duration_s=1.0, **settings)
+    played = await play(scenario, duration_s=0.5, **settings)
     reached = {(verb, outcome) for verb, outcomes in played.result.outcomes.items() for outcome in outcomes}
     assert reached >= REACHED[scenario]
     assert played.result.answers == sum(sum(outcomes.values()) for outcomes in played.result.outcomes.values())
@@ -382,6 +382,9 @@ class ServiceWith:
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
+FEW = ("--rate", "200", "--codes", "2000")
+"""Callers that keep no processor busy: without a rate, as many as can be served come."""
+
 
 class Command:
     """`coupon-svc load` at the stack's service, in a process of its own."""
@@ -403,7 +406,7 @@ class Command:
 
 async def test_the_command_plays_audits_and_reports(stack: Stack, key: str, tmp_path: Path) -> None:
     page, data = tmp_path / "load.html", tmp_path / "load.json"
-    at = ["--url", stack.base_url, "--duration", "1.2", "--codes", "2000", "--scenario", "retries", "--audit-stores"]
+    at = ["--url", stack.base_url, "--duration", "1.2", *FEW, "--scenario", "retries", "--audit-stores"]
     command = Command(stack, key, *at, "--html", str(page), "--json", str(data), **stack.environment)
     status, out, error = await command.ended()
     assert status == 0, (out, error)
@@ -431,12 +434,13 @@ async def test_the_command_plays_audits_and_reports(stack: Stack, key: str, tmp_
 
 async def test_a_broken_promise_is_exit_status_1(stack: Stack, key: str) -> None:
     """Somebody else takes codes from under the load: the book counts more given than the load was answered."""
-    command = Command(stack, key, "--url", stack.base_url, "--duration", "2", "--codes", "2000")
+    command = Command(stack, key, "--url", stack.base_url, "--duration", "2", *FEW)
     async with await stack.client("load") as client:
         while True:
             books = (await client.get("/coupons")).json()["books"]
             if books and books[0]["name"].startswith("load ") and books[0]["status"] == "active":
                 break
+            await asyncio.sleep(0.05)
         taken = await client.post("/coupons/assign", json={"book_id": books[0]["book_id"], "user_id": "a thief"})
         assert taken.status_code == 201
     status, out, _ = await command.ended()
@@ -447,7 +451,7 @@ async def test_a_broken_promise_is_exit_status_1(stack: Stack, key: str) -> None
 
 
 async def test_ctrl_c_ends_early_audits_and_reports(stack: Stack, key: str) -> None:
-    command = Command(stack, key, "--url", stack.base_url, "--duration", "60", "--codes", "5000")
+    command = Command(stack, key, "--url", stack.base_url, "--duration", "60", *FEW)
     assert command.process.stderr is not None
     await asyncio.to_thread(command.process.stderr.readline)  # the first second has passed
     command.process.send_signal(signal.SIGINT)
@@ -459,7 +463,7 @@ async def test_ctrl_c_ends_early_audits_and_reports(stack: Stack, key: str) -> N
 
 
 async def test_a_second_ctrl_c_stops_at_once(stack: Stack, key: str) -> None:
-    command = Command(stack, key, "--url", stack.base_url, "--duration", "60", "--codes", "5000")
+    command = Command(stack, key, "--url", stack.base_url, "--duration", "60", *FEW)
     assert command.process.stderr is not None
     await asyncio.to_thread(command.process.stderr.readline)
     stack.parts[1].signal(signal.SIGSTOP)  # lest the audit be over before the second
