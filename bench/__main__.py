@@ -24,8 +24,9 @@ from bench.snapshot import bench_snapshot, show_snapshot
 from bench.toll import TollPlan, bench_toll, counts, expectations, toll_figures
 from bench.turns import CONNECTIONS
 from bench.uploads import bench_upload, show_upload
+from bench.versions import bench_versions
 from coupon_svc.dev.servers import ServerError
-from coupon_svc.dev.throwaway import signals_raise
+from coupon_svc.dev.throwaway import ThrowawayError, signals_raise
 
 QUICK_HTTP = HttpPlan(rounds=2, seconds=1.5, tail_rounds=1, tail_seconds=3.0)
 QUICK_TOLL = TollPlan(rounds=3)
@@ -41,7 +42,7 @@ def main() -> int:
     try:
         with signals_raise():
             return _measure(args)
-    except (BenchError, ServerError) as error:
+    except (BenchError, ServerError, ThrowawayError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -63,13 +64,17 @@ def _arguments() -> argparse.Namespace:
         "--flat", action="store_true", help="whether calls take as long in a book of --codes as in one of 1,000"
     )
     what.add_argument("--snapshot", action="store_true", help="what a snapshot of --minutes does to commits")
+    what.add_argument(
+        "--against", type=Path, metavar="DIR", help="what this checkout does and takes beside another one"
+    )
     what.add_argument("--render", action="store_true", help="write benchmarks.md anew from benchmarks.json")
     what.add_argument("--serve", choices=SERVED, help=argparse.SUPPRESS)
     parser.add_argument(
         "--quick", action="store_true", help="about two minutes, noisier; printed, and written only with --output"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where benchmarks.md goes; default: docs")
-    parser.add_argument("--rounds", type=int, metavar="N", help="of the lines over HTTP")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of the lines over HTTP, and of --against")
+    parser.add_argument("--connections", type=int, default=64, metavar="N", help="of --against")
     parser.add_argument(
         "--codes", type=int, default=1_000_000, metavar="N", help="of --memory, --rebuild, --upload and --flat"
     )
@@ -96,6 +101,11 @@ def _measure(args: argparse.Namespace) -> int:
         return 0
     if args.snapshot:
         show_snapshot(bench_snapshot(args.minutes, _narrator()))
+        return 0
+    if args.against is not None:
+        figures = bench_versions(args.against.resolve(), args.rounds or 11, args.connections, _narrator())
+        for figure in figures:
+            print(f"{figure.what:45} {figure.spread()}")
         return 0
     if args.rebuild:
         bench_rebuild(args.codes)

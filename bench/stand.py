@@ -148,13 +148,8 @@ class Stand:
         self._await(process, "/", any_status=True)
 
     def make_book(self, api: Process, ack: str, codes: int) -> str:
-        """A book without a limit per user, with so many codes. Returns its id. Raises BenchError."""
-        pattern = f"{ack[0].upper()}{os.urandom(3).hex()}-########"
-        first = min(codes, CODES_A_CALL)
-        rules = {"name": f"bench {ack}", "ack": ack, "generate": {"pattern": pattern, "total": first}}
-        book_id: str = self._post(api, "/coupons", rules)["book_id"]
-        self.add_codes(api, book_id, codes - first)
-        return book_id
+        """As the function of this name."""
+        return make_book(api.port, self.key, ack, codes)
 
     def make_computed_book(self, api: Process, ack: str, codes: int) -> str:
         """As make_book, of codes that are computed; the processes need a master key."""
@@ -170,22 +165,11 @@ class Stand:
         return book_id
 
     def add_codes(self, api: Process, book_id: str, codes: int) -> None:
-        """So many more codes for a book. Raises BenchError."""
-        pattern = f"M{os.urandom(3).hex()}-########"
-        for begin in range(0, codes, CODES_A_CALL):
-            more = {"pattern": pattern, "total": min(CODES_A_CALL, codes - begin)}
-            self._post(api, "/coupons/codes", {"book_id": book_id, "generate": more})
+        """As the function of this name."""
+        add_codes(api.port, self.key, book_id, codes)
 
     def _post(self, api: Process, path: str, body: object) -> Any:
-        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{api.port}{path}", msgspec.json.encode(body), headers, method="POST"
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return msgspec.json.decode(answer.read())
-        except urllib.error.HTTPError as error:
-            raise BenchError(f"{path} answered {error.code}: {error.read().decode(errors='replace')}") from None
+        return _post(api.port, self.key, path, body)
 
     def _await(self, process: Process, path: str, *, any_status: bool = False) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
@@ -218,3 +202,33 @@ async def prepare_database(url: str, shards: int, key: str | None = None) -> str
     await create_key(connection, TENANT, key)
     await connection.close()
     return key
+
+
+def make_book(port: int, key: str, ack: str, codes: int) -> str:
+    """A book without a limit per user, with so many codes. Returns its id. Raises BenchError."""
+    pattern = f"{ack[0].upper()}{os.urandom(3).hex()}-########"
+    first = min(codes, CODES_A_CALL)
+    rules = {"name": f"bench {ack}", "ack": ack, "generate": {"pattern": pattern, "total": first}}
+    book_id: str = _post(port, key, "/coupons", rules)["book_id"]
+    add_codes(port, key, book_id, codes - first)
+    return book_id
+
+
+def add_codes(port: int, key: str, book_id: str, codes: int) -> None:
+    """So many more codes for a book. Raises BenchError."""
+    pattern = f"M{os.urandom(3).hex()}-########"
+    for begin in range(0, codes, CODES_A_CALL):
+        more = {"pattern": pattern, "total": min(CODES_A_CALL, codes - begin)}
+        _post(port, key, "/coupons/codes", {"book_id": book_id, "generate": more})
+
+
+def _post(port: int, key: str, path: str, body: object) -> Any:
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", msgspec.json.encode(body), headers, method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return msgspec.json.decode(answer.read())
+    except urllib.error.HTTPError as error:
+        raise BenchError(f"{path} answered {error.code}: {error.read().decode(errors='replace')}") from None

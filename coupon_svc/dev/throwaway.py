@@ -33,11 +33,14 @@ class ThrowawayError(CouponError):
 
 
 @contextlib.contextmanager
-def throwaway_service(purpose: str, arguments: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def throwaway_service(
+    purpose: str, arguments: Sequence[str] = (), checkout: Path | None = None
+) -> Iterator[dict[str, Any]]:
     """A running service, described as in its dev.json; stopped, and its data removed, however the block is left.
 
-    `purpose` is one word, for people and for the directory's name; `arguments` go to `coupon-svc dev`. Raises
-    ThrowawayError and ServerError. Only the main thread can call it, and after the block the orders to stop are ignored.
+    `purpose` is one word, for people and for the directory's name; `arguments` go to `coupon-svc dev`. With `checkout`, the
+    folder of another checkout, it runs the code there. Raises ThrowawayError and ServerError. Only the main thread can call
+    it, and after the block the orders to stop are ignored.
     """
     require_packages()
     folder: Path | None = None
@@ -50,7 +53,7 @@ def throwaway_service(purpose: str, arguments: Sequence[str] = ()) -> Iterator[d
         began = time.monotonic()
         print(f"Starting Valkey, Postgres, the writer and the API, for this {purpose} alone …", end=" ", flush=True)
         with _orders_wait():  # else one that comes while it starts leaves a process that nobody knows
-            process = _start(folder, output, arguments)
+            process = _start(folder, output, arguments, checkout)
         try:
             told = _await_ready(process, folder / "data" / "dev.json", output)
         except BaseException:
@@ -67,7 +70,7 @@ def throwaway_service(purpose: str, arguments: Sequence[str] = ()) -> Iterator[d
             leash.wait_until(partial(_removed, folder), REMOVE_TIMEOUT_SECONDS)
 
 
-def _start(folder: Path, output: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(folder: Path, output: Path, arguments: Sequence[str], checkout: Path | None) -> subprocess.Popen[bytes]:
     """A session of its own keeps the terminal's Ctrl-C from it: it is stopped by us, after the last request."""
     command = [*SERVICE_COMMAND, "dev", "--port", "0", "--data-dir", str(folder / "data"), *arguments]
     with output.open("wb") as log:
@@ -76,6 +79,7 @@ def _start(folder: Path, output: Path, arguments: Sequence[str]) -> subprocess.P
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            cwd=checkout,
             env=clean_environment(),
             start_new_session=True,
         )
