@@ -7,7 +7,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from coupon_svc.postgres.database import open_connection, within
+from coupon_svc.postgres.database import Database, open_connection, within
 from coupon_svc.postgres.errors import LedgerUnavailable
 from tests.harness import fresh_database
 
@@ -60,3 +60,16 @@ async def test_a_mistake_of_ours_is_not_taken_for_an_unfit_server(postgres_url: 
             await connection.no_such_method()  # type: ignore[attr-defined]
     assert not connection.is_closed()
     await connection.close()
+
+
+async def test_a_pool_opens_no_more_connections_than_it_may_and_uses_them_again(postgres_url: str) -> None:
+    database = Database(await fresh_database(postgres_url, 1), "test", size=2)
+    backend = "SELECT pg_backend_pid()"
+    async with database.connection() as one, database.connection() as other:
+        backends = {await one.fetchval(backend), await other.fetchval(backend)}
+        with pytest.raises(LedgerUnavailable):
+            async with database.connection(wait_s=0.05):
+                pass
+    for _ in range(3):
+        assert (await database.fetch(backend))[0][0] in backends
+    await database.close()

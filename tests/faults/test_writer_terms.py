@@ -25,7 +25,7 @@ from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.lend import Lender
-from coupon_svc.writer.persist import Persister, Rewritten, following_batch
+from coupon_svc.writer.persist import EVENTS_PER_COMMIT_MAX, Persister, Rewritten, following_batch
 from coupon_svc.writer.shard import Hole, Shard, Shut, term_of
 from tests.entries import batch_of, entry_of, fields_of
 from tests.harness import fresh_database
@@ -93,6 +93,21 @@ def test_what_comes_before_a_hole_is_committed() -> None:
         following_batch(shard, entries[2:])
     with pytest.raises(Rewritten):
         following_batch(shard, [found(follows._replace(after="x"))])
+
+
+def test_a_commit_takes_so_many_events_and_the_next_one_goes_on_from_there() -> None:
+    shard = Shard(OwnedShard(0, 3, 0, 1, CHAIN, "t0"))
+    each = EVENTS_PER_COMMIT_MAX // 4
+    event = Event(3, 0, COUPON_ASSIGNED, "b", "A-1", "u", 1)
+    entries = [
+        entry_of(*(event._replace(seq=each * no + one + 1) for one in range(each)), after=f"t{no}", tip=f"t{no + 1}")
+        for no in range(6)
+    ]
+    batch = following_batch(shard, [found(entry) for entry in entries])
+    assert (len(batch.events), batch.upto, batch.last_tip) == (EVENTS_PER_COMMIT_MAX, 4 * each, "t4")
+    shard.advanced(shard.term, batch.upto, CHAIN, batch.last_tip)
+    batch = following_batch(shard, [found(entry) for entry in entries[4:]])
+    assert (batch.committed, batch.upto, len(batch.events)) == (4 * each, 6 * each, 2 * each)
 
 
 def found(entry: Entry) -> StreamEntry:

@@ -10,9 +10,11 @@ import asyncpg
 import httpx
 import pytest
 
+from coupon_svc.domain.codes import parse_pattern
 from coupon_svc.domain.computed import PatternCipher, codes_beginning_with
 from coupon_svc.domain.master_key import MasterKeys
 from coupon_svc.postgres.codes import insert_codes
+from coupon_svc.postgres.computed import ranges
 from coupon_svc.postgres.computed.ciphers import Ciphers
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.patterns import compute_codes
@@ -24,6 +26,9 @@ from tests.http.helpers import assign, make_book, upload
 
 MANY = 1_000_000_000
 GENERATE = {"pattern": "SUMMER-####-####", "total": MANY}
+PASSED_OVER_OF = """
+    SELECT count(*) FROM passed_over JOIN computed_patterns USING (pattern_id) WHERE tenant_id = $1 AND pattern = $2
+"""
 
 
 async def computed_book(client: httpx.AsyncClient, **fields: Any) -> str:
@@ -102,6 +107,24 @@ async def test_an_uploaded_code_that_lies_in_the_pattern_is_never_computed(
         assert (await client.get(f"/coupons/codes/{code}")).json()["book_id"] == uploads
         response = await client.post(f"/coupons/assign/{code}", json={"user_id": "u"})
         assert (response.status_code, response.json()["book_id"]) == (201, uploads)
+
+
+async def test_beyond_so_many_uploaded_codes_a_pattern_is_not_computed(
+    client: httpx.AsyncClient, service: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of uploaded codes are noted one by one, so their number has a bound. The codes are stored instead."""
+    book_id = await make_book(client, codes=["NOTED-222222", "NOTED-333333", "NOTED-444444"])
+    (tenant_id,) = (await service.ledger("SELECT tenant_id FROM books WHERE book_id = $1", book_id))[0]
+    ciphers, pattern = Ciphers(MasterKeys.parse(MASTER_KEY)), parse_pattern("NOTED-######", "unambiguous")
+    connection = await asyncpg.connect(service.database_url)
+    for noted_max, computed, noted in ((2, False, 0), (3, True, 3)):
+        monkeypatch.setattr(ranges, "NOTED_MAX", noted_max)
+        transaction = connection.transaction()
+        await transaction.start()
+        assert await ranges.take_range(connection, tenant_id, book_id, pattern, 150_000, ciphers) is computed
+        assert await connection.fetchval(PASSED_OVER_OF, tenant_id, pattern.text) == noted
+        await transaction.rollback()
+    await connection.close()
 
 
 async def test_a_range_waits_for_an_upload_that_may_have_its_codes(client: httpx.AsyncClient, service: Stack) -> None:

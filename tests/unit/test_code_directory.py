@@ -111,18 +111,6 @@ async def test_nobody_waits_longer_than_he_can(directory: CodeDirectory, ledger:
         await directory.book_of_code(1, "A", 0.01)
 
 
-async def test_of_many_codes_the_oldest_are_forgotten(
-    directory: CodeDirectory, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(code_directory, "CODES_KEPT_MAX", 2)
-    for code in "ABC":
-        directory.learn_code(1, code, f"bk_{code}")
-    assert [await directory.book_of_code(1, code, 1) for code in "BC"] == ["bk_B", "bk_C"]
-    assert ledger.statements == []
-    with pytest.raises(Refused):
-        await directory.book_of_code(1, "A", 1)
-
-
 async def test_too_many_questions_at_a_time_are_refused(
     directory: CodeDirectory, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:

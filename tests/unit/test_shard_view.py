@@ -100,6 +100,16 @@ def test_a_position_is_observed_in_its_own_epoch_alone_and_never_goes_back() -> 
     assert view.seen == (EPOCH, SEEN_SEQ + 5)
 
 
+def test_entries_are_kept_until_the_ledger_has_them() -> None:
+    view = in_state(OPEN)
+    for seq in range(1, 101):
+        view.made.append((seq, f"tip-{seq}", ["1", "", "5", "[]"]))
+        view.forget(seq - 3)
+        assert [entry.seq for entry in view.made_entries()] == list(range(max(1, seq - 2), seq + 1))
+    certify(view, EPOCH + 1, 0)
+    assert view.made_entries() == [], "the epoch to which they belong is over"
+
+
 def test_a_message_that_outran_the_server_does_not_make_it_look_gone_back() -> None:
     view = in_state(OPEN)
     seen = view.seen

@@ -62,7 +62,10 @@ class Surroundings:
         waiting._lend = lend  # type: ignore[method-assign, assignment]
         begun = monotonic() if begun is None else begun
         deciding = waiting.decide(first, "assign_code", view, PARAMETERS, begun, receipt=receipt)
-        return await asyncio.wait_for(deciding, 5)
+        try:
+            return await asyncio.wait_for(deciding, 5)
+        finally:
+            assert not waiting._polls, "nothing is kept of a book for which nobody waits"
 
 
 def reply(*raw: Any) -> Reply:

@@ -15,6 +15,7 @@ from coupon_svc.postgres.shards import OwnedShard
 from coupon_svc.redis.errors import ClocksApart, CountsDiffer
 from coupon_svc.redis.server import Identity
 from coupon_svc.writer.shard import (
+    TRIM_KEPT_S,
     Hole,
     ImpossibleTransition,
     Open,
@@ -250,6 +251,18 @@ def test_the_log_says_what_was_found_but_no_text_of_an_unforeseen_error(caplog: 
     assert "shard 03 is shut: event 8 is missing" in caplog.text
     assert "shard 03 is shut: ValueError at nowhere" in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_events_are_trimmed_a_minute_late_and_few_positions_are_kept_for_that() -> None:
+    shard, trimmed = shard_in(OPEN), 0
+    for tenths in range(10 * 200):
+        shard.advanced(term_of(TAKEN), 100 + tenths, CHAIN_START, "t")
+        shard.mark(tenths / 10)
+        if seq := shard.trim_seq(tenths / 10):
+            trimmed += 1
+            assert 100 <= seq <= 100 + tenths - 10 * TRIM_KEPT_S
+        assert len(shard._marks) <= TRIM_KEPT_S + 1
+    assert trimmed == 140
 
 
 def test_the_diagram_in_the_docs_shows_these_transitions() -> None:
