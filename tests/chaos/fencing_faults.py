@@ -12,6 +12,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ from coupon_svc.domain.position import parse_shard_position
 from coupon_svc.postgres.epochs import want_recovery
 from coupon_svc.redis.keys import ShardKeys
 from tests.chaos.fault import SHARDS, Fault
-from tests.chaos.probe import Probe, probing, under_load
+from tests.chaos.probe import PROBE_CODES, Probe, probing, under_load
 from tests.chaos.process_faults import one_owner, writers_standing_still
-from tests.chaos.run import HEAL_S, Attempt, Run
-from tests.harness import Part, until
+from tests.chaos.run import HEAL_S, Attempt, Run, all_certified, new_book
+from tests.harness import START_S, Part, until
 
 BACKLOG_MAX = 40
+TRIES = 5
+BATCH_WAITS_S = 4.5
+"""A writer gives a commit up after 5 s."""
+ACKS = ("ledger", "redis")
 
 _WRITERS_BACKENDS = (
     "SELECT pid, state, query FROM pg_stat_activity"
@@ -59,6 +64,7 @@ async def request_comes_after_a_recovery(run: Run) -> None:
     """A script that was held up on its way, as in a full buffer, arrives when its epoch is over: nothing is done."""
     redis: Any = run.stack.redis()
     async with probing(run) as probe, redis:
+        await probe.goes_on()
         book_id = probe.books["redis"]
         command = await _script_as_sent(run, probe)
         epoch = int(str(await redis.hget(keys_of(book_id).meta, "epoch")))
@@ -144,7 +150,7 @@ async def keys_put_back_unseen(run: Run) -> None:
         given = [await probe.assign(ack, at=seeing.base_url) for ack in probe.books for _ in range(5)]
         assert all(attempt.outcome == "ok" for attempt in given), given
         await run.stack.drained()
-        await asyncio.sleep(0.1)  # the messages that say so are on their way
+        await _told(run, probe, blind)
         await _put_back(run, kept)
         asked = [probe.assign(ack, at=blind.base_url) for ack in probe.books for _ in range(5)]
         _require_refused(run, given, list(await asyncio.gather(*asked)))
@@ -170,7 +176,7 @@ async def keys_put_back_unheard(run: Run) -> None:
         given = [await probe.assign("ledger", at=seeing.base_url) for _ in range(5)]
         assert all(attempt.outcome == "ok" for attempt in given), given
         await run.stack.drained()
-        await asyncio.sleep(0.1)
+        await _told(run, probe, seeing)
         await _put_back(run, kept)
         asked = [probe.assign("ledger", at=run.apis[deaf].base_url) for _ in range(5)]
         _require_refused(run, given, list(await asyncio.gather(*asked)))
@@ -186,6 +192,19 @@ async def keys_put_back_unheard(run: Run) -> None:
             assert "differs from the one in the ledger" in word, word
             await adopted(run)
     await run.recovered(all_shards=False)
+
+
+async def _told(run: Run, probe: Probe, api: Part) -> None:
+    """Wait until an API process has heard of all that is committed."""
+
+    async def published() -> bool:
+        async with run.stack.redis() as redis:
+            heads = [await redis.hmget(ShardKeys(shard, SHARDS).meta, "seq", "committed") for shard in range(SHARDS)]
+        return all(seq == committed for seq, committed in heads)
+
+    await until(published, HEAL_S, "what is committed should be told")
+    # The messages left with it, so they came to the process before this question. It reads both in one turn, and answers.
+    assert (await probe.http.get(f"{api.base_url}/healthz")).status_code == 200
 
 
 async def adopted(run: Run) -> None:
@@ -251,10 +270,9 @@ async def backlog_reaches_its_bound(run: Run) -> None:
         await until(bounded, HEAL_S, "the new bound should be in force")
         await probe.goes_on()
         async with writers_standing_still(run):
-            refusals: set[str] = set()
-            for _ in range(BACKLOG_MAX + 12):
-                attempt = await probe.assign("redis")
-                refusals |= {attempt.answer["code"]} if attempt.outcome != "ok" else set()
+            # At once: a ledger that is not seen for long is a reason of its own to refuse.
+            asked = await asyncio.gather(*(probe.assign("redis") for _ in range(BACKLOG_MAX + 12)))
+            refusals = {attempt.answer.get("code") for attempt in asked if attempt.outcome != "ok"}
             waiting = int(str(await redis.hget(meta, "seq"))) - int(str(await redis.hget(meta, "committed")))
             assert waiting <= BACKLOG_MAX, f"P7: {waiting} events wait, {BACKLOG_MAX} may"
             assert "backlog_full" in refusals, refusals  # a slow one may have lost its early answer meanwhile
@@ -298,28 +316,48 @@ async def backend_stopped_in_a_commit(run: Run) -> None:
 async def batch_from_before_a_recovery(run: Run) -> None:
     """Postgres keeps a batch waiting until Redis was emptied and recovered: it is thrown away."""
     run.loses_records = True
-    async with watching(run) as ledger, probing(run) as probe, run.stack.redis() as redis:
-        held = await probe.goes_on()
-        assert held.outcome == "ok"
-        shard = int(probe.books["ledger"][3:5])
-        newest = (
-            f"{_WRITERS_BACKENDS} AND application_name = (SELECT 'coupon-writer ' || owner FROM shards WHERE shard = $1)"
-            " AND query LIKE '%commit_entries%' ORDER BY state_change DESC LIMIT 1"
-        )
-        pid = await until(lambda: ledger.fetchval(newest, shard), HEAL_S, "the connection that commits was to be found")
-        await until(
-            lambda: _stopped_between_transactions(ledger, pid), HEAL_S, "it was to be stopped between two commits"
-        )
-        try:
-            waiting = asyncio.gather(*(probe.assign("ledger") for _ in range(4)))
-            await asyncio.sleep(0.5)
-            await redis.flushall()
-            await until(lambda: _recovered(run, probe), 4.0, "the shard should be recovered while the batch waits")
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        await waiting
+    async with watching(run) as ledger, probing(run) as probe:
+        for _ in range(TRIES):
+            await probe.goes_on()
+            if await _recovered_while_a_batch_waits(run, ledger, probe):
+                break
+            await run.recovered()
+            await until(lambda: all_certified(run), HEAL_S, "every shard should be certified")
+            run.epochs = await run.epochs_now()
+        else:
+            raise AssertionError(f"no recovery was done within the {BATCH_WAITS_S} s for which a writer waits")
         await probe.goes_on()
     await run.recovered()
+
+
+async def _recovered_while_a_batch_waits(run: Run, ledger: Any, probe: Probe) -> bool:
+    """Stop what commits for a shard, let Redis decide and empty it. Returns whether the recovery came in time: before the
+    writer gave the batch up, and sent it once more."""
+    shard = int(probe.books["ledger"][3:5])
+    newest = (
+        f"{_WRITERS_BACKENDS} AND application_name = (SELECT 'coupon-writer ' || owner FROM shards WHERE shard = $1)"
+        " AND query LIKE '%commit_entries%' ORDER BY state_change DESC LIMIT 1"
+    )
+    pid = await until(lambda: ledger.fetchval(newest, shard), HEAL_S, "the connection that commits was to be found")
+    await until(lambda: _stopped_between_transactions(ledger, pid), HEAL_S, "it was to be stopped between two commits")
+    ends_s = time.monotonic() + BATCH_WAITS_S
+
+    async def over() -> str:
+        recovered = await _recovered(run, probe)
+        if time.monotonic() > ends_s:
+            return "too late"
+        return "in time" if recovered else ""
+
+    try:
+        waiting = await probe.decided("ledger", 4)
+        await asyncio.sleep(0.5)  # the writer has sent it by then
+        async with run.stack.redis() as redis:
+            await redis.flushall()
+        when = await until(over)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    await waiting
+    return when == "in time"
 
 
 async def _stopped_between_transactions(ledger: Any, pid: int) -> bool:
@@ -344,6 +382,7 @@ async def registration_lapses(run: Run) -> None:
     """No API process can renew its row for so long that it counts as gone, and then Redis is emptied: what it answered since
     then, it answered when the ledger had it."""
     async with watching(run) as ledger, probing(run) as probe:
+        await probe.goes_on()
         await ledger.execute(_NO_RENEWALS)
         try:
 
@@ -352,7 +391,7 @@ async def registration_lapses(run: Run) -> None:
 
             await until(counts_as_gone, HEAL_S, "the API should count as gone")
             async with run.stack.redis() as redis, writers_standing_still(run):
-                asked = asyncio.gather(*(probe.assign("redis") for _ in range(6)))
+                asked = await probe.decided("redis", 6)
                 await asyncio.sleep(0.5)
                 await redis.flushall()
             await run.recovered()
@@ -417,8 +456,21 @@ async def lender_paused_across_a_recovery(run: Run) -> None:
     run.writers[0].stop()
     run.start_writer(0, stops_at="lend.leased")
     paused = run.writers[0]
-    async with under_load(run), run.stack.redis() as redis:
-        await until(lambda: _stands_still(paused), HEAL_S, "the writer should have come to lend a block")
+    async with under_load(run), run.stack.redis() as redis, run.client() as http:
+
+        async def owns() -> bool:
+            rows = await run.stack.ledger("SELECT owner FROM shards")
+            return any(row["owner"] and paused.said(row["owner"]) for row in rows) or state_of(paused) == "T"
+
+        async def lends() -> bool:
+            # Pools of the load may have enough. A new book has not: who has its shard lends it its first block.
+            if state_of(paused) != "T":
+                generate = {"pattern": "lent-########", "total": PROBE_CODES}
+                await new_book(http, {"name": "lent", "ack": run.random.choice(ACKS), "generate": generate})
+            return state_of(paused) == "T"
+
+        await until(owns, START_S, "the writer should have shards")
+        await until(lends, HEAL_S, "the writer should have come to lend a block")
         await until(lambda: one_owner(run), HEAL_S, "the other writer should have all shards")
         await redis.flushall()
         await run.recovered()
@@ -429,10 +481,6 @@ async def lender_paused_across_a_recovery(run: Run) -> None:
 def state_of(part: Part) -> str:
     """What the kernel says of the process: "T" for one that stands still."""
     return Path(f"/proc/{part.process.pid}/stat").read_text().rpartition(") ")[2][0]
-
-
-async def _stands_still(part: Part) -> bool:
-    return state_of(part) == "T"
 
 
 def lacks_proc() -> str:

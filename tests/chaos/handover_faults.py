@@ -6,7 +6,7 @@ import asyncio
 import signal
 
 from tests.chaos.fault import Fault
-from tests.chaos.probe import Probe, probing, under_load
+from tests.chaos.probe import probing, under_load
 from tests.chaos.process_faults import one_owner, writers_standing_still
 from tests.chaos.run import HEAL_S, Run
 from tests.harness import Part, until
@@ -99,23 +99,18 @@ async def _owns(run: Run, writer: Part) -> bool:
 async def api_told_to_end(run: Run) -> None:
     """One of the two is. What it has accepted is answered, though that takes a while; then it ends by itself, in time."""
     async with probing(run) as probe:
+        await probe.goes_on()
         async with writers_standing_still(run):  # whatever waits for the ledger is under way now
-            asked = [asyncio.create_task(probe.assign("ledger")) for _ in range(IN_FLIGHT)]
-            await until(lambda: _decided(probe), HEAL_S, "Redis should have decided")
+            asked = await probe.decided("ledger", IN_FLIGHT)
             run.apis[0].signal(signal.SIGTERM)
             await asyncio.sleep(1.0)
             assert run.apis[0].process.poll() is None, "it was to wait for what it has accepted"
-        answered = await asyncio.gather(*asked)
+        answered = await asked
         # On a machine that is slow it may be told that the outcome is unknown; but told it is.
         assert all(attempt.answer for attempt in answered), f"a connection was broken: {answered}"
     status = await run.apis[0].died(GRACE_S)
     assert status in (0, -signal.SIGTERM), f"the API was to end by itself, not with status {status}"
     await run.start_api(0)
-
-
-async def _decided(probe: Probe) -> bool:
-    """Whether something is under way: Redis has decided, and the ledger does not know."""
-    return (await probe.in_redis("ledger"))[1] > 0
 
 
 HANDOVER_FAULTS = [

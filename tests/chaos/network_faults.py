@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -26,9 +27,11 @@ from tests.chaos.network import (
     promote,
     replica_stage,
 )
-from tests.chaos.process_faults import one_owner, written_to_redis_alone
+from tests.chaos.postgres_faults import refused_for_the_ledger
+from tests.chaos.probe import probing
+from tests.chaos.process_faults import one_owner, writers_standing_still, written_to_redis_alone
 from tests.chaos.proxy import Proxy
-from tests.chaos.run import HEAL_S, Attempt, Run
+from tests.chaos.run import HEAL_S, Attempt, Run, all_certified
 from tests.harness import until
 
 LOAD_S_MAX = 60.0
@@ -53,6 +56,15 @@ def _ended_as(run: Run, outcome: str, start: int = 0) -> list[Attempt]:
     return [attempt for attempt in run.history[start:] if attempt.outcome == outcome]
 
 
+async def _in_doubt(run: Run, start: int) -> None:
+    """Wait until a request was answered that its outcome is unknown, or never: of those since `start` in the history."""
+
+    async def in_doubt() -> bool:
+        return bool(_ended_as(run, "unknown", start))
+
+    await until(in_doubt, HEAL_S, "a request without its reply should have left somebody in doubt")
+
+
 def _some(run: Run, of: dict[str, Proxy]) -> list[Proxy]:
     """The way of the first API process, and by chance that of the second, of a writer, of both."""
     return [of["api"]] + [of[part] for part in ("api2", *WRITERS) if run.random.random() < 0.4]
@@ -64,48 +76,51 @@ def _some(run: Run, of: dict[str, Proxy]) -> list[Proxy]:
 async def redis_replies_delayed(run: Run) -> None:
     """Replies come later than anybody waits for them; the last ones never come."""
     proxies = _some(run, network(run).redis_of)
+    start = len(run.history)
     async with clients_at_work(run):
         for proxy in proxies:
             proxy.delay_replies(run.random.uniform(2.2, 3.2))
         await asyncio.sleep(run.random.uniform(3.0, 4.0))
+        await _in_doubt(run, start)
         for proxy in proxies:
             proxy.treat(replies="lose")
         await asyncio.sleep(0.5)
         for proxy in proxies:
             proxy.heal()
     assert proxies[0].replies.delayed, "nothing was delayed"
-    assert _ended_as(run, "unknown"), "a reply that came too late should have left somebody in doubt"
 
 
 async def redis_replies_lost(run: Run) -> None:
     """Requests arrive, their replies do not; then the connection breaks. Again and again."""
     proxies = _some(run, network(run).redis_of)
-    made = await events_made(network(run).master)
+    start, made = len(run.history), await events_made(network(run).master)
+
+    async def had_effect() -> bool:
+        return await events_made(network(run).master) > made
+
     async with clients_at_work(run):
-        for _ in range(5):
+        for rounds_left in reversed(range(5)):
             for proxy in proxies:
                 proxy.treat(replies="lose")
             await asyncio.sleep(run.random.uniform(0.02, 0.2))
+            if rounds_left == 0:
+                await _in_doubt(run, start)
+                await until(had_effect, HEAL_S, "the requests should have had their effect")
             for proxy in proxies:
                 proxy.heal()
             await asyncio.sleep(run.random.uniform(0.1, 0.4))
     assert proxies[0].replies.lost, "no reply was lost"
-    assert _ended_as(run, "unknown"), "a lost reply should have left somebody in doubt"
-    assert await events_made(network(run).master) > made, "the requests should have had their effect"
 
 
 async def redis_held_half_open(run: Run) -> None:
     """Connections that seem to stand and carry nothing. What was sent arrives long after everybody has given up on it."""
     proxies = _some(run, network(run).redis_of)
+    start = len(run.history)
     async with clients_at_work(run):
         for proxy in proxies:
             proxy.treat(requests="hold", replies="hold")
         await asyncio.sleep(run.random.uniform(2.5, 4.0))
-
-        async def in_doubt() -> bool:
-            return bool(_ended_as(run, "unknown"))
-
-        await until(in_doubt, HEAL_S, "a request that was swallowed should have left somebody in doubt")
+        await _in_doubt(run, start)
         for proxy in proxies:
             proxy.heal()
     assert proxies[0].requests.held, "nothing was held"
@@ -115,11 +130,15 @@ async def redis_cut_repeatedly(run: Run) -> None:
     """Connections to Redis are reset as soon as they stand again."""
     proxies = _some(run, network(run).redis_of)
     async with clients_at_work(run):
-        for _ in range(15):
+        rounds = itertools.count(1)
+
+        async def enough() -> bool:
             for proxy in proxies:
                 proxy.cut()
             await asyncio.sleep(run.random.uniform(0.05, 0.3))
-    assert proxies[0].cuts > 15, "connections should have been cut again and again"
+            return next(rounds) >= 15 and proxies[0].cuts > 15
+
+        await until(enough, HEAL_S, "connections should have been cut again and again")
 
 
 # --- between the service and Postgres
@@ -128,42 +147,56 @@ async def redis_cut_repeatedly(run: Run) -> None:
 CUT_FROM_POSTGRES_S = 7.5
 
 
-async def _cut(run: Run, proxy: Proxy, seconds: float) -> None:
+def _cut(run: Run, proxy: Proxy) -> None:
     """Out of reach: either refused at once, or silent."""
     if run.random.random() < 0.5:
         proxy.cut(refuse=True)
     else:
         proxy.treat(requests="hold", replies="hold")
-    await asyncio.sleep(seconds)
-    proxy.heal()
+
+
+@contextlib.asynccontextmanager
+async def _cut_from_postgres(run: Run, *parts: str) -> AsyncIterator[None]:
+    """These parts cannot reach Postgres within the block, nor for CUT_FROM_POSTGRES_S."""
+    ends_s = time.monotonic() + CUT_FROM_POSTGRES_S
+    proxies = [network(run).postgres_of[part] for part in parts]
+    for proxy in proxies:
+        _cut(run, proxy)
+    yield
+    await asyncio.sleep(max(0.0, ends_s - time.monotonic()))
+    for proxy in proxies:
+        proxy.heal()
 
 
 async def api_cut_from_postgres(run: Run) -> None:
     """An API process cannot renew its registration: what it answered early before, it answers when it is durable. The other
     goes on."""
-    (book_id,) = (book_id for book_id, ack in run.books.items() if ack == "redis" and book_id not in run.limited)
-    async with clients_at_work(run), run.client() as http:
-        cut = asyncio.create_task(_cut(run, network(run).postgres_of["api"], CUT_FROM_POSTGRES_S))
-        await asyncio.sleep(4.5)  # it answers early until 4 s after it registered last
-        late = [run.new_assign(f"late{number}", book_id) for number in range(8)]
-        await asyncio.gather(*(run.send(http, attempt) for attempt in late))
-        assert not cut.done(), "the API should have answered while it was cut off"
-        await cut
-    answered = [attempt.answer for attempt in late if attempt.outcome == "ok"]
-    assert answered, "the API should have gone on without Postgres"
-    assert answered[0]["durable"], "an API process whose registration has lapsed should wait for the ledger"
+    async with probing(run) as probe, clients_at_work(run):
+        await probe.goes_on()
+        async with _cut_from_postgres(run, "api"):
+            await asyncio.sleep(4.5)  # it answers early until 4 s after it registered last
+
+            async def goes_on() -> list[Attempt]:
+                late = await asyncio.gather(*(probe.assign("redis", at=run.apis[0].base_url) for _ in range(8)))
+                return [attempt for attempt in late if attempt.outcome == "ok"]
+
+            answered = await until(goes_on, HEAL_S, "the API should have gone on without Postgres")
+    assert all(attempt.answer["durable"] for attempt in answered), (
+        "an API process whose registration has lapsed should wait for the ledger"
+    )
 
 
 async def writer_cut_from_postgres(run: Run) -> None:
     """Both writers are. Nothing becomes durable: what waits for the ledger is refused or unknown, the rest goes on."""
-    start = len(run.history)
-    async with clients_at_work(run):
-        await asyncio.gather(*(_cut(run, network(run).postgres_of[part], CUT_FROM_POSTGRES_S) for part in WRITERS))
-    codes = {attempt.answer.get("code") for attempt in run.history[start:]}
-    assert codes & {"ledger_behind", "outcome_unknown"}, "the ledger should have been missed"
-    assert any(a.answer.get("durable") is False for a in _ended_as(run, "ok", start) if a.verb == "assign"), (
-        "a book that does not wait for the ledger should have gone on"
-    )
+    async with probing(run) as probe, clients_at_work(run):
+        await probe.goes_on()
+        async with _cut_from_postgres(run, *WRITERS):
+            await refused_for_the_ledger(probe)
+
+            async def goes_on() -> bool:
+                return (await probe.assign("redis")).answer.get("durable") is False
+
+            await until(goes_on, HEAL_S, "a book that does not wait for the ledger should have gone on")
 
 
 async def writer_cut_from_redis(run: Run) -> None:
@@ -171,10 +204,7 @@ async def writer_cut_from_redis(run: Run) -> None:
     part = run.random.choice(WRITERS)
     proxy = network(run).redis_of[part]
     async with clients_at_work(run):
-        if run.random.random() < 0.5:
-            proxy.cut(refuse=True)
-        else:
-            proxy.treat(requests="hold", replies="hold")
+        _cut(run, proxy)
         await until(lambda: one_owner(run), GIVEN_UP_S, "the other writer should serve every shard")
         await asyncio.sleep(1.0)
         assert await one_owner(run), "who cannot reach Redis has taken a shard"
@@ -228,6 +258,7 @@ async def failed_back_to_the_old_master(run: Run) -> None:
             await promote(stage.replica)
             stage.lead_to(stage.replica)
         await run.recovered()
+        await until(lambda: all_certified(run), HEAL_S, "every shard should be certified")
         run.epochs = await run.epochs_now()
         await asyncio.sleep(run.random.uniform(0.3, 1.0))
         stage.lead_to(stage.master)
@@ -298,22 +329,31 @@ async def split_brain(run: Run) -> None:
     stage = network(run)
     informed = run.random.random() < 0.5
     first, second = (api.base_url for api in run.apis)
-    async with clients_at_work(run, first), clients_at_work(run, second):
+    async with probing(run) as probe, clients_at_work(run, first), clients_at_work(run, second):
+        await probe.goes_on()
         await left_behind(run)
         assert stage.replica is not None
         if not informed:
             stage.postgres_of["api2"].treat(requests="hold", replies="hold")
         await promote(stage.replica)
-        start = len(run.history)
-        made = await events_made(stage.master)
-        stage.lead_to(stage.replica, *WRITERS, "api", "operator")
+        async with writers_standing_still(run):  # a recovery would be told to the second, which then refuses
+            stage.lead_to(stage.replica, *WRITERS, "api", "operator")
+            made = await events_made(stage.master)
+
+            async def two_decide() -> bool:
+                await probe.assign("redis", at=second)
+                return await events_made(stage.master) > made
+
+            await until(two_decide, what="somebody should have decided on the old master")
         await run.recovered()
         await asyncio.sleep(run.random.uniform(1.0, 3.0))
-        assert await events_made(stage.master) > made, "somebody should have decided on the old master"
-        answered = _ended_as(run, "ok", start)
+
+        async def is_of_use() -> bool:
+            return (await probe.assign("ledger", at=first)).outcome == "ok"
+
+        await until(is_of_use, HEAL_S, "the new master should have been of use")
         stage.lead_to(stage.replica, "api2")
         stage.postgres_of["api2"].heal()
-    assert answered, "the new master should have been of use"
 
 
 # --- between callers and the service

@@ -157,7 +157,7 @@ async def postgres_disk_full(run: Run) -> None:
 
         try:
             await refused_for_the_ledger(probe)
-            assert await full(), "the disk of Postgres was to be full"
+            await until(full, GOES_ON_S, "the disk of Postgres should be full")
             await asyncio.sleep(2.0)
         finally:
             filler.unlink()

@@ -90,6 +90,17 @@ class Probe:
         assert dealt is not None
         return dealt
 
+    async def decided(self, ack: str, number: int) -> asyncio.Future[list[Attempt]]:
+        """Ask for `number` codes at once, and wait until Redis has given one away. Returns what will be answered."""
+        _, before = await self.in_redis(ack)
+        asked = asyncio.gather(*(self.assign(ack) for _ in range(number)))
+
+        async def given_away() -> bool:
+            return (await self.in_redis(ack))[1] > before
+
+        await until(given_away, HEAL_S, "Redis should have decided")
+        return asked
+
     async def is_ready(self) -> bool:
         return (await self.http.get("/readyz")).status_code == 200
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 from collections.abc import AsyncIterator, Sequence
 
 from tests.chaos.fault import Fault, Strike
-from tests.chaos.probe import under_load
+from tests.chaos.probe import probing, under_load
 from tests.chaos.run import HEAL_S, Run
 from tests.harness import until
 
@@ -171,6 +172,8 @@ async def scripts_flushed(run: Run) -> None:
     async with run.stack.redis() as redis:
         await redis.script_flush()
         await redis.function_flush()
+    async with probing(run) as probe:
+        await probe.goes_on()  # so everybody has asked for a script that was gone
     await asyncio.sleep(0.5)
     assert await run.epochs_now() == run.epochs, "a script that is not loaded is no reason for a recovery"
 
@@ -187,6 +190,7 @@ async def backend_stopped(run: Run) -> None:
     rows = await run.stack.ledger(
         "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'coupon-writer%' AND datname = current_database()"
     )
+    assert len(rows) >= len(run.writers), "the backends of both writers were to be found"
     for row in rows:
         os.kill(row["pid"], signal.SIGSTOP)
     await asyncio.sleep(6.0)
@@ -197,17 +201,26 @@ async def backend_stopped(run: Run) -> None:
 def _deleted(kind: str) -> Strike:
     async def fault(run: Run) -> None:
         run.loses_records = kind in ("meta", "holders", "book", "free", "events")
-        async with run.stack.redis() as redis:
-            found = [key async for key in redis.scan_iter(f"cb:*:{kind}*")]
-            assert found, "there was nothing to delete"
-            await redis.delete(*found)
-        if kind == "events":
-            return  # gone from the stream is lost only what the ledger had not: there may have been nothing
-        async with run.client() as http:
-            # A missing key is found when it is looked for.
-            for book_id in run.books:
-                await http.get(f"/coupons/{book_id}")
-        await run.recovered(all_shards=False)
+        async with run.stack.redis() as redis, run.client() as http:
+
+            async def kept() -> list[str]:
+                found = [key async for key in redis.scan_iter(f"cb:*:{kind}*")]
+                if not found:
+                    await run.send(http, run.new_assign(f"first-{secrets.token_hex(4)}"))
+                return found
+
+            await redis.delete(*await until(kept, HEAL_S, "there should be something to delete"))
+            if kind == "events":
+                return  # gone from the stream is lost only what the ledger had not: there may have been nothing
+
+            async def missed() -> bool:
+                # A missing key is found when it is looked for.
+                for book_id in run.books:
+                    await http.get(f"/coupons/{book_id}")
+                now = await run.epochs_now()
+                return any(now[shard] > epoch for shard, epoch in run.epochs.items())
+
+            await until(missed, HEAL_S, "the fault should have been followed by a recovery")
 
     fault.__name__ = f"{kind}_deleted"
     return fault
