@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.shard_view import ShardView
 from coupon_svc.service.books import BookChanges, Books, UpdateBook
-from tests.harness import Stack, fresh_database, until
+from tests.conftest import SHARDS
+from tests.harness import Part, Stack, fresh_database, running_stack, until
 from tests.http.helpers import counters, make_book, refused, upload
 from tests.test_verify import report_of
 
@@ -68,7 +70,7 @@ async def test_a_book_is_paused_lent_and_added_to_while_codes_are_generated_into
 ) -> None:
     """Each of these needs the row of the book. One that waited for the generation would have its turn once."""
     book = await make_book(client, codes=[f"NAMED-{number}" for number in range(1_000)])
-    generation = asyncio.create_task(generate(client, book, "G-##########", 30_000))
+    generation = asyncio.create_task(generate(client, book, "G-##########", 60_000))
     done = 0
     while not generation.done():
         for status in ("paused", "active"):
@@ -83,7 +85,7 @@ async def test_a_book_is_paused_lent_and_added_to_while_codes_are_generated_into
         done += 1
     assert (await generation).status_code == 200
     assert done >= 3
-    assert (await counters(client, book))["total"] == 31_000 + done
+    assert (await counters(client, book))["total"] == 61_000 + done
 
 
 @pytest.mark.chaos
@@ -223,7 +225,9 @@ async def stalled(stack: Stack, statement: str) -> asyncpg.Connection:
     return connection
 
 
-async def killed_in(stack: Stack, where: str, body: dict[str, Any], key: str, path: str = "/coupons/codes") -> None:
+async def killed_in(
+    stack: Stack, tenant: str, where: str, body: dict[str, Any], key: str, path: str = "/coupons/codes"
+) -> None:
     """Send a request, and kill the API when its upload is not yet `decided`, or when it is and some codes are placed."""
     # The first piece of what is decided moves the book's counts; the second is held up, by a trigger.
     await stack.ledger(
@@ -238,7 +242,7 @@ async def killed_in(stack: Stack, where: str, body: dict[str, Any], key: str, pa
             " EXECUTE FUNCTION stall()"
         )
     holder = await stalled(stack, "SELECT pg_advisory_xact_lock(4711)")
-    async with await stack.client("t") as client:
+    async with await stack.client(tenant) as client:
         request = asyncio.create_task(client.post(path, json=body, headers={"Idempotency-Key": key}))
 
         async def waits() -> bool:
@@ -251,7 +255,7 @@ async def killed_in(stack: Stack, where: str, body: dict[str, Any], key: str, pa
         await until(waits)
         in_progress = await client.post(path, json=body, headers={"Idempotency-Key": key})
         refused(in_progress, 409, "idempotency_in_progress")
-        stack.parts[-1].kill()
+        newest(stack, serves=True).kill()
         with contextlib.suppress(httpx.TransportError):
             await request
     await stack.ledger(
@@ -261,32 +265,43 @@ async def killed_in(stack: Stack, where: str, body: dict[str, Any], key: str, pa
     await stack.ledger("DROP FUNCTION stall CASCADE")
 
 
-MakeStack = Callable[[], Awaitable[Stack]]
+@pytest.fixture(scope="module")
+async def dying(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[Stack]:
+    async with running_stack(tmp_path_factory.mktemp("dying"), postgres_url, SHARDS) as stack:
+        yield stack
 
 
 @pytest.fixture
-async def stack(make_stack: MakeStack) -> AsyncIterator[Stack]:
-    stack = await make_stack()
-    stack.writer()
-    stack.api()
-    await stack.ready()
-    yield stack
-    report = await report_of(stack)
+async def stack(dying: Stack) -> AsyncIterator[Stack]:
+    """A stack whose parts may be killed: who kills one starts another."""
+    yield dying
+    report = await report_of(dying)
     assert report.holds, report
-    assert await stack.ledger("SELECT FROM uploads") == []
+    assert await dying.ledger("SELECT FROM uploads") == []
+
+
+@pytest.fixture
+def tenant() -> str:
+    return "t" + secrets.token_hex(6)
+
+
+def newest(stack: Stack, *, serves: bool) -> Part:
+    """The newest API process, or the newest writer."""
+    return next(part for part in reversed(stack.parts) if bool(part.base_url) == serves)
 
 
 @pytest.mark.parametrize("where", ["undecided", "decided"])
-async def test_a_list_is_added_once_whatever_died_on_the_way(stack: Stack, where: str) -> None:
-    async with await stack.client("t") as client:
+async def test_a_list_is_added_once_whatever_died_on_the_way(stack: Stack, tenant: str, where: str) -> None:
+    async with await stack.client(tenant) as client:
         book = await make_book(client, codes=[])
         body = {"book_id": book, "codes": CODES}
-        await killed_in(stack, where, body, "k")
-        rows = await stack.ledger("SELECT count(*) AS all, count(*) FILTER (WHERE place > 0) AS placed FROM codes")
+        await killed_in(stack, tenant, where, body, "k")
+        counts = "SELECT count(*) AS all, count(*) FILTER (WHERE place > 0) AS placed FROM codes WHERE book_id = $1"
+        rows = await stack.ledger(counts, book)
         assert tuple(rows[0]) == (6_000, 2_000 if where == "decided" else 0)
     stack.api()
     await stack.ready()
-    async with await stack.client("t") as client:
+    async with await stack.client(tenant) as client:
         answer = await client.post("/coupons/codes", json=body, headers={"Idempotency-Key": "k"})
         assert answer.status_code == 200, answer.text
         assert (answer.json()["inserted"], answer.json()["duplicates"]) == (6_000, 0)
@@ -295,12 +310,12 @@ async def test_a_list_is_added_once_whatever_died_on_the_way(stack: Stack, where
 
 
 @pytest.mark.parametrize("where", ["undecided", "decided"])
-async def test_a_book_is_made_once_whatever_died_on_the_way(stack: Stack, where: str) -> None:
+async def test_a_book_is_made_once_whatever_died_on_the_way(stack: Stack, tenant: str, where: str) -> None:
     body = {"name": "b", "generate": {"pattern": "B-########", "total": 6_000}}
-    await killed_in(stack, where, body, "k", "/coupons")
+    await killed_in(stack, tenant, where, body, "k", "/coupons")
     stack.api()
     await stack.ready()
-    async with await stack.client("t") as client:
+    async with await stack.client(tenant) as client:
         assert len((await client.get("/coupons")).json()["books"]) == (1 if where == "decided" else 0)
         answer = await client.post("/coupons", json=body, headers={"Idempotency-Key": "k"})
         assert answer.status_code == 201, answer.text
@@ -310,13 +325,13 @@ async def test_a_book_is_made_once_whatever_died_on_the_way(stack: Stack, where:
         assert book["codes"]["available"] == 6_000
 
 
-async def test_what_a_dead_upload_has_left_goes_by_itself(stack: Stack) -> None:
+async def test_what_a_dead_upload_has_left_goes_by_itself(stack: Stack, tenant: str) -> None:
     books = {}
     for where in ("undecided", "decided"):
-        async with await stack.client("t") as client:
+        async with await stack.client(tenant) as client:
             books[where] = await make_book(client, codes=[])
             await killed_in(
-                stack, where, {"book_id": books[where], "codes": [f"{where}-{code}" for code in CODES]}, where
+                stack, tenant, where, {"book_id": books[where], "codes": [f"{where}-{code}" for code in CODES]}, where
             )
         stack.api()
         await stack.ready()
@@ -325,17 +340,20 @@ async def test_what_a_dead_upload_has_left_goes_by_itself(stack: Stack) -> None:
         return not await stack.ledger("SELECT FROM uploads")
 
     await until(over, SWEPT_S)
-    rows = await stack.ledger("SELECT book_id, count(*), count(*) FILTER (WHERE place > 0) FROM codes GROUP BY book_id")
+    rows = await stack.ledger(
+        "SELECT book_id, count(*), count(*) FILTER (WHERE place > 0) FROM codes WHERE book_id = ANY ($1) GROUP BY book_id",
+        list(books.values()),
+    )
     assert [tuple(row) for row in rows] == [(books["decided"], 6_000, 6_000)]
 
 
-async def test_codes_of_a_dead_upload_can_be_added_again_by_anybody_of_the_tenant(stack: Stack) -> None:
-    async with await stack.client("t") as client:
+async def test_codes_of_a_dead_upload_can_be_added_again_by_anybody_of_the_tenant(stack: Stack, tenant: str) -> None:
+    async with await stack.client(tenant) as client:
         dead, other = await make_book(client, codes=[]), await make_book(client, codes=[])
-        await killed_in(stack, "undecided", {"book_id": dead, "codes": CODES}, "k")
+        await killed_in(stack, tenant, "undecided", {"book_id": dead, "codes": CODES}, "k")
     stack.api()
     await stack.ready()
-    async with await stack.client("t") as client:
+    async with await stack.client(tenant) as client:
         refused(await client.get(f"/coupons/codes/{CODES[0]}"), 404, "code_not_found")
         refused(await client.post(f"/coupons/assign/{CODES[0]}", json={"user_id": "u"}), 404, "code_not_found")
         assert (await upload(client, other, CODES[:10]))["inserted"] == 10
@@ -374,10 +392,12 @@ async def patient(answer: Callable[[], Awaitable[httpx.Response]], codes: tuple[
 
 
 @pytest.mark.parametrize(("uploaded", "generated"), [(3_000, 3), pytest.param(3, 3_000, marks=pytest.mark.chaos)])
-async def test_a_replay_waits_for_what_the_first_answer_waited_for(stack: Stack, uploaded: int, generated: int) -> None:
-    async with await stack.client("t") as client:
+async def test_a_replay_waits_for_what_the_first_answer_waited_for(
+    stack: Stack, tenant: str, uploaded: int, generated: int
+) -> None:
+    async with await stack.client(tenant) as client:
         book = await make_book(client, codes=[])
-        stack.parts[0].stop()
+        newest(stack, serves=False).stop()
         upload_it = {"book_id": book, "codes": CODES[:uploaded]}
         create_it = {"name": "b", "generate": {"pattern": "R-########", "total": generated}}
         asks = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from coupon_svc.postgres.books import NewBook, insert_book
 from coupon_svc.postgres.codes import PIECE_CODES
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.jobs import PIECE_ROWS
-from tests.harness import Stack, fresh_database, until
+from tests.conftest import SHARDS
+from tests.harness import Stack, fresh_database, running_stack, until
 from tests.http.helpers import assign, counters, make_book, patch, upload
 from tests.http.test_upload_files import over, send
 from tests.test_verify import report_of
@@ -33,18 +35,25 @@ TAKEN_OVER_S = 10.0
 STALL = 4712
 
 
+@pytest.fixture(scope="module")
+async def running(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[Stack]:
+    async with running_stack(tmp_path_factory.mktemp("jobs"), postgres_url, SHARDS) as stack:
+        yield stack
+
+
 @pytest.fixture
-async def stack(make_stack: Callable[[], Awaitable[Stack]]) -> AsyncIterator[Stack]:
-    """A stack of one's own, whose jobs can be held up."""
-    stack = await make_stack()
-    stack.writer()
-    stack.api()
-    await stack.ready()
-    yield stack
-    report = await report_of(stack)
+async def stack(running: Stack) -> AsyncIterator[Stack]:
+    """A stack whose jobs can be held up. Its newest part is an API process: who kills it starts another."""
+    yield running
+    report = await report_of(running)
     assert report.holds, report
-    await until(lambda: emptied(stack), what="nothing should be staged any more")
-    assert await stack.ledger("SELECT FROM staged_codes") == []
+    await until(lambda: emptied(running), what="nothing should be staged any more")
+    assert await running.ledger("SELECT FROM staged_codes") == []
+
+
+@pytest.fixture
+def tenant() -> str:
+    return "t" + secrets.token_hex(6)
 
 
 async def emptied(stack: Stack) -> bool:
@@ -92,9 +101,9 @@ async def job_of(client: httpx.AsyncClient, sent: httpx.Response) -> tuple[str, 
     return job["status"], job["inserted"]
 
 
-async def test_another_process_goes_on_with_the_job_of_one_that_died(stack: Stack) -> None:
+async def test_another_process_goes_on_with_the_job_of_one_that_died(stack: Stack, tenant: str) -> None:
     dying = stack.parts[-1]
-    async with await stack.client("t") as client:
+    async with await stack.client(tenant) as client:
         book = await make_book(client, codes=[CODES[4_711]])
         async with held_up(stack, 2 * PIECE_ROWS) as is_held_up:
             sent = await send(client, book, FILE + b"\nno\n" + FILE)
@@ -103,13 +112,17 @@ async def test_another_process_goes_on_with_the_job_of_one_that_died(stack: Stac
             dying.kill()
     stack.api(1)
     await stack.ready()
-    async with await stack.client("t") as client:
+    async with await stack.client(tenant) as client:
         async with asyncio.timeout(TAKEN_OVER_S):
             job = await over(client, sent)
         assert (job["status"], job["received"], job["inserted"]) == ("succeeded", 18_001, 8_999)
         assert (job["duplicates"], job["invalid"]) == (9_001, 1)
         assert (await counters(client, book))["available"] == 9_000
-    rows = await stack.ledger("SELECT count(*) AS rows, count(DISTINCT row) AS different FROM rejected_codes")
+    rows = await stack.ledger(
+        "SELECT count(*) AS rows, count(DISTINCT row) AS different FROM rejected_codes JOIN jobs USING (job_no)"
+        " WHERE book_id = $1",
+        book,
+    )
     assert tuple(rows[0]) == (9_002, 9_002)
 
 
@@ -132,8 +145,8 @@ async def test_a_piece_that_was_done_is_not_done_again(postgres_url: str) -> Non
     await connection.close()
 
 
-async def test_a_job_goes_on_when_postgres_has_ended_its_connections(stack: Stack) -> None:
-    async with await stack.client("t") as client:
+async def test_a_job_goes_on_when_postgres_has_ended_its_connections(stack: Stack, tenant: str) -> None:
+    async with await stack.client(tenant) as client:
         async with file_held_up(stack, client) as (book, sent):
             await stack.ledger(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -181,7 +194,7 @@ async def test_a_job_survives_a_restart_of_postgres(tmp_path: Path, crash: bool)
             stack.close()
 
 
-async def test_no_transaction_that_holds_a_book_writes_more_than_a_piece(stack: Stack) -> None:
+async def test_no_transaction_that_holds_a_book_writes_more_than_a_piece(stack: Stack, tenant: str) -> None:
     """However large a file or a list is: who wants the row of the book waits for so many rows at most."""
     await stack.ledger("CREATE TABLE written (tx xid8, rows bigint)")
     await stack.ledger(
@@ -200,18 +213,21 @@ async def test_no_transaction_that_holds_a_book_writes_more_than_a_piece(stack: 
         )
         return int(row["most"])
 
-    async with await stack.client("t") as client:
+    async with await stack.client(tenant) as client:
         book = await make_book(client, codes=[])
         assert (await over(client, await send(client, book, FILE)))["inserted"] == 9_000
         assert await most() == PIECE_ROWS
         assert (await upload(client, book, [f"LIST-{number}" for number in range(4_500)]))["inserted"] == 4_500
         assert await most() == PIECE_CODES
     await stack.ledger("DROP FUNCTION note_written CASCADE")
+    await stack.ledger("DROP TABLE written")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-async def test_a_body_of_any_length_takes_little_memory(stack: Stack) -> None:
-    pid = stack.parts[-1].process.pid
+async def test_a_body_of_any_length_takes_little_memory(stack: Stack, tenant: str) -> None:
+    stack.parts[-1].kill()
+    pid = stack.api().process.pid  # one that has used little memory so far
+    await stack.ready()
 
     def memory_mib(field: str) -> float:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -221,7 +237,7 @@ async def test_a_body_of_any_length_takes_little_memory(stack: Stack) -> None:
         for start in range(0, BODY_LINES, 100):
             yield b"".join(b"MB-%06d,%b\n" % (number, b"x" * 10_000) for number in range(start, start + 100))
 
-    async with await stack.client("t") as client:
+    async with await stack.client(tenant) as client:
         book = await make_book(client, codes=[])
         await over(client, await send(client, book, b"FIRST-1\n"))
         before = memory_mib("VmRSS")
@@ -230,8 +246,8 @@ async def test_a_body_of_any_length_takes_little_memory(stack: Stack) -> None:
         assert memory_mib("VmHWM") - before < GROWTH_MIB_MAX
 
 
-async def test_a_book_that_is_closed_meanwhile_keeps_what_is_in(stack: Stack) -> None:
-    async with await stack.client("t") as client:
+async def test_a_book_that_is_closed_meanwhile_keeps_what_is_in(stack: Stack, tenant: str) -> None:
+    async with await stack.client(tenant) as client:
         async with file_held_up(stack, client) as (book, sent):
             closing = asyncio.create_task(patch(client, book, status="closed"))
             await asyncio.sleep(0.2)
@@ -243,11 +259,11 @@ async def test_a_book_that_is_closed_meanwhile_keeps_what_is_in(stack: Stack) ->
         assert job["finished_at"] is not None
 
 
-async def test_hot_work_and_other_uploads_of_the_tenant_do_not_wait_for_a_job(stack: Stack) -> None:
-    async with await stack.client("t") as client:
+async def test_hot_work_and_other_uploads_of_the_tenant_do_not_wait_for_a_job(stack: Stack, tenant: str) -> None:
+    async with await stack.client(tenant) as client:
         other = await make_book(client)
         book = await make_book(client, codes=[f"NAMED-{number}" for number in range(15)])
-        body = "\n".join(f"LONG-{number:06}" for number in range(30_000)).encode()
+        body = "\n".join(f"LONG-{number:06}" for number in range(60_000)).encode()
         sent = await send(client, book, body)
         done = 0
         while (await job_of(client, sent))[0] == "running":
@@ -262,12 +278,12 @@ async def test_hot_work_and_other_uploads_of_the_tenant_do_not_wait_for_a_job(st
             if done >= 15:
                 break
         assert done >= 2
-        assert (await over(client, sent))["inserted"] == 30_000
+        assert (await over(client, sent))["inserted"] == 60_000
 
 
 @pytest.mark.chaos
-async def test_a_body_whose_receiver_has_died_is_given_up(stack: Stack) -> None:
-    async with await stack.client("t") as client:
+async def test_a_body_whose_receiver_has_died_is_given_up(stack: Stack, tenant: str) -> None:
+    async with await stack.client(tenant) as client:
         book = await make_book(client, codes=[])
 
         async def half() -> AsyncIterator[bytes]:
@@ -288,10 +304,10 @@ async def test_a_body_whose_receiver_has_died_is_given_up(stack: Stack) -> None:
     await stack.ready()
 
     async def gone() -> bool:
-        rows = await stack.ledger("SELECT state, error, emptied FROM jobs")
+        rows = await stack.ledger("SELECT state, error, emptied FROM jobs WHERE book_id = $1", book)
         return [tuple(row) for row in rows] == [("failed", "broken_off", True)]
 
     await until(gone)
-    async with await stack.client("t") as client:
+    async with await stack.client(tenant) as client:
         sent = await send(client, book, FILE, {"Content-Type": "text/csv", "Idempotency-Key": "k"})
         assert (await over(client, sent))["inserted"] == 9_000
