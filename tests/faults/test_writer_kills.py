@@ -7,6 +7,7 @@ unknown with the same Idempotency-Keys, and then counts both stores (tests.audit
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -40,6 +41,25 @@ async def started(stack: Stack, **api_environment: str) -> Part:
     stack.api(**{**IMPATIENT, **api_environment})
     await stack.ready()
     return writer
+
+
+@contextlib.asynccontextmanager
+async def own_stack(folder: Path, postgres_url: str) -> AsyncIterator[Stack]:
+    """A stack in which nothing runs yet but Redis."""
+    with EmbeddedRedis(folder / "redis") as server:
+        stack = Stack(server, server.url, await fresh_database(postgres_url, SHARDS), folder, SHARDS)
+        try:
+            yield stack
+        finally:
+            stack.close()
+
+
+@pytest.fixture(scope="module")
+async def lasting(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[Stack]:
+    """A running stack that all share who leave it as it should be."""
+    async with own_stack(tmp_path_factory.mktemp("lasting"), postgres_url) as stack:
+        await started(stack)
+        yield stack
 
 
 def codes(prefix: str, count: int) -> list[str]:
@@ -130,27 +150,16 @@ async def dying(
     items: list[Any] = request.session.items
     wanted = {item.callspec.params["point"] for item in items if "dying" in getattr(item, "fixturenames", ())}
     at_once = asyncio.Semaphore(6)
-    stacks: list[Stack] = []
 
     async def story(point: str) -> None:
-        async with at_once:
-            folder = tmp_path_factory.mktemp(point)
-            server = EmbeddedRedis(folder / "redis")
-            server.start()
-            stack = Stack(server, server.url, await fresh_database(postgres_url, SHARDS), folder, SHARDS)
-            stacks.append(stack)
-            try:
-                await writer_dies_at(point, stack)
-            finally:
-                stack.close()
+        async with at_once, own_stack(tmp_path_factory.mktemp(point), postgres_url) as stack:
+            await writer_dies_at(point, stack)
 
     tasks = {point: asyncio.create_task(story(point)) for point in CRASH_POINTS if point in wanted}
     yield tasks
     for task in tasks.values():
         task.cancel()
     await asyncio.gather(*tasks.values(), return_exceptions=True)
-    for stack in stacks:
-        stack.close()
 
 
 @pytest.mark.parametrize(
@@ -338,9 +347,8 @@ async def test_a_retry_after_the_api_was_killed_gets_the_same_code(make_stack: M
         await audit(stack, history)
 
 
-async def test_the_service_goes_on_by_itself_after_redis_was_killed(make_stack: MakeStack) -> None:
-    stack = await make_stack()
-    await started(stack)
+async def test_the_service_goes_on_by_itself_after_redis_was_killed(lasting: Stack) -> None:
+    stack = lasting
     assert stack.redis_server is not None
     async with await stack.client() as client:
         history = History(client)
@@ -384,10 +392,9 @@ async def test_the_service_goes_on_by_itself_after_redis_was_killed(make_stack: 
         await audit(stack, history)
 
 
-async def test_the_api_comes_back_after_a_redis_that_takes_its_time_to_load(make_stack: MakeStack) -> None:
+async def test_the_api_comes_back_after_a_redis_that_takes_its_time_to_load(lasting: Stack) -> None:
     # While Redis loads its file it answers INFO (with an append-only file that is off), and refuses to read keys.
-    stack = await make_stack()
-    await started(stack)
+    stack = lasting
     server = stack.redis_server
     assert server is not None
     async with await stack.client() as client:
@@ -415,6 +422,7 @@ async def test_the_api_comes_back_after_a_redis_that_takes_its_time_to_load(make
 
         await until(loading, what="Redis should be seen loading its file")
         await restart
+        server.extra = ()
         await stack.ready()
         assert (await history.post("/coupons/assign", {"book_id": book_id, "user_id": "u"}, "k")).ok
         await audit(stack, history)
@@ -518,34 +526,42 @@ class LedgerProxy:
             self._writers -= {writer, up_writer}
 
 
-@pytest.fixture
-async def behind_proxy(make_stack: MakeStack) -> AsyncIterator[Callable[[], Awaitable[tuple[Stack, LedgerProxy]]]]:
-    """Makes a stack whose parts reach Postgres through a proxy, and which itself still goes there directly."""
-    proxies: list[LedgerProxy] = []
-
-    async def make() -> tuple[Stack, LedgerProxy]:
-        stack = await make_stack()
-        proxy = LedgerProxy(stack.database_url)
-        proxies.append(proxy)
-        stack_url = await proxy.start()
-        writer, api = stack.writer, stack.api
-        stack.writer = lambda **more: writer(COUPON_DATABASE_URL=stack_url, **more)  # type: ignore[method-assign]
-        stack.api = lambda **more: api(COUPON_DATABASE_URL=stack_url, **more)  # type: ignore[method-assign]
-        return stack, proxy
-
-    yield make
-    for proxy in proxies:
+@contextlib.asynccontextmanager
+async def through_proxy(stack: Stack) -> AsyncIterator[LedgerProxy]:
+    """Let the parts that are started reach Postgres through a proxy; the stack itself still goes there directly."""
+    proxy = LedgerProxy(stack.database_url)
+    stack_url = await proxy.start()
+    writer, api = stack.writer, stack.api
+    stack.writer = lambda **more: writer(COUPON_DATABASE_URL=stack_url, **more)  # type: ignore[method-assign]
+    stack.api = lambda **more: api(COUPON_DATABASE_URL=stack_url, **more)  # type: ignore[method-assign]
+    try:
+        yield proxy
+    finally:
         await proxy.stop()
 
 
-BehindProxy = Callable[[], Awaitable[tuple[Stack, LedgerProxy]]]
+BehindProxy = tuple[Stack, LedgerProxy]
+
+
+@pytest.fixture(scope="module")
+async def lasting_proxy(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[BehindProxy]:
+    async with own_stack(tmp_path_factory.mktemp("proxy"), postgres_url) as stack, through_proxy(stack) as proxy:
+        await started(stack)
+        yield stack, proxy
+
+
+@pytest.fixture
+def behind_proxy(lasting_proxy: BehindProxy) -> BehindProxy:
+    """A stack that all share who leave it as it should be, and its proxy, which lets everything through."""
+    _, proxy = lasting_proxy
+    proxy.away, proxy.struck, proxy.judge = False, 0, lambda _: proxy.PASS
+    return lasting_proxy
 
 
 async def test_while_postgres_is_away_only_what_needs_it_is_refused_and_before_it_happens(
     behind_proxy: BehindProxy,
 ) -> None:
-    stack, proxy = await behind_proxy()
-    await started(stack, COUPON_LEASE_CODES_MIN="20")
+    stack, proxy = behind_proxy
     async with await stack.client() as client:
         history = History(client)
         sure = await history.new_book(codes("SURE", 30))
@@ -585,8 +601,7 @@ async def test_while_postgres_is_away_only_what_needs_it_is_refused_and_before_i
 
 
 async def test_a_commit_whose_confirmation_is_lost_is_not_made_twice(behind_proxy: BehindProxy) -> None:
-    stack, proxy = await behind_proxy()
-    await started(stack)
+    stack, proxy = behind_proxy
     async with await stack.client() as client:
         history = History(client)
         book_id = await history.new_book(codes("C", 30), max_redemptions_per_code=None)
@@ -610,8 +625,7 @@ async def test_a_commit_whose_confirmation_is_lost_is_not_made_twice(behind_prox
 
 
 async def test_a_lease_whose_confirmation_is_lost_still_comes_to_redis(behind_proxy: BehindProxy) -> None:
-    stack, proxy = await behind_proxy()
-    await started(stack)
+    stack, proxy = behind_proxy
     async with await stack.client() as client:
         history = History(client)
 
@@ -636,8 +650,7 @@ async def test_a_lease_whose_confirmation_is_lost_still_comes_to_redis(behind_pr
 
 
 async def test_a_refill_that_failed_while_the_pool_ran_dry_is_tried_again(behind_proxy: BehindProxy) -> None:
-    stack, proxy = await behind_proxy()
-    await started(stack)
+    stack, proxy = behind_proxy
     async with await stack.client() as client:
         history = History(client)
         book_id = await history.new_book(codes("DRY", 20), ack="redis")
@@ -664,22 +677,23 @@ async def test_a_refill_that_failed_while_the_pool_ran_dry_is_tried_again(behind
         await audit(stack, history)
 
 
-async def test_a_take_over_whose_confirmation_is_lost_leaves_no_shard_behind(behind_proxy: BehindProxy) -> None:
-    stack, proxy = await behind_proxy()
+async def test_a_take_over_whose_confirmation_is_lost_leaves_no_shard_behind(make_stack: MakeStack) -> None:
+    stack = await make_stack()
+    async with through_proxy(stack) as proxy:
 
-    def lose_a_take_over(executed: list[str]) -> str:
-        return proxy.MUTE if "SET owner = $2, generation" in executed[-1] and not proxy.struck else proxy.PASS
+        def lose_a_take_over(executed: list[str]) -> str:
+            return proxy.MUTE if "SET owner = $2, generation" in executed[-1] and not proxy.struck else proxy.PASS
 
-    proxy.judge = lose_a_take_over
-    stack.writer()
-    stack.api()
+        proxy.judge = lose_a_take_over
+        stack.writer()
+        stack.api()
 
-    async def owned() -> bool:
-        return len(await owners(stack)) == SHARDS
+        async def owned() -> bool:
+            return len(await owners(stack)) == SHARDS
 
-    await until(owned, what="the writer should own every shard")
-    assert proxy.struck == 1, "the confirmation was to be lost"
-    await stack.ready()
+        await until(owned, what="the writer should own every shard")
+        assert proxy.struck == 1, "the confirmation was to be lost"
+        await stack.ready()
 
 
 async def test_a_long_upload_into_one_book_does_not_hold_up_the_ledger_for_others(make_stack: MakeStack) -> None:
@@ -743,9 +757,8 @@ async def test_a_postgres_backend_that_stands_still_is_given_up(make_stack: Make
         await audit(stack, history)
 
 
-async def test_a_writer_whose_connections_are_ended_again_and_again_loses_nothing(make_stack: MakeStack) -> None:
-    stack = await make_stack()
-    await started(stack)
+async def test_a_writer_whose_connections_are_ended_again_and_again_loses_nothing(lasting: Stack) -> None:
+    stack = lasting
     async with await stack.client() as client:
         history = History(client)
         book_id = await history.new_book(codes("T", 60), max_redemptions_per_code=None)
