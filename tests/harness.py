@@ -214,6 +214,10 @@ class Stack:
         self.parts.append(part)
         return part
 
+    def newest(self, *, serves: bool) -> Part:
+        """The API process that was started last, or the writer."""
+        return next(part for part in reversed(self.parts) if bool(part.base_url) == serves)
+
     async def ready(self, base_url: str = "") -> None:
         """Wait until an API process (the newest unless its address is given) says that it is ready."""
         async with httpx.AsyncClient(base_url=base_url or self.base_url) as client:

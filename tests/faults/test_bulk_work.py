@@ -32,7 +32,7 @@ from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.shard_view import ShardView
 from coupon_svc.service.books import BookChanges, Books, UpdateBook
 from tests.conftest import SHARDS
-from tests.harness import Part, Stack, fresh_database, running_stack, until
+from tests.harness import Stack, fresh_database, running_stack, until
 from tests.http.helpers import counters, make_book, refused, upload
 from tests.test_verify import report_of
 
@@ -255,7 +255,7 @@ async def killed_in(
         await until(waits)
         in_progress = await client.post(path, json=body, headers={"Idempotency-Key": key})
         refused(in_progress, 409, "idempotency_in_progress")
-        newest(stack, serves=True).kill()
+        stack.newest(serves=True).kill()
         with contextlib.suppress(httpx.TransportError):
             await request
     await stack.ledger(
@@ -283,11 +283,6 @@ async def stack(dying: Stack) -> AsyncIterator[Stack]:
 @pytest.fixture
 def tenant() -> str:
     return "t" + secrets.token_hex(6)
-
-
-def newest(stack: Stack, *, serves: bool) -> Part:
-    """The newest API process, or the newest writer."""
-    return next(part for part in reversed(stack.parts) if bool(part.base_url) == serves)
 
 
 @pytest.mark.parametrize("where", ["undecided", "decided"])
@@ -397,7 +392,7 @@ async def test_a_replay_waits_for_what_the_first_answer_waited_for(
 ) -> None:
     async with await stack.client(tenant) as client:
         book = await make_book(client, codes=[])
-        newest(stack, serves=False).stop()
+        stack.newest(serves=False).stop()
         upload_it = {"book_id": book, "codes": CODES[:uploaded]}
         create_it = {"name": "b", "generate": {"pattern": "R-########", "total": generated}}
         asks = [
