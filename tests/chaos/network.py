@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from coupon_svc.dev.servers import EmbeddedRedis
 from tests.chaos.fault import SHARDS
-from tests.chaos.proxy import Proxy
+from tests.chaos.proxy import PostgresMessages, Proxy, RedisMessages
 from tests.chaos.run import Run
 from tests.harness import Part, Stack, fresh_database, until
 
@@ -34,11 +34,11 @@ class Twin(EmbeddedRedis):
 class Network(Stack):
     """A stack whose parts speak through proxies. `redis_of` and `postgres_of` have one for each of PARTS."""
 
-    def __init__(self, server: EmbeddedRedis, database_url: str, folder: Path) -> None:
-        super().__init__(server, server.url, database_url, folder, SHARDS)
+    def __init__(self, server: EmbeddedRedis, database_url: str, folder: Path, shards: int = SHARDS) -> None:
+        super().__init__(server, server.url, database_url, folder, shards)
         self.master = server
-        self.redis_of = {part: Proxy(server.url) for part in PARTS}
-        self.postgres_of = {part: Proxy(database_url) for part in PARTS}
+        self.redis_of = {part: Proxy(server.url, RedisMessages) for part in PARTS}
+        self.postgres_of = {part: Proxy(database_url, PostgresMessages) for part in PARTS}
         self.replica: Twin | None = None
         self.link = Proxy(server.url)
         """Between the replica and its master."""
@@ -69,10 +69,10 @@ class Network(Stack):
 
 
 @contextlib.asynccontextmanager
-async def network_stage(postgres_url: str, folder: Path) -> AsyncIterator[Network]:
+async def network_stage(postgres_url: str, folder: Path, shards: int = SHARDS) -> AsyncIterator[Network]:
     """Proxies everywhere."""
     with EmbeddedRedis(folder / "redis") as server, contextlib.ExitStack() as proxies:
-        network = Network(server, await fresh_database(postgres_url, SHARDS), folder)
+        network = Network(server, await fresh_database(postgres_url, shards), folder, shards)
         for proxy in network.proxies():
             proxies.enter_context(proxy)
         network.redis_admin_url = network.redis_of["operator"].url(server.admin_url)

@@ -1,5 +1,7 @@
 """A TCP proxy on loopback that a test can cut, hold, delay and repoint while the service speaks through it.
 
+Of a proxy that is told the protocol, `cut_at` cuts the connection before or after the Nth message from the client.
+
 It runs in a thread with a loop of its own: what the test's loop is busy with, a server's start or a long check, delays no
 byte here. Its methods may be called from anywhere; each returns when what it says is so.
 """
@@ -12,7 +14,7 @@ import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Literal, Self, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
@@ -20,8 +22,11 @@ from urllib.parse import urlsplit, urlunsplit
 T = TypeVar("T")
 
 Treatment = Literal["pass", "hold", "lose"]
+Side = Literal["before", "after"]
 
 _RESET_AT_CLOSE = struct.pack("ii", 1, 0)
+_PROTOCOL_3 = b"\x00\x03"
+"""Of a Postgres start-up message, behind its length. A request for TLS has another number there."""
 
 
 class Way:
@@ -37,11 +42,72 @@ class Way:
         """Bytes that were kept back, dropped and delivered late, since the proxy started."""
 
 
-class Proxy:
-    """Listens on a port of its own and speaks to the server of a URL. Use as a context manager."""
+class Messages:
+    """Cuts what a client sends into the messages of its protocol, of one connection."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def whole(self, data: bytes) -> Iterator[bytes]:
+        """The messages that are complete with these bytes. What begins another one is kept until its end comes."""
+        self._rest += data
+        while size := self._size(self._rest):
+            message = bytes(self._rest[:size])
+            del self._rest[:size]
+            yield message
+
+    def _size(self, rest: bytearray) -> int:
+        """Bytes of the first message, or 0 while it is incomplete."""
+        raise NotImplementedError
+
+
+class PostgresMessages(Messages):
+    """A byte that says which kind, then a length that counts itself. Until a session is started, the kind is missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = False
+
+    def _size(self, rest: bytearray) -> int:
+        kind = 1 if self._started else 0
+        size = kind + int.from_bytes(rest[kind : kind + 4]) if len(rest) >= kind + 4 else 0
+        if not 0 < size <= len(rest):
+            return 0
+        self._started = self._started or rest[4:6] == _PROTOCOL_3
+        return size
+
+
+class RedisMessages(Messages):
+    """A command is `*<words>`, and of each word `$<length>` and its bytes. Each line and each word ends with CRLF."""
+
+    def _size(self, rest: bytearray) -> int:
+        size, words = self._number(rest, 0)
+        for _ in range(words):
+            begin, length = self._number(rest, size)
+            size = begin + length + 2
+            if not begin or size > len(rest):
+                return 0
+        return size
+
+    def _number(self, rest: bytearray, begin: int) -> tuple[int, int]:
+        """(where the line from `begin` ends, its number), or (0, 0) while it is incomplete."""
+        end = rest.find(b"\r\n", begin)
+        return (end + 2, int(rest[begin + 1 : end])) if end >= 0 else (0, 0)
+
+
+class Proxy:
+    """Listens on a port of its own and speaks to the server of a URL. Use as a context manager.
+
+    With `messages`, what clients send is counted by messages of that protocol, for `cut_at`.
+    """
+
+    def __init__(self, url: str, messages: type[Messages] | None = None) -> None:
         self._target = _address(url)
+        self._messages = messages
+        self._to_come = 0
+        """Messages that come until a connection is cut, the last one included. 0: none is to be cut."""
+        self._cut_message: bytes | None = None
+        self._side: Side = "before"
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._pipes: set[_Pipe] = set()
@@ -118,6 +184,25 @@ class Proxy:
 
         self._do(work)
 
+    def cut_at(self, number: int, side: Side) -> None:
+        """Reset the connection of the `number`th message that clients send from now on, counted from 1 over all
+        connections. The server gets all that came before; the message itself only if it is cut `after` it."""
+        assert self._messages, "a proxy that counts messages must know their protocol"
+
+        def work() -> None:
+            self._to_come, self._side = number, side
+
+        self._do(work)
+
+    def cut_message(self) -> bytes | None:
+        """The message whose connection was cut, or None if it has not come. No cut is waited for any more."""
+
+        def work() -> bytes | None:
+            message, self._cut_message, self._to_come = self._cut_message, None, 0
+            return message
+
+        return self._do(work)
+
     def repoint(self, url: str) -> None:
         """Lead to another server from now on; connections to the old one are reset."""
 
@@ -140,11 +225,12 @@ class Proxy:
 class _End(asyncio.Protocol):
     """One of the two sockets of a connection."""
 
-    def __init__(self, pipe: _Pipe, way: Way) -> None:
+    def __init__(self, pipe: _Pipe, way: Way, messages: Messages | None = None) -> None:
         self._pipe = pipe
         self._way = way
         """The one that bytes go which come in here."""
         self._came: deque[tuple[float, bytes]] = deque()
+        self._messages = messages
         self.transport: asyncio.Transport | None = None
         self.closed = False
 
@@ -153,6 +239,18 @@ class _End(asyncio.Protocol):
         self._pipe.made(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._messages is None:
+            self._take(data)
+            return
+        for message in self._messages.whole(data):
+            side = self._pipe.side_to_cut(message)
+            if side != "before":
+                self._take(message)
+            if side is not None:
+                self._pipe.cut_client()
+                return
+
+    def _take(self, data: bytes) -> None:
         if self._way.treatment == "lose":
             self._way.lost += len(data)
             return
@@ -179,6 +277,10 @@ class _End(asyncio.Protocol):
 
     def cut(self) -> None:
         self._came.clear()
+        self.reset()
+
+    def reset(self) -> None:
+        """Reset the socket. What came from it is still handed on."""
         if self.transport is not None:
             with contextlib.suppress(OSError):
                 self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
@@ -191,7 +293,7 @@ class _Pipe:
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
         self._connecting: asyncio.Task[None] | None = None
-        self.client = _End(self, proxy.requests)
+        self.client = _End(self, proxy.requests, proxy._messages() if proxy._messages else None)
         self.server = _End(self, proxy.replies)
 
     def now(self) -> float:
@@ -221,6 +323,21 @@ class _Pipe:
 
     def flush_later(self, seconds: float) -> None:
         self._proxy._loop.call_later(seconds + 0.001, self.flush)
+
+    def side_to_cut(self, message: bytes) -> Side | None:
+        """Count a message. On which side of it to cut, if it is the one that `cut_at` waits for."""
+        if not self._proxy._to_come:
+            return None
+        self._proxy._to_come -= 1
+        if self._proxy._to_come:
+            return None
+        self._proxy._cut_message = message
+        return self._proxy._side
+
+    def cut_client(self) -> None:
+        """Reset the client's socket. The server's end is closed behind what came, so that it does get that."""
+        self._proxy.cuts += 1
+        self.client.reset()
 
     def cut(self) -> None:
         """Reset both sockets."""

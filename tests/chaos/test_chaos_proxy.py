@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.chaos.proxy import Proxy
+from tests.chaos.proxy import PostgresMessages, Proxy, RedisMessages, Side
 from tests.harness import until
 
 
@@ -149,3 +149,33 @@ async def test_a_repointed_proxy_leads_to_the_other_server(wire: Wire) -> None:
     writer.write(b"b\n")
     assert await reader.readline() == b"two b\n"
     writer.close()
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+async def test_a_connection_is_cut_at_the_message_that_is_named(wire: Wire, side: Side) -> None:
+    """Messages end nowhere near the ends of what is written at once."""
+    with Proxy(wire.other, RedisMessages) as proxy:
+        proxy.cut_at(3, side)
+        reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
+        for part in (b"*1\r\n$3\r\nO\r\n\r\n*2\r\n$1\r", b"\na\r\n$1\r\nb\r\n*1\r\n$1\r\nc\r\n*1\r\n$1\r\nd\r\n"):
+            writer.write(part)
+            await asyncio.sleep(0.05)
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        expected = b"*1\r\n$3\r\nO\r\n\r\n*2\r\n$1\r\na\r\n$1\r\nb\r\n" + b"*1\r\n$1\r\nc\r\n" * (side == "after")
+
+        async def arrived() -> bool:
+            return b"".join(wire.got) == expected
+
+        await until(arrived)
+        assert proxy.cut_message() == b"*1\r\n$1\r\nc\r\n"
+        assert proxy.cut_message() is None
+        assert proxy.cuts == 1
+
+
+def test_messages_of_postgres_have_no_kind_until_the_session_is_started() -> None:
+    tls, start = b"\0\0\0\x08\x04\xd2\x16\x2f", b"\0\0\0\x0b\0\x03\0\0u\0\0"
+    query, sync = b"Q\0\0\0\x06;\0", b"S\0\0\0\x04"
+    messages, sent = PostgresMessages(), tls + start + query + sync
+    assert [list(messages.whole(sent[at : at + 1])) for at in range(len(sent))].count([]) == len(sent) - 4
+    assert list(PostgresMessages().whole(sent)) == [tls, start, query, sync]
