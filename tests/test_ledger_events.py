@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import cast
 
 import asyncpg
 import pytest
 
+from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
-from coupon_svc.postgres.events import Batch, commit_batches, first_data_error, prepare_commits
+from coupon_svc.postgres.events import Batch, commit_batches, first_data_error
+from coupon_svc.redis.control import ShardControl
+from coupon_svc.writer.clock import LedgerClock
+from coupon_svc.writer.persist import Persister
 from tests.entries import batch_of, entry_of
 from tests.harness import fresh_database
 
@@ -57,11 +62,18 @@ async def test_nothing_is_committed_in_a_shard_that_was_stopped(ledger: asyncpg.
     assert await write(ledger, OWNER, GOOD) == {0: "lost"}
 
 
-async def test_a_session_that_was_prepared_plans_no_commit_anew(ledger: asyncpg.Connection) -> None:
-    await prepare_commits(ledger)
-    assert await write(ledger, OWNER, GOOD) == {0: "moved"}
-    plans = "SELECT custom_plans FROM pg_prepared_statements WHERE statement LIKE 'SELECT * FROM commit_entries%'"
-    assert [plan["custom_plans"] for plan in await ledger.fetch(plans)] == [0]
+async def test_the_writer_plans_no_commit_anew(postgres_url: str) -> None:
+    url = await fresh_database(postgres_url, 1)
+    persister = Persister(url, OWNER, cast(ShardControl, None), {}, lambda *_: None, LedgerClock())
+    async with persister.session.work(5) as session:
+        await session.execute("UPDATE shards SET epoch = 3, generation = 7, owner = $1", OWNER)
+        for committed in range(3):
+            event = GOOD.events[0]._replace(seq=committed + 1, code=f"CODE-{committed}")
+            assert await write(session, OWNER, batch_of(0, 3, 7, committed, [event])) == {0: "moved"}
+            await session.execute("UPDATE shards SET chain = $1", CHAIN_START)
+        plans = "SELECT custom_plans, generic_plans FROM pg_prepared_statements WHERE statement LIKE 'SELECT * FROM commit%'"
+        assert [tuple(plan) for plan in await session.fetch(plans)] == [(0, 3)]
+    persister.session.close()
 
 
 # --- entries of several events, and shards that do not touch each other
