@@ -16,10 +16,10 @@ from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis
 from coupon_svc.domain.books import Ack
 from coupon_svc.domain.upload_files import Batch
 from coupon_svc.postgres import jobs, staging
-from coupon_svc.postgres.books import NewBook, insert_book
+from coupon_svc.postgres.books import WRITER_CHANNEL, NewBook, insert_book
 from coupon_svc.postgres.codes import PIECE_CODES
 from coupon_svc.postgres.errors import LedgerUnavailable
-from coupon_svc.postgres.jobs import PIECE_ROWS
+from coupon_svc.postgres.jobs import PIECE_ROWS, Job
 from tests.conftest import SHARDS
 from tests.harness import Stack, fresh_database, running_stack, until
 from tests.http.helpers import assign, counters, make_book, patch, upload
@@ -126,15 +126,20 @@ async def test_another_process_goes_on_with_the_job_of_one_that_died(stack: Stac
     assert tuple(rows[0]) == (9_002, 9_002)
 
 
-async def test_a_piece_that_was_done_is_not_done_again(postgres_url: str) -> None:
-    """By a process that has not heard of it: its turn may have ended with its connection."""
-    connection = await asyncpg.connect(await fresh_database(postgres_url, 1))
+async def running_job(connection: asyncpg.Connection, codes: list[str]) -> Job:
+    """A job with these codes, in a new book of a new tenant, of which nothing was worked off."""
     await connection.execute("INSERT INTO tenants (name) VALUES ('t')")
     book = "bk_000123456789abcdef"
     await insert_book(connection, NewBook(book, 0, 1, "b", None, 1, 120, None, None, Ack.LEDGER, "{}", 0))
     opened = await staging.open_job(connection, 1, book, "job_1", None)
-    await staging.stage(connection, opened.job_no, Batch(CODES[:1_500], list(range(1, 1_501)), []))
-    running = await staging.complete(connection, opened.job_no, staging.Received(1_500, 0, 0, None, []))
+    await staging.stage(connection, opened.job_no, Batch(codes, list(range(1, len(codes) + 1)), []))
+    return await staging.complete(connection, opened.job_no, staging.Received(len(codes), 0, 0, None, []))
+
+
+async def test_a_piece_that_was_done_is_not_done_again(postgres_url: str) -> None:
+    """By a process that has not heard of it: its turn may have ended with its connection."""
+    connection = await asyncpg.connect(await fresh_database(postgres_url, 1))
+    running = await running_job(connection, CODES[:1_500])
     moved = await jobs.add_piece(connection, running)
     assert (moved.done_rows, moved.inserted) == (PIECE_ROWS, PIECE_ROWS)
     with pytest.raises(LedgerUnavailable):
@@ -142,6 +147,23 @@ async def test_a_piece_that_was_done_is_not_done_again(postgres_url: str) -> Non
     done = await jobs.add_piece(connection, moved)
     assert (done.inserted, done.duplicates, done.is_worked_off) == (1_500, 0, True)
     assert await connection.fetch("SELECT FROM rejected_codes") == []
+    await connection.close()
+
+
+@pytest.mark.parametrize("rows", [2 * PIECE_ROWS, 2 * PIECE_ROWS + 1], ids=["full", "not full"])
+async def test_the_last_piece_of_a_job_tells_the_owner_of_the_book(rows: int, postgres_url: str) -> None:
+    """Of pieces before it the owner hears only now and then. Without the last one, codes would wait for its next look."""
+    connection = await asyncpg.connect(await fresh_database(postgres_url, 1))
+    job = await running_job(connection, CODES[:rows])
+    heard: list[object] = []
+    await connection.add_listener(WRITER_CHANNEL, lambda *notified: heard.append(notified))
+    told = []
+    while not job.is_worked_off:
+        heard.clear()
+        job = await jobs.add_piece(connection, job)
+        await connection.execute("SELECT")  # its reply comes behind what the owner would hear
+        told.append(bool(heard))
+    assert told == [False] * (len(told) - 1) + [True]
     await connection.close()
 
 
