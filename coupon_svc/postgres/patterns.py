@@ -16,7 +16,8 @@ from coupon_svc.postgres.errors import TakeTurns
 
 COUNT_S = 8
 """How long the codes of a pattern are counted at most."""
-_BARREN_MAX = 200
+BARREN_DRAWS_MAX = 200
+"""Draws in vain after which a pattern counts as full, though half of it was free when the drawing began."""
 _GENERATE_LOCK = (
     0x67656E65  # "gene"; the advisory lock under which a tenant's generations are measured against a pattern
 )
@@ -138,7 +139,7 @@ async def _used_about(connection: asyncpg.Connection, tenant_id: int, pattern: P
 async def _draw_free(connection: asyncpg.Connection, tenant_id: int, pattern: Pattern, count: int) -> set[str]:
     """Different codes of the pattern that the tenant does not have. Raises TakeTurns when they are hard to find."""
     codes: set[str] = set()
-    for _ in range(_BARREN_MAX):
+    for _ in range(BARREN_DRAWS_MAX):
         drawn = set(pattern.draw(count - len(codes))) - codes
         rows = await connection.fetch(TAKEN, tenant_id, list(drawn))
         codes |= drawn - {row["code"] for row in rows}

@@ -38,7 +38,6 @@ PIECE_TIMEOUT_S = 10.0
 COUNT_TIMEOUT_S = 60.0
 """For counting the codes of a large tenant that lie in a pattern."""
 SWEEP_EVERY_S = 10.0
-_BARREN_MAX = 200
 _TURN_LOCK = 0x7475726E  # "turn"; the advisory lock of a tenant's uploads in pieces
 # A process that is stopped or cut off must not keep its turn until TCP gives it up.
 _TRY_TURN = "SELECT set_config('idle_session_timeout', '30s', false), pg_try_advisory_lock($1, $2) AS mine"
@@ -206,7 +205,7 @@ class Turn:
             drawn += len(piece)
             missing -= inserted
             barren = 0 if inserted else barren + 1
-            if barren == _BARREN_MAX:  # half of the pattern was free; uploads have filled it since
+            if barren == patterns.BARREN_DRAWS_MAX:  # half of the pattern was free; uploads have filled it since
                 capacity = wanted.pattern.capacity
                 raise Refused(
                     Outcome.PATTERN_CAPACITY, capacity=capacity, requested=wanted.total, already_used=capacity
