@@ -237,7 +237,8 @@ def _load_options(load: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--audit-stores",
         action="store_true",
-        help="for --url: audit Redis and the ledger, too; needs COUPON_REDIS_URL and COUPON_DATABASE_URL",
+        help="for --url: audit Redis and the ledger, too; needs COUPON_REDIS_URL and COUPON_DATABASE_URL, and for computed"
+        " codes COUPON_MASTER_KEY",
     )
     load.add_argument("--workers", type=_between(1, 64), metavar="N", help="API processes of the load's own service")
     load.add_argument("--json", type=Path, metavar="FILE", help="write the report for machines")

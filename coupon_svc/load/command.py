@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 import uvloop
 
-from coupon_svc.config import SettingsError, load_settings
+from coupon_svc.config import Settings, SettingsError, load_settings
 from coupon_svc.dev.servers import ServerError
 from coupon_svc.dev.throwaway import ThrowawayError, signals_raise, throwaway_service
 from coupon_svc.load.html import html_report
@@ -33,8 +33,8 @@ class Target(NamedTuple):
     url: str
     key: str
     pids: Mapping[str, list[int]]
-    stores: tuple[str, str] | None
-    """addresses of Redis and Postgres"""
+    stores: Settings | None
+    """where they are, to be audited"""
 
 
 def run_load(plan: Plan, key: str | None, json_file: Path | None, html_file: Path | None) -> int:
@@ -68,18 +68,15 @@ def _target(plan: Plan, key: str | None) -> Iterator[Target]:
             raise LoadError(f"--url needs a key with all scopes: give --key, or set {KEY_VARIABLE}")
         if not key.isascii() or not key.isprintable() or " " in key:
             raise LoadError("the key holds what no key can; check --key")
-        stores = None
-        if plan.audit_stores:
-            settings = load_settings()
-            stores = (settings.redis_url, settings.database_url)
-        yield Target(plan.url, key, {}, stores)
+        yield Target(plan.url, key, {}, load_settings() if plan.audit_stores else None)
         return
     if key is not None:
         raise LoadError("--key goes with --url; the load's own service has a key of its own")
     with throwaway_service("load", ["--workers", str(plan.workers)]) as told:
         pids = {part: ids if isinstance(ids, list) else [ids] for part, ids in told["pids"].items()}
         # Without TLS, which it does not speak, lest asyncpg look for certificates in a home it may not read.
-        stores = (told["redis_url"], f"{told['database_url']}?sslmode=disable")
+        database_url = f"{told['database_url']}?sslmode=disable"
+        stores = load_settings({}, redis_url=told["redis_url"], database_url=database_url)
         yield Target(told["base_url"], told["api_key"], pids, stores)
 
 
@@ -100,7 +97,7 @@ async def _stores(target: Target) -> AsyncIterator[Stores | None]:
     if target.stores is None:
         yield None
         return
-    async with open_stores(*target.stores) as stores:
+    async with open_stores(target.stores) as stores:
         yield stores
 
 

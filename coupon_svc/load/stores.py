@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import asyncpg
+import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from coupon_svc.config import load_settings
+from coupon_svc.config import Settings
 from coupon_svc.invariants.answers import Coupon, History
 from coupon_svc.invariants.kept import compare, read_coupons, read_rows
 from coupon_svc.invariants.stores import Verifier
@@ -29,8 +30,7 @@ class Stores(NamedTuple):
 
     redis: Any
     database: Any
-    redis_url: str
-    database_url: str
+    settings: Settings
 
     async def redis_bytes(self) -> int:
         """Memory that Redis uses for its data. Raises OSError."""
@@ -42,18 +42,20 @@ class Stores(NamedTuple):
 
 
 @asynccontextmanager
-async def open_stores(redis_url: str, database_url: str) -> AsyncIterator[Stores]:
-    """Both stores. Raises LoadError when one cannot be read; their addresses, which may hold passwords, are not repeated."""
-    redis = Redis.from_url(redis_url, decode_responses=True)
+async def open_stores(settings: Settings) -> AsyncIterator[Stores]:
+    """The stores of these settings. Raises LoadError when one cannot be read; their addresses, which may hold passwords,
+    are not repeated.
+    """
+    redis = Redis.from_url(settings.redis_url, decode_responses=True)
     try:
         await redis.ping()
-        database = await open_connection(database_url, "coupon-load", PATIENT_S)
+        database = await open_connection(settings.database_url, "coupon-load", PATIENT_S)
     except (RedisError, OSError) as error:
         raise LoadError(f"Redis cannot be read ({type(error).__name__}); check COUPON_REDIS_URL") from None
     except (LedgerUnavailable, asyncpg.PostgresError, ValueError) as error:
         raise LoadError(f"Postgres cannot be read ({type(error).__name__}); check COUPON_DATABASE_URL") from None
     try:
-        yield Stores(redis, database, redis_url, database_url)
+        yield Stores(redis, database, settings)
     finally:
         await redis.aclose()
         database.terminate()
@@ -65,7 +67,7 @@ async def audit_stores(stores: Stores, history: History) -> Verdict:
     try:
         await _audit_ledger(stores.database, history, verdict)
         shards = await stores.database.fetchval("SELECT shards FROM settings")
-        settings = load_settings({}, redis_url=stores.redis_url, database_url=stores.database_url, shards=shards)
+        settings = msgspec.structs.replace(stores.settings, shards=shards)
         report = await Verifier(settings, stores.database, stores.redis, show_progress=False).verify()
     except (LedgerUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError, RedisError, OSError) as error:
         verdict.unchecked.append(f"a store cannot be read ({type(error).__name__}); the audit is not complete")
@@ -73,6 +75,8 @@ async def audit_stores(stores: Stores, history: History) -> Verdict:
     for finding in report.findings:
         verdict.find(finding.what, finding.number, finding.book_id)
     verdict.unchecked += report.unchecked
+    if report.told_without_key:
+        verdict.note(report.told_without_key)
     verdict.checked["codes held in Redis, against the ledger (coupon-svc verify)"] = report.codes_held
     verdict.checked["codes free in Redis, against the ledger (coupon-svc verify)"] = report.codes_free
     return verdict

@@ -75,11 +75,8 @@ def _print(report: Report) -> None:
         print(f"{unhashed} rows of the ledger are from before its hash chain; whether they were edited cannot be told.")
     if report.computed_books:
         print(f"The codes of {report.computed_books} books are computed.")
-    if report.without_key:
-        print(
-            f"{report.without_key} books have computed codes. Their counts were checked; whether each code is of its book's"
-            " numbers only COUPON_MASTER_KEY tells."
-        )
+    if report.told_without_key:
+        print(report.told_without_key)
     for text in report.unchecked:
         print(f"NOT CHECKED  {text}")
     for finding in report.findings[:SHOWN_MAX]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 from collections.abc import Awaitable, Callable
+from random import Random
 from typing import Any
 
 import asyncpg
@@ -14,7 +15,9 @@ import pytest
 from coupon_svc.config import load_settings
 from coupon_svc.domain.master_key import MasterKeys, new_master_key
 from coupon_svc.invariants import stores
+from coupon_svc.invariants.answers import History
 from coupon_svc.invariants.stores import RedisCheck, Report
+from coupon_svc.load.stores import audit_stores, open_stores
 from coupon_svc.postgres.computed.ciphers import Ciphers
 from tests.backup import Backup
 from tests.forked import run_command
@@ -282,3 +285,8 @@ async def test_verify_sees_codes_that_are_none_of_the_range(
     assert RedisCheck.COMPUTED_LENT in found_in(await report_of(stack))
     await ledger.close()
     assert "only COUPON_MASTER_KEY tells" in command(stack, "verify", COUPON_MASTER_KEY="").stdout
+    for master_key in (MASTER_KEY, ""):  # and so it is with the audit of a load
+        async with open_stores(load_settings({**stack.environment, "COUPON_MASTER_KEY": master_key})) as opened:
+            verdict = await audit_stores(opened, History(Random(1)))
+        assert (RedisCheck.COMPUTED_LENT in {broken.what for broken in verdict.broken}) is bool(master_key)
+        assert ("only COUPON_MASTER_KEY tells" in " ".join(verdict.notes)) is not bool(master_key)

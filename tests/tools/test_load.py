@@ -22,6 +22,7 @@ import msgspec
 import pytest
 
 from coupon_svc.cli import main
+from coupon_svc.config import load_settings
 from coupon_svc.invariants.answers import Assigned, Coupon, History
 from coupon_svc.invariants.kept import KeptCheck
 from coupon_svc.load.audit import LOST_NOTE, ServiceAudit, Verdict
@@ -68,7 +69,7 @@ Play = Callable[..., Any]
 @pytest.fixture
 async def play(stack: Stack, key: str) -> AsyncIterator[Play]:
     """Plays a load of about a third of a second; `during` runs beside it."""
-    async with open_stores(stack.redis_url, stack.database_url) as stores:
+    async with open_stores(load_settings(stack.environment)) as stores:
 
         async def run(scenario: str = "flash-sale", during: Any = None, **settings: Any) -> Played:
             given = {"duration_s": 0.3, "books": 1, "codes": 300, "connections": 8, **settings}
@@ -254,7 +255,7 @@ async def test_a_watch_ends_though_its_cancellation_was_swallowed(monkeypatch: p
 @pytest.fixture(scope="module")
 async def over(stack: Stack, key: str) -> AsyncIterator[Played]:
     """A load that was played and holds, to be falsified."""
-    async with open_stores(stack.redis_url, stack.database_url) as stores:
+    async with open_stores(load_settings(stack.environment)) as stores:
         plan = make_plan(scenario="retries", url=stack.base_url, duration_s=0.5, books=1, codes=300, connections=4)
         load = Load(plan, stack.base_url, key, stores=stores, output=io.StringIO())
         await load.prepare()
