@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -138,7 +138,7 @@ class PostgresOnly:
             raise Refused(await self._why_none(wanted.book_id, wanted.tenant_id, at_ms))
         return _assigned(wanted, code, at_ms, replayed=False)
 
-    async def assign_coupons(self, wanted: AssignCoupons) -> list[Assigned | Refused]:
+    async def assign_coupons(self, wanted: AssignCoupons, caller_gone: Callable[[], bool]) -> list[Assigned | Refused]:
         """Is not compared."""
         raise Refused(Outcome.BOOK_NOT_FOUND)
 

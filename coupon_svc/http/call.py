@@ -13,7 +13,14 @@ from coupon_svc.http.files import FileBody
 from coupon_svc.http.response import Headers
 from coupon_svc.service.idempotency import NO_IDEMPOTENCY, Idempotency
 
+CallerGone = Callable[[], bool]
+"""Whether the caller has hung up, or half-closed its side for longer than its request may wait."""
 _encode_in_order = msgspec.json.Encoder(order="deterministic").encode
+
+
+def caller_stays() -> bool:
+    """The CallerGone of a request that is withdrawn as a whole, if at all."""
+    return False
 
 
 class Call:
@@ -23,7 +30,18 @@ class Call:
     `query` is of its type then. `path` holds the parameters of the path as they were sent, percent-decoded.
     """
 
-    __slots__ = ("body", "file", "headers", "idempotency_key", "key", "method", "path", "query", "template")
+    __slots__ = (
+        "body",
+        "caller_gone",
+        "file",
+        "headers",
+        "idempotency_key",
+        "key",
+        "method",
+        "path",
+        "query",
+        "template",
+    )
 
     def __init__(self, key: ApiKey, method: str, template: str, path: Mapping[str, str]) -> None:
         self.key = key
@@ -34,6 +52,7 @@ class Call:
         self.query: Any = None
         self.body: Any = None
         self.file: FileBody | None = None
+        self.caller_gone: CallerGone = caller_stays
         self.headers: Mapping[bytes, bytes] = {}
         """By their names in lower case."""
         self.idempotency_key: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -26,7 +27,9 @@ class AssignUseCases(Protocol):
 
     async def assign_coupon(self, wanted: AssignCoupon) -> Assigned: ...
 
-    async def assign_coupons(self, wanted: AssignCoupons) -> list[Assigned | Refused]: ...
+    async def assign_coupons(
+        self, wanted: AssignCoupons, caller_gone: Callable[[], bool]
+    ) -> list[Assigned | Refused]: ...
 
     async def assign_code(self, wanted: AssignCode) -> Assigned: ...
 
@@ -86,7 +89,7 @@ class Coupons:
         gets that code again, and the refused are judged anew."""
         body: schemas.AssignCoupons = call.body
         wanted = AssignCoupons(call.key.tenant_id, body.book_id, body.user_ids, call.idempotency())
-        found = await self._assigning.assign_coupons(wanted)
+        found = await self._assigning.assign_coupons(wanted, call.caller_gone)
         results = [_user_result(user_id, result) for user_id, result in zip(body.user_ids, found, strict=True)]
         assigned = sum(result.status == 201 for result in results)
         answer = schemas.AssignmentsAnswer(book_id=body.book_id, assigned=assigned, results=results)

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from coupon_svc.domain.errors import CouponError, Unavailable, error_location
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.auth import KeyRing
-from coupon_svc.http.call import Answer, Call, Handler, StreamedAnswer
+from coupon_svc.http.call import Answer, Call, CallerGone, Handler, StreamedAnswer, caller_stays
 from coupon_svc.http.files import ClientGone, file_body, file_kind
 from coupon_svc.http.metrics import Metrics
 from coupon_svc.http.operations import Operation
@@ -29,6 +29,8 @@ from coupon_svc.http.validation import check_file_request, check_request
 log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX = 2 * 1024 * 1024
+CALLER_GONE = "caller_gone"
+"""Name of a CallerGone in the state of an ASGI scope."""
 ENCODED_SLASH = "\udc2f"
 """Stands for `%2F` while a path is routed, so that it separates nothing. No decoded UTF-8 contains it."""
 _JSON = (b"content-type", b"application/json")
@@ -72,7 +74,13 @@ class Endpoint:
         """Answer a request that came by ASGI."""
         path = {name: value.replace(ENCODED_SLASH, "/") for name, value in scope["path_params"].items()}
         response = await self.respond(
-            request_id_of(scope), scope["method"], path, scope["query_string"], dict(scope["headers"]), receive
+            request_id_of(scope),
+            scope["method"],
+            path,
+            scope["query_string"],
+            dict(scope["headers"]),
+            receive,
+            scope["state"].get(CALLER_GONE, caller_stays),
         )
         if response is None:
             return
@@ -98,6 +106,7 @@ class Endpoint:
         query_string: bytes,
         headers: Mapping[bytes, bytes],
         body: bytes | Receive,
+        caller_gone: CallerGone = caller_stays,
     ) -> Response | None:
         """The response to one request. `headers` have lower-case names; `body` is whole, or still to be received.
 
@@ -120,6 +129,7 @@ class Endpoint:
             self._admit(key.tenant_id, path.get("code"))
             call = Call(key, method, operation.path, path)
             call.headers = headers
+            call.caller_gone = caller_gone
             if operation.file_query is not None and (kind := file_kind(headers)):
                 call.file = file_body(kind, headers, body)  # type: ignore[arg-type]  # a hot path takes no file
                 call.query, call.idempotency_key = check_file_request(operation, query_string, headers)

@@ -27,7 +27,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.hot import Driven
-from coupon_svc.http.endpoint import Endpoint
+from coupon_svc.http.endpoint import CALLER_GONE, Endpoint
 from coupon_svc.http.problems import log_failure, problem_response
 from coupon_svc.http.public import send_problem
 from coupon_svc.http.request_id import HEADER, STATE, choose_request_id
@@ -142,6 +142,7 @@ class CouponProtocol(HttpToolsProtocol):
         self._due = math.inf
         self._stopping = False
         self._ended = False
+        self._caller_gone = False
         self._default_headers: Any = None
         self._default_lines = b""
 
@@ -182,10 +183,14 @@ class CouponProtocol(HttpToolsProtocol):
         self._withdraw()
 
     def _withdraw(self) -> None:
-        """The caller is gone: nothing is done for its request if nothing was done yet."""
+        """The caller is gone: nothing is done for its request if nothing was done yet. By ASGI, the request may ask."""
+        self._caller_gone = True
         cycle = self.cycle
         if type(cycle) is _HotCycle and not cycle.response_complete and cycle.driven is not None:
             cycle.driven.withdraw()
+
+    def _caller_is_gone(self) -> bool:
+        return self._caller_gone
 
     # --- from the parser
 
@@ -217,6 +222,7 @@ class CouponProtocol(HttpToolsProtocol):
         self.url, self.headers, self.expect_100_continue = url, headers, expects
         self.scope["headers"] = headers_of_scope
         self.scope["state"][STATE] = self._request_id
+        self.scope["state"][CALLER_GONE] = self._caller_is_gone
         super().on_headers_complete()
         # uvicorn puts these before those of each response, its own 500 included.
         self.cycle.default_headers = [*self.server_state.default_headers, (HEADER, self._request_id)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from time import monotonic
 from typing import Any
@@ -162,8 +162,9 @@ class Assigning:
             durable = await self._durability.wait(view, last, begun, entry=reply.entry)
         return self._result(reply, view, tenant_id, wanted.user_id, book_id, durable, already_yours=already_yours)
 
-    async def assign_coupons(self, wanted: AssignCoupons) -> list[Assigned | Refused]:
-        """What became of each user, in their order. Returns once the whole answer may leave.
+    async def assign_coupons(self, wanted: AssignCoupons, caller_gone: Callable[[], bool]) -> list[Assigned | Refused]:
+        """What became of each user, in their order. Returns once the whole answer may leave. Once the caller is gone, nobody
+        further is asked for.
 
         Raises Refused where the book or the shard refuses all of them, and nothing was done.
         """
@@ -171,14 +172,14 @@ class Assigning:
         view = self._plane.view_of_book(wanted.book_id)
         replies: list[Reply | Refused] = []
         users = list(enumerate(wanted.user_ids))
-        while users and self._durability.left_s(begun) > 0:
+        while users and self._durability.left_s(begun) > 0 and not caller_gone():
             piece, users = users[:LIST_PIECE], users[LIST_PIECE:]
             asked = await together([self._ask_for_one(wanted, view, index, user, begun) for index, user in piece])
             found = [reply or Refused(Outcome.INTERNAL_ERROR) for reply in asked]
             if not replies and (refused := _refusal_of_all(found)):
                 raise refused
             replies += found
-        replies += [Refused(Outcome.STORE_UNAVAILABLE) for _ in users]  # there was no time to ask for them
+        replies += [Refused(Outcome.STORE_UNAVAILABLE) for _ in users]  # nobody asked for them
         durable = await self._durable(view, [reply for reply in replies if isinstance(reply, Reply)], begun)
         results: list[Assigned | Refused] = []
         for user_id, reply in zip(wanted.user_ids, replies, strict=True):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import socket
+import struct
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.harness import Stack
+from coupon_svc.http.server import HALF_CLOSED_WAIT_S
+from coupon_svc.service.assign import LIST_PIECE
+from tests.harness import Stack, until
 from tests.http.helpers import (
     NO_SUCH_BOOK,
     POSITION,
@@ -23,6 +29,7 @@ from tests.http.helpers import (
     refused,
     upload,
 )
+from tests.http.test_fast_path import dial, post
 
 KEYED = {"Idempotency-Key": "list-1"}
 
@@ -170,3 +177,41 @@ async def test_a_list_of_a_thousand_is_answered_whole(client: httpx.AsyncClient)
     assert [result["status"] for result in results].count(201) == 990
     assert {result["code"] for result in results if result["status"] != 201} == {"book_exhausted"}
     assert await answered(client, book, users, **KEYED) == results
+
+
+async def lists_answered(client: httpx.AsyncClient) -> int:
+    """How many lists the service has answered, to whoever was still there."""
+    metrics = (await client.get("/metrics")).text
+    return sum(map(int, re.findall(r'coupon_requests_total\{.*operation="assign_coupons".*\} (\d+)', metrics)))
+
+
+@pytest.mark.parametrize("resets", [True, False], ids=["reset", "closed"])
+async def test_for_a_caller_who_has_hung_up_no_further_users_are_asked_for(
+    resets: bool, client: httpx.AsyncClient, service: Stack
+) -> None:
+    book = await make_book(client, ack="redis", generate={"pattern": "########", "total": 2_000})
+    await assign(client, book)
+    before = await lists_answered(client)
+    body = json.dumps({"book_id": book, "user_ids": [f"user {n}" for n in range(1_000)]}).encode()
+    wire = await dial(service.base_url)
+    redis: Any = service.redis()
+    await redis.client_pause(1_500, all=False)  # what writes waits
+
+    async def first_piece_waits() -> bool:
+        return any(one["cmd"] == "fcall" and "b" in one["flags"] for one in await redis.client_list())
+
+    wire.writer.write(post("/coupons/assignments", body, f"Authorization: {client.headers['authorization']}"))
+    await until(first_piece_waits)
+    if resets:
+        wire.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wire.writer.close()
+    await asyncio.sleep(2 * HALF_CLOSED_WAIT_S)
+    await redis.client_unpause()
+
+    async def answered_to_nobody() -> bool:
+        return await lists_answered(client) > before
+
+    await until(answered_to_nobody)
+    (name,) = [name async for name in redis.scan_iter(f"cb:*holders:{book}")]
+    assert await redis.hlen(name) == 1 + LIST_PIECE
+    await redis.aclose()

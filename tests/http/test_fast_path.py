@@ -86,7 +86,7 @@ class Told(Endpoint):
         self.request_ids: list[str] = []
 
     async def respond(
-        self, request_id: bytes, method: str, path: Any, query_string: bytes, headers: Any, body: Any
+        self, request_id: bytes, method: str, path: Any, query_string: bytes, headers: Any, body: Any, *_: Any
     ) -> Response:
         by_asgi = not isinstance(body, bytes)
         if by_asgi:
