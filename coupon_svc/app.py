@@ -50,6 +50,8 @@ for some, which took a twelfth of the process's time."""
 UNKNOWN_CODES_AT_ONCE_S = 10
 """A tenant that has rested may name so many seconds' worth of codes that do not exist at once."""
 
+_DOCUMENT = openapi_document(OPERATIONS, PUBLIC_PATHS)
+
 
 def make_api(settings: Settings | None = None) -> Api:
     """The API as an ASGI application. It connects when it starts, and starts whether or not the stores are there."""
@@ -84,7 +86,7 @@ def make_api(settings: Settings | None = None) -> Api:
     )
 
     metrics = Metrics()
-    public = Public(Health(plane), metrics, openapi_document(OPERATIONS, PUBLIC_PATHS))
+    public = Public(Health(plane), metrics, _DOCUMENT)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
