@@ -49,8 +49,12 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if given:
         yield given
         return
+    folder = tmp_path_factory.mktemp("postgres")
+    # Tests connect some thousand times, and half the processor time of that would go into the password.
+    trusting = folder / "pg_hba.conf"
+    trusting.write_text("host all all 127.0.0.1/32 trust\n")
     # No test takes the power away: what is written is kept when processes are killed.
-    with EmbeddedPostgres(tmp_path_factory.mktemp("postgres"), extra=("fsync=off",)) as server:
+    with EmbeddedPostgres(folder / "server", extra=("fsync=off", f"hba_file={trusting}")) as server:
         yield server.admin_url
 
 

@@ -167,7 +167,7 @@ def bind_script(name: str, first_line: str, contract: Contract, body: str) -> Sc
 
 def _with_constants(body: str) -> str:
     """The Lua with those constants in front that it names."""
-    named = {constant: value for constant, value in CONSTANTS.items() if re.search(rf"\b{constant}\b", body)}
+    named = {constant: value for constant, value in CONSTANTS.items() if constant in body}
     return "".join(f"local {constant} = {value}\n" for constant, value in named.items()) + body
 
 
