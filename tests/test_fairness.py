@@ -25,7 +25,6 @@ from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.codes import parse_pattern
 from coupon_svc.domain.master_key import MasterKeys
 from coupon_svc.domain.shards import new_book_id
-from coupon_svc.postgres.books import NewBook, insert_book
 from coupon_svc.postgres.codes import insert_codes
 from coupon_svc.postgres.computed.ciphers import Ciphers
 from coupon_svc.postgres.computed.ranges import take_range
@@ -38,6 +37,7 @@ from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import load_library
+from tests.bare_books import insert_bare_book
 from tests.harness import MASTER_KEY, fresh_database
 
 FALSE_ALARM = 1e-9
@@ -281,10 +281,7 @@ class Lender:
     async def new_book(self) -> str:
         """A book without codes. Returns its id."""
         book_id = new_book_id(SHARDS)
-        await insert_book(
-            self.connection,
-            NewBook(book_id, SHARD, self._tenant_id, "b", None, 1, 120, None, None, Ack.REDIS, "{}", 0),
-        )
+        await insert_bare_book(self.connection, book_id, shard=SHARD, tenant_id=self._tenant_id, ack=Ack.REDIS)
         return book_id
 
     async def upload(self, book_id: str, codes: Sequence[str]) -> list[str]:

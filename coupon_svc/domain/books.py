@@ -22,16 +22,9 @@ class BookStatus(StrEnum):
     CLOSED = "closed"
 
 
-class Book(msgspec.Struct, frozen=True, kw_only=True):
-    """A book as the ledger stores it. Times are Unix milliseconds; None means unlimited or unset.
+class BookRules(msgspec.Struct, frozen=True, kw_only=True):
+    """What a caller says of a book. Times are Unix milliseconds; None means unlimited or unset."""
 
-    `version` grows by one with every change of the rules or of the codes; Redis takes only a newer one.
-    `total` counts the codes of the book, `lent` those of them that Redis was lent, `quarantined` those that may have been
-    given away before records were lost.
-    """
-
-    book_id: str
-    tenant_id: int
     name: str
     max_codes_per_user: int | None
     max_redemptions_per_code: int | None
@@ -41,6 +34,18 @@ class Book(msgspec.Struct, frozen=True, kw_only=True):
     ack: Ack
     metadata: msgspec.Raw
     """The caller's own JSON object, kept to the letter."""
+
+
+class Book(BookRules, frozen=True, kw_only=True):
+    """A book as the ledger stores it.
+
+    `version` grows by one with every change of the rules or of the codes; Redis takes only a newer one.
+    `total` counts the codes of the book, `lent` those of them that Redis was lent, `quarantined` those that may have been
+    given away before records were lost.
+    """
+
+    book_id: str
+    tenant_id: int
     status: BookStatus
     created_at_ms: int
     version: int

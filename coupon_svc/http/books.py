@@ -9,7 +9,7 @@ from datetime import datetime
 import msgspec
 from msgspec import UNSET
 
-from coupon_svc.domain.books import InvalidPeriod
+from coupon_svc.domain.books import BookRules, InvalidPeriod
 from coupon_svc.domain.clock import rfc3339, to_ms
 from coupon_svc.domain.codes import Generated, InvalidPattern, parse_pattern
 from coupon_svc.domain.outcomes import Outcome
@@ -68,9 +68,8 @@ class Books:
         """Make a book, with generated codes if wanted. Made in Postgres; answered once Redis has it. Repeat it with the same
         Idempotency-Key; without one it makes another book."""
         body: schemas.CreateBook = call.body
-        wanted = CreateBook(
-            tenant_id=call.key.tenant_id,
-            generate=_generated(body.generate) if body.generate is not None else None,
+        generate = _generated(body.generate) if body.generate is not None else None
+        rules = BookRules(
             name=body.name,
             max_codes_per_user=body.max_codes_per_user,
             max_redemptions_per_code=body.max_redemptions_per_code,
@@ -78,9 +77,9 @@ class Books:
             starts_at_ms=_moment_ms("/starts_at", body.starts_at),
             expires_at_ms=_moment_ms("/expires_at", body.expires_at),
             ack=body.ack,
-            metadata=encode_metadata(body.metadata),
-            idempotency=call.idempotency(),
+            metadata=msgspec.Raw(encode_metadata(body.metadata).encode()),
         )
+        wanted = CreateBook(call.key.tenant_id, rules, generate, call.idempotency())
         with _refused_as_invalid():
             done = await self._service.create_book(wanted)
         return _kept(done, f"/coupons/{done.book.book_id}")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import asyncpg
 import msgspec
 
-from coupon_svc.domain.books import Ack, Book, BookStatus, check_period
+from coupon_svc.domain.books import Ack, Book, BookRules, BookStatus, check_period
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.postgres.database import one_row
 
@@ -20,8 +20,7 @@ BOOK_COLUMNS = """book_id, tenant_id, name, max_codes_per_user, max_redemptions_
     expires_at_ms, ack, metadata, status, created_at_ms, version, total, lent,
     quarantined, guess_probability"""
 _INSERT_BOOK = f"""
-    INSERT INTO books (book_id, shard, tenant_id, name, max_codes_per_user, max_redemptions_per_code, lock_ttl_seconds,
-                       starts_at_ms, expires_at_ms, ack, metadata, created_at_ms)
+    INSERT INTO books (book_id, shard, tenant_id, created_at_ms, {", ".join(BookRules.__struct_fields__)})
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
     RETURNING {BOOK_COLUMNS}
 """
@@ -39,20 +38,14 @@ class NewBook(NamedTuple):
     book_id: str
     shard: int
     tenant_id: int
-    name: str
-    max_codes_per_user: int | None
-    max_redemptions_per_code: int | None
-    lock_ttl_seconds: int
-    starts_at_ms: int | None
-    expires_at_ms: int | None
-    ack: Ack
-    metadata: str
     created_at_ms: int
+    rules: BookRules
 
 
 async def insert_book(connection: asyncpg.Connection, book: NewBook) -> Book:
     """Make the book, without codes."""
-    row = await one_row(connection, _INSERT_BOOK, *book)
+    rules = map(_stored, msgspec.structs.astuple(book.rules))
+    row = await one_row(connection, _INSERT_BOOK, book.book_id, book.shard, book.tenant_id, book.created_at_ms, *rules)
     await tell_owner(connection, book.shard)
     return book_from_row(row)
 
@@ -105,7 +98,7 @@ async def update_book(connection: asyncpg.Connection, tenant_id: int, book_id: s
             connection,
             f"UPDATE books SET {columns}, version = version + 1 WHERE book_id = $1 RETURNING {BOOK_COLUMNS}, shard",
             book_id,
-            *(bytes(value).decode() if isinstance(value, msgspec.Raw) else value for value in changes.values()),
+            *map(_stored, changes.values()),
         )
         await tell_owner(connection, row["shard"])
     return book_from_row(row)
@@ -121,6 +114,11 @@ async def require_not_closed(connection: asyncpg.Connection, book_id: str) -> No
 async def tell_owner(connection: asyncpg.Connection, shard: int) -> None:
     """Wake the writer that owns the shard, once the transaction has committed."""
     await connection.execute("SELECT pg_notify($1, $2)", WRITER_CHANNEL, str(shard))
+
+
+def _stored(value: object) -> object:
+    """A field of a book as a statement takes it."""
+    return bytes(value).decode() if isinstance(value, msgspec.Raw) else value
 
 
 def book_from_row(row: asyncpg.Record) -> Book:

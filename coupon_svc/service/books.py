@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from coupon_svc.domain.books import Ack, Book, BookStatus, check_period
+from coupon_svc.domain.books import Book, BookRules, BookStatus, check_period
 from coupon_svc.domain.clock import now_ms
 from coupon_svc.domain.codes import (
     CODE_LENGTH_MAX,
@@ -50,18 +50,11 @@ STORED_PER_CALL_MAX = 1_000_000
 """How many generated codes one call stores, where they cannot be computed."""
 
 
-class CreateBook(msgspec.Struct, frozen=True, kw_only=True):
-    """Make a book, with generated codes if wanted. Times are Unix milliseconds; None: unlimited, or unset."""
+class CreateBook(msgspec.Struct, frozen=True):
+    """Make a book, with generated codes if wanted."""
 
     tenant_id: int
-    name: str
-    max_codes_per_user: int | None
-    max_redemptions_per_code: int | None
-    lock_ttl_seconds: int
-    starts_at_ms: int | None
-    expires_at_ms: int | None
-    ack: Ack
-    metadata: str
+    rules: BookRules
     generate: Generated | None
     idempotency: Idempotency = NO_IDEMPOTENCY
 
@@ -202,26 +195,13 @@ class Books:
     async def create_book(self, wanted: CreateBook) -> Done:
         """Returns once Redis has the book. Raises InvalidPeriod, InvalidPattern; Refused: pattern_capacity,
         outcome_unknown."""
-        check_period(wanted.starts_at_ms, wanted.expires_at_ms)
+        check_period(wanted.rules.starts_at_ms, wanted.rules.expires_at_ms)
         if wanted.generate is not None:
             check_capacity(*wanted.generate, 0)
         book_id = new_book_id(self._shards)
         shard = book_shard(book_id, self._shards)
         assert shard is not None
-        new = NewBook(
-            book_id=book_id,
-            shard=shard,
-            tenant_id=wanted.tenant_id,
-            name=wanted.name,
-            max_codes_per_user=wanted.max_codes_per_user,
-            max_redemptions_per_code=wanted.max_redemptions_per_code,
-            lock_ttl_seconds=wanted.lock_ttl_seconds,
-            starts_at_ms=wanted.starts_at_ms,
-            expires_at_ms=wanted.expires_at_ms,
-            ack=wanted.ack,
-            metadata=wanted.metadata,
-            created_at_ms=now_ms(),
-        )
+        new = NewBook(book_id, shard, wanted.tenant_id, now_ms(), wanted.rules)
         idempotent = _idempotent(f"tenant:{wanted.tenant_id}", wanted.idempotency)
         try:
             done = await self._create_at_once(new, wanted.generate, idempotent)

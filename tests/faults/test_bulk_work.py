@@ -14,12 +14,11 @@ import httpx
 import pytest
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.domain.books import Ack, BookStatus
+from coupon_svc.domain.books import BookStatus
 from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.codes import Generated, Pattern
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.http.books import BookAnswers
-from coupon_svc.postgres.books import NewBook, insert_book
 from coupon_svc.postgres.codes import insert_codes
 from coupon_svc.postgres.database import Database
 from coupon_svc.postgres.lending import lease_block
@@ -31,6 +30,7 @@ from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.shard_view import ShardView
 from coupon_svc.service.books import BookChanges, Books, UpdateBook
+from tests.bare_books import insert_bare_book
 from tests.conftest import SHARDS
 from tests.harness import Stack, fresh_database, running_stack, until
 from tests.http.helpers import counters, make_book, refused, upload
@@ -134,7 +134,7 @@ async def ledger(postgres_url: str) -> AsyncIterator[Ledger]:
     connection = await asyncpg.connect(url)
     await connection.execute("INSERT INTO tenants (name) VALUES ('t')")
     await connection.execute("UPDATE shards SET owner = 'test', generation = 1, epoch = 1")
-    await insert_book(connection, NewBook(BOOK, 0, 1, "b", None, 1, 120, None, None, Ack.LEDGER, "{}", 0))
+    await insert_bare_book(connection, BOOK)
     yield Ledger(url, connection, OwnedShard(0, epoch=1, generation=1, committed=0, chain=CHAIN_START, tip=""))
     await connection.close()
 

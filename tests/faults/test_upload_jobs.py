@@ -13,13 +13,13 @@ import httpx
 import pytest
 
 from coupon_svc.dev.servers import EmbeddedPostgres, EmbeddedRedis
-from coupon_svc.domain.books import Ack
 from coupon_svc.domain.upload_files import Batch
 from coupon_svc.postgres import jobs, staging
-from coupon_svc.postgres.books import WRITER_CHANNEL, NewBook, insert_book
+from coupon_svc.postgres.books import WRITER_CHANNEL
 from coupon_svc.postgres.codes import PIECE_CODES
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.jobs import PIECE_ROWS, Job
+from tests.bare_books import insert_bare_book
 from tests.conftest import SHARDS
 from tests.harness import Stack, fresh_database, running_stack, until
 from tests.http.helpers import assign, counters, make_book, patch, upload
@@ -130,7 +130,7 @@ async def running_job(connection: asyncpg.Connection, codes: list[str]) -> Job:
     """A job with these codes, in a new book of a new tenant, of which nothing was worked off."""
     await connection.execute("INSERT INTO tenants (name) VALUES ('t')")
     book = "bk_000123456789abcdef"
-    await insert_book(connection, NewBook(book, 0, 1, "b", None, 1, 120, None, None, Ack.LEDGER, "{}", 0))
+    await insert_bare_book(connection, book)
     opened = await staging.open_job(connection, 1, book, "job_1", None)
     await staging.stage(connection, opened.job_no, Batch(codes, list(range(1, len(codes) + 1)), []))
     return await staging.complete(connection, opened.job_no, staging.Received(len(codes), 0, 0, None, []))
