@@ -234,7 +234,8 @@ class Recoverer:
             now = loop.time()
             patience = {process: self._patience(process, now) for process in silent - gone}
             if now - begun >= max(patience.values(), default=0.0):
-                self._silent.update((process, now) for process in patience)
+                remembered = {one: at for one, at in self._silent.items() if now - at < SILENCE_REMEMBERED_S}
+                self._silent = remembered | dict.fromkeys(patience, now)
                 break
             await asyncio.sleep(0.05)
         return len(silent)
