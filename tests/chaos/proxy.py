@@ -27,6 +27,8 @@ Side = Literal["before", "after"]
 _RESET_AT_CLOSE = struct.pack("ii", 1, 0)
 _PROTOCOL_3 = b"\x00\x03"
 """Of a Postgres start-up message, behind its length. A request for TLS has another number there."""
+_PREPARING = b"PBDEC"
+"""Frames that Postgres answers with the Sync or Flush that follows."""
 
 
 class Way:
@@ -62,19 +64,31 @@ class Messages:
 
 
 class PostgresMessages(Messages):
-    """A byte that says which kind, then a length that counts itself. Until a session is started, the kind is missing."""
+    """Frames: a byte that says which kind, then a length that counts itself. Before the session starts, the kind is missing.
+
+    Frames up to the next one that Postgres acts on count as one message: without it, all of them are undone.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._started = False
 
     def _size(self, rest: bytearray) -> int:
-        kind = 1 if self._started else 0
-        size = kind + int.from_bytes(rest[kind : kind + 4]) if len(rest) >= kind + 4 else 0
-        if not 0 < size <= len(rest):
-            return 0
-        self._started = self._started or rest[4:6] == _PROTOCOL_3
-        return size
+        if not self._started:
+            size = self._frame(rest, 0)
+            self._started = size > 0 and rest[4:6] == _PROTOCOL_3
+            return size
+        end = 0
+        while size := self._frame(rest, end + 1):
+            kind, end = rest[end], end + 1 + size
+            if kind not in _PREPARING:
+                return end
+        return 0
+
+    def _frame(self, rest: bytearray, begin: int) -> int:
+        """Bytes of the frame whose length stands at `begin`, or 0 while it is incomplete."""
+        size = int.from_bytes(rest[begin : begin + 4]) if len(rest) >= begin + 4 else 0
+        return size if begin + size <= len(rest) else 0
 
 
 class RedisMessages(Messages):

@@ -173,9 +173,11 @@ async def test_a_connection_is_cut_at_the_message_that_is_named(wire: Wire, side
         assert proxy.cuts == 1
 
 
-def test_messages_of_postgres_have_no_kind_until_the_session_is_started() -> None:
+def test_a_message_of_postgres_ends_with_what_the_server_acts_on() -> None:
     tls, start = b"\0\0\0\x08\x04\xd2\x16\x2f", b"\0\0\0\x0b\0\x03\0\0u\0\0"
-    query, sync = b"Q\0\0\0\x06;\0", b"S\0\0\0\x04"
-    messages, sent = PostgresMessages(), tls + start + query + sync
-    assert [list(messages.whole(sent[at : at + 1])) for at in range(len(sent))].count([]) == len(sent) - 4
-    assert list(PostgresMessages().whole(sent)) == [tls, start, query, sync]
+    query, statement = b"Q\0\0\0\x06;\0", b"B\0\0\0\x05SE\0\0\0\x04S\0\0\0\x04"
+    messages, sent = PostgresMessages(), tls + start + query + statement
+    assert [found for at in range(len(sent)) for found in messages.whole(sent[at : at + 1])] == [
+        tls, start, query, statement,
+    ]  # fmt: skip
+    assert list(PostgresMessages().whole(sent)) == [tls, start, query, statement]
