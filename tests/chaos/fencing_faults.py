@@ -474,6 +474,7 @@ async def lender_paused_across_a_recovery(run: Run) -> None:
         await until(lambda: one_owner(run), HEAL_S, "the other writer should have all shards")
         await redis.flushall()
         await run.recovered()
+        await until(lambda: all_certified(run), HEAL_S, "every shard should be certified")
         paused.signal(signal.SIGCONT)
         await asyncio.sleep(2.0)
 

@@ -28,7 +28,7 @@ from tests.chaos.network import (
     replica_stage,
 )
 from tests.chaos.postgres_faults import refused_for_the_ledger
-from tests.chaos.probe import probing
+from tests.chaos.probe import all_sent, probing
 from tests.chaos.process_faults import one_owner, writers_standing_still, written_to_redis_alone
 from tests.chaos.proxy import Proxy
 from tests.chaos.run import HEAL_S, Attempt, Run, all_certified
@@ -312,8 +312,7 @@ async def old_master_back_while_a_process_sleeps(run: Run) -> None:
                 await follow(stage.master, stage.replica, stage.replica.port)
                 await promote(stage.master)
                 assert await events_made(stage.master) < made, "the replica should have been stale"
-                late = asyncio.gather(*(run.send(http, run.new_assign(f"late{n}")) for n in range(24)))
-                await asyncio.sleep(0.2)  # until they are sent
+                late = await all_sent(http, [run.send(http, run.new_assign(f"late{n}")) for n in range(24)])
                 sleeper.signal(signal.SIGCONT)
                 await late
         finally:

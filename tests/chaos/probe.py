@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any
 
 import httpx
@@ -40,6 +40,27 @@ async def probing(run: Run) -> AsyncIterator[Probe]:
             generate = {"pattern": f"probe{ack[0]}-########", "total": PROBE_CODES}
             books[ack] = await new_book(http, {**rules, "generate": generate})
         yield Probe(run, http, books)
+
+
+async def all_sent(http: httpx.AsyncClient, requests: Sequence[Awaitable[None]]) -> asyncio.Future[list[None]]:
+    """Begin requests of this client, and wait until the last byte of each was sent. Returns what ends with their answers."""
+    sent = 0
+
+    async def count(event: str, _: Any) -> None:
+        nonlocal sent
+        sent += event == "http11.send_request_body.complete"
+
+    async def watch(request: httpx.Request) -> None:
+        request.extensions["trace"] = count
+
+    async def all_are() -> bool:
+        return sent >= len(requests)
+
+    http.event_hooks["request"].append(watch)
+    answers = asyncio.gather(*requests)
+    await until(all_are, HEAL_S, "requests should be sent")
+    http.event_hooks["request"].remove(watch)
+    return answers
 
 
 class Probe:

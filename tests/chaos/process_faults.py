@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from tests.chaos.fault import Fault, Strike
 from tests.chaos.probe import probing, under_load
-from tests.chaos.run import HEAL_S, Run
+from tests.chaos.run import HEAL_S, Run, all_certified
 from tests.harness import until
 
 
@@ -44,6 +44,7 @@ async def writer_paused_across_a_recovery(run: Run) -> None:
     async with run.stack.redis() as redis:
         await redis.flushall()
     await run.recovered()
+    await until(lambda: all_certified(run), HEAL_S, "every shard should be certified")
     old.signal(signal.SIGCONT)
 
 

@@ -9,13 +9,14 @@ import signal
 import time
 
 import asyncpg
+import httpx
 
 from tests.backup import Backup
 from tests.chaos.fault import SHARDS, Fault
-from tests.chaos.fencing_faults import adopted, lacks_proc, state_of, watching
+from tests.chaos.fencing_faults import adopted, keys_of, lacks_proc, state_of, watching
 from tests.chaos.network import APIS, identity, network, promote, replica_stage
 from tests.chaos.network_faults import clients_at_work, left_behind
-from tests.chaos.probe import under_load
+from tests.chaos.probe import all_sent, under_load
 from tests.chaos.process_faults import writers_standing_still, written_to_redis_alone
 from tests.chaos.run import HEAL_S, Attempt, Run, all_certified, new_book
 from tests.harness import until
@@ -78,21 +79,22 @@ async def failed_back_and_recoverers_killed(run: Run) -> None:
     run.loses_records = True
     stage = network(run)
     few = await _few_codes_in_every_shard(run)
-    async with clients_at_work(run), run.client() as http:
+    await run.idle()
+    async with clients_at_work(run):
         await left_behind(run)
-        assert stage.replica is not None
-        certified = await identity(stage.master)
+    assert stage.replica is not None
+    certified = await identity(stage.master)
+    await run.stack.drained()  # the ledger has all that anybody has heard of: nothing counts as lost
+    async with writers_standing_still(run), run.client() as http:
         for part in APIS:
             stage.redis_of[part].treat(replies="lose")
-        await run.stack.drained()  # the ledger has all that anybody has heard of: nothing counts as lost
-        async with writers_standing_still(run):
-            unheard = asyncio.gather(*(run.send(http, _assign(b, f"first{n}")) for b in few for n in range(FEW_CODES)))
-            await asyncio.sleep(0.5)
-            await promote(stage.replica)
-            stage.lead_to(stage.replica)
-            for part in APIS:
-                stage.redis_of[part].heal()
-            await unheard
+        unheard = await _decided_unheard(run, http, few)
+        await promote(stage.replica)
+        stage.lead_to(stage.replica)
+        for part in APIS:
+            stage.redis_of[part].heal()
+        await unheard
+    async with clients_at_work(run), run.client() as http:
         await run.recovered()
         await until(lambda: all_certified(run), HEAL_S, "every shard should be certified")
         run.epochs = await run.epochs_now()
@@ -119,6 +121,23 @@ async def failed_back_and_recoverers_killed(run: Run) -> None:
             assert await writer.died(HEAL_S) == -signal.SIGKILL
             run.start_writer(number)
         await run.recovered()
+
+
+async def _decided_unheard(run: Run, http: httpx.AsyncClient, few: list[str]) -> asyncio.Future[list[None]]:
+    """Let requests for codes of these books come to the first API process in one turn, and so to Redis in one call: it sends
+    no third while two have no reply. Returns when Redis has given a code of each book away."""
+    first = [_assign(book_id, f"first{number}") for number in range(FEW_CODES) for book_id in few]
+    await asyncio.gather(*(http.get("/healthz") for _ in first))  # connections are there: to make one takes turns
+    run.apis[0].signal(signal.SIGSTOP)
+    unheard = await all_sent(http, [run.send(http, attempt) for attempt in first])
+    run.apis[0].signal(signal.SIGCONT)
+
+    async def given_away() -> bool:
+        async with run.stack.redis() as redis:
+            return all([await redis.exists(keys_of(book_id).holders(book_id)) for book_id in few])
+
+    await until(given_away, what="the master should have given codes away of which nobody hears")
+    return unheard
 
 
 async def _few_codes_in_every_shard(run: Run) -> list[str]:
