@@ -266,18 +266,18 @@ async def killed_in(
 
 
 @pytest.fixture(scope="module")
-async def dying(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[Stack]:
-    async with running_stack(tmp_path_factory.mktemp("dying"), postgres_url, SHARDS) as stack:
+async def uploading(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[Stack]:
+    async with running_stack(tmp_path_factory.mktemp("uploading"), postgres_url, SHARDS) as stack:
         yield stack
 
 
 @pytest.fixture
-async def stack(dying: Stack) -> AsyncIterator[Stack]:
+async def stack(uploading: Stack) -> AsyncIterator[Stack]:
     """A stack whose parts may be killed: who kills one starts another."""
-    yield dying
-    report = await report_of(dying)
+    yield uploading
+    report = await report_of(uploading)
     assert report.holds, report
-    assert await dying.ledger("SELECT FROM uploads") == []
+    assert await uploading.ledger("SELECT FROM uploads") == []
 
 
 @pytest.fixture
