@@ -80,6 +80,19 @@ async def network_stage(postgres_url: str, folder: Path, shards: int = SHARDS) -
 
 
 @contextlib.asynccontextmanager
+async def running_network(postgres_url: str, folder: Path) -> AsyncIterator[Network]:
+    """Proxies everywhere, and a writer and an API that are ready; they end with the block."""
+    async with network_stage(postgres_url, folder) as network:
+        try:
+            network.writer()
+            network.api()
+            await network.ready()
+            yield network
+        finally:
+            network.close()
+
+
+@contextlib.asynccontextmanager
 async def replica_stage(postgres_url: str, folder: Path) -> AsyncIterator[Network]:
     """A replica that follows Redis through a proxy."""
     async with network_stage(postgres_url, folder) as network:

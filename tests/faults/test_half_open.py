@@ -14,7 +14,7 @@ from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.errors import StoreError
 from coupon_svc.redis.scripts import Scripts
-from tests.chaos.network import Network, direct, network_stage, promote
+from tests.chaos.network import Network, direct, promote, running_network
 from tests.harness import until
 
 GIVEN_UP_S = 8.0
@@ -23,14 +23,8 @@ GIVEN_UP_S = 8.0
 @pytest.fixture(scope="module")
 async def network(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Network]:
     """One for all: each test heals what it has cut."""
-    async with network_stage(postgres_url, tmp_path_factory.mktemp("network")) as network:
-        try:
-            network.writer()
-            network.api()
-            await network.ready()
-            yield network
-        finally:
-            network.close()
+    async with running_network(postgres_url, tmp_path_factory.mktemp("network")) as network:
+        yield network
 
 
 async def test_a_caller_is_answered_while_redis_is_silent_on_a_connection_that_stands(network: Network) -> None:

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from coupon_svc.service.assign import LIST_PIECE
-from tests.chaos.network import Network, direct, events_made, network_stage
+from tests.chaos.network import Network, direct, events_made, running_network
 from tests.harness import until
 from tests.http.helpers import assign, make_book
 
@@ -28,14 +28,8 @@ NO_MESSAGE_S = 2.5
 
 @pytest.fixture(scope="module")
 async def network(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Network]:
-    async with network_stage(postgres_url, tmp_path_factory.mktemp("lost")) as network:
-        try:
-            network.writer()
-            network.api()
-            await network.ready()
-            yield network
-        finally:
-            network.close()
+    async with running_network(postgres_url, tmp_path_factory.mktemp("lost")) as network:
+        yield network
 
 
 @pytest.fixture

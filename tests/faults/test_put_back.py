@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
 from coupon_svc.redis.keys import ShardKeys
-from tests.harness import Stack, until
+from tests.conftest import SHARDS
+from tests.harness import Stack, running_stack, until
 
 MakeStack = Callable[[], Awaitable[Stack]]
 
@@ -30,19 +31,21 @@ async def put_back(redis: Any, kept: list[tuple[bytes, bytes]], shard: int, shar
         await pipe.execute()
 
 
-@pytest.mark.parametrize("ack", ["ledger", "redis"])
-async def test_a_process_that_saw_nothing_itself_is_not_told_that_its_event_is_durable(
-    make_stack: MakeStack, ack: str
-) -> None:
-    """The ledger holds positions that are beyond Redis now: an event made there would pass for one that it has."""
-    stack = await make_stack()
-    stack.writer()
-    stack.api()
-    await stack.ready()
-    async with await stack.client("shop") as first:
-        stack.api()
+@pytest.fixture(scope="module")
+async def stack(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> AsyncIterator[Stack]:
+    """With two API processes."""
+    async with running_stack(tmp_path_factory.mktemp("two"), postgres_url, SHARDS) as stack:
+        stack.api(1)
         await stack.ready()
-        async with await stack.client("shop") as second, Redis.from_url(stack.redis_admin_url) as raw:
+        yield stack
+
+
+@pytest.mark.parametrize("ack", ["ledger", "redis"])
+async def test_a_process_that_saw_nothing_itself_is_not_told_that_its_event_is_durable(stack: Stack, ack: str) -> None:
+    """The ledger holds positions that are beyond Redis now: an event made there would pass for one that it has."""
+    async with await stack.client("shop") as first, await stack.client("shop") as second:
+        first.base_url = next(part.base_url for part in stack.parts if part.base_url)
+        async with Redis.from_url(stack.redis_admin_url) as raw:
             rules = {"name": "b", "ack": ack, "generate": {"pattern": "Q-########", "total": 40}}
             book_id = (await first.post("/coupons", json=rules)).json()["book_id"]
             shard = int(book_id[3:5])
@@ -76,6 +79,12 @@ async def test_a_process_that_saw_nothing_itself_is_not_told_that_its_event_is_d
             assert holders.items() <= {row["code"]: row["user_id"] for row in rows}.items()
 
 
+async def stopped(stack: Stack, book_id: str) -> bool:
+    """Whether the book's shard was stopped for a history that is not the ledger's."""
+    (row,) = await stack.ledger("SELECT stopped FROM shards WHERE shard = $1", int(book_id[3:5]))
+    return "differs from the one in the ledger" in (row["stopped"] or "")
+
+
 async def test_an_owner_sees_that_what_is_committed_is_not_what_redis_made(make_stack: MakeStack) -> None:
     """A server that went back has caught up, so no number shows it; and whoever opens the shard next looks as well."""
     stack = await make_stack()
@@ -102,14 +111,10 @@ async def test_an_owner_sees_that_what_is_committed_is_not_what_redis_made(make_
                 )
                 await pipe.execute()
 
-        async def stopped() -> bool:
-            rows = await stack.ledger("SELECT stopped FROM shards WHERE shard = $1", int(book_id[3:5]))
-            return "differs from the one in the ledger" in (rows[0]["stopped"] or "")
-
         writer.stop()
         await rewrite()
         stack.writer()
-        await until(stopped, what="who opens the shard should compare the last event")
+        await until(lambda: stopped(stack, book_id), what="who opens the shard should compare the last event")
 
 
 async def test_what_follows_in_another_history_is_not_committed(make_stack: MakeStack) -> None:
@@ -143,9 +148,5 @@ async def test_what_follows_in_another_history_is_not_committed(make_stack: Make
             await pipe.execute()
         writer.signal(signal.SIGCONT)
 
-        async def stopped() -> bool:
-            rows = await stack.ledger("SELECT stopped FROM shards WHERE shard = $1", shard)
-            return "differs from the one in the ledger" in (rows[0]["stopped"] or "")
-
-        await until(stopped)
+        await until(lambda: stopped(stack, book_id))
         assert [row["user_id"] for row in await stack.ledger("SELECT user_id FROM events")] == ["u"]

@@ -11,7 +11,6 @@ import msgspec
 import pytest
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.domain.books import Ack, Book, BookStatus
 from coupon_svc.domain.events import COUPON_ASSIGNED, Entry, Event, MalformedEntry
 from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres import lending
@@ -27,6 +26,7 @@ from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.lend import Lender
 from coupon_svc.writer.persist import EVENTS_PER_COMMIT_MAX, Persister, Rewritten, following_batch
 from coupon_svc.writer.shard import Hole, Shard, Shut, term_of
+from tests.books import A_BOOK
 from tests.entries import batch_of, entry_of, fields_of
 from tests.harness import fresh_database
 from tests.owned import recovered_shard
@@ -131,24 +131,7 @@ async def test_a_changed_book_is_not_exhausted_while_a_code_is_on_its_way(
 ) -> None:
     """The last code was lent alone, and is not in the pool yet."""
     store, shard, before, book_id = recovered
-    book = Book(
-        book_id=book_id,
-        tenant_id=1,
-        name="b",
-        max_codes_per_user=None,
-        max_redemptions_per_code=None,
-        lock_ttl_seconds=60,
-        starts_at_ms=None,
-        expires_at_ms=None,
-        ack=Ack.REDIS,
-        metadata=msgspec.Raw(b"{}"),
-        status=BookStatus.ACTIVE,
-        created_at_ms=1,
-        version=2,
-        total=1,
-        lent=1,
-        quarantined=0,
-    )
+    book = msgspec.structs.replace(A_BOOK, book_id=book_id, version=2, total=1, lent=1)
 
     async def read_book(*_: Any) -> BookNow:
         return BookNow(book, True, lone=1)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from coupon_svc.domain.books import Ack, Book, BookStatus
+from coupon_svc.domain.books import Ack, Book
 from coupon_svc.postgres import lending
 from coupon_svc.postgres.lending import BookNow, Lease
 from coupon_svc.postgres.shards import OwnedShard
@@ -18,6 +18,7 @@ from coupon_svc.redis.server import Identity
 from coupon_svc.writer import lend
 from coupon_svc.writer.lend import CODES_PER_LEASE_MAX, Lender
 from coupon_svc.writer.pool import Pool
+from tests.books import A_BOOK
 from tests.owned import open_shard
 
 LARGE, SMALL = "bk_00large", "bk_00small"
@@ -26,24 +27,7 @@ NO_LEDGER: Any = None
 
 
 def book(book_id: str, unlent: int) -> Book:
-    return Book(
-        book_id=book_id,
-        tenant_id=1,
-        name="b",
-        max_codes_per_user=None,
-        max_redemptions_per_code=None,
-        lock_ttl_seconds=60,
-        starts_at_ms=None,
-        expires_at_ms=None,
-        ack=Ack.REDIS,
-        metadata=msgspec.Raw(b"{}"),
-        status=BookStatus.ACTIVE,
-        created_at_ms=1,
-        version=1,
-        total=unlent,
-        lent=0,
-        quarantined=0,
-    )
+    return msgspec.structs.replace(A_BOOK, book_id=book_id, total=unlent)
 
 
 class Stores(ShardControl):
