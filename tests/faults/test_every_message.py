@@ -34,7 +34,7 @@ DECIDED_S = 15.0
 HEALTHY_S = 5.0
 PASSES_MAX = 5
 TENANT = "swept"
-STOCK = {"pattern": "########", "total": 2_000}
+STOCK = {"pattern": "########", "total": 1_000}
 WAYS = ("api redis", "api postgres", "writer redis", "writer postgres")
 
 BLOCK = 40
