@@ -404,6 +404,11 @@ class Run:
                 continue
             # A request for any code that was never answered may have been given this one.
             doubtful = [_operation(a) for a in self.history if a.book_id == books[code] and _never_known(a)]
+            if rebuilt:
+                lost = lost_before_it_was_told(self.history, books[code], code)
+                operations = [
+                    one for one in operations if not (one.why == "already_assigned" and lost < one.returned_s)
+                ]
             model = CodeModel(USES, loses_locks=self.loses_locks or rebuilt, loses_records=self.loses_records)
             require_linearizable([*operations, *doubtful], model, code)
         for (book_id, user), operations in by_user.items():
@@ -523,6 +528,22 @@ def _in_words(broken: Iterable[Check]) -> str:
 def _never_known(attempt: Attempt) -> bool:
     """Whether a request for any code may have been given one that nobody was told of."""
     return attempt.verb == "assign" and attempt.outcome != "ok" and (attempt.in_doubt or attempt.outcome == "unknown")
+
+
+def lost_before_it_was_told(history: Iterable[Attempt], book_id: str, code: str) -> float:
+    """From when on somebody may have held the code of whom nobody was told; infinite when nobody may.
+
+    A request for any code was decided, its answer did not come, and Redis lost what it had decided. Repeated, the request was
+    given another code. Meanwhile others were told that this one is taken.
+    """
+    return min(
+        (
+            one.invoked_s
+            for one in history
+            if one.verb == "assign" and one.book_id == book_id and one.in_doubt and one.code != code
+        ),
+        default=math.inf,
+    )
 
 
 def _operation(attempt: Attempt) -> Operation:

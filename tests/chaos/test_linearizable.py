@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from tests.chaos.run import Attempt, lost_before_it_was_told
 from tests.linearizable import CodeModel, CodeState, LimitModel, Operation, linearizable
 
 CODE = CodeModel(2)
@@ -210,3 +211,27 @@ def test_what_one_after_the_other_did_is_accepted_however_the_times_overlap(seed
     assert linearizable(history, CODE)
     last = max(operation.invoked_s for operation in history) + 100
     assert not linearizable([*history, ok("redeem", (last, last + 1), state.user, uses=4)], CODE), "a use too many"
+
+
+def doubted(book_id: str, code: str, invoked_s: float, *, in_doubt: bool = True) -> Attempt:
+    answer = {"code": code}
+    return Attempt(
+        "assign",
+        "/coupons/assign",
+        {},
+        "k",
+        book_id,
+        "redis",
+        "ann",
+        "ok",
+        answer,
+        in_doubt=in_doubt,
+        invoked_s=invoked_s,
+    )
+
+
+def test_a_request_in_doubt_that_got_another_code_may_have_held_this_one() -> None:
+    history = [doubted("b1", "A", 3.0), doubted("b1", "B", 1.0, in_doubt=False), doubted("b2", "B", 2.0)]
+    assert lost_before_it_was_told(history, "b1", "C") == 3.0
+    assert lost_before_it_was_told(history, "b1", "A") == math.inf
+    assert lost_before_it_was_told(history, "b3", "C") == math.inf
