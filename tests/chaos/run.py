@@ -533,8 +533,8 @@ def _never_known(attempt: Attempt) -> bool:
 def lost_before_it_was_told(history: Iterable[Attempt], book_id: str, code: str) -> float:
     """From when on somebody may have held the code of whom nobody was told; infinite when nobody may.
 
-    A request for any code was decided, its answer did not come, and Redis lost what it had decided. Repeated, the request was
-    given another code. Meanwhile others were told that this one is taken.
+    A request for any code was decided, its answer did not come, and Redis lost what it had decided. Repeated, the request
+    was given another code. Meanwhile others were told that this one is taken.
     """
     return min(
         (
