@@ -31,7 +31,7 @@ time.sleep(60)
 
 
 def test_what_is_written_while_it_is_removed_is_removed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(folder: Path, output: Path, arguments: object) -> subprocess.Popen[bytes]:
+    def start(folder: Path, output: Path, arguments: object, checkout: Path | None) -> subprocess.Popen[bytes]:
         output.touch()
         return subprocess.Popen([sys.executable, "-c", STUBBORN, str(folder / "data")])
 
@@ -49,7 +49,7 @@ def test_an_order_that_comes_while_it_starts_leaves_nothing_either(
     """The process is there, and nobody knows it yet."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(folder: Path, output: Path, arguments: object) -> subprocess.Popen[bytes]:
+    def start(folder: Path, output: Path, arguments: object, checkout: Path | None) -> subprocess.Popen[bytes]:
         started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
         signal.raise_signal(signal.SIGTERM)
         return started[0]
