@@ -350,6 +350,8 @@ async def _recovered_while_a_batch_waits(run: Run, ledger: Any, probe: Probe) ->
 
     try:
         waiting = await probe.decided("ledger", 4)
+        if waiting.done():
+            return False
         await asyncio.sleep(0.5)  # the writer has sent it by then
         async with run.stack.redis() as redis:
             await redis.flushall()
@@ -392,6 +394,7 @@ async def registration_lapses(run: Run) -> None:
             await until(counts_as_gone, HEAL_S, "the API should count as gone")
             async with run.stack.redis() as redis, writers_standing_still(run):
                 asked = await probe.decided("redis", 6)
+                assert not asked.done(), "Redis should have decided"
                 await asyncio.sleep(0.5)
                 await redis.flushall()
             await run.recovered()
