@@ -60,12 +60,20 @@ class Shop:
                 for turn, path in enumerate(paths):
                     user = f"{name}-{book_id}-{turn}"
                     body = {"user_id": user} if named and not turn else {"book_id": book_id, "user_id": user}
-                    answer = await http.post(path, json=body)
-                    assert answer.status_code == 201, answer.text
-                    code = answer.json()["code"]
+                    code = await self.given_code(http, path, body)
                     assert self.given.setdefault(code, user) == user, "P1: the code is somebody else's"
                     codes.append(code)
         return codes
+
+    async def given_code(self, http: httpx.AsyncClient, path: str, body: dict[str, str]) -> str:
+        """The code that one request gives. It is repeated while its outcome is unknown: the writer may just be killed."""
+        for _ in range(5):
+            answer = await http.post(path, json=body, headers={"Idempotency-Key": body["user_id"]})
+            if answer.status_code != 503 or answer.json()["code"] != "outcome_unknown":
+                break
+        assert answer.status_code == 201, answer.text
+        code: str = answer.json()["code"]
+        return code
 
     async def code_ahead(self, book_id: str) -> str:
         """A code of the book that is to be lent with the next block."""
