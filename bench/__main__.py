@@ -74,7 +74,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where benchmarks.md goes; default: docs")
     parser.add_argument("--rounds", type=int, metavar="N", help="of the lines over HTTP, and of --against")
-    parser.add_argument("--connections", type=int, default=64, metavar="N", help="of --against")
+    parser.add_argument("--connections", type=int, default=64, metavar="N", help="callers at a time, of --against")
     parser.add_argument(
         "--codes", type=int, default=1_000_000, metavar="N", help="of --memory, --rebuild, --upload and --flat"
     )
