@@ -13,13 +13,15 @@ An operation that raises while it decides has no part in the entry. A key of ano
 doubt when the section is done. An error after the entry was made puts it in doubt, too. The ledger gets the entry, and the
 recovery makes Redis agree with it.
 
-`sections` is the msgpack of a list. A section is [meta, events, epoch, seen_seq, tip, [operation, …]], and an operation
-[name, key, …, argument, …] in the order of its header. A key is its place in KEYS, 0 for one that is left out.
+`sections` is the msgpack of one list, whose values follow each other: those of a section are meta, events, epoch, seen_seq,
+tip, the number of its operations, and then those of each operation: its name, its keys and its arguments in the order of its
+header. A key is its place in KEYS, 0 for one that is left out. A list in lists would take Redis twice as long to read.
 
-The reply has one item for each section, in their order: ["ok", seq, tip, [reply, …], entry], where entry is the one that the
-section made, as [n, after, at_ms, events], and is left out when it made none; ["suspect", why], and nothing was done: as the
-fence found it, or `events` when the stream took no entry; or ["unknown"] after an error behind the entry. An operation that
-raised replies ["error", word], with the first word of Redis's error.
+The reply is the JSON of a list with one item for each section, in their order: ["ok", seq, tip, [reply, …], entry], where
+entry is the one that the section made, as [n, after, at_ms, events], and is left out when it made none; ["suspect", why], and
+nothing was done: as the fence found it, or `events` when the stream took no entry; or ["unknown"] after an error behind the
+entry. An operation that raised replies ["error", word], with the first word of Redis's error. A text costs Redis less than
+lists in lists; what JSON cannot say, as a number that somebody's hand made infinite, comes as lists.
 
 Keys
   keys…     any     read, write; each key of the operations once
@@ -27,6 +29,7 @@ Keys
 Args
   sections  text
 ]]
+-- include: names
 -- include: book
 -- include: clock
 -- include: fence
@@ -35,7 +38,7 @@ Args
 -- include: log
 -- include: apply
 -- What belongs to one call: `run_call` begins it anew.
-local KEYS, now_ms, at_ms, meta, pool_look
+local KEYS, sent, now_ms, at_ms, meta, pool_look
 local operations = {read = {}, grow = {}, keep = {}}
 
 -- operations
@@ -50,22 +53,35 @@ local function doubt(meta_key)
   redis.call("HSET", meta_key, "epoch", "doubt", "was", meta.epoch)
 end
 
-local function decide(class, ops)
+-- Decide the operations whose values begin at `at`. Returns their replies, and whether a key that they met is damaged.
+local function decide(class, at, count)
   local replies, damaged = {}, false
-  for i, op in ipairs(ops) do
-    local whole, reply = pcall(operations[class][op[1]], op)
+  for i = 1, count do
+    local operation = class[sent[at]]
+    local whole, reply = pcall(operation.decide, at)
     if not whole then
       local word = word_of(reply)
       damaged = damaged or word == "WRONGTYPE"
       reply = {"error", word}
     end
     replies[i] = reply
+    at = at + operation.size
   end
   return replies, damaged
 end
 
-local function run_section(class, section)
-  local meta_key, events_key, epoch, seen_seq, tip, ops = KEYS[section[1]], KEYS[section[2]], unpack(section, 3)
+-- Where the values of the next section begin.
+local function skip(class, at, count)
+  for _ = 1, count do
+    at = at + class[sent[at]].size
+  end
+  return at
+end
+
+local function run_section(class, at)
+  local meta_key, events_key, epoch, seen_seq, tip = KEYS[sent[at]], KEYS[sent[at + 1]], sent[at + 2], sent[at + 3], sent[at + 4]
+  local count = sent[at + 5]
+  at = at + 6
   local whole, refusal
   whole, refusal, meta = pcall(fence, meta_key, epoch, seen_seq)
   if not whole then
@@ -75,10 +91,10 @@ local function run_section(class, section)
     return refusal
   end
   begin_section()
-  pool_look = #ops
-  local replies, damaged = decide(class, ops)
+  pool_look = count
+  local replies, damaged = decide(class, at, count)
   local entry
-  if class ~= "read" then
+  if class ~= operations.read then
     whole, entry = pcall(log_events, meta_key, events_key, meta, tip, at_ms)
     if not whole then
       doubt(meta_key)
@@ -96,14 +112,20 @@ local function run_section(class, section)
 end
 
 local function run_call(class, keys, sections)
+  if not redis then
+    redis, cjson, string, tonumber, ipairs, pcall, unpack = read_globals()
+  end
   KEYS = keys
-  forget_replication()
+  forget_replid()
   begin_books()
   now_ms, at_ms = read_clock()
-  local replies = {}
-  for i, section in ipairs(cmsgpack.unpack(sections)) do
-    replies[i] = run_section(class, section)
+  sent = cmsgpack.unpack(sections)
+  local replies, at = {}, 1
+  while sent[at] do
+    replies[#replies + 1] = run_section(operations[class], at)
+    at = skip(operations[class], at + 6, sent[at + 5])
   end
-  return replies
+  local whole, text = pcall(cjson.encode, replies)
+  return whole and text or replies
 end
 

@@ -30,6 +30,7 @@ ITEMS_PER_WEIGHT, BYTES_PER_WEIGHT = 8, 1024
 assign), and bytes of metadata."""
 
 _pack_sections = msgspec.msgpack.Encoder().encode
+_parse_replies = msgspec.json.Decoder().decode
 
 # A tip tells an event from any other that stands, or ever stood, at its position. A counter makes it different within the
 # process, and the prefix everywhere else: who puts keys back or makes an entry by hand cannot know it.
@@ -84,7 +85,11 @@ def _parse_holders(texts: Sequence[str]) -> list[Holding | str]:
     return [text if text in ("", QUARANTINED) else Holding.parse(text) for text in texts]
 
 
-_PARSERS: dict[str, Callable[[Any], Any]] = {"position": parse_positions, "holders": _parse_holders}
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "position": parse_positions,
+    "holders": _parse_holders,
+    "members": list,  # Lua has one table for lists and objects: an empty one came as an object
+}
 
 
 def bind_operation(contract: Contract) -> Operation:
@@ -175,4 +180,16 @@ def open_section(keys: KeyTable, shard: ShardKeys, epoch: int, seen_seq: int) ->
 
 def call_command(function: str, keys: KeyTable, sections: Sequence[Section]) -> Command:
     """The command that runs a call: `function` is the library's, for the class of its operations."""
-    return ("FCALL", function, len(keys), *keys, _pack_sections(sections))
+    sent: list[Any] = []
+    for *head, operations in sections:
+        sent += head
+        sent.append(len(operations))
+        for operation in operations:
+            sent += operation
+    return ("FCALL", function, len(keys), *keys, _pack_sections(sent))
+
+
+def section_replies(raw: str | list[Any]) -> list[Any]:
+    """The replies of a call's sections, in their order, from what Redis sent."""
+    replies: list[Any] = _parse_replies(raw) if isinstance(raw, str) else raw
+    return replies

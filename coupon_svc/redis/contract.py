@@ -35,8 +35,8 @@ names its class between the prose and the keys:
     Class: grow
 
 Meta, the events, the epoch and what was seen are the call's, so an operation does not list them. In the call an operation
-is `[name, key, …, argument, …]`, in the order of the header: a key is its number in KEYS, 0 when it is left out, and a
-list is a list.
+is its name, its keys and its arguments, in the order of the header: a key is its number in KEYS, 0 when it is left out, and
+a list is a list.
 """
 
 from __future__ import annotations
@@ -128,6 +128,11 @@ class Contract(NamedTuple):
     events: Mapping[str, tuple[str, ...]]
     call_class: CallClass | None = None
     """The class of an operation; None for a script."""
+
+    @property
+    def size(self) -> int:
+        """How many values an operation has in a call."""
+        return 1 + len(self.keys) + len(self.args)
 
 
 def split_source(name: str, text: str) -> tuple[str, str, str]:
@@ -249,16 +254,16 @@ def preamble(contract: Contract) -> str:
 
 
 def operation_preamble(contract: Contract) -> str:
-    """The Lua that gives the keys and arguments of an operation, which the call has as `op`, their names."""
+    """The Lua that gives the keys and arguments of an operation, whose values begin at `at` in `sent`, their names."""
     keys, args, loops = [], [], []
-    for at, key in enumerate(contract.keys, 2):
+    for place, key in enumerate(contract.keys, 1):
         if key.mark == "…":
             loops.append(f"local {key.lua_name} = {{}}")
-            loops.append(f"for i, k in ipairs(op[{at}]) do {key.lua_name}[i] = KEYS[k] end")
+            loops.append(f"for i, k in ipairs(sent[at + {place}]) do {key.lua_name}[i] = KEYS[k] end")
         else:
-            keys.append((key.lua_name, f"KEYS[op[{at}]]"))
-    for at, arg in enumerate(contract.args, 2 + len(contract.keys)):
-        args.append((arg.name, f"op[{at}]"))
+            keys.append((key.lua_name, f"KEYS[sent[at + {place}]]"))
+    for place, arg in enumerate(contract.args, 1 + len(contract.keys)):
+        args.append((arg.name, f"sent[at + {place}]"))
     lines = [
         f"local {', '.join(name for name, _ in slots)} = {', '.join(value for _, value in slots)}"
         for slots in (keys, args)

@@ -21,7 +21,16 @@ from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.hot import Withdrawn
 from coupon_svc.redis.call_queue import CallQueue, PendingOperation
-from coupon_svc.redis.calls import MADE_EVENT, Entry, KeyTable, Section, bind_operation, call_command, open_section
+from coupon_svc.redis.calls import (
+    MADE_EVENT,
+    Entry,
+    KeyTable,
+    Section,
+    bind_operation,
+    call_command,
+    open_section,
+    section_replies,
+)
 from coupon_svc.redis.connection import Connection
 from coupon_svc.redis.contract import CallClass, Command, Reply
 from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError
@@ -204,9 +213,15 @@ class Dispatcher:
         if isinstance(raw, ReplyError):
             self._read_error(call, raw)
             return
+        try:
+            replies = section_replies(raw)
+        except ValueError as error:
+            log.error("the reply of a call: %s", type(error).__name__)
+            _refuse_all(call.operations, call.lost)
+            return
         for number, section in enumerate(call.sections):
             try:
-                self._read_section(call, section, raw[number])
+                self._read_section(call, section, replies[number])
             except Exception as error:  # whatever it is: nobody may wait for ever
                 log.error("the reply of a call, in shard %02d: %s", section.view.shard, type(error).__name__)
                 _refuse_all(section.operations, Outcome.INTERNAL_ERROR)

@@ -137,7 +137,8 @@ def read_library(path: Path, operations: Sequence[Operation]) -> Library:
         loop, *(operation.own for operation in operations)
     )
     functions = "".join(
-        f"operations.{operation.contract.call_class}.{operation.name} = function(op)\n"
+        f"operations.{operation.contract.call_class}.{operation.name} = {{size = {operation.contract.size}}}\n"
+        f"function operations.{operation.contract.call_class}.{operation.name}.decide(at)\n"
         f"{operation_preamble(operation.contract)}{body}end\n"
         for operation, body in zip(operations, bodies, strict=True)
     )
@@ -151,11 +152,13 @@ def bind_library(body: str) -> Library:
     named = _with_constants(body)
     library = Library(LIBRARIES + hashlib.sha1(named.encode()).hexdigest()[:16], body, "")
     registered = "".join(
-        f'redis.register_function{{function_name = "{library.function(call)}", flags = {{{FLAGS[call]}}},'
+        f'register{{function_name = "{library.function(call)}", flags = {{{FLAGS[call]}}},'
         f' callback = function(keys, args) return run_call("{call}", keys, args[1]) end}}\n'
         for call in CallClass
     )
-    return msgspec.structs.replace(library, source=f"#!lua name={library.name}\n{named}{registered}")
+    # The library has a `redis` of its own, which is there while a function runs (lua/include/names.lua).
+    head = f"#!lua name={library.name}\nlocal register = redis.register_function\n"
+    return msgspec.structs.replace(library, source=f"{head}{named}{registered}")
 
 
 def bind_script(name: str, first_line: str, contract: Contract, body: str) -> Script:

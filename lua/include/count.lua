@@ -13,6 +13,11 @@ local function require_counts(book_key, book)
 end
 
 local function count(book_key, field, number)
-  local fields = part_of(counts, book_key)
-  fields[field] = (fields[field] or 0) + number
+  local counter = book_key .. " " .. field
+  local command = commands[counter]
+  if command then
+    command[4] = command[4] + number
+  else
+    write(counter, {"HINCRBY", book_key, field, number})
+  end
 end

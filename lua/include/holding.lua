@@ -2,7 +2,7 @@
 -- Who holds a code, as the holders keep it: `assigned/last uses at_ms user`; `redeemed` is what follows the first position.
 -- Nil of a code that nobody holds.
 local function read_holding(holders_key, code)
-  local changed = holdings[holders_key]
+  local changed = commands[holders_key]
   local text = changed and changed[code] or redis.call("HGET", holders_key, code)
   if not text then
     return nil
@@ -23,5 +23,12 @@ end
 
 -- Put a code into the hands that the text tells.
 local function hold(holders_key, code, text)
-  part_of(holdings, holders_key)[code] = text
+  local command = commands[holders_key]
+  if command then
+    command[#command + 1] = code
+    command[#command + 1] = text
+    command[code] = text -- for who reads it; a command is what has numbers
+  else
+    write(holders_key, {"HSET", holders_key, code, text, [code] = text})
+  end
 end

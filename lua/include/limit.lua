@@ -7,7 +7,7 @@ local function refuse_over_limit(book, coupons_key, book_id)
   end
   local limit = tonumber(book.max_codes_per_user)
   local held = redis.call("ZLEXCOUNT", coupons_key, "[" .. book_id .. ":", "(" .. book_id .. ";")
-  local more = listed[coupons_key]
+  local more = commands[coupons_key]
   if more then
     held = held + (more[book_id] or 0)
   end
@@ -18,7 +18,13 @@ end
 
 -- Put a code among those of a user.
 local function list(coupons_key, book_id, code)
-  add(listed, coupons_key, 0)
-  add(listed, coupons_key, book_id .. ":" .. code)
-  listed[coupons_key][book_id] = (listed[coupons_key][book_id] or 0) + 1 -- beside the members, which have numbers
+  local member = book_id .. ":" .. code
+  local command = commands[coupons_key]
+  if command then
+    command[#command + 1] = "0"
+    command[#command + 1] = member
+    command[book_id] = (command[book_id] or 0) + 1 -- for who reads it; a command is what has numbers
+  else
+    write(coupons_key, {"ZADD", coupons_key, "0", member, [book_id] = 1})
+  end
 end

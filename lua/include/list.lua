@@ -2,7 +2,10 @@
 -- Refuse the users of a list whose Idempotency-Key another request has used. Its record is made with the list's first effect
 -- and holds the fingerprint alone: the users have records of their own. Nil for a user of no list.
 local function refuse_reused(list_key, fingerprint)
-  local kept = list_key and (records[list_key] or redis.call("GET", list_key))
+  if not list_key then
+    return nil
+  end
+  local kept = commands[list_key] and commands[list_key][3] or redis.call("GET", list_key)
   if kept and cjson.decode(kept)[1] ~= fingerprint then
     return {"idempotency_key_reused"}
   end
@@ -10,7 +13,7 @@ local function refuse_reused(list_key, fingerprint)
 end
 
 local function remember_list(list_key, fingerprint)
-  if list_key then
-    records[list_key] = cjson.encode({fingerprint})
+  if list_key and not commands[list_key] then
+    write(list_key, {"SET", list_key, cjson.encode({fingerprint}), "PX", IDEMPOTENCY_MS})
   end
 end

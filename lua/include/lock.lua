@@ -1,12 +1,9 @@
 -- include: overlay
 -- The token that holds the lock, false without one; and the milliseconds it has left.
 local function read_lock(lock_key)
-  local changed = locks[lock_key]
-  if changed then
-    return changed.token, changed.ttl_ms
-  end
-  if changed == false then
-    return false
+  local command = commands[lock_key]
+  if command then
+    return command[3] or false, command[5] -- neither of a lock that is dropped
   end
   local held_ms = redis.call("PTTL", lock_key)
   return redis.call("GET", lock_key), held_ms
@@ -26,9 +23,19 @@ local function find_lock(lock_key, shown_token)
 end
 
 local function set_lock(lock_key, token, ttl_ms)
-  locks[lock_key] = {token = token, ttl_ms = ttl_ms}
+  local command = commands[lock_key]
+  if command then
+    command[1], command[3], command[4], command[5] = "SET", token, "PX", ttl_ms
+  else
+    write(lock_key, {"SET", lock_key, token, "PX", ttl_ms})
+  end
 end
 
 local function drop_lock(lock_key)
-  locks[lock_key] = false
+  local command = commands[lock_key]
+  if command then
+    command[1], command[3], command[4], command[5] = "DEL", nil, nil, nil
+  else
+    write(lock_key, {"DEL", lock_key})
+  end
 end

@@ -5,10 +5,10 @@ local function next_free(free_key, holders_key, wanted)
   local pool = pools[free_key]
   if not pool then
     redis.call("HLEN", holders_key) -- what is to be written must be of its type
-    pool = {at = 1, codes = {}}
+    pool = {at = 1, codes = redis.call("ZRANGE", free_key, 0, wanted - 1)}
     pools[free_key] = pool
   end
-  local changed = part_of(holdings, holders_key)
+  local changed = commands[holders_key]
   while true do
     local code = pool.codes[pool.at]
     if not code then
@@ -20,7 +20,7 @@ local function next_free(free_key, holders_key, wanted)
       for _, one in ipairs(more) do
         pool.codes[#pool.codes + 1] = one
       end
-    elseif not changed[code] then
+    elseif not changed or not changed[code] then
       return code
     else
       pool.at = pool.at + 1
@@ -29,5 +29,10 @@ local function next_free(free_key, holders_key, wanted)
 end
 
 local function take(free_key, code)
-  add(taken, free_key, code)
+  local command = commands[free_key]
+  if command then
+    command[#command + 1] = code
+  else
+    write(free_key, {"ZREM", free_key, code})
+  end
 end

@@ -1,5 +1,10 @@
 -- include: overlay
 -- Let a code out of quarantine.
 local function release(quarantine_key, code)
-  add(released, quarantine_key, code)
+  local command = commands[quarantine_key]
+  if command then
+    command[#command + 1] = code
+  else
+    write(quarantine_key, {"SREM", quarantine_key, code})
+  end
 end

@@ -2,7 +2,10 @@
 -- The answer to a request whose Idempotency-Key was used before: the first answer again, or a refusal when the request is
 -- another one. Nil when there is none.
 local function replay(idem_key, fingerprint)
-  local kept = idem_key and (records[idem_key] or redis.call("GET", idem_key))
+  if not idem_key then
+    return nil
+  end
+  local kept = commands[idem_key] and commands[idem_key][3] or redis.call("GET", idem_key)
   if not kept then
     return nil
   end
@@ -17,6 +20,6 @@ end
 -- Keep the answer to a request with an Idempotency-Key; `answer` begins with the fingerprint.
 local function remember(idem_key, ...)
   if idem_key then
-    records[idem_key] = cjson.encode({...})
+    write(idem_key, {"SET", idem_key, cjson.encode({...}), "PX", IDEMPOTENCY_MS})
   end
 end

@@ -19,7 +19,7 @@ from coupon_svc.domain.events import Event, events_of, parse_entry
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
 from coupon_svc.domain.shards import new_book_id
-from coupon_svc.redis.calls import KeyTable, bind_operation, call_command, open_section
+from coupon_svc.redis.calls import KeyTable, bind_operation, call_command, open_section, section_replies
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Script, Scripts
 
@@ -78,13 +78,13 @@ class Calls:
         section = open_section(keys, shard, epoch, seen_seq)
         section.operations.append(operation.pack(keys, shard.prefix, **parameters))
         function = self._scripts.library.function(operation.call_class)
-        (reply,) = self._redis.execute_command(*call_command(function, keys, [section]))
+        (reply,) = section_replies(self._redis.execute_command(*call_command(function, keys, [section])))
         if reply[0] != "ok":
             return list(reply)
         (raw,) = reply[3]
         if raw[0] != "error":
             operation.reply(list(raw))  # it has the fields that the operation's header names
-        return list(raw)
+        return [[] if part == {} else part for part in raw]  # an empty list, as Lua spells it
 
 
 class Server:

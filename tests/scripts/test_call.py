@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from coupon_svc.redis.calls import section_replies
 from coupon_svc.redis.contract import CallClass
 from coupon_svc.redis.scripts import Library, bind_library
 from tests.scripts.runner import CALLER, EPOCH, TENANT, Caller, Server, Shard
@@ -66,7 +67,8 @@ class Calls:
         return self.run((library or self.server.scripts.library).function(call_class), keys, [section])[0]
 
     def run(self, function: str, keys: list[str], sections: list[Any]) -> Any:
-        return self.server.run.execute_command("FCALL", function, len(keys), *keys, msgspec.msgpack.encode(sections))
+        packed = msgspec.msgpack.encode([value for section in sections for value in section])
+        return section_replies(self.server.run.execute_command("FCALL", function, len(keys), *keys, packed))
 
     def section(self, keys: list[str], ops: list[Op], caller: Caller = CALLER, tip: str = "tip") -> list[Any]:
         def place(key: str) -> int:
@@ -77,7 +79,8 @@ class Calls:
         mine = self.shard.keys
         meta, events = place(mine.meta), place(mine.events)
         wire = [self.wire(place, *op) for op in ops]
-        return [meta, events, str(caller.epoch), str(caller.seen_seq), tip, wire]
+        values = (value for operation in wire for value in operation)
+        return [meta, events, str(caller.epoch), str(caller.seen_seq), tip, len(wire), *values]
 
     def wire(self, place: Callable[[str], int], name: str, named: Mapping[str, Any]) -> list[Any]:
         mine, book = self.shard.keys, named["book_id"]
@@ -305,6 +308,13 @@ def test_an_odd_request_does_not_shut_the_shard(calls: Calls) -> None:
     assert calls.shard.redis.hget(calls.shard.keys.meta, "epoch") == str(EPOCH)
 
 
+def test_what_json_cannot_say_is_answered_all_the_same(calls: Calls) -> None:
+    """Somebody's hand made a limit infinite: nobody else of the call must miss an answer for it."""
+    hit, other = calls.shard.assigned("A-1", max_codes_per_user=1), calls.shard.new_book("B-2")
+    calls.shard.redis.hset(calls.shard.keys.book(hit), "max_codes_per_user", "-inf")
+    assert calls.words([assign(hit, "u"), assign(other, "u")]) == ["user_code_limit", "ok"]
+
+
 def test_a_stream_that_takes_no_entry_leaves_nothing_done(calls: Calls) -> None:
     book = calls.shard.new_book("A-1")
     calls.shard.redis.xadd(calls.shard.keys.events, {"event": "by hand"}, id=f"{EPOCH}-99")
@@ -339,8 +349,8 @@ def test_a_write_that_fails_behind_the_entry_is_unknown(calls: Calls, write: str
     keep = [redeem(book, "A-1", token="t", key="k2"), release(book, "Q-1")]
     ops = keep if write in ('"DEL"', '"HINCRBY"', '"SREM"') else grow
     body = calls.server.scripts.library.body
-    assert f"redis.call({write}" in body
-    broken = bind_library(body.replace(f"redis.call({write}", f'redis.call("HGET", "no key", {write}'))
+    assert f"{{{write}" in body
+    broken = bind_library(body.replace(f"{{{write}", f'{{"HGET", "no key", {write}'))
     calls.server.run.function_load(broken.source)
     assert calls.send(ops, library=broken) == ["unknown"]
     calls.server.run.function_delete(broken.name)

@@ -102,7 +102,7 @@ def test_a_call_is_the_keys_and_the_sections() -> None:
     *command, packed = call_command("function", keys, [section])
     assert command == ["FCALL", "function", 3, KEYS.meta, KEYS.events, "a book's"]
     assert isinstance(packed, bytes)
-    assert msgspec.msgpack.decode(packed) == [[1, 2, "4", "17", section.tip, [["read_book", 3, "7"]]]]
+    assert msgspec.msgpack.decode(packed) == [1, 2, "4", "17", section.tip, 1, "read_book", 3, "7"]
 
 
 def test_no_two_sections_have_one_tip() -> None:

@@ -185,18 +185,18 @@ def test_the_file_of_an_operation_is_split_at_its_header() -> None:
 
 def test_an_operation_finds_its_keys_and_arguments_by_their_names() -> None:
     assert operation_preamble(parse_operation(OPERATION)) == (
-        "local book_key, free_key = KEYS[op[2]], KEYS[op[3]]\n"
-        "local tenant_id, codes = op[5], op[6]\n"
+        "local book_key, free_key = KEYS[sent[at + 1]], KEYS[sent[at + 2]]\n"
+        "local tenant_id, codes = sent[at + 4], sent[at + 5]\n"
         "local lock_keys = {}\n"
-        "for i, k in ipairs(op[4]) do lock_keys[i] = KEYS[k] end\n"
+        "for i, k in ipairs(sent[at + 3]) do lock_keys[i] = KEYS[k] end\n"
     )
 
 
 def test_a_key_that_is_left_out_is_number_0_and_so_nil() -> None:
     text = OPERATION.replace("  lock…      string  read; one for each code", "  idem?      string  read, write")
     assert operation_preamble(parse_operation(text)) == (
-        "local book_key, free_key, idem_key = KEYS[op[2]], KEYS[op[3]], KEYS[op[4]]\n"
-        "local tenant_id, codes = op[5], op[6]\n"
+        "local book_key, free_key, idem_key = KEYS[sent[at + 1]], KEYS[sent[at + 2]], KEYS[sent[at + 3]]\n"
+        "local tenant_id, codes = sent[at + 4], sent[at + 5]\n"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -16,6 +15,7 @@ from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.shard_view import Certificate, ShardView, ViewState
+from tests.sent import sections_of
 
 SCRIPTS = Scripts()
 BOOK = "bk_000123456789abcdef"
@@ -55,11 +55,9 @@ class FakeRedis:
     def _whole(self, command: tuple[Any, ...], reply: Any) -> Any:
         if not isinstance(reply, list) or not isinstance(reply[0], list):
             return reply
-        tips = [section[4] for section in sections_of(command)]
-        return [
-            [tip if part is TIP else copy.deepcopy(part) for part in section]
-            for section, tip in zip(reply, tips, strict=True)
-        ]
+        tips = [section.tip for section in sections_of(SCRIPTS, command)]
+        told = [[tip if part is TIP else part for part in one] for one, tip in zip(reply, tips, strict=True)]
+        return msgspec.json.encode(told).decode()
 
     def ran(self, name: str) -> list[tuple[Any, ...]]:
         """The commands that ran this script."""
@@ -68,11 +66,6 @@ class FakeRedis:
     def called(self, call: CallClass) -> list[tuple[Any, ...]]:
         """The calls of this class."""
         return [command for command in self.sent if command[1] == SCRIPTS.library.function(call)]
-
-
-def sections_of(command: tuple[Any, ...]) -> list[Any]:
-    """What a call tells each shard."""
-    return list(msgspec.msgpack.decode(command[-1]))
 
 
 def plane_on(redis: FakeRedis, shards: int = 1) -> DataPlane:
@@ -103,7 +96,7 @@ async def test_a_section_is_sent_with_the_epoch_and_what_was_seen() -> None:
     redis = FakeRedis(ASSIGNED)
     await assign(plane_on(redis))
     (command,) = redis.called(CallClass.GROW)
-    assert [section[2:4] for section in sections_of(command)] == [["4", "20"]]
+    assert [(section.epoch, section.seen_seq) for section in sections_of(SCRIPTS, command)] == [("4", "20")]
 
 
 async def test_what_was_seen_is_known_before_anybody_can_wait_for_it() -> None:

@@ -20,6 +20,7 @@ from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.shard_view import Certificate, ShardView
+from tests.sent import sections_of
 
 SCRIPTS = Scripts()
 CLASSES = {SCRIPTS.library.function(one): str(one) for one in CallClass}
@@ -35,18 +36,24 @@ class Call:
     def __init__(self, command: tuple[Any, ...], on_reply: Callable[[Any], object]) -> None:
         self.call_class = CLASSES[command[1]]
         self.keys = command[3 : 3 + command[2]]
-        self.sections: list[list[Any]] = msgspec.msgpack.decode(command[-1])
-        self.answer = on_reply
+        self.sections = sections_of(SCRIPTS, command)
+        self._on_reply = on_reply
+
+    def answer(self, reply: Any) -> None:
+        """What Redis sends: the sections' replies as JSON, or something else as it is."""
+        self._on_reply(msgspec.json.encode(reply).decode() if isinstance(reply, list) else reply)
 
     @property
     def users(self) -> list[str]:
         """Those of assign_coupon."""
-        return [operation[9] for section in self.sections for operation in section[5]]
+        return [operation[9] for section in self.sections for operation in section.operations]
 
     def serve(self, seq: int | None = None) -> None:
         """Every operation is decided, and every section makes an event: the last is at `seq`, or further than any before."""
         seq = next(SEQS) if seq is None else seq
-        self.answer([["ok", seq, section[4], [reply_to(one) for one in section[5]]] for section in self.sections])
+        self.answer(
+            [["ok", seq, section.tip, [reply_to(one) for one in section.operations]] for section in self.sections]
+        )
 
 
 def reply_to(operation: list[Any]) -> list[Any]:
@@ -127,10 +134,10 @@ async def test_what_comes_in_one_turn_is_one_call_with_a_section_for_each_shard(
     asked = [service.assign("ann"), service.assign("bob", shard=1), service.assign("cid")]
     await turns()
     (call,) = service.calls
-    assert [[one[9] for one in section[5]] for section in call.sections] == [["ann", "cid"], ["bob"]]
-    assert len({section[4] for section in call.sections}) == 2
+    assert [[one[9] for one in section.operations] for section in call.sections] == [["ann", "cid"], ["bob"]]
+    assert len({section.tip for section in call.sections}) == 2
     assert len(call.keys) == len(set(call.keys))
-    assert [call.keys[section[0] - 1] for section in call.sections] == [view.keys.meta for view in service.views]
+    assert [call.keys[section.meta - 1] for section in call.sections] == [view.keys.meta for view in service.views]
     call.serve()
     assert [(await one).code for one in asked] == ["code of ann", "code of bob", "code of cid"]
 
@@ -273,17 +280,24 @@ async def test_a_section_that_was_refused_says_nothing_about_the_others(service:
     bad, good = service.assign("ann"), service.assign("bob", shard=1)
     await turns()
     section = service.calls[0].sections[1]
-    service.calls[0].answer([["suspect", "epoch"], ["ok", 21, section[4], [reply_to(section[5][0])]]])
+    service.calls[0].answer([["suspect", "epoch"], ["ok", 21, section.tip, [reply_to(section.operations[0])]]])
     assert await outcome(bad) is Outcome.RECOVERING
     assert (await good).code == "code of bob"
     assert service.doubted == [(0, "epoch")]
+
+
+async def test_a_reply_that_is_not_understood_leaves_nobody_waiting(service: Service) -> None:
+    waiting = service.assign("ann")
+    await turns()
+    service.calls[0].answer('[["ok"')
+    assert await outcome(waiting) is Outcome.OUTCOME_UNKNOWN
 
 
 async def test_a_section_of_which_nothing_is_known_leaves_the_others(service: Service) -> None:
     bad, good = service.assign("ann"), service.assign("bob", shard=1)
     await turns()
     section = service.calls[0].sections[1]
-    service.calls[0].answer([["unknown"], ["ok", 21, section[4], [reply_to(section[5][0])]]])
+    service.calls[0].answer([["unknown"], ["ok", 21, section.tip, [reply_to(section.operations[0])]]])
     assert await outcome(bad) is Outcome.OUTCOME_UNKNOWN
     assert (await good).code == "code of bob"
     assert service.suspected == [0]
@@ -293,7 +307,7 @@ async def test_an_operation_that_failed_leaves_the_others(service: Service) -> N
     bad, good = service.assign("ann"), service.assign("bob")
     await turns()
     section = service.calls[0].sections[0]
-    service.calls[0].answer([["ok", 21, section[4], [["error", "ERR"], reply_to(section[5][1])]]])
+    service.calls[0].answer([["ok", 21, section.tip, [["error", "ERR"], reply_to(section.operations[1])]]])
     assert await outcome(bad) is Outcome.INTERNAL_ERROR
     assert (await good).code == "code of bob"
     assert service.doubted == []
