@@ -27,11 +27,10 @@ local refusal = owner_fence(meta_key, epoch, generation)
 if refusal then
   return refusal
 end
-local lent = redis.call("HGET", book_key, "lent")
-if not lent then
+if redis.call("EXISTS", book_key) == 0 then
   return {"book_not_loaded"}
 end
-refusal = refuse_if_codes_missing(lent, redis.call("ZCARD", free_key), redis.call("HLEN", holders_key))
+refusal = refuse_if_codes_missing(book_key, free_key, holders_key)
 if refusal then
   return refusal
 end

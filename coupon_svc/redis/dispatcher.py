@@ -1,8 +1,8 @@
 """Sends operations to Redis in calls, and gives each caller the reply of its own.
 
 A call is whatever has come since the last one. Nobody waits for a call to fill: with one request at a time it carries one
-operation. Three classes of operations are sent apart, because Redis judges a whole script by its flags: where it takes no
-write, reads go on, and where it has no memory, kept promises do, too.
+operation, and is sent at once. Three classes of operations are sent apart, because Redis judges a whole script by its flags:
+where it takes no write, reads go on, and where it has no memory, kept promises do, too.
 """
 
 from __future__ import annotations
@@ -97,6 +97,14 @@ class _Lane:
         self.function = function
         self.queue = CallQueue()
         self.under_way = 0
+        self.last_size = 0
+        """Operations in the last call."""
+
+    @property
+    def expects_others(self) -> bool:
+        """Whether an operation waits for those of its turn of the event loop. Who was alone in the last call, and comes when
+        that is over, need not."""
+        return self.last_size != 1 or self.under_way > 0
 
 
 class Dispatcher:
@@ -123,7 +131,10 @@ class Dispatcher:
         pending = PendingOperation(operation, view, parameters, monotonic() + QUEUED_S)
         if not lane.queue.put(pending):
             raise Refused(Outcome.STORE_UNAVAILABLE)
-        self._wake()
+        if lane.expects_others:
+            self._wake()
+        else:
+            self._flush()
         try:
             reply = await pending.reply
         except asyncio.CancelledError:
@@ -200,6 +211,7 @@ class Dispatcher:
                 self._send(lane, sound, last=last)
             return
         lane.under_way += 1
+        lane.last_size = len(ready)
 
     # --- reading replies
 

@@ -9,12 +9,11 @@ end
 local function read_book(book_key, tenant_id)
   local book = books[book_key]
   if not book then
-    local tenant, status, starts_at_ms, expires_at_ms, ack, max_redemptions, max_codes, unlent, lent, lock_ttl_ms = unpack(
+    local tenant, status, starts_at_ms, expires_at_ms, ack, max_redemptions, max_codes, lock_ttl_ms = unpack(
       redis.call("HMGET", book_key, "tenant_id", "status", "starts_at_ms", "expires_at_ms", "ack",
-        "max_redemptions_per_code", "max_codes_per_user", "unlent", "lent", "lock_ttl_ms"))
+        "max_redemptions_per_code", "max_codes_per_user", "lock_ttl_ms"))
     book = {tenant_id = tenant, status = status, starts_at_ms = starts_at_ms, expires_at_ms = expires_at_ms, ack = ack,
-      max_redemptions_per_code = max_redemptions, max_codes_per_user = max_codes, unlent = unlent, lent = lent,
-      lock_ttl_ms = lock_ttl_ms}
+      max_redemptions_per_code = max_redemptions, max_codes_per_user = max_codes, lock_ttl_ms = lock_ttl_ms}
     books[book_key] = book
   end
   if not book.tenant_id then

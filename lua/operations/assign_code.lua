@@ -93,7 +93,7 @@ if refusal then
   return refusal
 end
 if not redis.call("ZSCORE", free_key, code) then
-  refusal = refuse_if_codes_missing(book.lent, redis.call("ZCARD", free_key), redis.call("HLEN", holders_key))
+  refusal = refuse_if_codes_missing(book_key, free_key, holders_key)
   return refusal or {"not_lent"}
 end
 refusal = refuse_without_room(meta, now_ms, 1, book.ack == "ledger")

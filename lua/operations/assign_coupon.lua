@@ -72,8 +72,9 @@ if refusal then
 end
 local code = next_free(free_key, holders_key, pool_look)
 if not code then
-  refusal = refuse_if_codes_missing(book.lent, redis.call("ZCARD", free_key), redis.call("HLEN", holders_key))
-  return refusal or {tonumber(book.unlent) == 0 and "book_exhausted" or "refilling"}
+  refusal = refuse_if_codes_missing(book_key, free_key, holders_key)
+  local unlent = redis.call("HGET", book_key, "unlent")
+  return refusal or {tonumber(unlent) == 0 and "book_exhausted" or "refilling"}
 end
 refusal = refuse_without_room(meta, now_ms, 1, book.ack == "ledger")
 if refusal then

@@ -23,8 +23,7 @@ local refusal, book = read_book(book_key, tenant_id)
 if refusal then
   return refusal
 end
-local held = redis.call("HLEN", holders_key)
-refusal = refuse_if_codes_missing(book.lent, redis.call("ZCARD", free_key), held)
+refusal = refuse_if_codes_missing(book_key, free_key, holders_key)
 if refusal then
   return refusal
 end
@@ -32,4 +31,4 @@ local version, stored, total, redeemed, quarantined, partly_redeemed = unpack(
   redis.call("HMGET", book_key, "version", "stored", "total", "redeemed", "quarantined", "partly_redeemed"))
 -- A book that an older version brought here has no count of uses that left more, until its shard has a new owner.
 local redemptions = tonumber(redeemed) + tonumber(partly_redeemed or 0)
-return {"ok", version, stored, total, held, redeemed, quarantined, redemptions}
+return {"ok", version, stored, total, redis.call("HLEN", holders_key), redeemed, quarantined, redemptions}

@@ -27,7 +27,7 @@ local refusal, book = read_book(book_key, tenant_id)
 if refusal then
   return refusal
 end
-refusal = refuse_if_codes_missing(book.lent, redis.call("ZCARD", free_key), redis.call("HLEN", holders_key))
+refusal = refuse_if_codes_missing(book_key, free_key, holders_key)
 if refusal then
   return refusal
 end

@@ -69,7 +69,7 @@ refusal = refuse_unless_open(book, now_ms)
 if refusal then
   return refusal
 end
-local refusal, holding = find_holding(book, holders_key, free_key, quarantine_key, code, user_id)
+local refusal, holding = find_holding(book, book_key, holders_key, free_key, quarantine_key, code, user_id)
 if refusal then
   return refusal
 end

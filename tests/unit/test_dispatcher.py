@@ -198,6 +198,31 @@ async def test_a_driven_caller_goes_on_within_the_reply(service: Service) -> Non
     assert [reply.code for reply in done] == ["code of ann"]
 
 
+async def test_who_comes_alone_again_is_sent_without_a_turn(service: Service) -> None:
+    def start(user: str) -> None:
+        parameters = {"tenant_id": 1, "book_id": BOOK, "user_id": user}
+        drive(service.dispatcher.run("assign_coupon", service.views[0], parameters), lambda _: None)
+
+    def users() -> list[list[str]]:
+        return [call.users for call in service.calls]
+
+    start("ann")
+    assert users() == []  # nobody knows yet whether others come
+    await turns()
+    service.calls[0].serve()
+    start("ann")
+    assert users() == [["ann"], ["ann"]]
+    start("bob")  # while a call is under way there is time to share the next
+    start("cid")
+    assert users() == [["ann"], ["ann"]]
+    await turns()
+    assert users() == [["ann"], ["ann"], ["bob", "cid"]]
+    service.calls[1].serve()
+    service.calls[2].serve()
+    start("dan")
+    assert len(service.calls) == 3
+
+
 # --- what a reply tells
 
 
