@@ -8,7 +8,7 @@ from typing import Any, cast
 import hiredis
 
 from coupon_svc.redis.call_queue import CALL_WEIGHT_MAX
-from coupon_svc.redis.calls import KeyTable, bind_operation, call_command, open_section
+from coupon_svc.redis.calls import KeyTable, Section, bind_operation, call_command, section_replies
 from coupon_svc.redis.connection import Connection
 from coupon_svc.redis.contract import Command, Reply
 from coupon_svc.redis.errors import ReplyError
@@ -31,9 +31,9 @@ class Assigns:
     ) -> Command:
         """A call that assigns one coupon for each of `asked`: a user, and an Idempotency-Key or "" for none."""
         keys: KeyTable = {}
-        section = open_section(keys, shard, epoch, 0)
+        section = Section(keys, shard, epoch, 0)
         for user_id, key in asked:
-            section.operations.append(
+            section.add(
                 self._operation.pack(
                     keys,
                     shard.prefix,
@@ -48,7 +48,7 @@ class Assigns:
 
     def replies(self, raw: Any) -> list[Reply]:
         """What the call replied to each that was asked."""
-        ((word, _, _, replies, *_),) = raw
+        ((word, _, _, replies, *_),) = section_replies(raw)
         assert word == "ok", raw
         return [self._operation.reply(reply) for reply in replies]
 

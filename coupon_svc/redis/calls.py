@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ class Operation(NamedTuple):
     pack: Callable[..., list[Any]]
     read: Callable[[Sequence[Any]], Reply]
     with_position: frozenset[str]
-    """Outcomes whose reply has the positions of a coupon."""
+    """Outcomes whose reply has the positions of a coupon that an earlier call has made."""
     with_holders: frozenset[str]
     """Outcomes whose reply has a list of holders."""
     makes_event: bool
@@ -114,7 +114,11 @@ def bind_operation(contract: Contract) -> Operation:
         ReplyReader(
             contract._replace(replies=tuple(_with_entry(contract, line) for line in contract.replies)), _PARSERS
         ),
-        frozenset(word for word, names in fields.items() if "position" in names),
+        frozenset(
+            word
+            for word, names in fields.items()
+            if "position" in names and not (contract.events and word in MADE_EVENT)
+        ),
         frozenset(word for word, names in fields.items() if "holders" in names),
         bool(contract.events),
         _weigher(contract),
@@ -160,33 +164,29 @@ def _weigher(contract: Contract) -> Callable[[Mapping[str, Any]], int] | None:
     return None
 
 
-class Section(NamedTuple):
-    """One shard's part of a call, as it is sent."""
+class Section:
+    """One shard's part of a call whose keys, so far, are `keys`: its values, as they are sent."""
 
-    meta: int
-    events: int
-    epoch: str
-    seen_seq: str
-    tip: str
-    operations: list[list[Any]]
+    __slots__ = ("tip", "values")
+
+    def __init__(self, keys: KeyTable, shard: ShardKeys, epoch: int, seen_seq: int) -> None:
+        meta = keys.setdefault(shard.meta, len(keys) + 1)
+        events = keys.setdefault(shard.events, len(keys) + 1)
+        self.tip = new_tip()
+        self.values: list[Any] = [meta, events, str(epoch), str(seen_seq), self.tip, 0]
+
+    def add(self, operation: list[Any]) -> None:
+        """Have it run one more operation, as `Operation.pack` made it of the same keys."""
+        self.values[5] += 1
+        self.values += operation
 
 
-def open_section(keys: KeyTable, shard: ShardKeys, epoch: int, seen_seq: int) -> Section:
-    """A section without operations, of a call that has these keys so far."""
-    meta = keys.setdefault(shard.meta, len(keys) + 1)
-    events = keys.setdefault(shard.events, len(keys) + 1)
-    return Section(meta, events, str(epoch), str(seen_seq), new_tip(), [])
-
-
-def call_command(function: str, keys: KeyTable, sections: Sequence[Section]) -> Command:
+def call_command(function: str, keys: KeyTable, sections: Iterable[Section]) -> Command:
     """The command that runs a call: `function` is the library's, for the class of its operations."""
-    sent: list[Any] = []
-    for *head, operations in sections:
-        sent += head
-        sent.append(len(operations))
-        for operation in operations:
-            sent += operation
-    return ("FCALL", function, len(keys), *keys, _pack_sections(sent))
+    values: list[Any] = []
+    for section in sections:
+        values += section.values
+    return ("FCALL", function, len(keys), *keys, _pack_sections(values))
 
 
 def section_replies(raw: str | list[Any]) -> list[Any]:

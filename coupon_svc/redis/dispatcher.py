@@ -28,7 +28,6 @@ from coupon_svc.redis.calls import (
     Section,
     bind_operation,
     call_command,
-    open_section,
     section_replies,
 )
 from coupon_svc.redis.connection import Connection
@@ -63,13 +62,16 @@ class Plane(NamedTuple):
     """Shut the shard here; Redis has it in doubt already, or has another master."""
 
 
-class _Sent(NamedTuple):
+class _Sent(Section):
     """A section of a call under way."""
 
-    view: ShardView
-    epoch: int
-    tip: str
-    operations: list[PendingOperation]
+    __slots__ = ("epoch", "operations", "view")
+
+    def __init__(self, keys: KeyTable, view: ShardView) -> None:
+        super().__init__(keys, view.keys, view.epoch, view.seen_seq)
+        self.view = view
+        self.epoch = view.epoch
+        self.operations: list[PendingOperation] = []
 
 
 class _Call(NamedTuple):
@@ -100,12 +102,6 @@ class _Lane:
         self.last_size = 0
         """Operations in the last call."""
 
-    @property
-    def expects_others(self) -> bool:
-        """Whether an operation waits for those of its turn of the event loop. Who was alone in the last call, and comes when
-        that is over, need not."""
-        return self.last_size != 1 or self.under_way > 0
-
 
 class Dispatcher:
     """Its methods but `run` return at once."""
@@ -129,12 +125,14 @@ class Dispatcher:
         operation = self._operations[name]
         lane = self._lanes[operation.call_class]
         pending = PendingOperation(operation, view, parameters, monotonic() + QUEUED_S)
-        if not lane.queue.put(pending):
-            raise Refused(Outcome.STORE_UNAVAILABLE)
-        if lane.expects_others:
+        if lane.last_size == 1 and not lane.under_way and not lane.queue:
+            # Who was alone in the last call, and comes when that is over, need not wait for others.
+            self._send(lane, [pending])
+            self._write()
+        elif lane.queue.put(pending):
             self._wake()
         else:
-            self._flush()
+            raise Refused(Outcome.STORE_UNAVAILABLE)
         try:
             reply = await pending.reply
         except asyncio.CancelledError:
@@ -275,7 +273,8 @@ class Dispatcher:
 
     def _read_operation(self, pending: PendingOperation, raw: list[Any], entry: Entry | None) -> None:
         view, operation = pending.view, pending.operation
-        if raw[0] == "error":
+        outcome = raw[0]
+        if outcome == "error":
             if raw[1] == "WRONGTYPE":
                 self._plane.doubt(view, "type")  # a call that only reads could not do so itself
                 _refuse(pending, Outcome.RECOVERING)
@@ -289,18 +288,18 @@ class Dispatcher:
             log.error("a reply of %s in shard %02d: %s", operation.name, view.shard, type(error).__name__)
             _refuse(pending, Outcome.INTERNAL_ERROR)
             return
-        if reply.outcome == "suspect":
+        if outcome == "suspect":
             self._plane.doubt(view, reply.why)
             _refuse(pending, Outcome.RECOVERING)
             return
-        if entry is None and operation.makes_event and reply.outcome in MADE_EVENT:
+        if entry is None and operation.makes_event and outcome in MADE_EVENT:
             self._plane.doubt(view, "entry")  # an event was made, and the shard's last entry is not that of this call
             _refuse(pending, Outcome.OUTCOME_UNKNOWN)
             return
-        if reply.outcome in operation.with_position:
+        if outcome in operation.with_position:
             _, last = reply.position
             view.observe(*last)
-        elif reply.outcome in operation.with_holders:
+        elif outcome in operation.with_holders:
             for holding in reply.holders:
                 if isinstance(holding, Holding):
                     view.observe(*holding.last)
@@ -344,20 +343,17 @@ class Dispatcher:
 def _pack(function: str, operations: Sequence[PendingOperation]) -> tuple[list[_Sent], Command]:
     """The sections of a call, one for each shard, and its command."""
     keys: KeyTable = {}
-    packed: dict[int, tuple[_Sent, Section]] = {}
+    sections: dict[int, _Sent] = {}
     for pending in operations:
         view = pending.view
-        section = packed.get(view.shard)
+        section = sections.get(view.shard)
         if section is None:
-            opened = open_section(keys, view.keys, view.epoch, view.seen_seq)
-            section = packed[view.shard] = _Sent(view, view.epoch, opened.tip, []), opened
-        section[1].operations.append(pending.operation.pack(keys, view.keys.prefix, **pending.parameters))
-        section[0].operations.append(pending)
+            section = sections[view.shard] = _Sent(keys, view)
+        section.add(pending.operation.pack(keys, view.keys.prefix, **pending.parameters))
+        section.operations.append(pending)
         pending.epoch = view.epoch
         pending.reply.withdrawable = False
-    return [sent for sent, _ in packed.values()], call_command(
-        function, keys, [section for _, section in packed.values()]
-    )
+    return list(sections.values()), call_command(function, keys, sections.values())
 
 
 def _can_be_packed(pending: PendingOperation) -> bool:

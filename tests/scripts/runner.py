@@ -19,7 +19,7 @@ from coupon_svc.domain.events import Event, events_of, parse_entry
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
 from coupon_svc.domain.shards import new_book_id
-from coupon_svc.redis.calls import KeyTable, bind_operation, call_command, open_section, section_replies
+from coupon_svc.redis.calls import KeyTable, Section, bind_operation, call_command, section_replies
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Script, Scripts
 
@@ -75,8 +75,8 @@ class Calls:
         """The reply of the operation; that of the section where nothing was done for it, or nothing is known."""
         operation = self._operations[name]
         keys: KeyTable = {}
-        section = open_section(keys, shard, epoch, seen_seq)
-        section.operations.append(operation.pack(keys, shard.prefix, **parameters))
+        section = Section(keys, shard, epoch, seen_seq)
+        section.add(operation.pack(keys, shard.prefix, **parameters))
         function = self._scripts.library.function(operation.call_class)
         (reply,) = section_replies(self._redis.execute_command(*call_command(function, keys, [section])))
         if reply[0] != "ok":

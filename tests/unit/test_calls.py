@@ -9,7 +9,7 @@ import pytest
 
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Epoch, Position, Seq
-from coupon_svc.redis.calls import QUARANTINED, Entry, KeyTable, bind_operation, call_command, open_section
+from coupon_svc.redis.calls import QUARANTINED, Entry, KeyTable, Section, bind_operation, call_command
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 
@@ -96,8 +96,8 @@ def test_a_key_stands_in_a_call_once() -> None:
 
 def test_a_call_is_the_keys_and_the_sections() -> None:
     keys: KeyTable = {}
-    section = open_section(keys, KEYS, 4, 17)
-    section.operations.append(["read_book", 3, "7"])
+    section = Section(keys, KEYS, 4, 17)
+    section.add(["read_book", 3, "7"])
     keys["a book's"] = 3
     *command, packed = call_command("function", keys, [section])
     assert command == ["FCALL", "function", 3, KEYS.meta, KEYS.events, "a book's"]
@@ -106,7 +106,7 @@ def test_a_call_is_the_keys_and_the_sections() -> None:
 
 
 def test_no_two_sections_have_one_tip() -> None:
-    assert len({open_section({}, KEYS, 4, 17).tip for _ in range(100)}) == 100
+    assert len({Section({}, KEYS, 4, 17).tip for _ in range(100)}) == 100
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ async def test_a_caller_is_told_the_entry_of_its_event(service: Service) -> None
     asked = service.assign("ann")
     await turns()
     service.calls[0].serve(seq=21)
-    assert (await asked).entry == Entry(4, 21, service.calls[0].sections[0][4])
+    assert (await asked).entry == Entry(4, 21, service.calls[0].sections[0].tip)
     assert service.views[0].seen == (4, 21)
 
 
@@ -260,9 +260,11 @@ async def test_another_entry_at_a_position_that_was_seen_is_no_growth(service: S
     await turns()
     service.calls[0].serve(seq=21)
     assert (await asked).outcome == "ok"
-    same, other = service.read(), service.assign("bob")
+    same = service.read()
     await turns()
-    service.calls[1].answer([["ok", 21, service.calls[0].sections[0][4], [["book_not_found"]]]])
+    other = service.assign("bob")
+    await turns()
+    service.calls[1].answer([["ok", 21, service.calls[0].sections[0].tip, [["book_not_found"]]]])
     service.calls[2].answer([["ok", 21, "another", [["refilling"]]]])
     assert (await same).outcome == "book_not_found"
     assert await outcome(other) is Outcome.OUTCOME_UNKNOWN
