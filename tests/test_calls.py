@@ -103,8 +103,8 @@ async def api(server: EmbeddedRedis, admin: Any) -> AsyncIterator[Api]:
     api = Api(plane, books)
     await until(api.is_open, 10)
     for shard in range(SHARDS):
-        for code in ("A", "B"):
-            assert await api.run("assign_code", shard, code=code, user_id="u") == "ok"
+        given = [api.run("assign_code", shard, code=code, user_id="u") for code in ("A", "B")]
+        assert await asyncio.gather(*given) == ["ok", "ok"]
     yield api
     await plane.stop()
     owner.close()
