@@ -151,7 +151,7 @@ def replay() -> None:
 
 def overlay() -> None:
     """An operation does not see which codes others of its call have taken."""
-    _without_text("include/pool", "elseif not changed[code] then", "elseif true then")
+    _without_text("include/pool", "elseif not changed or not changed[code] then", "elseif true then")
 
 
 def replid() -> None:
@@ -214,7 +214,7 @@ def seen_position() -> None:
 
 def fenced_load() -> None:
     """Codes are loaded whoever brings them, and in whatever epoch they were lent."""
-    _without_text("load_codes", "if refusal then\n  return refusal\nend\nlocal lent", "local lent")
+    _without_text("load_codes", "if refusal then\n  return refusal\nend\nif redis", "if redis")
 
 
 def position() -> None:
