@@ -15,13 +15,14 @@ recovery makes Redis agree with it.
 
 `sections` is the msgpack of one list, whose values follow each other: those of a section are meta, events, epoch, seen_seq,
 tip, the number of its operations, and then those of each operation: its name, its keys and its arguments in the order of its
-header. A key is its place in KEYS, 0 for one that is left out. A list in lists would take Redis twice as long to read.
+header. A key is its place in KEYS, 0 for one that is left out. Lists in lists would take Redis longer to read.
 
 The reply is the JSON of a list with one item for each section, in their order: ["ok", seq, tip, [reply, …], entry], where
 entry is the one that the section made, as [n, after, at_ms, events], and is left out when it made none; ["suspect", why], and
 nothing was done: as the fence found it, or `events` when the stream took no entry; or ["unknown"] after an error behind the
 entry. An operation that raised replies ["error", word], with the first word of Redis's error. A text costs Redis less than
-lists in lists; what JSON cannot say, as a number that somebody's hand made infinite, comes as lists.
+lists in lists; what JSON cannot say, such as a number that was made infinite by hand, comes as lists. In the JSON an empty
+list is `{}`, and a text that is missing is `false`.
 
 Keys
   keys…     any     read, write; each key of the operations once
@@ -108,7 +109,7 @@ local function run_section(class, at)
       doubt(meta_key)
     end
   end
-  return {"ok", meta.seq, meta.tip, replies, entry or nil}
+  return {"ok", string.format("%d", meta.seq), meta.tip, replies, entry or nil}
 end
 
 local function run_call(class, keys, sections)
@@ -122,8 +123,8 @@ local function run_call(class, keys, sections)
   sent = cmsgpack.unpack(sections)
   local replies, at = {}, 1
   while sent[at] do
-    replies[#replies + 1] = run_section(operations[class], at)
-    at = skip(operations[class], at + 6, sent[at + 5])
+    replies[#replies + 1] = run_section(class, at)
+    at = skip(class, at + 6, sent[at + 5])
   end
   local whole, text = pcall(cjson.encode, replies)
   return whole and text or replies

@@ -27,7 +27,7 @@ local refusal = owner_fence(meta_key, epoch, generation)
 if refusal then
   return refusal
 end
-if redis.call("EXISTS", book_key) == 0 then
+if not redis.call("HGET", book_key, "version") then
   return {"book_not_loaded"}
 end
 refusal = refuse_if_codes_missing(book_key, free_key, holders_key)

@@ -214,7 +214,7 @@ def seen_position() -> None:
 
 def fenced_load() -> None:
     """Codes are loaded whoever brings them, and in whatever epoch they were lent."""
-    _without_text("load_codes", "if refusal then\n  return refusal\nend\nif redis", "if redis")
+    _without_text("load_codes", "if refusal then\n  return refusal\nend\nif not redis", "if not redis")
 
 
 def position() -> None:

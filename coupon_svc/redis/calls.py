@@ -66,7 +66,7 @@ class Operation(NamedTuple):
     pack: Callable[..., list[Any]]
     read: Callable[[Sequence[Any]], Reply]
     with_position: frozenset[str]
-    """Outcomes whose reply has the positions of a coupon that an earlier call has made."""
+    """Outcomes whose reply has positions of events that this call did not make: its own are at or below its section's."""
     with_holders: frozenset[str]
     """Outcomes whose reply has a list of holders."""
     makes_event: bool
@@ -164,8 +164,12 @@ def _weigher(contract: Contract) -> Callable[[Mapping[str, Any]], int] | None:
     return None
 
 
+_COUNT = 5
+"""The place, among the values of a section, of the number of its operations."""
+
+
 class Section:
-    """One shard's part of a call whose keys, so far, are `keys`: its values, as they are sent."""
+    """One shard's part of a call, as the values that are sent. It enters its keys in `keys`, which are the call's."""
 
     __slots__ = ("tip", "values")
 
@@ -177,7 +181,7 @@ class Section:
 
     def add(self, operation: list[Any]) -> None:
         """Have it run one more operation, as `Operation.pack` made it of the same keys."""
-        self.values[5] += 1
+        self.values[_COUNT] += 1
         self.values += operation
 
 

@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 UNDER_WAY_MAX = 2
 """Calls of a class that are under way at once: Redis runs one while the next is on the wire. With 1 ms on the way and
 requests at random moments, a third gains nothing, and with only one the median wait is a quarter longer."""
+ALONE = 4
+"""After so many calls of one operation the next one waits for no other. A pair that always comes together shares its calls
+again after the first that was torn apart."""
 QUEUED_S = 4.0
 """How long an operation may wait to be sent. A full queue of one tenant is sent in it at 1,000 per second, which a slow
 machine does: refusing costs about as much as serving, so the more is refused, the less is served."""
@@ -99,8 +102,8 @@ class _Lane:
         self.function = function
         self.queue = CallQueue()
         self.under_way = 0
-        self.last_size = 0
-        """Operations in the last call."""
+        self.alone = 0
+        """How many calls in a row have carried one operation, and none came while they were under way."""
 
 
 class Dispatcher:
@@ -125,8 +128,9 @@ class Dispatcher:
         operation = self._operations[name]
         lane = self._lanes[operation.call_class]
         pending = PendingOperation(operation, view, parameters, monotonic() + QUEUED_S)
-        if lane.last_size == 1 and not lane.under_way and not lane.queue:
-            # Who was alone in the last call, and comes when that is over, need not wait for others.
+        if lane.under_way or lane.queue:
+            lane.alone = 0
+        if lane.alone >= ALONE:
             self._send(lane, [pending])
             self._write()
         elif lane.queue.put(pending):
@@ -209,7 +213,7 @@ class Dispatcher:
                 self._send(lane, sound, last=last)
             return
         lane.under_way += 1
-        lane.last_size = len(ready)
+        lane.alone = lane.alone + 1 if len(ready) == 1 else 0
 
     # --- reading replies
 
@@ -225,7 +229,7 @@ class Dispatcher:
             return
         try:
             replies = section_replies(raw)
-        except ValueError as error:
+        except Exception as error:  # whatever it is: nobody may wait for ever
             log.error("the reply of a call: %s", type(error).__name__)
             _refuse_all(call.operations, call.lost)
             return

@@ -153,10 +153,10 @@ def bind_library(body: str) -> Library:
     library = Library(LIBRARIES + hashlib.sha1(named.encode()).hexdigest()[:16], body, "")
     registered = "".join(
         f'register{{function_name = "{library.function(call)}", flags = {{{FLAGS[call]}}},'
-        f' callback = function(keys, args) return run_call("{call}", keys, args[1]) end}}\n'
+        f" callback = function(keys, args) return run_call(operations.{call}, keys, args[1]) end}}\n"
         for call in CallClass
     )
-    # The library has a `redis` of its own, which is there while a function runs (lua/include/names.lua).
+    # The library has a `redis` of its own, which is there from its first call on (lua/include/names.lua).
     head = f"#!lua name={library.name}\nlocal register = redis.register_function\n"
     return msgspec.structs.replace(library, source=f"{head}{named}{registered}")
 

@@ -18,6 +18,6 @@ local function count(book_key, field, number)
   if command then
     command[4] = command[4] + number
   else
-    write(counter, {"HINCRBY", book_key, field, number})
+    plan(counter, {"HINCRBY", book_key, field, number})
   end
 end

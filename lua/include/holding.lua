@@ -1,6 +1,6 @@
 -- include: overlay
 -- Who holds a code, as the holders keep it: `assigned/last uses at_ms user`; `redeemed` is what follows the first position.
--- Nil of a code that nobody holds.
+-- Nil of a code that nobody holds. Raises what says that the shard is damaged.
 local function read_holding(holders_key, code)
   local changed = commands[holders_key]
   local text = changed and changed[code] or redis.call("HGET", holders_key, code)
@@ -8,6 +8,9 @@ local function read_holding(holders_key, code)
     return nil
   end
   local assigned, redeemed, uses, at_ms, user_id = string.match(text, "^([^%s/]+)(%S*) (%d+) (%d+) (.*)$")
+  if not assigned then
+    error({err = "WRONGTYPE a holding is none"})
+  end
   return {assigned = assigned, redeemed = redeemed, uses = tonumber(uses), at_ms = at_ms, user_id = user_id}
 end
 
@@ -27,8 +30,8 @@ local function hold(holders_key, code, text)
   if command then
     command[#command + 1] = code
     command[#command + 1] = text
-    command[code] = text -- for who reads it; a command is what has numbers
+    command[code] = text -- looked up by `read_holding`; `unpack` sends only the numbered items
   else
-    write(holders_key, {"HSET", holders_key, code, text, [code] = text})
+    plan(holders_key, {"HSET", holders_key, code, text, [code] = text})
   end
 end

@@ -23,8 +23,8 @@ local function list(coupons_key, book_id, code)
   if command then
     command[#command + 1] = "0"
     command[#command + 1] = member
-    command[book_id] = (command[book_id] or 0) + 1 -- for who reads it; a command is what has numbers
+    command[book_id] = (command[book_id] or 0) + 1 -- looked up by `refuse_over_limit`; `unpack` sends only the numbered items
   else
-    write(coupons_key, {"ZADD", coupons_key, "0", member, [book_id] = 1})
+    plan(coupons_key, {"ZADD", coupons_key, "0", member, [book_id] = 1})
   end
 end

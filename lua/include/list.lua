@@ -13,7 +13,7 @@ local function refuse_reused(list_key, fingerprint)
 end
 
 local function remember_list(list_key, fingerprint)
-  if list_key and not commands[list_key] then
-    write(list_key, {"SET", list_key, cjson.encode({fingerprint}), "PX", IDEMPOTENCY_MS})
+  if list_key then
+    plan_record(list_key, cjson.encode({fingerprint}))
   end
 end

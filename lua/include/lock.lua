@@ -27,7 +27,7 @@ local function set_lock(lock_key, token, ttl_ms)
   if command then
     command[1], command[3], command[4], command[5] = "SET", token, "PX", ttl_ms
   else
-    write(lock_key, {"SET", lock_key, token, "PX", ttl_ms})
+    plan(lock_key, {"SET", lock_key, token, "PX", ttl_ms})
   end
 end
 
@@ -36,6 +36,6 @@ local function drop_lock(lock_key)
   if command then
     command[1], command[3], command[4], command[5] = "DEL", nil, nil, nil
   else
-    write(lock_key, {"DEL", lock_key})
+    plan(lock_key, {"DEL", lock_key})
   end
 end

@@ -1,14 +1,24 @@
 -- What the operations of a section are about to write, and nobody has written yet: their events; and one command for each
--- key, in order and by its key. Each operation reads through them. It adds its own writes at its end, when nothing can raise
--- any more: one that raises leaves nothing behind.
+-- key (of a count: for each field), in their order, and by that name. Each operation reads through them. It adds its own
+-- writes at its end, when nothing can raise any more: one that raises leaves nothing behind.
 local events, commands, pools
 
 local function begin_section()
   events, commands, pools = {}, {}, {}
 end
 
--- Write a key that no command writes yet.
-local function write(key, command)
+-- Plan the first command for a key.
+local function plan(key, command)
   commands[#commands + 1] = command
   commands[key] = command
+end
+
+-- Plan the record of an Idempotency-Key, in the place of one that was planned before.
+local function plan_record(key, record)
+  local command = commands[key]
+  if command then
+    command[3] = record
+  else
+    plan(key, {"SET", key, record, "PX", IDEMPOTENCY_MS})
+  end
 end

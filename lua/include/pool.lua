@@ -33,6 +33,6 @@ local function take(free_key, code)
   if command then
     command[#command + 1] = code
   else
-    write(free_key, {"ZREM", free_key, code})
+    plan(free_key, {"ZREM", free_key, code})
   end
 end

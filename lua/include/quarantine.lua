@@ -5,6 +5,6 @@ local function release(quarantine_key, code)
   if command then
     command[#command + 1] = code
   else
-    write(quarantine_key, {"SREM", quarantine_key, code})
+    plan(quarantine_key, {"SREM", quarantine_key, code})
   end
 end

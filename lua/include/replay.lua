@@ -20,6 +20,6 @@ end
 -- Keep the answer to a request with an Idempotency-Key; `answer` begins with the fingerprint.
 local function remember(idem_key, ...)
   if idem_key then
-    write(idem_key, {"SET", idem_key, cjson.encode({...}), "PX", IDEMPOTENCY_MS})
+    plan_record(idem_key, cjson.encode({...}))
   end
 end

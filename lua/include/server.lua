@@ -11,7 +11,7 @@ local function is_in_history(replid)
   if not own_replid then
     local replication = redis.call("INFO", "replication")
     local _, before = string.find(replication, "master_replid:", 1, true)
-    own_replid = string.sub(replication, before + 1, before + 40)
+    own_replid = before and string.sub(replication, before + 1, before + 40) or ""
   end
   return replid == own_replid
 end

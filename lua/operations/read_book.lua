@@ -29,6 +29,9 @@ if refusal then
 end
 local version, stored, total, redeemed, quarantined, partly_redeemed = unpack(
   redis.call("HMGET", book_key, "version", "stored", "total", "redeemed", "quarantined", "partly_redeemed"))
+if not (version and stored and total and redeemed and quarantined) then
+  error({err = "WRONGTYPE a book lacks a field"})
+end
 -- A book that an older version brought here has no count of uses that left more, until its shard has a new owner.
 local redemptions = tonumber(redeemed) + tonumber(partly_redeemed or 0)
 return {"ok", version, stored, total, redis.call("HLEN", holders_key), redeemed, quarantined, redemptions}

@@ -83,11 +83,11 @@ if refusal then
 end
 require_counts(book_key, book)
 
+local uses = string.format("%d", holding.uses + 1)
+local left = redemptions_left(book, holding.uses + 1)
 if held_token then
   drop_lock(lock_key)
 end
-local uses = string.format("%d", holding.uses + 1)
-local left = redemptions_left(book, holding.uses + 1)
 local position = make_event(meta, "coupon_redeemed", book_id, code, holding.user_id, idempotency_key, fingerprint, uses,
   reference, metadata)
 -- The position of the assignment stays in front: it is answered again when the code is assigned to its holder again.

@@ -25,11 +25,13 @@ from redis.exceptions import ResponseError
 from coupon_svc.domain.position import parse_shard_position
 from coupon_svc.postgres.epochs import want_recovery
 from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.scripts import Scripts
 from tests.chaos.fault import SHARDS, Fault
 from tests.chaos.probe import PROBE_CODES, Probe, probing, under_load
 from tests.chaos.process_faults import one_owner, writers_standing_still
 from tests.chaos.run import HEAL_S, Attempt, Run, all_certified, new_book
 from tests.harness import START_S, Part, until
+from tests.sent import sections_of
 
 BACKLOG_MAX = 40
 TRIES = 5
@@ -82,7 +84,7 @@ async def request_comes_after_a_recovery(run: Run) -> None:
             reply = await redis.execute_command(*command)
         except ResponseError as error:
             reply = error
-        assert reply == [["suspect", "epoch"]], f"P6: a request of an epoch that is over was carried out: {reply}"
+        assert reply == '[["suspect","epoch"]]', f"P6: a request of an epoch that is over was carried out: {reply}"
         assert await probe.in_redis("redis") == before, "P6: a request of an epoch that is over was carried out"
 
 
@@ -103,12 +105,11 @@ async def _script_as_sent(run: Run, probe: Probe) -> list[bytes]:
     # FCALL, the function, the number of keys, the keys; then the sections, as MONITOR spells what is no text.
     behind = 3 + int(words[2])
     texts, packed = words[:behind], " ".join(words[behind:])
-    sections = msgspec.msgpack.decode(packed.encode("latin-1").decode("unicode_escape").encode("latin-1"))
-    for section in sections:
-        meta, events, epoch, _, tip, operations = section
-        asked = [[late(field) if isinstance(field, str) else field for field in operation] for operation in operations]
-        section[:] = [meta, events, epoch, "0", tip, asked]
-    return [late(text).encode() for text in texts] + [msgspec.msgpack.encode(sections)]
+    values: list[Any] = []
+    for section in sections_of(Scripts(), [packed.encode("latin-1").decode("unicode_escape").encode("latin-1")]):
+        values += [*section._replace(seen_seq="0")[:-1], len(section.operations)]
+        values += [late(field) if isinstance(field, str) else field for asked in section.operations for field in asked]
+    return [late(text).encode() for text in texts] + [msgspec.msgpack.encode(values)]
 
 
 async def _first_assign(monitor: Any) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from coupon_svc.redis.calls import section_replies
@@ -185,7 +185,14 @@ rules = st.fixed_dictionaries(
 )
 
 
+PLAIN_RULES = {"max_codes_per_user": "", "max_redemptions_per_code": "", "ack": "redis", "status": "active"}
+ONE_KEY_FOR_A_USER_AND_A_LIST = [
+    ([(assign, (1, "u", "k2", "")), (assign, (1, "v", "k1", "k2"))], [(release, (1, "Q-1"))])
+]
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(walk=ONE_KEY_FOR_A_USER_AND_A_LIST, first=PLAIN_RULES, second=PLAIN_RULES, backlog_max=1000)
 @given(walk=walks, first=rules, second=rules, backlog_max=st.sampled_from([5, 1000]))
 def test_a_call_of_many_is_as_good_as_many_calls(
     server: Server, walk: list[Any], first: dict[str, Any], second: dict[str, Any], backlog_max: int
@@ -308,6 +315,21 @@ def test_an_odd_request_does_not_shut_the_shard(calls: Calls) -> None:
     assert calls.shard.redis.hget(calls.shard.keys.meta, "epoch") == str(EPOCH)
 
 
+def test_a_holding_that_is_none_leaves_nothing_done(calls: Calls) -> None:
+    book = calls.shard.assigned("A-1")
+    calls.shard.lock_coupon(book, "A-1", new_token="t")
+    calls.shard.redis.hset(calls.shard.keys.holders(book), "A-1", "junk")
+    with calls.shard.writes("meta"):
+        assert calls.replies([redeem(book, "A-1", token="t")]) == [["error", "WRONGTYPE"]]
+    assert calls.shard.redis.hget(calls.shard.keys.meta, "epoch") == "doubt"
+
+
+def test_a_book_that_lacks_a_count_is_damage(calls: Calls) -> None:
+    book = calls.shard.assigned("A-1")
+    calls.shard.redis.hdel(calls.shard.keys.book(book), "quarantined")
+    assert calls.replies([("read_book", {"book_id": book})]) == [["error", "WRONGTYPE"]]
+
+
 def test_what_json_cannot_say_is_answered_all_the_same(calls: Calls) -> None:
     """Somebody's hand made a limit infinite: nobody else of the call must miss an answer for it."""
     hit, other = calls.shard.assigned("A-1", max_codes_per_user=1), calls.shard.new_book("B-2")
@@ -329,7 +351,7 @@ WRITES = [
     '"ZREM"',
     '"HSET", holders_key',
     '"ZADD"',
-    '"SET", idem_key',
+    '"SET", key',
     '"SET", lock_key',
     '"DEL"',
     '"HINCRBY"',
@@ -386,9 +408,9 @@ def test_each_shard_has_a_verdict_of_its_own(server: Server, request: pytest.Fix
 def test_a_section_tells_where_the_shard_is(calls: Calls) -> None:
     book = calls.shard.new_book("A-1", "B-2")
     outcome, seq, tip, _, entry = calls.send([assign(book, "u"), assign(book, "v")])
-    assert (outcome, seq) == ("ok", 2)
+    assert (outcome, seq) == ("ok", "2")
     ((entry_id, fields),) = calls.shard.redis.xrange(calls.shard.keys.events)
     told = dict(zip(("n", "after", "at_ms", "events"), entry, strict=True), tip=tip)
     assert (entry_id, fields) == (f"{CALLER.epoch}-2", told)
     outcome, seq, _, _, *entry = calls.send([assign(book, "u")])
-    assert (outcome, seq, entry) == ("ok", 2, [])
+    assert (outcome, seq, entry) == ("ok", "2", [])

@@ -15,7 +15,7 @@ from coupon_svc.hot import drive
 from coupon_svc.redis import call_queue, dispatcher
 from coupon_svc.redis.calls import Entry
 from coupon_svc.redis.contract import CallClass, Reply
-from coupon_svc.redis.dispatcher import UNDER_WAY_MAX, Dispatcher, Plane
+from coupon_svc.redis.dispatcher import ALONE, UNDER_WAY_MAX, Dispatcher, Plane
 from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
@@ -206,21 +206,40 @@ async def test_who_comes_alone_again_is_sent_without_a_turn(service: Service) ->
     def users() -> list[list[str]]:
         return [call.users for call in service.calls]
 
+    for number in range(ALONE):
+        start("ann")
+        assert len(service.calls) == number  # nobody knows yet whether others come
+        await turns()
+        service.calls[number].serve()
     start("ann")
-    assert users() == []  # nobody knows yet whether others come
-    await turns()
-    service.calls[0].serve()
-    start("ann")
-    assert users() == [["ann"], ["ann"]]
+    assert users() == [["ann"]] * (ALONE + 1)
     start("bob")  # while a call is under way there is time to share the next
     start("cid")
-    assert users() == [["ann"], ["ann"]]
+    assert len(service.calls) == ALONE + 1
     await turns()
-    assert users() == [["ann"], ["ann"], ["bob", "cid"]]
-    service.calls[1].serve()
-    service.calls[2].serve()
+    assert users()[ALONE + 1 :] == [["bob", "cid"]]
+    for call in service.calls[ALONE:]:
+        call.serve()
     start("dan")
-    assert len(service.calls) == 3
+    assert len(service.calls) == ALONE + 2
+
+
+async def test_a_pair_that_always_comes_together_is_torn_apart_once(service: Service) -> None:
+    for _ in range(ALONE):
+        asked = service.assign("ann")
+        await turns()
+        service.calls[-1].serve()
+        await asked
+    sizes = []
+    for _ in range(3):
+        served = len(service.calls)
+        pair = service.assign("ann"), service.assign("bob")
+        await turns()
+        sizes.append([len(call.users) for call in service.calls[served:]])
+        for call in service.calls[served:]:
+            call.serve()
+        await asyncio.gather(*pair)
+    assert sizes == [[1, 1], [2], [2]]
 
 
 # --- what a reply tells
