@@ -65,7 +65,7 @@ def main() -> int:
     playable = [name for name in sorted(FAULTS) if not FAULTS[name].lacks()]
     for name in sorted(FAULTS.keys() - set(playable)):
         print(f"skip {name}: {FAULTS[name].lacks()}")
-    places = (f"max_connections={25 * (args.at_once + 1)}",)
+    places = (f"max_connections={40 * (args.at_once + 1)}",)
     with tempfile.TemporaryDirectory() as folder, EmbeddedPostgres(Path(folder) / "postgres", extra=places) as postgres:
         passed = asyncio.run(_run_all(args, playable, Path(folder), postgres.admin_url))
     print(f"{passed} passed, {args.runs - passed} failed, {len(FAULTS) - len(playable)} faults skipped")
