@@ -162,6 +162,11 @@ async def test_a_redis_that_lost_everything_is_given_what_nobody_holds(make_stac
     assert early["quarantined"] > 0
     rows = await stack.ledger("SELECT book_id, count(*) AS n FROM codes WHERE computed AND place = -1 GROUP BY book_id")
     assert [(row["book_id"], row["n"]) for row in rows] == [(shop.books[1], early["quarantined"])]
+
+    async def the_killed_process_is_forgotten() -> bool:
+        return len(await stack.ledger("SELECT process_id FROM api_processes")) == 1
+
+    await until(the_killed_process_is_forgotten, 30)  # while it is silent, codes that are released are quarantined again
     released = command(stack, "quarantine", "release", shop.books[1], "--deal-again")
     assert released.returncode == 0, released.stderr
 
