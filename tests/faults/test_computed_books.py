@@ -166,7 +166,9 @@ async def test_a_redis_that_lost_everything_is_given_what_nobody_holds(make_stac
     async def the_killed_process_is_forgotten() -> bool:
         return len(await stack.ledger("SELECT process_id FROM api_processes")) == 1
 
-    await until(the_killed_process_is_forgotten, 30)  # while it is silent, codes that are released are quarantined again
+    await until(
+        the_killed_process_is_forgotten, 30
+    )  # while it is silent, codes that are released are quarantined again
     released = command(stack, "quarantine", "release", shop.books[1], "--deal-again")
     assert released.returncode == 0, released.stderr
 
