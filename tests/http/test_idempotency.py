@@ -216,6 +216,23 @@ async def test_the_scope_is_the_book(client: httpx.AsyncClient) -> None:
     refused(await client.post("/coupons/lock/S-2", headers=headers), 422, "idempotency_key_reused")
 
 
+@pytest.mark.parametrize(
+    ("verb", "body"),
+    [("assign", {"user_id": "u"}), ("lock", {}), ("unlock", {"lock_token": "lk_none"}), ("redeem", {"user_id": "u"})],
+)
+async def test_one_key_for_two_codes_of_a_book_is_used_again(
+    client: httpx.AsyncClient, verb: str, body: dict[str, str]
+) -> None:
+    """The path alone tells them apart."""
+    book = await make_book(client, codes=["P-1", "P-2"])
+    for _ in ("P-1", "P-2"):
+        await assign(client, book)
+    headers = {"Idempotency-Key": "k"}
+    first = await client.post(f"/coupons/{verb}/P-1", json=body, headers=headers)
+    assert first.status_code < 300, first.text
+    refused(await client.post(f"/coupons/{verb}/P-2", json=body, headers=headers), 422, "idempotency_key_reused")
+
+
 async def test_the_scope_of_a_create_is_the_tenant(client: httpx.AsyncClient, service: Stack) -> None:
     async with await service.client() as other:
         made = [await c.post("/coupons", json={"name": "a"}, headers={"Idempotency-Key": "k"}) for c in (client, other)]
