@@ -343,7 +343,7 @@ async def service_clock_jumps(run: Run) -> None:
         stack.service_clock.set_s(ahead)
         began = time.time()
         generate = {"pattern": "late-######", "total": 1}
-        book_id = await new_book(probe.http, {"name": "late", "generate": generate})
+        book_id = await new_book(run.stack, probe.http, {"name": "late", "generate": generate})
         rows = await stack.ledger("SELECT created_at_ms FROM books WHERE book_id = $1", book_id)
         told = rows[0]["created_at_ms"] / 1000
         assert began + ahead - 1 < told < time.time() + ahead + 1, "the clock of the API was to jump"

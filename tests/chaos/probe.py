@@ -38,7 +38,7 @@ async def probing(run: Run) -> AsyncIterator[Probe]:
         for ack in ("ledger", "redis"):
             rules = {"name": "probe", "ack": ack, "max_redemptions_per_code": 2}
             generate = {"pattern": f"probe{ack[0]}-########", "total": PROBE_CODES}
-            books[ack] = await new_book(http, {**rules, "generate": generate})
+            books[ack] = await new_book(run.stack, http, {**rules, "generate": generate})
         yield Probe(run, http, books)
 
 

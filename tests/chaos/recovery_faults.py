@@ -147,7 +147,7 @@ async def _few_codes_in_every_shard(run: Run) -> list[str]:
         while len(books) < SHARDS:
             generate = {"pattern": "few-########", "total": 2 * FEW_CODES}
             rules = {"name": "few", "ack": "redis", "max_redemptions_per_code": 2, "generate": generate}
-            book_id = await new_book(http, rules)
+            book_id = await new_book(run.stack, http, rules)
             books.setdefault(book_id[3:5], book_id)
     return list(books.values())
 

@@ -159,7 +159,7 @@ class Run:
                         "pattern": f"{ack[0]}{limit or 0}-########",
                         "total": CODES if limit else COMPUTED_CODES,
                     }
-                    book_id = await new_book(http, {**rules, "generate": generate})
+                    book_id = await new_book(self.stack, http, {**rules, "generate": generate})
                     self.books[book_id] = ack
                     if limit:
                         self.limited.add(book_id)
@@ -205,8 +205,7 @@ class Run:
                 async def deals(book_id: str = book_id, at: str = api.base_url) -> bool:
                     attempt = self.new_assign(f"healer-{secrets.token_hex(4)}", book_id)
                     await self.send(http, attempt, at=at)
-                    stopped = await self.stack.ledger("SELECT stopped FROM shards WHERE stopped IS NOT NULL")
-                    assert not stopped, f"a shard was stopped: {stopped[0]['stopped']}"
+                    await none_is_stopped(self.stack)
                     return attempt.outcome == "ok" or attempt.answer.get("code") == "book_exhausted"
 
                 await until(deals, HEAL_S, "every book should deal again")
@@ -509,13 +508,21 @@ async def all_certified(run: Run) -> bool:
     return not await run.stack.ledger("SELECT FROM shards WHERE certified_epoch < epoch")
 
 
-async def new_book(http: httpx.AsyncClient, rules: dict[str, Any]) -> str:
+async def none_is_stopped(stack: Stack) -> None:
+    """A shard that is stopped waits for an operator: nobody need wait for it."""
+    stopped = await stack.ledger("SELECT stopped FROM shards WHERE stopped IS NOT NULL")
+    assert not stopped, f"a shard was stopped: {stopped[0]['stopped']}"
+
+
+async def new_book(stack: Stack, http: httpx.AsyncClient, rules: dict[str, Any]) -> str:
     """Make a book, asking again when told to. Returns its id."""
     key = secrets.token_hex(8)
 
     async def made() -> str:
         answer = await http.post("/coupons", json=rules, headers={"Idempotency-Key": key})
         assert answer.status_code in (201, 409, 503), answer.text  # 409: the first attempt is still under way
+        if answer.status_code == 503:
+            await none_is_stopped(stack)
         return str(answer.json()["book_id"]) if answer.status_code == 201 else ""
 
     return await until(made, HEAL_S, "a book should be made")
