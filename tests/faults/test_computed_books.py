@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import subprocess
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -47,7 +48,7 @@ class Shop:
         async with await self.stack.client("shop") as http:
             for ack in acks:
                 asked = {"name": ack, "ack": ack, "generate": GENERATE}
-                make = partial(http.post, "/coupons", json=asked, headers={"Idempotency-Key": ack})
+                make = partial(http.post, "/coupons", json=asked, headers={"Idempotency-Key": secrets.token_hex(8)})
                 while (answer := await make()).status_code == 503:
                     continue  # the codes are not there before the next writer has brought them
                 assert answer.status_code in (200, 201), answer.text
