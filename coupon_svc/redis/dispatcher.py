@@ -42,8 +42,8 @@ UNDER_WAY_MAX = 2
 """Calls of a class that are under way at once: Redis runs one while the next is on the wire. With 1 ms on the way and
 requests at random moments, a third gains nothing, and with only one the median wait is a quarter longer."""
 ALONE = 4
-"""After so many calls of one operation the next one waits for no other. A pair that always comes together shares its calls
-again after the first that was torn apart."""
+"""After so many calls of one operation the next operation waits for no other. Two that always come together are sent apart
+once, and share their calls from then on."""
 QUEUED_S = 4.0
 """How long an operation may wait to be sent. A full queue of one tenant is sent in it at 1,000 per second, which a slow
 machine does: refusing costs about as much as serving, so the more is refused, the less is served."""

@@ -9,7 +9,7 @@ local function read_holding(holders_key, code)
   end
   local assigned, redeemed, uses, at_ms, user_id = string.match(text, "^([^%s/]+)(%S*) (%d+) (%d+) (.*)$")
   if not assigned then
-    error({err = "WRONGTYPE a holding is none"})
+    error({err = "WRONGTYPE a holding cannot be read"})
   end
   return {assigned = assigned, redeemed = redeemed, uses = tonumber(uses), at_ms = at_ms, user_id = user_id}
 end

@@ -332,10 +332,11 @@ async def test_a_section_that_was_refused_says_nothing_about_the_others(service:
     assert service.doubted == [(0, "epoch")]
 
 
-async def test_a_reply_that_is_not_understood_leaves_nobody_waiting(service: Service) -> None:
+@pytest.mark.parametrize("reply", ['[["ok"', "[" * 10_000])
+async def test_a_reply_that_is_not_understood_leaves_nobody_waiting(service: Service, reply: str) -> None:
     waiting = service.assign("ann")
     await turns()
-    service.calls[0].answer('[["ok"')
+    service.calls[0].answer(reply)
     assert await outcome(waiting) is Outcome.OUTCOME_UNKNOWN
 
 
