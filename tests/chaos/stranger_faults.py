@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -77,14 +78,25 @@ async def _said(part: Any, text: str) -> bool:
     return bool(part.said(text))
 
 
-async def entries_added_by_hand(run: Run) -> None:
-    """XADD with an id that Redis makes up of its clock, of an epoch to come, or of the very next position: passed over, and
+async def entry_added_by_hand(run: Run) -> None:
+    """XADD with an id that Redis makes up of its clock, or of an epoch to come."""
+    await _entry_is_passed_over(
+        run, lambda shard, _: run.random.choice(("*", f"{run.epochs[shard] + run.random.choice((1, 40))}-7"))
+    )
+
+
+async def entry_added_at_the_next_position(run: Run) -> None:
+    """XADD with the very id that the next change would take."""
+    await _entry_is_passed_over(run, lambda shard, seq: f"{run.epochs[shard]}-{seq + 1}")
+
+
+async def _entry_is_passed_over(run: Run, id_of: Callable[[int, int], str]) -> None:
+    """An entry that no script wrote, with the id that `id_of` makes of a shard and its newest number: it is passed over, and
     gone with the recovery. No script can add to the stream until then."""
     run.scripts_fail = True
     async with probing(run) as probe, run.stack.redis() as client:
         redis: Any = client
         shard = int(probe.books["ledger"][3:5])
-        made_up = run.random.choice(("*", f"{run.epochs[shard] + run.random.choice((1, 40))}-7", "next"))
         newest = "SELECT code FROM codes WHERE book_id = $1 ORDER BY place DESC LIMIT 1"
         (nobodys,) = await run.stack.ledger(newest, probe.books["ledger"])
         event = ["coupon_assigned", probe.books["ledger"], nobodys["code"], HAND, "", ""]
@@ -95,9 +107,8 @@ async def entries_added_by_hand(run: Run) -> None:
         async def added() -> bool:
             """False when a script was faster."""
             seq = int(await redis.hget(keys.meta, "seq"))
-            where = f"{run.epochs[shard]}-{seq + 1}" if made_up == "next" else made_up
             with contextlib.suppress(ResponseError):
-                await redis.xadd(keys.events, entry, id=where)
+                await redis.xadd(keys.events, entry, id=id_of(shard, seq))
                 return True
             return False
 
@@ -178,7 +189,8 @@ async def events_table_locked(run: Run) -> None:
 STRANGER_FAULTS = [
     Fault(another_installation_comes),
     Fault(writer_that_cannot_log_in),
-    Fault(entries_added_by_hand),
+    Fault(entry_added_by_hand),
+    Fault(entry_added_at_the_next_position),
     Fault(meta_garbled),
     Fault(events_table_locked),
 ]

@@ -40,7 +40,7 @@ CASES = [
     Case("fenced_load", "lender_paused_across_a_recovery", "was not lent"),
     Case("position", "backend_stopped_in_a_commit", "P2"),
     Case("shard_result", "backend_stopped_in_a_commit", "P2|the ledger should have caught up"),
-    Case("after", "entries_added_by_hand", "P4: it was believed"),
+    Case("after", "entry_added_at_the_next_position", "P4: it was believed"),
     Case("own_epoch", "redis_lost", "P2|P5"),
     Case("registration", "registration_lapses", "P2"),
     Case("stop_flag", "shard_stopped_by_hand", "P6"),
