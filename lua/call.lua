@@ -49,9 +49,10 @@ local function word_of(problem)
   return string.match(type(problem) == "table" and problem.err or problem, "^%-?(%u+) ") or "ERR"
 end
 
--- Let nobody decide anything in the shard until its owner has recovered it.
+-- Let nobody decide anything in the shard until its owner has recovered it. Where Redis takes not even that, the reply of the
+-- section must not be lost with it.
 local function doubt(meta_key)
-  redis.call("HSET", meta_key, "epoch", "doubt", "was", meta.epoch)
+  pcall(redis.call, "HSET", meta_key, "epoch", "doubt", "was", meta.epoch)
 end
 
 -- Decide the operations whose values begin at `at`. Returns their replies, and whether a key that they met is damaged.
@@ -96,12 +97,12 @@ local function run_section(class, at)
   local replies, damaged = decide(class, at, count)
   local entry
   if class ~= operations.read then
-    whole, entry = pcall(log_events, meta_key, events_key, meta, tip, at_ms)
+    whole, entry = pcall(log_events, events_key, meta, tip, at_ms)
     if not whole then
       doubt(meta_key)
       return {"suspect", "events"}
     end
-    if not pcall(apply_writes) then
+    if not pcall(apply_writes, meta_key, meta) then
       doubt(meta_key)
       return {"unknown"}
     end
