@@ -22,7 +22,8 @@ from coupon_svc.http.public import Public
 from coupon_svc.http.routes import OPERATIONS, PUBLIC_PATHS, Api, make_app
 from coupon_svc.http.schemas import REJECTED_SHOWN_MAX
 from coupon_svc.postgres.computed.ciphers import Ciphers
-from coupon_svc.postgres.database import Database
+from coupon_svc.postgres.database import Database, LedgerConnection
+from coupon_svc.postgres.migrations import check_installation, known_migrations
 from coupon_svc.postgres.uploads import Uploads
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.scripts import Scripts
@@ -57,12 +58,20 @@ def make_api(settings: Settings | None = None) -> Api:
     """The API as an ASGI application. It connects when it starts, and starts whether or not the stores are there."""
     settings = settings or load_settings()
     plane = DataPlane(settings.redis_url, settings.shards, Scripts())
-    database = Database(settings.database_url, "coupon-api")
-    lookups = Database(settings.database_url, "coupon-api-lookups", size=4)  # they must not stand behind uploads
-    bulk = Database(settings.database_url, "coupon-api-uploads", size=4)  # what is slow has connections of its own
-    bodies = Database(settings.database_url, "coupon-api-files", size=2)
-    job_work = Database(settings.database_url, "coupon-api-jobs", size=2 * jobs.WORKERS)
-    lists = Database(settings.database_url, "coupon-api-lists", size=4)
+    known = known_migrations()
+
+    async def check(connection: LedgerConnection) -> None:
+        await check_installation(connection, settings.shards, known)
+
+    def pool(name: str, size: int) -> Database:
+        return Database(settings.database_url, name, size, on_open=check)
+
+    database = pool("coupon-api", 8)
+    lookups = pool("coupon-api-lookups", 4)  # they must not stand behind uploads
+    bulk = pool("coupon-api-uploads", 4)  # what is slow has connections of its own
+    bodies = pool("coupon-api-files", 2)
+    job_work = pool("coupon-api-jobs", 2 * jobs.WORKERS)
+    lists = pool("coupon-api-lists", 4)
     ciphers = Ciphers(settings.master_key)
     uploads = Uploads(bulk, ciphers)
     registration = Registration(settings.database_url, plane, ciphers.keys)
@@ -105,12 +114,8 @@ def make_api(settings: Settings | None = None) -> Api:
             await uploads.stop()
             await registration.stop()
             await plane.stop()
-            await database.close()
-            await lookups.close()
-            await bulk.close()
-            await lists.close()
-            await bodies.close()
-            await job_work.close()
+            for one in (database, lookups, bulk, bodies, job_work, lists):
+                await one.close()
 
     cursors = Cursors(lambda: registration.receipt_secret)
     api = make_app(

@@ -12,13 +12,16 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from coupon_svc.postgres.errors import LedgerUnavailable
+from coupon_svc.postgres.errors import DatabaseUnfit, LedgerUnavailable
 
 T = TypeVar("T")
 
 LedgerConnection = asyncpg.Connection
 LedgerRow = asyncpg.Record
 """What statements run on and return, by names for packages that do not speak to Postgres themselves."""
+OnOpen = Callable[[LedgerConnection], Awaitable[object]]
+"""Runs on each new connection before anybody else uses it: to check the database, or to listen. What it raises ends the
+connection."""
 
 CONNECT_TIMEOUT_S = 2.0
 PATIENT_S = 15.0
@@ -104,16 +107,24 @@ async def open_connection(url: str, name: str, timeout_s: float = CONNECT_TIMEOU
     return connection
 
 
+async def _open_with(url: str, name: str, on_open: OnOpen | None) -> LedgerConnection:
+    """Raises LedgerUnavailable, and what `on_open` raises."""
+    connection = await open_connection(url, name)
+    if on_open is not None:
+        try:
+            async with within(connection, CONNECT_TIMEOUT_S):
+                await on_open(connection)
+        except BaseException:
+            connection.terminate()
+            raise
+    return connection
+
+
 class LedgerSession:
-    """The one connection of a background loop, opened when it is first needed and again after it was lost.
+    """The one connection of a background loop, opened when it is first needed and again after it was lost. One task at a
+    time may use it."""
 
-    `on_open` runs on each new connection before anybody else uses it: to check the database, or to listen. What it raises
-    ends the connection. One task at a time may use a session.
-    """
-
-    def __init__(
-        self, url: str, name: str, *, on_open: Callable[[LedgerConnection], Awaitable[None]] | None = None
-    ) -> None:
+    def __init__(self, url: str, name: str, *, on_open: OnOpen | None = None) -> None:
         self._url = url
         self._name = name
         self._on_open = on_open
@@ -125,15 +136,7 @@ class LedgerSession:
         Raises LedgerUnavailable, and what `on_open` raises.
         """
         if self._connection is None or self._connection.is_closed():
-            connection = await open_connection(self._url, self._name)
-            if self._on_open is not None:
-                try:
-                    async with within(connection, CONNECT_TIMEOUT_S):
-                        await self._on_open(connection)
-                except BaseException:
-                    connection.terminate()
-                    raise
-            self._connection = connection
+            self._connection = await _open_with(self._url, self._name, self._on_open)
         return self._connection
 
     @asynccontextmanager
@@ -155,9 +158,10 @@ class LedgerSession:
 class Database:
     """A small pool that begins to connect when it is first used, so that a process starts while Postgres is away."""
 
-    def __init__(self, url: str, name: str, size: int = 8) -> None:
+    def __init__(self, url: str, name: str, size: int = 8, *, on_open: OnOpen | None = None) -> None:
         self._url = url
         self._name = name
+        self._on_open = on_open
         self._free: list[LedgerConnection] = []
         self._slots = asyncio.Semaphore(size)
 
@@ -168,8 +172,8 @@ class Database:
         """A connection for a few statements that take at most `seconds` together; with None, the caller bounds each. One
         is free within `wait_s`.
 
-        Raises LedgerUnavailable for whatever goes wrong with the server. A connection on which that happened, or that
-        was left within a transaction, is not used again.
+        Raises LedgerUnavailable for whatever goes wrong with the server, and for a database that `on_open` finds unfit. A
+        connection on which that happened, or that was left within a transaction, is not used again.
         """
         try:
             async with asyncio.timeout(wait_s):
@@ -183,7 +187,7 @@ class Database:
                 if connection.is_closed():
                     connection = None
             if connection is None:
-                connection = await open_connection(self._url, self._name)
+                connection = await self._open()
             async with within(connection, seconds, only_reads=only_reads):
                 yield connection
         finally:
@@ -193,6 +197,12 @@ class Database:
                 else:
                     self._free.append(connection)
             self._slots.release()
+
+    async def _open(self) -> LedgerConnection:
+        try:
+            return await _open_with(self._url, self._name, self._on_open)
+        except DatabaseUnfit as error:
+            raise LedgerUnavailable(str(error)) from None
 
     async def close(self) -> None:
         while self._free:

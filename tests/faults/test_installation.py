@@ -12,15 +12,18 @@ import asyncpg
 import httpx
 import pytest
 
+from coupon_svc.domain.upload_files import Batch
+from coupon_svc.postgres import staging
 from coupon_svc.postgres.errors import DatabaseUnfit
 from coupon_svc.postgres.migrations import check_installation, known_migrations, migrate
 from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
+from tests.bare_books import insert_bare_book
 from tests.conftest import SHARDS
 from tests.harness import Stack, fresh_database, until
-from tests.http.helpers import make_book
+from tests.http.helpers import make_book, refused
 
 MakeStack = Callable[[], Awaitable[Stack]]
 
@@ -122,9 +125,18 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
-async def test_writer_and_api_say_why_a_database_does_not_fit(make_stack: MakeStack, misfit: str) -> None:
+async def test_writer_and_api_say_why_a_database_does_not_fit_and_write_nothing_to_it(
+    make_stack: MakeStack, misfit: str
+) -> None:
     statement, reason = MISFITS[misfit]
     stack = await make_stack()
+    connection = await asyncpg.connect(stack.database_url)
+    await connection.execute("INSERT INTO tenants (name) VALUES ('t')")
+    await insert_bare_book(connection, "bk_000123456789abcdef")
+    job = await staging.open_job(connection, 1, "bk_000123456789abcdef", "job_1", None)
+    await staging.stage(connection, job.job_no, Batch(["A-1"], [1], []))
+    await staging.complete(connection, job.job_no, staging.Received(1, 0, 0, None, []))
+    await connection.close()
     await stack.ledger(statement)
     writer, api = stack.writer(), stack.api()
     assert await writer.died() == 1
@@ -134,8 +146,12 @@ async def test_writer_and_api_say_why_a_database_does_not_fit(make_stack: MakeSt
         return api.said(reason)
 
     await until(said)
-    async with httpx.AsyncClient(base_url=stack.base_url) as http:
+    async with await stack.client("t") as http:
         assert (await http.get("/readyz")).status_code == 503
+        refused(await http.post("/coupons", json={"name": "b"}), 503, "store_unavailable")
+    await asyncio.sleep(1.0)  # a worker looks for jobs when its process starts
+    assert len(await stack.ledger("SELECT FROM books")) == 1
+    assert not await stack.ledger("SELECT FROM codes"), "no job is worked off"
     assert api.process.poll() is None
 
 
