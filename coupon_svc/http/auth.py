@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -38,8 +39,8 @@ class KeyRing:
     def __init__(self, find_key: FindKey, kept_ms: int) -> None:
         self._find_key = find_key
         self._kept_ms = kept_ms
-        self._kept: dict[bytes, _Kept] = {}
-        self._unknown: dict[bytes, _Kept] = {}  # apart, so that made-up keys push no good one out
+        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._unknown: OrderedDict[bytes, _Kept] = OrderedDict()  # apart, so that made-up keys push no good one out
         self._asking: dict[bytes, asyncio.Task[_Kept]] = {}
 
     async def authenticate(self, authorization: bytes) -> ApiKey:
@@ -79,7 +80,7 @@ class KeyRing:
                 return kept
             raise Refused(Outcome.STORE_UNAVAILABLE) from None
         kept_here = self._kept if fresh.row is not None else self._unknown
-        if len(kept_here) >= KEYS_KEPT_MAX:
-            del kept_here[next(iter(kept_here))]
         kept_here[key_hash] = fresh
+        if len(kept_here) > KEYS_KEPT_MAX:
+            kept_here.popitem(last=False)
         return fresh

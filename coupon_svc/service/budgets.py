@@ -6,6 +6,7 @@ answered whatever was guessed: so customers go on while somebody tries codes wit
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from math import ceil
 from time import monotonic
@@ -22,15 +23,15 @@ class Budget:
     def __init__(self, per_s: float, at_once: float) -> None:
         self._per_s = per_s
         self._at_once = at_once
-        self._left: dict[int, tuple[float, float]] = {}
+        self._left: OrderedDict[int, tuple[float, float]] = OrderedDict()
         """Of the tenants that have spent something: what was left of it, and when."""
 
     def spend(self, tenant_id: int) -> None:
         """Take one from what the tenant has left."""
         left = max(self._left_of(tenant_id) - 1, -self._per_s)
-        if tenant_id not in self._left and len(self._left) >= TENANTS_KEPT_MAX:
-            del self._left[next(iter(self._left))]
         self._left[tenant_id] = left, monotonic()
+        if len(self._left) > TENANTS_KEPT_MAX:
+            self._left.popitem(last=False)
 
     def wait_s(self, tenant_id: int) -> float:
         """Seconds until the tenant may spend one; 0 when it may now."""

@@ -8,6 +8,7 @@ Postgres is away the answer is LedgerUnavailable, never "there is none".
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Collection
 
 from coupon_svc.domain.outcomes import Outcome, Refused
@@ -31,14 +32,15 @@ class CodeDirectory:
         self._database = database
         self._issued = issued
         self._unknown_codes = unknown_codes
-        self._books: dict[tuple[int, str], str] = {}
+        # Not a dict: to take its first item out walks over all the places of those that went before.
+        self._books: OrderedDict[tuple[int, str], str] = OrderedDict()
         self._questions = Questions(self._find)
 
     def learn_code(self, tenant_id: int, code: str, book_id: str) -> None:
         """Keep what Redis has told: the code is of this book, for good."""
-        if len(self._books) >= CODES_KEPT_MAX:
-            del self._books[next(iter(self._books))]
         self._books[tenant_id, code] = book_id
+        if len(self._books) > CODES_KEPT_MAX:
+            self._books.popitem(last=False)
 
     def known_book(self, tenant_id: int, code: str) -> str | None:
         """The id of the book that has the code, if this process has met it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Ciphers:
 
     def __init__(self, keys: MasterKeys) -> None:
         self.keys = keys
-        self._made: dict[int, PatternCipher] = {}
+        self._made: OrderedDict[int, PatternCipher] = OrderedDict()
 
     def of(self, row: asyncpg.Record) -> PatternCipher:
         """The cipher of a row of `computed_patterns`. Raises DatabaseUnfit where its key cannot be read."""
@@ -38,9 +39,9 @@ class Ciphers:
                 raise DatabaseUnfit(_lacks_key({row["master_key_id"]}, self.keys)) from None
             except InvalidMasterKey as error:
                 raise DatabaseUnfit(f"{error}: restore it from a backup") from None
-            if len(self._made) >= CIPHERS_KEPT_MAX:
-                del self._made[next(iter(self._made))]
             cipher = self._made[row["pattern_id"]] = PatternCipher(pattern, key)
+            if len(self._made) > CIPHERS_KEPT_MAX:
+                self._made.popitem(last=False)
         return cipher
 
 
