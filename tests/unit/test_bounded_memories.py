@@ -167,4 +167,5 @@ def test_a_full_memory_learns_as_fast_as_one_with_room(monkeypatch: pytest.Monke
 
     with_room = min(learning_s(0), learning_s(FULL // 2))
     assert learning_s(FULL) < 10 * with_room
-    assert directory.known_book(1, str(FULL - 1)) and directory.known_book(1, "0") is None
+    assert directory.known_book(1, str(FULL)) == "bk_1"
+    assert directory.known_book(1, "0") is None
