@@ -12,7 +12,7 @@ Keys
 Args
   epoch       int   in which the codes were lent
   generation  int   of the owner
-  unlent      int   codes of the book that Postgres keeps back still
+  kept_back   int   codes of the book that are still to come, by whatever way: without any the book is exhausted
   scores…     int   from a CSPRNG, one for each code
   codes…      text  at most 500
 
@@ -49,5 +49,5 @@ if #codes > 0 then
   end
 end
 redis.call("HINCRBY", book_key, "lent", added)
-redis.call("HSET", book_key, "unlent", unlent)
+redis.call("HSET", book_key, "unlent", kept_back) -- once it counted only codes that are not lent
 return {"ok", added, redis.call("ZCARD", free_key)}

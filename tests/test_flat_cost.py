@@ -252,7 +252,7 @@ def commands_of(server: Server, in_pool: int, unlent: int) -> Counter[str]:
     book = shard.new_book(*(f"CODE-{number}" for number in range(500)), unlent=unlent)
     for begin in range(500, in_pool, 500):
         more = [f"CODE-{number}" for number in range(begin, begin + 500)]
-        assert shard.load_codes(book, more, unlent=unlent, scores=range(begin, begin + 500))[0] == "ok"
+        assert shard.load_codes(book, more, kept_back=unlent, scores=range(begin, begin + 500))[0] == "ok"
     server.admin.config_resetstat()
     assert shard.assign_coupon(book, "u")[0] == "ok"
     assert shard.assign_code(book, "u", "CODE-77")[0] == "ok"

@@ -35,7 +35,11 @@ _BOOK_NOW = f"""
     FROM books WHERE book_id = $1
 """
 _MARK_LOADED = "UPDATE books SET loaded = true, loaded_version = greatest(loaded_version, $2) WHERE book_id = $1"
-_LEFT = "SELECT leased_upto, computed_unlent, total - lent - quarantined AS unlent FROM books WHERE book_id = $1"
+_LEFT = """
+    SELECT leased_upto, computed_unlent, total - lent - quarantined AS unlent,
+           (SELECT count(*) FROM lone_leases l WHERE l.book_id = books.book_id) AS lone
+    FROM books WHERE book_id = $1
+"""
 _NEXT_PLACES_END = """
     SELECT max(place) FROM (SELECT place FROM codes WHERE book_id = $1 AND place > $2 ORDER BY place LIMIT $3) b
 """
@@ -44,10 +48,12 @@ _COUNT_LENT = "UPDATE books SET leased_upto = $2, lent = lent + $3 WHERE book_id
 
 
 class Lease(NamedTuple):
-    """Codes that are lent to Redis now, and how many of the book are not."""
+    """Codes that are lent to Redis now; how many of the book are not; and how many were lent alone and are on their way
+    there beside these."""
 
     codes: list[str]
     unlent: int
+    lone: int = 0
 
 
 async def books_to_load(connection: asyncpg.Connection, shards: Sequence[int]) -> list[Book]:
@@ -107,11 +113,11 @@ async def lease_block(
         lent = await lend_numbers(connection, book_id, of_ranges, ciphers) if of_ranges else []
         codes = await _lend_rows(connection, book_id, book["leased_upto"], count - of_ranges)
         if not lent and not codes:
-            return Lease([], book["unlent"])
+            return Lease([], book["unlent"], book["lone"])
         await require_owner(connection, writer_id, owned)
     for part in lent:  # after the commit: nobody waits for the book while codes are computed
         codes += await part.codes()
-    return Lease(codes, book["unlent"] - len(codes))
+    return Lease(codes, book["unlent"] - len(codes), book["lone"])
 
 
 async def _lend_rows(connection: asyncpg.Connection, book_id: str, leased_upto: int, count: int) -> list[str]:

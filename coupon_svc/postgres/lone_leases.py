@@ -18,9 +18,10 @@ _LOCK_BOOK = "SELECT shard, leased_upto FROM books WHERE book_id = $1 FOR UPDATE
 _MOVE_UP = "UPDATE codes SET place = 0 WHERE tenant_id = $1 AND code = $2 AND place > $3"
 _NOTE = "INSERT INTO lone_leases (book_id, code, shard) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING"
 _ON_THE_WAY = f"""
-    SELECT book_id, array_agg(code) AS codes, min(total - lent - quarantined) AS unlent
+    SELECT books.book_id, array_agg(code) AS codes, total - lent - quarantined AS unlent,
+           (SELECT count(*) FROM lone_leases o WHERE o.book_id = books.book_id) - count(*) AS lone
     FROM (SELECT * FROM lone_leases WHERE shard = ANY ($1) LIMIT {BROUGHT_AT_ONCE}) l JOIN books USING (book_id)
-    GROUP BY book_id
+    GROUP BY books.book_id
 """
 _PLACE_OF = "SELECT place FROM codes WHERE tenant_id = $1 AND code = $2"
 
@@ -49,9 +50,9 @@ async def lease_code(
 
 
 async def lone_leases(connection: asyncpg.Connection, shards: Sequence[int]) -> dict[str, Lease]:
-    """Codes that were lent alone and are not in Redis yet, by book."""
+    """Codes that were lent alone and are not in Redis yet, by book: the next BROUGHT_AT_ONCE."""
     rows = await connection.fetch(_ON_THE_WAY, list(shards))
-    return {row["book_id"]: Lease(row["codes"], row["unlent"]) for row in rows}
+    return {row["book_id"]: Lease(row["codes"], row["unlent"], row["lone"]) for row in rows}
 
 
 async def settle_lone_leases(connection: asyncpg.Connection, book_id: str, codes: list[str]) -> None:

@@ -202,8 +202,10 @@ class ShardControl:
         if reply.outcome == "gone":
             raise CountsDiffer(f"book {book_id} is gone")
 
-    async def load_codes(self, term: Term, book_id: str, codes: Sequence[str], unlent: int) -> int:
+    async def load_codes(self, term: Term, book_id: str, codes: Sequence[str], kept_back: int) -> int:
         """Put lent codes into the pool, skipping those that are in it or held. Returns how many are in the pool then.
+
+        `kept_back`: how many codes of the book are still to come after these.
 
         Raises StoreError (send it again), OutOfMemory, ShardNotUsable.
         """
@@ -213,7 +215,8 @@ class ShardControl:
             some = codes[start : start + CODES_PER_CALL_MAX]
             reply = await self._own(
                 "load_codes", term, book=keys.book(book_id), free=keys.free(book_id), holders=keys.holders(book_id),
-                unlent=unlent, scores=_random_scores(len(some)), codes=some,
+                kept_back=kept_back + max(0, len(codes) - start - CODES_PER_CALL_MAX), scores=_random_scores(len(some)),
+                codes=some,
             )  # fmt: skip
             if reply.outcome != "ok":
                 raise CountsDiffer(f"book {book_id} is gone")

@@ -159,7 +159,8 @@ class Lender:
                     more = await outstanding.account_piece(connection, book_id, ciphers=self._ciphers)
             async with within(connection, STATEMENTS_TIMEOUT_S):
                 lease = await outstanding.outstanding_lease(connection, book_id)
-            await self._bring(shard, owned, book_id, lease)
+            # Whatever was on its way is among them.
+            await self._bring(shard, owned, book_id, lease, doubtful=False)
         except (BookBusy, OutOfMemory) as error:
             # No reason to keep the shard shut: redeems go on, and only its owner takes from the stream.
             log.info("shard %02d: codes have to wait: %s", owned.shard, type(error).__name__)
@@ -184,15 +185,10 @@ class Lender:
         except Exception as error:  # to take the shard over again would not mend a book that cannot be brought
             shard.report(term_of(owned), error, recover=True)
 
-    def _kept_back(self, book_id: str, unlent: int, lone: int) -> int:
-        """How many codes Redis is told to be still on their way: those that were lent alone are, and so may be a block whose
-        lease was committed and its reply lost. The book is not exhausted while there are any."""
-        return unlent + lone + (book_id in self._in_doubt)
-
     async def _load_book(self, connection: LedgerConnection, shard: Shard, book: Book) -> None:
         owned = shard.owned
         book, loaded, lone = await lending.read_book(connection, book.book_id)
-        rules = encode_book(book) | {"unlent": str(self._kept_back(book.book_id, book.unlent, lone))}
+        rules = encode_book(book) | {"unlent": str(_kept_back(book.unlent, lone, book.book_id in self._in_doubt))}
         await self._store.put_book(term_of(owned), book.book_id, book.version, rules, known=loaded)
         crash_point("lend.put")
         if not loaded and not await lending.mark_loaded(connection, self._writer_id, owned, book.book_id, 0):
@@ -211,7 +207,8 @@ class Lender:
         if pool is None:
             pool = shard.pools[book_id] = Pool(book.ack, self._lease_min)
         pool.unlent = book.unlent
-        kept_back = self._kept_back(book_id, pool.unlent, lone)
+        doubtful = book_id in self._in_doubt
+        kept_back = _kept_back(book.unlent, lone, doubtful)
         pool.in_pool = await self._store.load_codes(term_of(owned), book_id, [], kept_back)
         if not pool.wants_refill():
             self._low.pop(book_id, None)
@@ -219,7 +216,6 @@ class Lender:
         if not pool.to_lend:
             self._begin_block(pool)
         piece = min(pool.to_lend, CODES_PER_LEASE_MAX)
-        doubtful = book_id in self._in_doubt
         self._in_doubt[book_id] = shard  # until it is brought: a lease may be committed, and its reply lost
         lease = await lending.lease_block(connection, self._writer_id, owned, book_id, piece, self._ciphers)
         if lease is None:
@@ -227,7 +223,7 @@ class Lender:
                 self._in_doubt.pop(book_id, None)
             return  # somebody writes to the book, and tells when it is done
         crash_point("lend.leased")
-        pool.in_pool = await self._bring(shard, owned, book_id, lease._replace(unlent=lease.unlent + lone + doubtful))
+        pool.in_pool = await self._bring(shard, owned, book_id, lease, doubtful=doubtful)
         if not doubtful:
             self._in_doubt.pop(book_id, None)
         pool.unlent, pool.to_lend = lease.unlent, max(0, pool.to_lend - len(lease.codes)) if lease.unlent else 0
@@ -250,16 +246,20 @@ class Lender:
     async def _bring_lone(
         self, connection: LedgerConnection, shard: Shard, owned: OwnedShard, book_id: str, lease: lending.Lease
     ) -> None:
-        await self._bring(shard, owned, book_id, lease)
+        await self._bring(shard, owned, book_id, lease, doubtful=book_id in self._in_doubt)
         crash_point("lend.lone_brought")
         await settle_lone_leases(connection, book_id, lease.codes)
 
-    async def _bring(self, shard: Shard, owned: OwnedShard, book_id: str, lease: lending.Lease) -> int:
+    async def _bring(
+        self, shard: Shard, owned: OwnedShard, book_id: str, lease: lending.Lease, *, doubtful: bool
+    ) -> int:
         """Put leased codes into the pool, however often it takes: they are lent, so nobody else will bring them. `owned` is
-        the shard as it was when they were lent: in another epoch they may be somebody's by now."""
+        the shard as it was when they were lent: in another epoch they may be somebody's by now. `doubtful`: whether another
+        block of the book may be on its way."""
+        kept_back = _kept_back(lease.unlent, lease.lone, doubtful)
         while True:
             try:
-                return await self._store.load_codes(term_of(owned), book_id, lease.codes, lease.unlent)
+                return await self._store.load_codes(term_of(owned), book_id, lease.codes, kept_back)
             except OutOfMemory:
                 raise
             except StoreError:
@@ -274,3 +274,10 @@ class Lender:
     async def _listen(self, connection: LedgerConnection) -> None:
         await connection.add_listener(WRITER_CHANNEL, lambda *_: self._work.set())
         self._work.set()  # what was told before is in the tables
+
+
+def _kept_back(unlent: int, lone: int, doubtful: bool) -> int:
+    """How many codes of a book Redis is told to be still to come: those that are not lent, those that were lent alone and
+    are on their way, and one for a block that may be: its lease was committed perhaps, and its reply lost. The book is not
+    exhausted while there are any."""
+    return unlent + lone + doubtful

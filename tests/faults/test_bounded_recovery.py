@@ -24,7 +24,7 @@ from coupon_svc.postgres.database import one_row, open_connection
 from coupon_svc.postgres.epochs import NewEpoch, Verdict
 from coupon_svc.postgres.errors import LedgerUnavailable, NotOwner
 from coupon_svc.postgres.late_events import redeem_receipt
-from coupon_svc.postgres.lone_leases import lease_code, settle_lone_leases
+from coupon_svc.postgres.lone_leases import BROUGHT_AT_ONCE, lease_code, settle_lone_leases
 from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago, note_marks
 from coupon_svc.postgres.migrations import migrate
 from coupon_svc.postgres.quarantine import deal_again
@@ -150,6 +150,24 @@ async def keep_up(bench: Bench, *, sweep: bool) -> None:
 async def account(bench: Bench, book_id: str) -> None:
     while await outstanding.account_piece(bench.ledger, book_id):
         pass
+
+
+# --- what is still to come
+
+
+async def test_a_book_is_not_exhausted_while_codes_that_were_lent_alone_are_on_their_way(bench: Bench) -> None:
+    """Those of a later turn, and a block that may have been lent: with an empty pool an assign says `refilling`."""
+    book_id = await bench.book("W", free=BROUGHT_AT_ONCE + 2)
+    shard = open_shard(await bench.recover(), await bench.store.connect())
+    await bench.ledger.execute("UPDATE codes SET place = 0 WHERE book_id = $1", book_id)
+    await bench.ledger.execute("UPDATE books SET lent = total, loaded_version = version WHERE book_id = $1", book_id)
+    await bench.ledger.execute("INSERT INTO lone_leases SELECT book_id, code, 0 FROM codes WHERE book_id = $1", book_id)
+    lender = Lender(bench.url, "w", bench.store, {0: shard}, 20, 20)
+    for doubtful, still_to_come in ((True, 2 + 1), (False, 0)):
+        lender._in_doubt = {book_id: shard} if doubtful else {}
+        await lender.turn(bench.ledger)
+        assert await bench.redis.hget(ShardKeys(0, SHARDS).book(book_id), "unlent") == str(still_to_come)
+    assert await bench.counts(book_id) == (BROUGHT_AT_ONCE + 2, 0, BROUGHT_AT_ONCE + 2)
 
 
 # --- what a restart looks at

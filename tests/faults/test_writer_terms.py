@@ -18,8 +18,8 @@ from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.lending import BookNow, Lease
 from coupon_svc.postgres.shards import OwnedShard
 from coupon_svc.redis.codec import StreamEntry
-from coupon_svc.redis.control import ShardControl
-from coupon_svc.redis.errors import ShardNotUsable, StoreError
+from coupon_svc.redis.control import CODES_PER_CALL_MAX, ShardControl
+from coupon_svc.redis.errors import OutOfMemory, ShardNotUsable, StoreError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.writer.clock import LedgerClock
@@ -121,9 +121,9 @@ async def test_codes_that_were_lent_in_the_epoch_before_are_not_brought_in_the_n
     store, shard, before, book_id = recovered
     lender = Lender("", "wr", store, {before.shard: shard}, 20, 20)
     with pytest.raises(ShardNotUsable):
-        await lender._bring(shard, before, book_id, Lease(["A-1"], 0))
+        await lender._bring(shard, before, book_id, Lease(["A-1"], 0), doubtful=False)
     assert await store.pool_counts(before.shard, book_id) == (0, 0, 0)
-    assert await lender._bring(shard, shard.owned, book_id, Lease(["A-1"], 0)) == 1
+    assert await lender._bring(shard, shard.owned, book_id, Lease(["A-1"], 0), doubtful=False) == 1
 
 
 async def test_a_changed_book_is_not_exhausted_while_a_code_is_on_its_way(
@@ -145,6 +145,23 @@ async def test_a_changed_book_is_not_exhausted_while_a_code_is_on_its_way(
     no_ledger: Any = None
     await lender._load_book(no_ledger, shard, book)
     assert await store._ask("HGET", ShardKeys(before.shard, SHARDS).book(book_id), "unlent") == "1"
+
+
+async def test_a_book_is_not_exhausted_between_the_pieces_of_what_is_brought(
+    recovered: Recovered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, shard, before, book_id = recovered
+    run, calls = store._own, count()
+
+    async def run_once(*named: Any, **more: Any) -> Any:
+        if next(calls) > 0:
+            raise OutOfMemory
+        return await run(*named, **more)
+
+    monkeypatch.setattr(store, "_own", run_once)
+    with pytest.raises(OutOfMemory):
+        await store.load_codes(shard.term, book_id, [f"A-{no}" for no in range(CODES_PER_CALL_MAX + 7)], kept_back=2)
+    assert await store._ask("HGET", ShardKeys(before.shard, SHARDS).book(book_id), "unlent") == "9"
 
 
 async def test_work_that_a_recovery_overtook_does_not_shut_the_shard_again(recovered: Recovered) -> None:

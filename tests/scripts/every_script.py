@@ -42,7 +42,7 @@ def owner_requests(shard: Shard, book: str) -> dict[str, Callable[[Owner], Reply
         "open_shard": shard.open_shard,
         "publish_positions": lambda owner: shard.publish_position(2, owner, trim_seq=2, message="told"),
         "put_book": lambda owner: shard.put_book(book, 2, owner, known=True, status="closed"),
-        "load_codes": lambda owner: shard.load_codes(book, ["D-4"], owner, unlent=1),
+        "load_codes": lambda owner: shard.load_codes(book, ["D-4"], owner, kept_back=1),
     }
 
 

@@ -175,11 +175,17 @@ class Shard:
         )  # fmt: skip
 
     def load_codes(
-        self, book_id: str, codes: Sequence[str], owner: Owner = OWNER, *, unlent: int = 0, scores: Sequence[int] = ()
+        self,
+        book_id: str,
+        codes: Sequence[str],
+        owner: Owner = OWNER,
+        *,
+        kept_back: int = 0,
+        scores: Sequence[int] = (),
     ) -> Reply:
         """Without `scores` the codes are dealt in the order in which they are given."""
         return self._run(
-            "load_codes", **owner._asdict(), **self._pool(book_id), book=self.keys.book(book_id), unlent=unlent,
+            "load_codes", **owner._asdict(), **self._pool(book_id), book=self.keys.book(book_id), kept_back=kept_back,
             scores=scores or range(len(codes)), codes=codes,
         )  # fmt: skip
 
@@ -325,7 +331,7 @@ class Shard:
         """A book with these codes in its pool, dealt in this order. Returns its id."""
         book_id = new_book_id(1)
         assert self.put_book(book_id, 1, total=len(codes) + unlent, unlent=unlent, **rules) == ["ok"]
-        assert self.load_codes(book_id, codes, unlent=unlent) == ["ok", len(codes), len(codes)]
+        assert self.load_codes(book_id, codes, kept_back=unlent) == ["ok", len(codes), len(codes)]
         return book_id
 
     def assigned(self, code: str = "A-1", user_id: str = "u", **rules: Any) -> str:

@@ -117,7 +117,7 @@ def test_replies_come_in_the_documented_order(shard: Shard) -> None:
         Obstacle("user_code_limit", lambda: shard.set_rule(book, max_codes_per_user="")),
         Obstacle("suspect", lambda: shard.set_rule(book, lent=1)),
         Obstacle("book_exhausted", lambda: shard.set_rule(book, unlent=1)),
-        Obstacle("refilling", lambda: shard.load_codes(book, ["B-2"], unlent=1)),
+        Obstacle("refilling", lambda: shard.load_codes(book, ["B-2"], kept_back=1)),
     ]
     unknown = book_is_unknown(shard, book)
     last = peel(shard, lambda: shard.assign_coupon(book, "u", KEYED), [*known, *unknown, *shut, *pool, *room])
@@ -222,7 +222,7 @@ def test_an_empty_pool_is_refilled_while_postgres_keeps_codes_back(shard: Shard)
     shard.assign_coupon(book, "u")
     with shard.writes_nothing():
         assert shard.assign_coupon(book, "u") == ["refilling"]
-    assert shard.load_codes(book, ["B-2"], unlent=0) == ["ok", 1, 1]
+    assert shard.load_codes(book, ["B-2"], kept_back=0) == ["ok", 1, 1]
     assert shard.assign_coupon(book, "u")[1] == "B-2"
     with shard.writes_nothing():
         assert shard.assign_coupon(book, "u") == ["book_exhausted"]

@@ -11,14 +11,14 @@ from tests.scripts.runner import Shard, assert_owned
 def test_codes_come_into_the_pool_with_their_scores(shard: Shard) -> None:
     book = shard.new_book(unlent=9)
     with shard.writes(f"book:{book}", f"free:{book}"):
-        assert shard.load_codes(book, ["A-1", "B-2"], unlent=7, scores=[2**53 - 1, 3]) == ["ok", 2, 2]
+        assert shard.load_codes(book, ["A-1", "B-2"], kept_back=7, scores=[2**53 - 1, 3]) == ["ok", 2, 2]
     assert shard.redis.zrange(shard.keys.free(book), 0, -1, withscores=True) == [("B-2", 3), ("A-1", 2**53 - 1)]
 
 
 def test_of_the_book_only_lent_and_unlent_move(shard: Shard) -> None:
     book = shard.new_book("A-1", unlent=9)
     before = shard.book(book)
-    shard.load_codes(book, ["B-2", "C-3"], unlent=7)
+    shard.load_codes(book, ["B-2", "C-3"], kept_back=7)
     assert shard.book(book) == {**before, "lent": "3", "unlent": "7"}
 
 
@@ -53,7 +53,7 @@ def test_a_code_that_is_named_twice_is_loaded_once(shard: Shard) -> None:
 def test_no_codes_only_tell_how_many_are_kept_back(shard: Shard) -> None:
     book = shard.new_book("A-1", unlent=5)
     with shard.writes(f"book:{book}"):
-        assert shard.load_codes(book, [], unlent=4) == ["ok", 0, 1]
+        assert shard.load_codes(book, [], kept_back=4) == ["ok", 0, 1]
     assert shard.book(book)["unlent"] == "4"
 
 
@@ -75,7 +75,7 @@ def test_a_book_that_is_not_there_gets_no_codes(shard: Shard) -> None:
 
 def test_only_the_owner_loads_codes(shard: Shard) -> None:
     book = shard.new_book("A-1")
-    assert_owned(shard, lambda owner: shard.load_codes(book, ["B-2"], owner, unlent=3))
+    assert_owned(shard, lambda owner: shard.load_codes(book, ["B-2"], owner, kept_back=3))
 
 
 def test_suspect_comes_before_book_not_loaded(shard: Shard) -> None:

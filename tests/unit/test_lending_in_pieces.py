@@ -39,7 +39,7 @@ class Stores(ShardControl):
         self.in_pool = dict.fromkeys(unlent, 0)
         self.leases: list[tuple[str, int]] = []
 
-    async def load_codes(self, term: Term, book_id: str, codes: Sequence[str], unlent: int) -> int:
+    async def load_codes(self, term: Term, book_id: str, codes: Sequence[str], kept_back: int) -> int:
         self.in_pool[book_id] += len(codes)
         return self.in_pool[book_id]
 
