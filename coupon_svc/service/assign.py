@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from itertools import groupby
 from time import monotonic
 from typing import Any
@@ -80,12 +80,12 @@ class Assigned(msgspec.Struct, frozen=True):
 LIST_PIECE = 32
 """Users of a list that are asked for at once. The next ones wait until these are decided, so that whoever comes meanwhile
 comes between."""
-_OF_THE_WHOLE = frozenset(
+_WHOEVER_ASKS = frozenset(
+    {Outcome.RECOVERING, Outcome.STORE_UNAVAILABLE, Outcome.IDEMPOTENCY_KEY_REUSED, Outcome.BOOK_NOT_FOUND}
+)
+"""Refusals that say that nothing was done, and that hold for each user of a list alike."""
+_WITHOUT_A_RECORD = frozenset(
     {
-        Outcome.RECOVERING,
-        Outcome.STORE_UNAVAILABLE,
-        Outcome.IDEMPOTENCY_KEY_REUSED,
-        Outcome.BOOK_NOT_FOUND,
         Outcome.BOOK_CLOSED,
         Outcome.BOOK_PAUSED,
         Outcome.BOOK_NOT_STARTED,
@@ -94,7 +94,7 @@ _OF_THE_WHOLE = frozenset(
         Outcome.LEDGER_BEHIND,
     }
 )
-"""Refusals that say that nothing was done, and that hold for each user of a list alike."""
+"""Those that hold alike for each user without an idempotency record: who has one is told its code again."""
 
 
 class Assigning:
@@ -172,13 +172,16 @@ class Assigning:
         view = self._plane.view_of_book(wanted.book_id)
         replies: list[Reply | Refused] = []
         users = list(enumerate(wanted.user_ids))
+        of_all = _WHOEVER_ASKS if wanted.idempotency.key else _WHOEVER_ASKS | _WITHOUT_A_RECORD
         while users and self._durability.left_s(begun) > 0 and not caller_gone():
             piece, users = users[:LIST_PIECE], users[LIST_PIECE:]
             asked = await together([self._ask_for_one(wanted, view, index, user, begun) for index, user in piece])
             found = [reply or Refused(Outcome.INTERNAL_ERROR) for reply in asked]
-            if not replies and (refused := _refusal_of_all(found)):
+            if not replies and (refused := _refusal_of_all(found, of_all)):
                 raise refused
             replies += found
+        if not users and (refused := _refusal_of_all(replies, _WITHOUT_A_RECORD & {replies[0].outcome})):
+            raise refused
         replies += [Refused(Outcome.STORE_UNAVAILABLE) for _ in users]  # nobody asked for them
         durable = await self._durable(view, [reply for reply in replies if isinstance(reply, Reply)], begun)
         results: list[Assigned | Refused] = []
@@ -270,8 +273,8 @@ class Assigning:
         )
 
 
-def _refusal_of_all(replies: Sequence[Reply | Refused]) -> Refused | None:
-    """What refuses the first users of a list as it would all others; None when it may not."""
+def _refusal_of_all(replies: Sequence[Reply | Refused], outcomes: Set[str]) -> Refused | None:
+    """The first refusal, when each of the replies is one with any of the `outcomes`."""
     first = replies[0]
-    whole = all(isinstance(reply, Refused) and reply.outcome in _OF_THE_WHOLE for reply in replies)
-    return first if whole and isinstance(first, Refused) else None
+    refused = all(isinstance(reply, Refused) and reply.outcome in outcomes for reply in replies)
+    return first if refused and isinstance(first, Refused) else None

@@ -142,6 +142,29 @@ async def test_a_book_that_is_shut_refuses_the_whole_list(
     assert await answered(client, book, ["u"], **KEYED) == before
 
 
+@pytest.mark.parametrize("status", ["paused", "closed"])
+async def test_a_retry_tells_a_code_again_though_the_book_is_shut(status: str, client: httpx.AsyncClient) -> None:
+    """Also the code of somebody behind a whole piece of users who have none."""
+    book = await make_book(client, generate={"pattern": "########", "total": 100}, max_codes_per_user=1)
+    users = [f"u{number}" for number in range(LIST_PIECE + 8)]
+    await answered(client, book, users[:LIST_PIECE])
+    first = await answered(client, book, users, **KEYED)
+    assert [result["status"] for result in first] == [409] * LIST_PIECE + [201] * 8
+    await patch(client, book, status=status)
+    second = await answered(client, book, users, **KEYED)
+    assert second[LIST_PIECE:] == first[LIST_PIECE:]
+    assert {result["code"] for result in second[:LIST_PIECE]} == {f"book_{status}"}
+
+
+async def test_a_keyed_list_that_a_shut_book_refuses_to_everybody_is_refused_as_a_whole(
+    client: httpx.AsyncClient,
+) -> None:
+    book = await make_book(client, generate={"pattern": "########", "total": 100})
+    await patch(client, book, status="paused")
+    users = [f"u{number}" for number in range(LIST_PIECE + 8)]
+    refused(await ask(client, book, users, **KEYED), 409, "book_paused")
+
+
 async def test_no_such_book_and_another_tenants_are_alike(client: httpx.AsyncClient, service: Stack) -> None:
     book = await make_book(client)
     async with await service.client() as other:
