@@ -129,16 +129,18 @@ def _table(args: argparse.Namespace, folder: Path | None) -> int:
         plan = HttpPlan(args.rounds, plan.seconds, plan.tail_rounds, plan.tail_seconds)
         toll_plan = TollPlan(args.rounds)
     tolls = bench_toll(toll_plan, say)
-    figures, load_shares = bench_http(plan, say)
+    figures, load_shares, pairs = bench_http(plan, say)
     say("bytes of a coupon")
     settings = {
-        "the toll": f"{toll_plan.connections} connections, {toll_plan.rounds} rounds of 5 turns of {toll_plan.seconds:g} s",
+        "the toll": f"{toll_plan.connections} connections, {toll_plan.rounds} rounds of 4 turns of {toll_plan.seconds:g} s,"
+        " each beside one of the echo",
         "the other lines": f"{CONNECTIONS} connections, {plan.rounds} rounds of 6 turns of {plan.seconds:g} s",
         "service": f"16 shards, 1 API process, 1 writer; Postgres-only: 1 process, a pool of {POOL_SIZE}",
     }
     memory = asyncio.run(measure_memory(100_000))
     results = document.read_results(folder) if folder is not None else Results()
     results.expected, results.toll, results.counts = expectations(tolls), toll_figures(tolls), counts(tolls)
+    results.pairs = pairs
     results.sizes = {"coupon": memory.assigned, "record": memory.record} | {
         f"ledger {table}": size for table, size in tolls.ledger_bytes.items()
     }

@@ -37,19 +37,34 @@ class Figure(msgspec.Struct, kw_only=True):
         return statistics.median(self.samples)
 
     @property
+    def quartiles(self) -> tuple[float, float]:
+        """The lower and the upper one."""
+        if len(self.samples) < 2:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return low, high
+
+    @property
     def reached(self) -> bool | None:
         """Whether the median is at the goal; None when there is no goal, or no figure."""
         if self.goal is None or self.failed is not None or not self.samples:
             return None
         return self.median <= self.goal if self.less_is_better else self.median >= self.goal
 
+    def mark(self) -> str:
+        """What is said of the goal. A goal between the quartiles may have been reached or not."""
+        if self.failed or self.goal is None or self.reached is None:
+            return "failed" if self.failed else ""
+        low, high = self.quartiles
+        if low < self.goal < high:
+            return "undecided"
+        return "reached" if self.reached else "not reached"
+
     def spread(self) -> str:
         """The median and the quartiles; `not measurable here` where these are further apart than 15 % of the median."""
         if self.failed is not None or not self.samples:
             return f"failed: {self.failed or 'no sample'}"
-        low, high = self.median, self.median
-        if len(self.samples) > 1:
-            low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        low, high = self.quartiles
         text = f"{self.median:.2f} ({low:.2f} to {high:.2f})"
         return f"{text}, not measurable here" if high - low > MEASURABLE * self.median else text
 
@@ -66,9 +81,8 @@ class Expectation(msgspec.Struct, kw_only=True):
     """assigns a second, of each turn, when 64 connections ask as fast as they are answered"""
     cores: dict[str, float]
     """that a thousand assigns a second take, by process"""
-    p50_ms: float
-    p99_ms: float
-    """at a stated rate"""
+    latency_ms: dict[int, tuple[float, ...]]
+    """p50 and p99 at each stated rate of assigns a second, counted from when each was due"""
 
 
 class GrowthRow(msgspec.Struct, kw_only=True):
@@ -104,6 +118,8 @@ class Results(msgspec.Struct, kw_only=True):
     """Everything that stands in docs/benchmarks.md, and every sample behind it: docs/benchmarks.json."""
 
     expected: list[Expectation] = []
+    pairs: float = 0.0
+    """locks with their redeems a second, as fast as they were answered"""
     sizes: dict[str, float] = {}
     """bytes, by what they are for"""
     toll: list[Figure] = []

@@ -33,8 +33,8 @@ class HttpPlan(msgspec.Struct, frozen=True):
 
     rounds: int = 11
     seconds: float = 2.0
-    tail_rounds: int = 3
-    tail_seconds: float = 6.0
+    tail_rounds: int = 5
+    tail_seconds: float = 4.0
 
     @property
     def codes_postgres(self) -> int:
@@ -97,8 +97,8 @@ class _Rounds:
         return [turn.rate for turn in self.turns.get(name, [])]
 
 
-def bench_http(plan: HttpPlan, say: Callable[[str], None]) -> tuple[list[Figure], list[float]]:
-    """The figures, and the part of a core that the load took in each turn. Raises BenchError."""
+def bench_http(plan: HttpPlan, say: Callable[[str], None]) -> tuple[list[Figure], list[float], float]:
+    """The figures; the part of a core that the load took in each turn; and pairs a second. Raises BenchError."""
     with Stand() as stand:
         say("starting the service, the echo and the Postgres-only service; making books")
         database = stand.other_database("postgres_only")
@@ -119,7 +119,9 @@ def bench_http(plan: HttpPlan, say: Callable[[str], None]) -> tuple[list[Figure]
         return uvloop.run(_measure(parts, plan, say))
 
 
-async def _measure(parts: _Parts, plan: HttpPlan, say: Callable[[str], None]) -> tuple[list[Figure], list[float]]:
+async def _measure(
+    parts: _Parts, plan: HttpPlan, say: Callable[[str], None]
+) -> tuple[list[Figure], list[float], float]:
     ledger = await open_ledger(*parts.stand.stores)
     rounds = _Rounds()
     try:
@@ -144,7 +146,7 @@ async def _measure(parts: _Parts, plan: HttpPlan, say: Callable[[str], None]) ->
             ledger,
             say,
         )
-        return figures, rounds.load_shares
+        return figures, rounds.load_shares, statistics.median(rounds.rates("pair"))
     finally:
         await ledger.close()
 

@@ -25,14 +25,15 @@ GOALS = {
 }
 RATE_GOALS = {"redis": 0.8, "ledger": 0.7}
 _RATE_ASSUMED_MAX = 9_000
-STATED_RATE = 500
-"""Assigns a second at which a reader is told how long one takes: about a fifth of what two cores allow."""
+STATED_RATES = (500, 1_000, 2_000)
+"""Assigns a second at which a reader is told how long one takes."""
 STATED_TURNS, STATED_S = 5, 2.0
 """In several turns, of which the median counts: one halt of 0.2 s in ten seconds delays one answer in a hundred."""
+ECHO_S = 1.0
 
 
 class TollPlan(msgspec.Struct, frozen=True):
-    """`rounds` of five turns: the echo, then each ack with one book and with `books`."""
+    """`rounds` of eight turns: each ack with one book and with `books`, and the echo before or after it, in turns."""
 
     rounds: int = 11
     seconds: float = 2.0
@@ -57,13 +58,13 @@ class TollTurn(msgspec.Struct, kw_only=True):
 
 
 class Tolls(msgspec.Struct, kw_only=True):
-    """All turns, by (ack, books): one for each round, beside the echo's."""
+    """All turns, by a name as `ledger, 64 books`: one for each round."""
 
-    echo: list[TollTurn] = []
     assigns: dict[str, list[TollTurn]] = {}
-    """By a name as `ledger, 64 books`."""
-    latencies: dict[str, list[list[float]]] = {}
-    """Seconds that each assign took at STATED_RATE, of each turn, by the same name."""
+    echoes: dict[str, list[TollTurn]] = {}
+    """Those of the echo beside them."""
+    latencies: dict[str, dict[int, list[list[float]]]] = {}
+    """Seconds that each assign took at each of STATED_RATES, of each turn."""
     ledger_bytes: dict[str, float] = {}
     """What Postgres keeps on disk for each assign, in its tables with their indexes."""
 
@@ -149,16 +150,22 @@ async def _measure(
             await take_turn(served["api"].port, pids["API"], make, GROW_LEASE_S, ledger, connections=plan.connections)
         tolls = Tolls()
         for number in range(1, plan.rounds + 1):
-            tolls.echo.append(await take(served["echo"], requests.echo(), None, echo_meter, plan.seconds))
             for name, make in makers.items():
-                taken = await take(served["api"], make, ledger, meter, plan.seconds)
-                tolls.assigns.setdefault(name, []).append(taken)
-            say(f"round {number} of {plan.rounds}: echo {tolls.echo[-1].turn.rate:,.0f}/s, {_last_rates(tolls)}")
+                for whose in ("echo", "assigns") if number % 2 else ("assigns", "echo"):
+                    if whose == "echo":
+                        taken = await take(served["echo"], requests.echo(), None, echo_meter, ECHO_S)
+                        tolls.echoes.setdefault(name, []).append(taken)
+                    else:
+                        taken = await take(served["api"], make, ledger, meter, plan.seconds)
+                        tolls.assigns.setdefault(name, []).append(taken)
+            say(f"round {number} of {plan.rounds}: {_last_rates(tolls)}")
         for name, make in STATED_TURNS * list(makers.items()):
-            latencies, bad = await open_loop(served["api"].port, make, STATED_RATE, STATED_S)
-            if bad:
-                raise BenchError(f"not all answers were good: {dict(bad)}")
-            tolls.latencies.setdefault(name, []).append(latencies)
+            for rate in STATED_RATES:
+                latencies, bad = await open_loop(served["api"].port, make, rate, STATED_S)
+                if bad:
+                    raise BenchError(f"not all answers were good: {dict(bad)}")
+                tolls.latencies.setdefault(name, {}).setdefault(rate, []).append(latencies)
+                await ledger.caught_up()
         for table, size in await looking.fetch(_SIZES):
             tolls.ledger_bytes[table] = size
         return tolls
@@ -169,7 +176,10 @@ async def _measure(
 
 
 def _last_rates(tolls: Tolls) -> str:
-    return ", ".join(f"{name} {turns[-1].turn.rate:,.0f}/s" for name, turns in tolls.assigns.items())
+    return ", ".join(
+        f"{name} {turns[-1].turn.rate:,.0f}/s (echo {tolls.echoes[name][-1].turn.rate:,.0f})"
+        for name, turns in tolls.assigns.items()
+    )
 
 
 def _name(ack: str, books: int) -> str:
@@ -177,13 +187,13 @@ def _name(ack: str, books: int) -> str:
 
 
 def toll_figures(tolls: Tolls) -> list[Figure]:
-    """A line for each process, ack and number of books; the echo is that of the same round."""
+    """A line for each process, ack and number of books; the echo is the one beside each turn."""
     figures = []
     for name, turns in tolls.assigns.items():
         ack = name.partition(",")[0]
         for process, goal in GOALS[ack].items():
             ours = [turn.cores(process) for turn in turns]
-            theirs = [turn.cores("API") for turn in tolls.echo]
+            theirs = [turn.cores("API") for turn in tolls.echoes[name]]
             samples = [a / b for a, b in zip(ours, theirs, strict=True)]
             note = f"{1000 * statistics.median(ours):.0f} µs; the echo {1000 * statistics.median(theirs):.0f} µs"
             what = f"{process}, `ack = {ack}`, {name.partition(', ')[2]}"
@@ -197,7 +207,7 @@ def toll_figures(tolls: Tolls) -> list[Figure]:
                     note=note,
                 )
             )
-        rates = [turn.turn.rate / echo.turn.rate for turn, echo in zip(turns, tolls.echo, strict=True)]
+        rates = [turn.turn.rate / echo.turn.rate for turn, echo in zip(turns, tolls.echoes[name], strict=True)]
         note = f"{statistics.median(turn.turn.rate for turn in turns):,.0f} assigns a second"
         figures.append(
             Figure(
@@ -218,8 +228,10 @@ def expectations(tolls: Tolls) -> list[Expectation]:
             name=name,
             rates=[turn.turn.rate for turn in turns],
             cores={process: statistics.median(turn.cores(process) for turn in turns) for process in PROCESSES},
-            p50_ms=statistics.median(percentile_ms(turn, 0.5) for turn in tolls.latencies[name]),
-            p99_ms=statistics.median(percentile_ms(turn, 0.99) for turn in tolls.latencies[name]),
+            latency_ms={
+                rate: tuple(statistics.median(percentile_ms(turn, part) for turn in taken) for part in (0.5, 0.99))
+                for rate, taken in tolls.latencies[name].items()
+            },
         )
         for name, turns in tolls.assigns.items()
     ]
