@@ -10,7 +10,7 @@ import hiredis
 from coupon_svc.redis.call_queue import CALL_WEIGHT_MAX
 from coupon_svc.redis.calls import KeyTable, Section, bind_operation, call_command, section_replies
 from coupon_svc.redis.connection import Connection
-from coupon_svc.redis.contract import Command, Reply
+from coupon_svc.redis.contract import Command, Reply, ReplyReader
 from coupon_svc.redis.errors import ReplyError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
@@ -24,6 +24,7 @@ class Assigns:
 
     def __init__(self, scripts: Scripts) -> None:
         self._operation = bind_operation(scripts.operations["assign_coupon"].contract)
+        self._section = ReplyReader(scripts.section)
         self._function = scripts.library.function(self._operation.call_class)
 
     def command(
@@ -48,9 +49,9 @@ class Assigns:
 
     def replies(self, raw: Any) -> list[Reply]:
         """What the call replied to each that was asked."""
-        ((word, _, _, replies, *_),) = section_replies(raw)
-        assert word == "ok", raw
-        return [self._operation.reply(reply) for reply in replies]
+        (section,) = map(self._section, section_replies(raw))
+        assert section.outcome == "ok", raw
+        return [self._operation.reply(reply) for reply in section.replies]
 
 
 def pack(commands: Iterable[Command]) -> bytes:

@@ -13,22 +13,30 @@ An operation that raises while it decides has no part in the entry. A key of ano
 doubt when the section is done. An error after the entry was made puts it in doubt, too. The ledger gets the entry, and the
 recovery makes Redis agree with it.
 
-`sections` is the msgpack of one list, whose values follow each other: those of a section are meta, events, epoch, seen_seq,
-tip, the number of its operations, and then those of each operation: its name, its keys and its arguments in the order of its
-header. A key is its place in KEYS, 0 for one that is left out. Lists in lists would take Redis longer to read.
+The call has every key once in KEYS, and one argument: the msgpack of one list, whose values follow each other. Lists in lists
+would take Redis longer to read. Those of a section are its keys and arguments, in the order below; then, for each of its
+operations, the name, and the keys and arguments in the order of that header. A key is its place in KEYS, 0 for one that is
+left out.
 
-The reply is the JSON of a list with one item for each section, in their order: ["ok", seq, tip, [reply, …], entry], where
-entry is the one that the section made, as [n, after, at_ms, events], and is left out when it made none; ["suspect", why], and
-nothing was done: as the fence found it, or `events` when the stream took no entry; or ["unknown"] after an error behind the
-entry. An operation that raised replies ["error", word], with the first word of Redis's error. A text costs Redis less than
-lists in lists; what JSON cannot say, such as a number that was made infinite by hand, comes as lists. In the JSON an empty
-list is `{}`, and a text that is missing is `false`.
+The reply is the JSON of a list with one item for each section, in their order, as below. An operation that raised replies
+["error", word], with the first word of Redis's error. A text costs Redis less than lists in lists; what JSON cannot say, such
+as a number that was made infinite by hand, comes as lists. In the JSON an empty list is `{}`, and a text that is missing is
+`false`.
 
 Keys
-  keys…     any     read, write; each key of the operations once
+  meta      hash    read, write
+  events    stream  append
 
 Args
-  sections  text
+  epoch     int
+  seen_seq  int   the highest seq of this epoch the caller has seen
+  tip       text  of the entry, if the section makes one
+  count     int   of its operations
+
+Replies, the first that applies
+  suspect(why)  nothing was done: as the fence found it; `meta`: of another type; `events`: the stream took no entry
+  unknown       after an error behind the entry
+  ok(seq, tip, replies, entry?)  of the shard's last entry; of the operations; entry is [n, after, at_ms, events] of the one that was made
 ]]
 -- include: names
 -- include: book
@@ -39,9 +47,13 @@ Args
 -- include: log
 -- include: apply
 -- What belongs to one call: `run_call` begins it anew.
-local KEYS, sent, now_ms, at_ms, meta, pool_look
+local KEYS, sent, now_ms, at_ms
+-- What belongs to one section: what the fence found, and how many codes of a pool are looked at in one go, as many as there are
+-- operations.
+local meta, pool_look
 local operations = {read = {}, grow = {}, keep = {}}
 
+-- The functions of all operations are put in place of the next line (coupon_svc/redis/scripts.py).
 -- operations
 
 -- The first word of an error that Redis raised, as `WRONGTYPE`; `ERR` of any other.
@@ -80,10 +92,8 @@ local function skip(class, at, count)
   return at
 end
 
-local function run_section(class, at)
-  local meta_key, events_key, epoch, seen_seq, tip = KEYS[sent[at]], KEYS[sent[at + 1]], sent[at + 2], sent[at + 3], sent[at + 4]
-  local count = sent[at + 5]
-  at = at + 6
+-- Run the section whose operations begin at `at`. Returns its reply.
+local function run_section(class, at, meta_key, events_key, epoch, seen_seq, tip, count)
   local whole, refusal
   whole, refusal, meta = pcall(fence, meta_key, epoch, seen_seq)
   if not whole then
@@ -124,8 +134,10 @@ local function run_call(class, keys, sections)
   sent = cmsgpack.unpack(sections)
   local replies, at = {}, 1
   while sent[at] do
-    replies[#replies + 1] = run_section(class, at)
-    at = skip(class, at + 6, sent[at + 5])
+    -- The keys and arguments of a section get their names in place of the next line, and `at` goes on behind them.
+    -- section
+    replies[#replies + 1] = run_section(class, at, meta_key, events_key, epoch, seen_seq, tip, count)
+    at = skip(class, at, count)
   end
   local whole, text = pcall(cjson.encode, replies)
   return whole and text or replies

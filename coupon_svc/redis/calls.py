@@ -165,11 +165,12 @@ def _weigher(contract: Contract) -> Callable[[Mapping[str, Any]], int] | None:
 
 
 _COUNT = 5
-"""The place, among the values of a section, of the number of its operations."""
+"""The place of `count` among the values of a section."""
 
 
 class Section:
-    """One shard's part of a call, as the values that are sent. It enters its keys in `keys`, which are the call's."""
+    """One shard's part of a call, as the values that are sent, in the order of the header of lua/call.lua. It enters its
+    keys in `keys`, which are the call's."""
 
     __slots__ = ("tip", "values")
 
@@ -194,6 +195,6 @@ def call_command(function: str, keys: KeyTable, sections: Iterable[Section]) -> 
 
 
 def section_replies(raw: str | list[Any]) -> list[Any]:
-    """The replies of a call's sections, in their order, from what Redis sent."""
+    """The replies of a call's sections, in their order, from what Redis sent; each as the header of lua/call.lua says."""
     replies: list[Any] = _parse_replies(raw) if isinstance(raw, str) else raw
     return replies

@@ -34,9 +34,10 @@ names its class between the prose and the keys:
 
     Class: grow
 
-Meta, the events, the epoch and what was seen are the call's, so an operation does not list them. In the call an operation
-is its name, its keys and its arguments, in the order of the header: a key is its number in KEYS, 0 when it is left out, and
-a list is a list.
+Meta, the events, the epoch and what was seen are the section's, so an operation does not list them: the header of the call
+does, which is that of a section. In the call an operation is its name, its keys and its arguments, in the order of the
+header: a key is its number in KEYS, 0 when it is left out, and a list is a list. Beside the names in its header, a body uses
+those of the call and the section (lua/call.lua): `meta`, `now_ms`, `at_ms` and `pool_look`.
 """
 
 from __future__ import annotations
@@ -255,14 +256,23 @@ def preamble(contract: Contract) -> str:
 
 def operation_preamble(contract: Contract) -> str:
     """The Lua that gives the keys and arguments of an operation, whose values begin at `at` in `sent`, their names."""
+    return _names_of_values(contract, 1)  # behind its own name
+
+
+def section_preamble(contract: Contract) -> str:
+    """The same for a section, whose values have no name in front; `at` is its first operation then."""
+    return f"{_names_of_values(contract, 0)}at = at + {contract.size - 1}\n"
+
+
+def _names_of_values(contract: Contract, first: int) -> str:
     keys, args, loops = [], [], []
-    for place, key in enumerate(contract.keys, 1):
+    for place, key in enumerate(contract.keys, first):
         if key.mark == "…":
             loops.append(f"local {key.lua_name} = {{}}")
             loops.append(f"for i, k in ipairs(sent[at + {place}]) do {key.lua_name}[i] = KEYS[k] end")
         else:
             keys.append((key.lua_name, f"KEYS[sent[at + {place}]]"))
-    for place, arg in enumerate(contract.args, 1 + len(contract.keys)):
+    for place, arg in enumerate(contract.args, first + len(contract.keys)):
         args.append((arg.name, f"sent[at + {place}]"))
     lines = [
         f"local {', '.join(name for name, _ in slots)} = {', '.join(value for _, value in slots)}"

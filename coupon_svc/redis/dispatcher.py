@@ -249,7 +249,7 @@ class Dispatcher:
             self._plane.suspect(view)
             _refuse_all(section.operations, call.lost)
         else:
-            _, seq, tip, replies, *entry = raw
+            _, seq, tip, replies, *entry = raw  # as the header of lua/call.lua says; `ReplyReader` would cost two calls
             at = Entry(section.epoch, int(seq), tip)
             if not self._has_grown(call.connection, view.shard, at):
                 self._plane.doubt(view, "position")

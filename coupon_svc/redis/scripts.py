@@ -26,6 +26,7 @@ from coupon_svc.redis.contract import (
     parse_contract,
     parse_operation,
     preamble,
+    section_preamble,
     split_operation,
     split_source,
 )
@@ -51,6 +52,7 @@ LIBRARIES = "coupon_svc_"
 
 _INCLUDE = re.compile(r"^-- include: (\w+)\n", re.MULTILINE)
 _OPERATIONS_HERE = "-- operations\n"
+_SECTION_HERE = "-- section\n"
 
 
 class Operation(msgspec.Struct, frozen=True):
@@ -130,6 +132,12 @@ def read_operation(path: Path) -> Operation:
     return Operation(path.stem, parse_operation(header), body, included + bare)
 
 
+def read_section(path: Path) -> Contract:
+    """The contract of a section: the header of the file of the call. Raises ContractError."""
+    header, _ = split_operation(path.stem, path.read_text())
+    return parse_contract(header)
+
+
 def read_library(path: Path, operations: Sequence[Operation]) -> Library:
     """The library that runs these operations: `path` is the file of the call."""
     _, loop = split_operation(path.stem, path.read_text())
@@ -142,9 +150,10 @@ def read_library(path: Path, operations: Sequence[Operation]) -> Library:
         f"{operation_preamble(operation.contract)}{body}end\n"
         for operation, body in zip(operations, bodies, strict=True)
     )
-    before, here, after = loop.partition(_OPERATIONS_HERE)
-    assert here, "call.lua says where its operations are to stand"
-    return bind_library(f"{included}{before}{functions}{after}")
+    for here, lua in ((_OPERATIONS_HERE, functions), (_SECTION_HERE, section_preamble(read_section(path)))):
+        assert loop.count(here) == 1, f"call.lua says where this is to stand: {here}"
+        loop = loop.replace(here, lua)
+    return bind_library(included + loop)
 
 
 def bind_library(body: str) -> Library:
@@ -176,13 +185,14 @@ def _with_constants(body: str) -> str:
 
 class Scripts:
     """All scripts by name: `scripts["load_codes"]` is `lua/load_codes.lua`. `operations` are those of the calls, by name;
-    `library` runs them. Raises ContractError."""
+    `library` runs them, and `section` is the contract of a shard's part of a call. Raises ContractError."""
 
     def __init__(self, folder: Path | None = None) -> None:
         folder = folder or resource_folder("lua")
         paths = sorted(folder.glob("*.lua"))
         self._by_name = {path.stem: read_script(path) for path in paths if path.stem != "call"}
         self.operations = {path.stem: read_operation(path) for path in sorted((folder / "operations").glob("*.lua"))}
+        self.section = read_section(folder / "call.lua")
         self.library = read_library(folder / "call.lua", list(self.operations.values()))
 
     def __getitem__(self, name: str) -> Script:

@@ -14,6 +14,7 @@ from coupon_svc.resources import resource_folder
 from tests.lint.lua_headers import (
     INTERNAL_WORDS,
     OWNER_WORDS,
+    Body,
     body_of,
     complaints,
     functions_of,
@@ -66,6 +67,12 @@ def test_every_file_calls_what_it_includes_and_every_include_is_included() -> No
 def test_a_call_asks_the_fence_before_all_else() -> None:
     loop = (LUA / "call.lua").read_text().partition("local function run_section")[2]
     assert loop.index("fence, meta_key, epoch, seen_seq)") < loop.index("begin_section()")
+
+
+def test_a_section_replies_what_the_header_of_the_call_says() -> None:
+    functions, _ = functions_of(without_comments((LUA / "call.lua").read_text()))
+    words = returned_words(Body({}, functions["run_section"].text))
+    assert set(words) == {line.word for line in Scripts().section.replies}
 
 
 def test_a_position_is_published_behind_the_fence_of_each_shard() -> None:

@@ -20,6 +20,7 @@ from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
 from coupon_svc.domain.shards import new_book_id
 from coupon_svc.redis.calls import KeyTable, Section, bind_operation, call_command, section_replies
+from coupon_svc.redis.contract import ReplyReader
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Script, Scripts
 
@@ -70,6 +71,7 @@ class Calls:
         self._redis = redis
         self._scripts = scripts
         self._operations = {name: bind_operation(one.contract) for name, one in scripts.operations.items()}
+        self._section = ReplyReader(scripts.section)
 
     def run(self, shard: ShardKeys, name: str, *, epoch: int, seen_seq: int = 0, **parameters: Any) -> Reply:
         """The reply of the operation; that of the section where nothing was done for it, or nothing is known."""
@@ -78,10 +80,12 @@ class Calls:
         section = Section(keys, shard, epoch, seen_seq)
         section.add(operation.pack(keys, shard.prefix, **parameters))
         function = self._scripts.library.function(operation.call_class)
-        (reply,) = section_replies(self._redis.execute_command(*call_command(function, keys, [section])))
-        if reply[0] != "ok":
+        (reply,) = map(
+            self._section, section_replies(self._redis.execute_command(*call_command(function, keys, [section])))
+        )
+        if reply.outcome != "ok":
             return list(reply)
-        (raw,) = reply[3]
+        (raw,) = reply.replies
         if raw[0] != "error":
             operation.reply(list(raw))  # it has the fields that the operation's header names
         return [[] if part == {} else part for part in raw]  # an empty list, as Lua spells it

@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from coupon_svc.redis.calls import section_replies
-from coupon_svc.redis.contract import CallClass
+from coupon_svc.redis.contract import CallClass, ReplyReader
 from coupon_svc.redis.scripts import Library, bind_library
 from tests.scripts.runner import CALLER, EPOCH, TENANT, Caller, Server, Shard
+from tests.sent import names_of
 
 Op = tuple[str, dict[str, Any]]
 """An operation: its name, and its parameters by the names of its header; a key by what ShardKeys makes it of."""
@@ -71,7 +72,7 @@ class Calls:
         self.server: Server = shard.server
 
     def send(self, ops: list[Op], caller: Caller = CALLER, *, library: Library | None = None, tip: str = "tip") -> Any:
-        """The reply of the one section."""
+        """The reply of the one section, by the names of the header."""
         keys: list[str] = []
         section = self.section(keys, ops, caller, tip)
         call_class = self.server.scripts.operations[ops[0][0]].contract.call_class
@@ -80,7 +81,11 @@ class Calls:
 
     def run(self, function: str, keys: list[str], sections: list[Any]) -> Any:
         packed = msgspec.msgpack.encode([value for section in sections for value in section])
-        return section_replies(self.server.run.execute_command("FCALL", function, len(keys), *keys, packed))
+        read = ReplyReader(self.server.scripts.section)
+        return [
+            read(raw)
+            for raw in section_replies(self.server.run.execute_command("FCALL", function, len(keys), *keys, packed))
+        ]
 
     def section(self, keys: list[str], ops: list[Op], caller: Caller = CALLER, tip: str = "tip") -> list[Any]:
         def place(key: str) -> int:
@@ -88,11 +93,12 @@ class Calls:
                 keys.append(key)
             return keys.index(key) + 1
 
-        mine = self.shard.keys
-        meta, events = place(mine.meta), place(mine.events)
-        wire = [self.wire(place, *op) for op in ops]
-        values = (value for operation in wire for value in operation)
-        return [meta, events, str(caller.epoch), str(caller.seen_seq), tip, len(wire), *values]
+        given = {
+            "meta": place(self.shard.keys.meta), "events": place(self.shard.keys.events), "epoch": str(caller.epoch),
+            "seen_seq": str(caller.seen_seq), "tip": tip, "count": len(ops),
+        }  # fmt: skip
+        head = [given[name] for name in names_of(self.server.scripts.section)]
+        return [*head, *(value for op in ops for value in self.wire(place, *op))]
 
     def wire(self, place: Callable[[str], int], name: str, named: Mapping[str, Any]) -> list[Any]:
         key, spelled = named.get("idempotency_key", ""), self.spelled(named)
@@ -119,9 +125,9 @@ class Calls:
 
     def replies(self, ops: list[Op]) -> list[Any]:
         """The replies of a call of all these operations, which must go through."""
-        outcome, _, _, replies, *_ = self.send(ops)
-        assert outcome == "ok"
-        return list(replies)
+        section = self.send(ops)
+        assert section.outcome == "ok"
+        return list(section.replies)
 
     def words(self, ops: list[Op]) -> list[str]:
         return [reply[0] for reply in self.replies(ops)]
@@ -389,7 +395,7 @@ def test_a_stream_that_takes_no_entry_leaves_nothing_done(calls: Calls) -> None:
     book = calls.shard.new_book("A-1")
     calls.shard.redis.xadd(calls.shard.keys.events, {"event": "by hand"}, id=f"{EPOCH}-99")
     before = dump(calls.shard)
-    assert calls.send([assign(book, "u", "k1")]) == ["suspect", "events"]
+    assert calls.send([assign(book, "u", "k1")]) == ("suspect", "events")
     after = dump(calls.shard)
     assert after.pop("meta") == {**before.pop("meta"), "epoch": "doubt", "was": str(EPOCH)}
     assert after == before
@@ -430,7 +436,7 @@ def test_a_write_that_fails_behind_the_entry_is_unknown(calls: Calls, write: str
     keep = [redeem(book, "A-1", token="t", key="k2"), release(book, "Q-1")]
     ops = keep if write in ('{"DEL"', '{"HINCRBY"', '{"SREM"') else grow
     broken = library_that_cannot(calls, write)
-    assert calls.send(ops, library=broken) == ["unknown"]
+    assert calls.send(ops, library=broken) == ("unknown",)
     calls.server.run.function_delete(broken.name)
     seq = "1" if "meta_key" in write else "2"
     assert shard.redis.hmget(shard.keys.meta, "epoch", "was", "seq") == ["doubt", str(EPOCH), seq]
@@ -443,7 +449,7 @@ def test_a_shard_that_cannot_be_put_in_doubt_is_unknown_all_the_same(calls: Call
     """As when the rights to write its meta were taken away: an error of the whole call would say that nothing was done."""
     book = calls.shard.new_book("A-1")
     broken = library_that_cannot(calls, '"HSET", meta_key')
-    assert calls.send([assign(book, "u")], library=broken) == ["unknown"]
+    assert calls.send([assign(book, "u")], library=broken) == ("unknown",)
     calls.server.run.function_delete(broken.name)
 
 
@@ -464,18 +470,18 @@ def test_each_shard_has_a_verdict_of_its_own(server: Server, request: pytest.Fix
         second.section(keys, [assign(books[1], "u")]),
     ]
     refused, decided = first.run(server.scripts.library.function(CallClass.GROW), keys, sections)
-    assert refused == ["suspect", "epoch"]
-    assert decided[0] == "ok"
-    assert decided[3][0][:2] == ["ok", "A-1"]
+    assert refused == ("suspect", "epoch")
+    assert decided.outcome == "ok"
+    assert decided.replies[0][:2] == ["ok", "A-1"]
     assert first.shard.redis.exists(first.shard.keys.events) == 0
 
 
 def test_a_section_tells_where_the_shard_is(calls: Calls) -> None:
     book = calls.shard.new_book("A-1", "B-2")
-    outcome, seq, tip, _, entry = calls.send([assign(book, "u"), assign(book, "v")])
-    assert (outcome, seq) == ("ok", "2")
+    section = calls.send([assign(book, "u"), assign(book, "v")], tip="mine")
+    assert (section.outcome, section.seq, section.tip) == ("ok", "2", "mine")
     ((entry_id, fields),) = calls.shard.redis.xrange(calls.shard.keys.events)
-    told = dict(zip(("n", "after", "at_ms", "events"), entry, strict=True), tip=tip)
+    told = dict(zip(("n", "after", "at_ms", "events"), section.entry, strict=True), tip=section.tip)
     assert (entry_id, fields) == (f"{CALLER.epoch}-2", told)
-    outcome, seq, _, _, *entry = calls.send([assign(book, "u")])
-    assert (outcome, seq, entry) == ("ok", "2", [])
+    section = calls.send([assign(book, "u")])
+    assert (section.outcome, section.seq, section.tip, section.entry) == ("ok", "2", "mine", "")

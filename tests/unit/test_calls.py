@@ -12,6 +12,7 @@ from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.redis.calls import QUARANTINED, Entry, KeyTable, Section, bind_operation, call_command
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
+from tests.sent import names_of
 
 SCRIPTS = Scripts()
 KEYS = ShardKeys(3, 16)
@@ -102,7 +103,9 @@ def test_a_call_is_the_keys_and_the_sections() -> None:
     *command, packed = call_command("function", keys, [section])
     assert command == ["FCALL", "function", 3, KEYS.meta, KEYS.events, "a book's"]
     assert isinstance(packed, bytes)
-    assert msgspec.msgpack.decode(packed) == [1, 2, "4", "17", section.tip, 1, "read_book", 3, "7"]
+    values = {"meta": 1, "events": 2, "epoch": "4", "seen_seq": "17", "tip": section.tip, "count": 1}
+    head = [values[name] for name in names_of(SCRIPTS.section)]
+    assert msgspec.msgpack.decode(packed) == [*head, "read_book", 3, "7"]
 
 
 def test_no_two_sections_have_one_tip() -> None:

@@ -15,7 +15,7 @@ from coupon_svc.redis.data_plane import DataPlane
 from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.shard_view import Certificate, ShardView, ViewState
-from tests.sent import sections_of
+from tests.sent import decided, sections_of
 
 SCRIPTS = Scripts()
 BOOK = "bk_000123456789abcdef"
@@ -29,7 +29,7 @@ def seen_by(plane: DataPlane) -> list[tuple[int, tuple[int, int]]]:
 
 def answered(*replies: list[Any], seq: int = 21, tip: Any = TIP) -> list[Any]:
     """The reply of a call with one section."""
-    return [["ok", seq, tip, list(replies)]]
+    return [decided(SCRIPTS, seq=seq, tip=tip, replies=list(replies))]
 
 
 ASSIGNED = answered(["ok", "A-1", "5", "4-21", "redis", ""])

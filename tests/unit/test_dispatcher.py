@@ -20,7 +20,7 @@ from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.shard_view import Certificate, ShardView
-from tests.sent import sections_of
+from tests.sent import decided, sections_of
 
 SCRIPTS = Scripts()
 CLASSES = {SCRIPTS.library.function(one): str(one) for one in CallClass}
@@ -52,7 +52,10 @@ class Call:
         """Every operation is decided, and every section makes an event: the last is at `seq`, or further than any before."""
         seq = next(SEQS) if seq is None else seq
         self.answer(
-            [["ok", seq, section.tip, [reply_to(one) for one in section.operations]] for section in self.sections]
+            [
+                decided(SCRIPTS, seq=seq, tip=section.tip, replies=[reply_to(one) for one in section.operations])
+                for section in self.sections
+            ]
         )
 
 
@@ -256,7 +259,9 @@ async def test_a_caller_is_told_the_entry_of_its_event(service: Service) -> None
 async def test_an_event_in_an_entry_that_is_not_this_call_s_puts_the_shard_in_doubt(service: Service) -> None:
     asked = service.assign("ann")
     await turns()
-    service.calls[0].answer([["ok", 21, "another", [reply_to(service.calls[0].sections[0][5][0])]]])
+    service.calls[0].answer(
+        [decided(SCRIPTS, seq=21, tip="another", replies=[reply_to(service.calls[0].sections[0].operations[0])])]
+    )
     assert await outcome(asked) is Outcome.OUTCOME_UNKNOWN
     assert service.doubted == [(0, "entry")]
 
@@ -283,8 +288,10 @@ async def test_another_entry_at_a_position_that_was_seen_is_no_growth(service: S
     await turns()
     other = service.assign("bob")
     await turns()
-    service.calls[1].answer([["ok", 21, service.calls[0].sections[0].tip, [["book_not_found"]]]])
-    service.calls[2].answer([["ok", 21, "another", [["refilling"]]]])
+    service.calls[1].answer(
+        [decided(SCRIPTS, seq=21, tip=service.calls[0].sections[0].tip, replies=[["book_not_found"]])]
+    )
+    service.calls[2].answer([decided(SCRIPTS, seq=21, tip="another", replies=[["refilling"]])])
     assert (await same).outcome == "book_not_found"
     assert await outcome(other) is Outcome.OUTCOME_UNKNOWN
     assert service.doubted == [(0, "position")]
@@ -326,7 +333,9 @@ async def test_a_section_that_was_refused_says_nothing_about_the_others(service:
     bad, good = service.assign("ann"), service.assign("bob", shard=1)
     await turns()
     section = service.calls[0].sections[1]
-    service.calls[0].answer([["suspect", "epoch"], ["ok", 21, section.tip, [reply_to(section.operations[0])]]])
+    service.calls[0].answer(
+        [["suspect", "epoch"], decided(SCRIPTS, seq=21, tip=section.tip, replies=[reply_to(section.operations[0])])]
+    )
     assert await outcome(bad) is Outcome.RECOVERING
     assert (await good).code == "code of bob"
     assert service.doubted == [(0, "epoch")]
@@ -344,7 +353,9 @@ async def test_a_section_of_which_nothing_is_known_leaves_the_others(service: Se
     bad, good = service.assign("ann"), service.assign("bob", shard=1)
     await turns()
     section = service.calls[0].sections[1]
-    service.calls[0].answer([["unknown"], ["ok", 21, section.tip, [reply_to(section.operations[0])]]])
+    service.calls[0].answer(
+        [["unknown"], decided(SCRIPTS, seq=21, tip=section.tip, replies=[reply_to(section.operations[0])])]
+    )
     assert await outcome(bad) is Outcome.OUTCOME_UNKNOWN
     assert (await good).code == "code of bob"
     assert service.suspected == [0]
@@ -354,7 +365,9 @@ async def test_an_operation_that_failed_leaves_the_others(service: Service) -> N
     bad, good = service.assign("ann"), service.assign("bob")
     await turns()
     section = service.calls[0].sections[0]
-    service.calls[0].answer([["ok", 21, section.tip, [["error", "ERR"], reply_to(section.operations[1])]]])
+    service.calls[0].answer(
+        [decided(SCRIPTS, seq=21, tip=section.tip, replies=[["error", "ERR"], reply_to(section.operations[1])])]
+    )
     assert await outcome(bad) is Outcome.INTERNAL_ERROR
     assert (await good).code == "code of bob"
     assert service.doubted == []
