@@ -72,7 +72,7 @@ async def _measure(
             samples=[ratios[name] for ratios in taken[ack, books]],
         )
         for ack, books in SETTINGS
-        for name in ("assigns a second", *PROCESSES)
+        for name in ("assigns a second", *PROCESSES, "all four")
     ]
 
 
@@ -98,4 +98,5 @@ async def _turn(service: Service, setting: tuple[str, int], connections: int) ->
     if turn.bad:
         raise BenchError(f"not all answers were good: {dict(turn.bad)}")
     used = cpu_s(service.pids)
-    return {"assigns a second": turn.rate} | {name: (used[name] - before[name]) / turn.good for name in PROCESSES}
+    for_one = {name: (used[name] - before[name]) / turn.good for name in PROCESSES}
+    return {"assigns a second": turn.rate, **for_one, "all four": sum(for_one.values())}
