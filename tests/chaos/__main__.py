@@ -11,6 +11,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from coupon_svc.dev.servers import EmbeddedPostgres
 from tests.chaos.suite import FAULTS, run_once
 
@@ -22,7 +24,7 @@ async def _tell(postgres_url: str, place: Path, fault: str, seed: int, without: 
     """One run, and a line on what became of it. Returns whether it passed."""
     try:
         run = await run_once(postgres_url, place, fault, seed, without)
-    except Exception as error:
+    except (Exception, pytest.fail.Exception) as error:
         print(f"FAIL {fault}: {type(error).__name__}: {error}")
         print(f"     repeat: python -m tests.chaos --runs 1 --fault {fault} --seed {seed}")
         _show_logs(place)
