@@ -22,7 +22,7 @@ Replies, the first that applies
   ok(added, in_pool)
 ]]
 -- include: owner
--- include: counts
+-- include: codes_missing
 local refusal = owner_fence(meta_key, epoch, generation)
 if refusal then
   return refusal

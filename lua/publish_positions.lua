@@ -30,6 +30,7 @@ Replies, the first that applies
 ]]
 -- include: owner
 -- include: clock
+-- include: position
 local now_ms, at_ms = read_clock()
 if ledger_ms ~= "" and math.abs(now_ms - tonumber(ledger_ms)) > CLOCKS_APART_MAX_MS then
   return {"clock", at_ms}
@@ -62,7 +63,7 @@ local function publish(meta_key, events_key, epoch, generation, committed, tip, 
     redis.call("HSET", meta_key, "committed", committed, "ledger_at_ms", "0", "owner_at_ms", at_ms)
   end
   if tonumber(trim_seq) > 0 and tonumber(trim_seq) <= committed_seq then
-    redis.call("XTRIM", events_key, "MINID", epoch .. "-" .. trim_seq)
+    redis.call("XTRIM", events_key, "MINID", format_position(epoch, trim_seq))
   end
   return {"ok", meta.seq}
 end

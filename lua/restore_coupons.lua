@@ -17,6 +17,7 @@ Replies, the first that applies
   fenced     the shard is not shut, or another recovery is at work
   ok
 ]]
+-- include: member
 -- include: recoverer
 local refusal = refuse_unless_recovering(meta_key, recovery)
 if refusal then
@@ -24,6 +25,6 @@ if refusal then
 end
 for i, coupons_key in ipairs(coupons_keys) do
   redis.call("HSET", holders_key, codes[i], holdings[i])
-  redis.call("ZADD", coupons_key, 0, book_id .. ":" .. codes[i])
+  redis.call("ZADD", coupons_key, 0, format_member(book_id, codes[i]))
 end
 return {"ok"}

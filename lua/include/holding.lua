@@ -19,6 +19,11 @@ local function positions_of(holding)
   return holding.assigned .. holding.redeemed
 end
 
+-- The same, with another event as the last.
+local function positions_with(holding, last)
+  return holding.assigned .. "/" .. last
+end
+
 -- The text of a holding that `read_holding` takes.
 local function format_holding(positions, uses, at_ms, user_id)
   return positions .. " " .. uses .. " " .. at_ms .. " " .. user_id

@@ -1,9 +1,12 @@
 -- include: overlay
+-- A lock is planned as {"SET", key, token, "PX", ttl_ms}, or as {"DEL", key} when it is dropped.
+
 -- The token that holds the lock, false without one; and the milliseconds it has left.
 local function read_lock(lock_key)
   local command = commands[lock_key]
   if command then
-    return command[3] or false, command[5] -- neither of a lock that is dropped
+    local _, _, token, _, ttl_ms = unpack(command)
+    return token or false, ttl_ms -- neither of a lock that is dropped
   end
   local held_ms = redis.call("PTTL", lock_key)
   return redis.call("GET", lock_key), held_ms

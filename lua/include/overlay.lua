@@ -22,3 +22,9 @@ local function plan_record(key, record)
     plan(key, {"SET", key, record, "PX", IDEMPOTENCY_MS})
   end
 end
+
+-- The record that was planned for a key; nil without one.
+local function planned_record(key)
+  local command = commands[key]
+  return command and command[3]
+end

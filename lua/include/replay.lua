@@ -5,7 +5,7 @@ local function replay(idem_key, fingerprint)
   if not idem_key then
     return nil
   end
-  local kept = commands[idem_key] and commands[idem_key][3] or redis.call("GET", idem_key)
+  local kept = planned_record(idem_key) or redis.call("GET", idem_key)
   if not kept then
     return nil
   end
@@ -13,7 +13,7 @@ local function replay(idem_key, fingerprint)
   if answer[1] ~= fingerprint then
     return {"idempotency_key_reused"}
   end
-  answer[1] = "replayed"
+  answer[1] = "replayed" -- the outcome, in the place of the fingerprint
   return answer
 end
 

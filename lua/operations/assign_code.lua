@@ -45,14 +45,14 @@ Event
 ]]
 -- include: assigned
 -- include: book
--- include: counts
+-- include: codes_missing
 -- include: event
 -- include: holding
 -- include: left
--- include: limit
 -- include: open
 -- include: replay
 -- include: room
+-- include: users_coupons
 local answer = replay(idem_key, fingerprint)
 if answer then
   return answer
@@ -74,7 +74,7 @@ if holding and holding.user_id == user_id then
   end
   local uses = string.format("%d", holding.uses)
   local event = make_event(meta, "coupon_confirmed", book_id, code, user_id, idempotency_key, fingerprint, uses)
-  local positions = holding.assigned .. "/" .. event
+  local positions = positions_with(holding, event)
   remember(idem_key, fingerprint, code, holding.at_ms, positions, book.ack, left, "already_yours")
   return {"confirmed", code, holding.at_ms, positions, book.ack, left}
 end

@@ -43,13 +43,13 @@ Event
 ]]
 -- include: assigned
 -- include: book
--- include: counts
--- include: limit
--- include: list
+-- include: codes_missing
+-- include: list_record
 -- include: open
 -- include: pool
 -- include: replay
 -- include: room
+-- include: users_coupons
 local refusal = refuse_reused(list_key, fingerprint)
 if refusal then
   return refusal

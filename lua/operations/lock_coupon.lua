@@ -43,7 +43,7 @@ Replies, the first that applies
   ok(user_id, lock_token, until_ms, ttl_ms, position, ack)
 ]]
 -- include: book
--- include: holder
+-- include: find_holding
 -- include: lock
 -- include: open
 -- include: replay

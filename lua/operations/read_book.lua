@@ -18,7 +18,7 @@ Replies, the first that applies
   ok(version, stored, total, held, redeemed, quarantined, redemptions)  stored is JSON
 ]]
 -- include: book
--- include: counts
+-- include: codes_missing
 local refusal, book = read_book(book_key, tenant_id)
 if refusal then
   return refusal

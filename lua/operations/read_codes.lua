@@ -22,7 +22,7 @@ Replies, the first that applies
   ok(now_ms, ack, redemptions_max, holders, locks, book_status)  redemptions_max: "" is unlimited; holders: "", `quarantined`, or a holding; locks: ms left, or 0 and below; book_status: `active`, `paused`, `closed`, `not_started`, `expired`
 ]]
 -- include: book
--- include: counts
+-- include: codes_missing
 local refusal, book = read_book(book_key, tenant_id)
 if refusal then
   return refusal

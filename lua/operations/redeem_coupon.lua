@@ -49,9 +49,9 @@ Event
   coupon_redeemed(book, code, user, idem, fingerprint, uses, reference, metadata)
 ]]
 -- include: book
--- include: count
+-- include: counters
 -- include: event
--- include: holder
+-- include: find_holding
 -- include: left
 -- include: lock
 -- include: open
@@ -81,7 +81,7 @@ refusal = refuse_without_room(meta, now_ms, REDEEM_BACKLOG_SHARE, true)
 if refusal then
   return refusal
 end
-require_counts(book_key, book)
+require_counters(book_key, book)
 
 local uses = string.format("%d", holding.uses + 1)
 local left = redemptions_left(book, holding.uses + 1)
@@ -91,7 +91,7 @@ end
 local position = make_event(meta, "coupon_redeemed", book_id, code, holding.user_id, idempotency_key, fingerprint, uses,
   reference, metadata)
 -- The position of the assignment stays in front: it is answered again when the code is assigned to its holder again.
-hold(holders_key, code, format_holding(holding.assigned .. "/" .. position, uses, holding.at_ms, holding.user_id))
+hold(holders_key, code, format_holding(positions_with(holding, position), uses, holding.at_ms, holding.user_id))
 -- Each use is counted once: as its code's last, or as one that leaves more. Both together are the book's redemptions.
 count(book_key, left == "0" and "redeemed" or "partly_redeemed", 1)
 remember(idem_key, fingerprint, holding.user_id, at_ms, position, uses, left)

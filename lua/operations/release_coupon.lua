@@ -22,15 +22,15 @@ Replies, the first that applies
   ok
 ]]
 -- include: book
--- include: count
+-- include: counters
 -- include: holding
--- include: limit
 -- include: quarantine
+-- include: users_coupons
 local refusal, book = read_book(book_key, tenant_id)
 if refusal then
   return refusal
 end
-require_counts(book_key, book)
+require_counters(book_key, book)
 redis.call("ZCARD", coupons_key) -- what is to be written must be of its type
 if read_holding(holders_key, code) or redis.call("SISMEMBER", quarantine_key, code) == 0 then
   return {"ok"}
@@ -38,7 +38,7 @@ end
 
 release(quarantine_key, code)
 hold(holders_key, code, holding)
-list(coupons_key, book_id, code)
+add_to_users_coupons(coupons_key, book_id, code)
 count(book_key, "quarantined", -1)
 count(book_key, "lent", 1)
 return {"ok"}

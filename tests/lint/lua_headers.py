@@ -75,7 +75,7 @@ None of them walks over a whole key, and none picks at random: SPOP is not fair,
 OVERLAY = {
     "take": ("zset", "remove"),
     "hold": ("hash", "write"),
-    "list": ("zset", "add"),
+    "add_to_users_coupons": ("zset", "add"),
     "remember": ("string", "write"),
     "remember_list": ("string", "write"),
     "set_lock": ("string", "write"),

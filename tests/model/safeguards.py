@@ -120,7 +120,7 @@ SAFEGUARDS = {
     ),
     "limit": Safeguard(
         "a user's codes are counted in the step that gives one more",
-        "lua/include/limit.lua",
+        "lua/include/users_coupons.lua",
         _SMALL._replace(codes=2, tries=2, faults=0, limit=True),
     ),
     "quarantine": Safeguard(
@@ -248,7 +248,7 @@ SAFEGUARDS = {
     ),
     "counts": Safeguard(
         "pool and held codes are counted before a code is said to be nobody's",
-        "lua/include/holder.lua, lua/load_codes.lua",
+        "lua/include/find_holding.lua, lua/load_codes.lua",
         _SMALL._replace(kinds=frozenset({"del_holders"}), redeems=1),
     ),
     "attempt": Safeguard(

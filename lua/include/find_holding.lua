@@ -1,4 +1,4 @@
--- include: counts
+-- include: codes_missing
 -- include: holding
 -- Who holds the code that is to be locked or redeemed. A code that nobody holds must be in the pool, or not be lent at all.
 -- Returns a refusal; or nil, and the holding.

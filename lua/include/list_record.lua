@@ -5,7 +5,7 @@ local function refuse_reused(list_key, fingerprint)
   if not list_key then
     return nil
   end
-  local kept = commands[list_key] and commands[list_key][3] or redis.call("GET", list_key)
+  local kept = planned_record(list_key) or redis.call("GET", list_key)
   if kept and cjson.decode(kept)[1] ~= fingerprint then
     return {"idempotency_key_reused"}
   end

@@ -1,7 +1,7 @@
 -- include: overlay
 -- Count something in a book's hash. Before the first time its counts are looked at: one that is no number cannot be raised,
 -- and nothing may fail once the events are logged. Raises what says that the shard is damaged.
-local function require_counts(book_key, book)
+local function require_counters(book_key, book)
   if not book.counted then
     for _, count in ipairs(redis.call("HMGET", book_key, "redeemed", "partly_redeemed", "quarantined", "lent")) do
       if count and not string.find(count, "^%-?%d+$") then
@@ -16,7 +16,7 @@ local function count(book_key, field, number)
   local counter = book_key .. " " .. field
   local command = commands[counter]
   if command then
-    command[4] = command[4] + number
+    command[4] = command[4] + number -- in the place of `number` below
   else
     plan(counter, {"HINCRBY", book_key, field, number})
   end
