@@ -22,7 +22,7 @@ from coupon_svc.redis import scripts as store_scripts
 from coupon_svc.redis import server
 from coupon_svc.redis.connection import Connection, Reply
 from coupon_svc.redis.keys import parse_position_message
-from coupon_svc.redis.scripts import Library, Operation, Script
+from coupon_svc.redis.scripts import Library, OperationSource, Script
 from coupon_svc.redis.waiters import DurabilityWaiters, EntryKey
 from coupon_svc.resources import resource_folder
 
@@ -44,7 +44,7 @@ def _without_text(file: str, text: str, instead: str = "") -> None:
         body = script.body.replace(text, instead)
         return store_scripts.bind_script(script.name, script.first_line, script.contract, body)
 
-    def read_library(path: Path, operations: Sequence[Operation]) -> Library:
+    def read_library(path: Path, operations: Sequence[OperationSource]) -> Library:
         body = read_library_before(path, operations).body.replace(text, instead)
         return store_scripts.bind_library(body)
 

@@ -10,7 +10,7 @@ from collections import deque
 from typing import Any
 
 from coupon_svc.hot import Slot
-from coupon_svc.redis.calls import Operation
+from coupon_svc.redis.calls import BoundOperation
 from coupon_svc.redis.contract import Reply
 from coupon_svc.redis.shard_view import ShardView
 
@@ -27,7 +27,7 @@ class PendingOperation:
 
     __slots__ = ("deadline", "epoch", "operation", "parameters", "reply", "tenant_id", "view", "weight")
 
-    def __init__(self, operation: Operation, view: ShardView, parameters: dict[str, Any], deadline: float) -> None:
+    def __init__(self, operation: BoundOperation, view: ShardView, parameters: dict[str, Any], deadline: float) -> None:
         self.operation = operation
         self.view = view
         self.parameters = parameters

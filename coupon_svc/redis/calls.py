@@ -47,15 +47,15 @@ MADE_EVENT = frozenset({"ok", "confirmed"})
 """Replies of an operation that makes events which say that it made one."""
 
 
-class Entry(NamedTuple):
-    """The entry of the stream that holds an event: the position of its last event, and its tip."""
+class EntryId(NamedTuple):
+    """Which entry of a shard's stream holds an event: the position of its last event, and its tip."""
 
     epoch: int
     seq: int
     tip: str
 
 
-class Operation(NamedTuple):
+class BoundOperation(NamedTuple):
     """An operation as it is sent and read.
 
     `pack(keys, prefix, **parameters)` gives `[name, key, …, argument, …]`, and enters its keys in `keys`.
@@ -74,7 +74,7 @@ class Operation(NamedTuple):
     weigh: Callable[[Mapping[str, Any]], int] | None
     """The weight that its parameters give it; None for one that always weighs 1."""
 
-    def reply(self, raw: Sequence[Any], entry: Entry | None = None) -> Reply:
+    def reply(self, raw: Sequence[Any], entry: EntryId | None = None) -> Reply:
         """What Redis sent, with a name for each field: `position` is (assigned, last), and `holders` holds for each code a
         Holding, "" for nobody, or QUARANTINED. `entry` is that of the section, and becomes the reply's where the operation
         made an event. Raises UnexpectedReply, ValueError."""
@@ -92,7 +92,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def bind_operation(contract: Contract) -> Operation:
+def bind_operation(contract: Contract) -> BoundOperation:
     """Generate the function that packs an operation."""
     assert contract.call_class is not None
     keys = [_key_expression(key) for key in contract.keys]
@@ -107,7 +107,7 @@ def bind_operation(contract: Contract) -> Operation:
     source = f"{head}\n    number = keys.setdefault\n    return [{', '.join(values)}]\n"
     exec(compile(source, f"<pack {contract.name}>", "exec"), scope)
     fields = {line.word: line.fields for line in contract.replies}
-    return Operation(
+    return BoundOperation(
         contract.name,
         contract.call_class,
         scope["pack"],
@@ -181,7 +181,7 @@ class Section:
         self.values: list[Any] = [meta, events, str(epoch), str(seen_seq), self.tip, 0]
 
     def add(self, operation: list[Any]) -> None:
-        """Have it run one more operation, as `Operation.pack` made it of the same keys."""
+        """Have it run one more operation, as `BoundOperation.pack` made it of the same keys."""
         self.values[_COUNT] += 1
         self.values += operation
 

@@ -1,7 +1,7 @@
 """The API's way to Redis: one verified connection that carries calls, one that hears how far the ledger is.
 
-No script runs before the server was verified: its run_id and replid are those that the shard's owner certified. A
-shard that is not certified, or whose script answers `suspect`, is shut until it is certified again; requests for it
+No operation is sent before the server was verified: its run_id and replid are those that the shard's owner certified. A
+shard that is not certified, or that a reply calls `suspect`, is shut until it is certified again; requests for it
 are refused with `recovering` and never with a wrong answer.
 
 What was seen of a shard is kept here (coupon_svc/redis/shard_view.py): each reply and each message raises it before
@@ -50,7 +50,7 @@ OWNER_UNHEARD_MAX_S = 15.0
 
 
 class DataPlane:
-    """Runs scripts on the Redis at `url`. `start` it before use and `stop` it after."""
+    """Runs operations on the Redis at `url`. `start` it before use and `stop` it after."""
 
     def __init__(self, url: str, shards: int, scripts: Scripts) -> None:
         self._url = url
@@ -119,10 +119,10 @@ class DataPlane:
         """Whether an answer of an `ack = redis` book may leave before the ledger knows its event, made in `epoch`."""
         return epoch >= view.epoch_min and boot_s() < self._early_until
 
-    def begin_epoch(self, shard: int, epoch: int, live: int) -> Report | None:
-        """Postgres is in `epoch`; as `ShardView.begin_epoch`. Returns what is to be reported of the older one."""
+    def epoch_began(self, shard: int, epoch: int, live: int) -> Report | None:
+        """Postgres is in `epoch`; as `ShardView.epoch_began`. Returns what is to be reported of the older one."""
         view = self.views[shard]
-        seen = view.begin_epoch(epoch, live)
+        seen = view.epoch_began(epoch, live)
         if seen is None:
             return None
         return Report(shard, *seen, view.made_entries() if seen.epoch == view.epoch else [])

@@ -23,7 +23,7 @@ from coupon_svc.hot import Withdrawn
 from coupon_svc.redis.call_queue import CallQueue, PendingOperation
 from coupon_svc.redis.calls import (
     MADE_EVENT,
-    Entry,
+    EntryId,
     KeyTable,
     Section,
     bind_operation,
@@ -116,8 +116,8 @@ class Dispatcher:
         self._flush_due = False
         self._loading: set[asyncio.Task[None]] = set()
         self._answered_by: Connection | None = None
-        self._answered: dict[int, Entry] = {}
-        """Shard -> where it was in the last reply on the connection `_answered_by`."""
+        self._answered: dict[int, EntryId] = {}
+        """Shard -> its last entry in the last reply on the connection `_answered_by`."""
 
     async def run(self, name: str, view: ShardView, parameters: dict[str, Any]) -> Reply:
         """The reply of one operation. Raises Refused, as `DataPlane.call`; store_unavailable for one that was withdrawn."""
@@ -249,20 +249,21 @@ class Dispatcher:
             self._plane.suspect(view)
             _refuse_all(section.operations, call.lost)
         else:
-            _, seq, tip, replies, *entry = raw  # as the header of lua/call.lua says; `ReplyReader` would cost two calls
-            at = Entry(section.epoch, int(seq), tip)
-            if not self._has_grown(call.connection, view.shard, at):
+            # In the order of the header of lua/call.lua: a ReplyReader would cost two calls.
+            _, seq, tip, replies, *content = raw
+            last = EntryId(section.epoch, int(seq), tip)
+            if not self._has_grown(call.connection, view.shard, last):
                 self._plane.doubt(view, "position")
                 _refuse_all(section.operations, call.lost)
                 return
-            view.observe(at.epoch, at.seq)
-            made = at if tip == section.tip else None  # else the section made no event, and this is another's entry
-            if entry and at.epoch == view.epoch:
-                view.made.append((at.seq, tip, entry[0]))
+            view.observe(last.epoch, last.seq)
+            made = last if tip == section.tip else None  # else the section made no event, and this is another's entry
+            if content:
+                view.keep(last.epoch, last.seq, tip, content[0])
             for pending, reply in zip(section.operations, replies, strict=True):
                 self._read_operation(pending, reply, made)
 
-    def _has_grown(self, connection: Connection, shard: int, at: Entry) -> bool:
+    def _has_grown(self, connection: Connection, shard: int, last: EntryId) -> bool:
         """Whether a shard is where it was when the last reply came on this connection, or further. Two calls under way were
         sent with what was seen before both: keys that were put back between them show here alone. So does another entry at
         a position that was seen before."""
@@ -270,12 +271,12 @@ class Dispatcher:
             self._answered_by = connection
             self._answered.clear()
         before = self._answered.get(shard)
-        self._answered[shard] = at
-        if before is None or before.epoch != at.epoch:
+        self._answered[shard] = last
+        if before is None or before.epoch != last.epoch:
             return True
-        return at.seq > before.seq or (at.seq == before.seq and at.tip == before.tip)
+        return last.seq > before.seq or (last.seq == before.seq and last.tip == before.tip)
 
-    def _read_operation(self, pending: PendingOperation, raw: list[Any], entry: Entry | None) -> None:
+    def _read_operation(self, pending: PendingOperation, raw: list[Any], made: EntryId | None) -> None:
         view, operation = pending.view, pending.operation
         outcome = raw[0]
         if outcome == "error":
@@ -287,7 +288,7 @@ class Dispatcher:
                 _refuse(pending, Outcome.INTERNAL_ERROR)
             return
         try:
-            reply = operation.reply(raw, entry)
+            reply = operation.reply(raw, made)
         except Exception as error:
             log.error("a reply of %s in shard %02d: %s", operation.name, view.shard, type(error).__name__)
             _refuse(pending, Outcome.INTERNAL_ERROR)
@@ -296,7 +297,7 @@ class Dispatcher:
             self._plane.doubt(view, reply.why)
             _refuse(pending, Outcome.RECOVERING)
             return
-        if entry is None and operation.makes_event and outcome in MADE_EVENT:
+        if made is None and operation.makes_event and outcome in MADE_EVENT:
             self._plane.doubt(view, "entry")  # an event was made, and the shard's last entry is not that of this call
             _refuse(pending, Outcome.OUTCOME_UNKNOWN)
             return

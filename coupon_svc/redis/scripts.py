@@ -55,8 +55,8 @@ _OPERATIONS_HERE = "-- operations\n"
 _SECTION_HERE = "-- section\n"
 
 
-class Operation(msgspec.Struct, frozen=True):
-    """An operation of a call."""
+class OperationSource(msgspec.Struct, frozen=True):
+    """An operation of a call, as its file has it."""
 
     name: str
     contract: Contract
@@ -125,11 +125,11 @@ def read_script(path: Path) -> Script:
     return bind_script(path.stem, first_line, parse_contract(header), included + bare)
 
 
-def read_operation(path: Path) -> Operation:
+def read_operation(path: Path) -> OperationSource:
     """The operation in a file. Raises ContractError."""
     header, body = split_operation(path.stem, path.read_text())
     included, (bare,) = Includes(path.parents[1] / "include").before(body)
-    return Operation(path.stem, parse_operation(header), body, included + bare)
+    return OperationSource(path.stem, parse_operation(header), body, included + bare)
 
 
 def read_section(path: Path) -> Contract:
@@ -138,7 +138,7 @@ def read_section(path: Path) -> Contract:
     return parse_contract(header)
 
 
-def read_library(path: Path, operations: Sequence[Operation]) -> Library:
+def read_library(path: Path, operations: Sequence[OperationSource]) -> Library:
     """The library that runs these operations: `path` is the file of the call."""
     _, loop = split_operation(path.stem, path.read_text())
     included, (loop, *bodies) = Includes(path.parent / "include").before(

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
+import msgspec
+
 from coupon_svc.domain.events import Entry
 from coupon_svc.redis.keys import ShardKeys
 
@@ -34,7 +36,7 @@ class ViewState(StrEnum):
 
 
 class Seen(NamedTuple):
-    """How far a shard was seen to be: scripts of a Redis that is behind it are not believed."""
+    """How far a shard was seen to be: a Redis that is behind it is not believed."""
 
     epoch: int
     seq: int
@@ -47,6 +49,15 @@ class Certificate(NamedTuple):
     seq: int
     committed: int
     backlog_max: int
+
+
+class MadeEntry(msgspec.Struct, frozen=True):
+    """An entry that a call of this process has made, as the reply told of it."""
+
+    seq: int
+    tip: str
+    content: Sequence[str]
+    """[n, after, at_ms, events]"""
 
 
 class ShardView:
@@ -63,9 +74,9 @@ class ShardView:
         self.epoch_min = 0
         """The ledger has begun this epoch, so older ones are over, whatever a Redis says."""
         self.seen_seq = 0
-        self.made: deque[tuple[int, str, Sequence[str]]] = deque()
-        """Entries of this epoch that calls of this process have made and that the ledger may lack, as (seq, tip, [n, after,
-        at_ms, events]): the second copy of what was answered before the ledger knew."""
+        self.made: deque[MadeEntry] = deque()
+        """Entries of this epoch that the ledger may lack, in the order in which their replies came: the second copy of what
+        was answered before the ledger knew."""
         self.backlog_max = 0
         self.ledger_unseen_s = math.inf
         """How long ago the ledger was seen last, by Redis's clock when it was verified last."""
@@ -76,7 +87,7 @@ class ShardView:
 
     @property
     def seen(self) -> Seen:
-        """The highest position that this process was answered, or has heard to be committed."""
+        """The highest position that this process has seen: in a reply, in a message, or in meta at a verification."""
         return Seen(self.epoch, self.seen_seq)
 
     def heard_of_ledger(self, unseen_s: float) -> None:
@@ -115,7 +126,7 @@ class ShardView:
         self.seen_seq = max(self.seen_seq, certificate.seq, certificate.committed)
         self.backlog_max = certificate.backlog_max
 
-    def begin_epoch(self, epoch: int, live: int) -> Seen | None:
+    def epoch_began(self, epoch: int, live: int) -> Seen | None:
         """Postgres is in `epoch`: from now on nothing of an older one is answered early.
 
         `live` is the epoch in which Redis decided last and that is not settled, 0 for none: the only one about which a
@@ -138,15 +149,21 @@ class ShardView:
         if epoch == self.epoch and seq > self.seen_seq:
             self.seen_seq = seq
 
+    def keep(self, epoch: int, seq: int, tip: str, content: Sequence[str]) -> None:
+        """A call of this process made an entry. One of an epoch that is over comes too late for its report."""
+        if epoch == self.epoch:
+            self.made.append(MadeEntry(seq, tip, content))
+
     def forget(self, committed: int) -> None:
         """The ledger has all entries of this epoch up to there."""
         made = self.made
-        while made and made[0][0] <= committed:
+        while made and made[0].seq <= committed:
             made.popleft()
 
     def made_entries(self) -> list[Entry]:
-        """The entries of this epoch that the ledger may lack, in the order in which their replies came."""
-        return [
-            Entry(self.epoch, seq, int(n), after, tip, int(at_ms), events.encode())
-            for seq, tip, (n, after, at_ms, events) in self.made
-        ]
+        """What `made` keeps, as a report carries it."""
+        entries = []
+        for one in self.made:
+            n, after, at_ms, events = one.content
+            entries.append(Entry(self.epoch, one.seq, int(n), after, one.tip, int(at_ms), events.encode()))
+        return entries

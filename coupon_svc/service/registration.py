@@ -97,7 +97,7 @@ class Registration:
             await begin_process(connection, self._process_id)
         for shard, (epoch, live) in enumerate(await epochs_of_shards(connection)):
             # It stops early answers of older epochs, so what it returns is final and can be reported.
-            report = self._plane.begin_epoch(shard, epoch, live)
+            report = self._plane.epoch_began(shard, epoch, live)
             if report is not None:
                 self._reports.append(report)
         if self._reports:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from coupon_svc.domain.outcomes import Outcome
 from coupon_svc.redis.contract import Contract
-from coupon_svc.redis.scripts import Operation, Script
+from coupon_svc.redis.scripts import OperationSource, Script
 
 INTERNAL_WORDS = {
     "suspect": "the shard is shut, and the caller answered `recovering`",
@@ -123,12 +123,12 @@ class Body(NamedTuple):
         return [*(function.text for function in self.functions.values()), self.main]
 
 
-def body_of(script: Script | Operation) -> Body:
+def body_of(script: Script | OperationSource) -> Body:
     """The script, or the operation, as it was written, taken apart."""
     return Body(*functions_of(without_comments(script.body)))
 
 
-def complaints(script: Script | Operation) -> list[str]:
+def complaints(script: Script | OperationSource) -> list[str]:
     """Where header and body disagree; empty when they do not."""
     contract = script.contract
     try:

@@ -9,7 +9,7 @@ import pytest
 
 import coupon_svc
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_CONFIRMED, COUPON_REDEEMED
-from coupon_svc.redis.scripts import CONSTANTS, Library, Operation, Script, Scripts, read_operation, read_script
+from coupon_svc.redis.scripts import CONSTANTS, Library, OperationSource, Script, Scripts, read_operation, read_script
 from coupon_svc.resources import resource_folder
 from tests.lint.lua_headers import (
     INTERNAL_WORDS,
@@ -29,18 +29,18 @@ LIBRARY = Scripts().library
 PARTS = {"call", "publish_positions", *(operation.name for operation in OPERATIONS)}
 """Parts of a call, and what is about several shards: no check takes these for the script of one shard."""
 SCRIPTS = [script for script in Scripts() if script.name not in PARTS]
-BOTH: list[Script | Operation] = [*SCRIPTS, *OPERATIONS]
+BOTH: list[Script | OperationSource] = [*SCRIPTS, *OPERATIONS]
 
 # Stands for the harm a trim by length does: it forgets the oldest events, whether or not the ledger has them.
 TRIM_BY_LENGTH = re.compile("(?i)maxlen")
 
 
-def named(script: Script | Operation) -> str:
+def named(script: Script | OperationSource) -> str:
     return script.name
 
 
 @pytest.mark.parametrize("script", BOTH, ids=named)
-def test_head_and_body_agree(script: Script | Operation) -> None:
+def test_head_and_body_agree(script: Script | OperationSource) -> None:
     assert complaints(script) == []
 
 
@@ -222,7 +222,7 @@ end
 """
 
 
-def sample(folder: Path, source: str, pool: str = POOL) -> Operation:
+def sample(folder: Path, source: str, pool: str = POOL) -> OperationSource:
     (folder / "include").mkdir()
     (folder / "include" / "pool.lua").write_text(pool)
     (folder / "include" / "event.lua").write_text(EVENT)

@@ -114,7 +114,7 @@ def verify(process: Process, node: Node, bounds: Bounds, seen: int) -> Process:
 
 
 def end_epochs(state: State, place: int, process: Process) -> State:
-    """`ShardView.begin_epoch` and the report: nothing of an older epoch is answered early from now on.
+    """`ShardView.epoch_began` and the report: nothing of an older epoch is answered early from now on.
 
     Only the epoch that is live yet over is reported. Older ones are settled: a process enters an epoch after that.
     """

@@ -9,7 +9,7 @@ import pytest
 
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Epoch, Position, Seq
-from coupon_svc.redis.calls import QUARANTINED, Entry, KeyTable, Section, bind_operation, call_command
+from coupon_svc.redis.calls import QUARANTINED, EntryId, KeyTable, Section, bind_operation, call_command
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from tests.sent import names_of
@@ -129,7 +129,7 @@ def test_what_is_long_weighs_more(name: str, parameters: dict[str, Any], weight:
 
 
 def test_an_operation_that_made_an_event_is_told_its_entry() -> None:
-    entry = Entry(4, 21, "tip")
+    entry = EntryId(4, 21, "tip")
     answer = ["A-1", "5", "4-21", "redis", ""]
     assert OPERATIONS["assign_coupon"].reply(["ok", *answer], entry).entry == entry
     assert OPERATIONS["assign_coupon"].reply(["replayed", *answer], entry).entry is None

@@ -178,7 +178,7 @@ async def test_nothing_is_sent_while_the_shard_is_not_open() -> None:
     ways: list[tuple[Any, Outcome]] = [
         (ShardView.refuse, Outcome.RECOVERING),
         (ShardView.suspect, Outcome.RECOVERING),
-        (lambda view: view.begin_epoch(5, 4), Outcome.RECOVERING),
+        (lambda view: view.epoch_began(5, 4), Outcome.RECOVERING),
     ]
     for way, outcome in ways:
         redis = FakeRedis()

@@ -13,7 +13,7 @@ import pytest
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.hot import drive
 from coupon_svc.redis import call_queue, dispatcher
-from coupon_svc.redis.calls import Entry
+from coupon_svc.redis.calls import EntryId
 from coupon_svc.redis.contract import CallClass, Reply
 from coupon_svc.redis.dispatcher import ALONE, UNDER_WAY_MAX, Dispatcher, Plane
 from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError
@@ -252,7 +252,7 @@ async def test_a_caller_is_told_the_entry_of_its_event(service: Service) -> None
     asked = service.assign("ann")
     await turns()
     service.calls[0].serve(seq=21)
-    assert (await asked).entry == Entry(4, 21, service.calls[0].sections[0].tip)
+    assert (await asked).entry == EntryId(4, 21, service.calls[0].sections[0].tip)
     assert service.views[0].seen == (4, 21)
 
 

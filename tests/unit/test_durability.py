@@ -65,14 +65,14 @@ def test_a_record_of_an_older_epoch_is_durable_and_an_event_of_one_s_own_is_not(
     durability, view = Durability(plane, 3000), plane.views[0]
     for ack in ("ledger", "redis"):
         assert durability.at_once(view, at(EPOCH - 1), ack, made=False) is DURABLE
-    plane.begin_epoch(0, EPOCH, 0)
+    plane.epoch_began(0, EPOCH, 0)
     for ack in ("ledger", "redis"):
         assert durability.at_once(view, at(EPOCH - 1), ack, made=True) is WAITS
 
 
 def test_nothing_of_an_epoch_that_is_over_leaves_early(plane: DataPlane) -> None:
     plane.register_until(boot_s() + 100)
-    plane.begin_epoch(0, EPOCH + 1, 0)
+    plane.epoch_began(0, EPOCH + 1, 0)
     assert Durability(plane, 3000).at_once(plane.views[0], at(EPOCH), "redis", made=True) is WAITS
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -27,8 +29,8 @@ TRANSITIONS: dict[str, Callable[[ShardView], object]] = {
     "certified behind what was seen": lambda view: certify(view, EPOCH, SEEN_SEQ - 1),
     "certified in an older epoch": lambda view: certify(view, EPOCH - 1, 99),
     "certified in a newer epoch": lambda view: certify(view, EPOCH + 1, 0),
-    "the same epoch begins": lambda view: view.begin_epoch(EPOCH, 0),
-    "a newer epoch begins": lambda view: view.begin_epoch(EPOCH + 1, 0),
+    "the same epoch begins": lambda view: view.epoch_began(EPOCH, 0),
+    "a newer epoch begins": lambda view: view.epoch_began(EPOCH + 1, 0),
 }
 
 #                                   UNVERIFIED  OPEN        SHUT        SUSPECT     OVER
@@ -55,7 +57,7 @@ def in_state(state: ViewState) -> ShardView:
         OPEN: lambda: None,
         SHUT: view.refuse,
         SUSPECT: view.suspect,
-        OVER: lambda: view.begin_epoch(EPOCH + 1, 0),
+        OVER: lambda: view.epoch_began(EPOCH + 1, 0),
     }
     ways[state]()
     assert view.state is state
@@ -73,6 +75,24 @@ def test_a_transition_leads_where_the_table_says(before: ViewState, transition: 
     TRANSITIONS[transition](view)
     assert view.state is TABLE[transition][list(ViewState).index(before)]
     assert view.is_open == (view.state is OPEN)
+
+
+def test_the_diagram_in_the_docs_shows_these_transitions() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+    diagram = text[text.index("    [*] --> Unverified\n") :].partition("```\n")[0]
+    drawn = {
+        (before, after, part.split()[0])
+        for before, after, parts in re.findall(r"^ +(\w+) --> (\w+): (.+)$", diagram, re.MULTILINE)
+        for part in parts.split(", ")
+    }
+    methods = {"certified": "certify", "begins": "epoch_began"}
+    assert drawn == {
+        (before.name.title(), after.name.title(), next((m for word, m in methods.items() if word in name), name))
+        for name, row in TABLE.items()
+        for before, after in zip(ViewState, row, strict=True)
+        if after is not before and name != "disconnect"
+    }
+    assert "disconnect leads here from every state" in diagram
 
 
 def test_what_was_seen_outlives_every_state_but_a_newer_epoch() -> None:
@@ -103,10 +123,11 @@ def test_a_position_is_observed_in_its_own_epoch_alone_and_never_goes_back() -> 
 def test_entries_are_kept_until_the_ledger_has_them() -> None:
     view = in_state(OPEN)
     for seq in range(1, 101):
-        view.made.append((seq, f"tip-{seq}", ["1", "", "5", "[]"]))
+        view.keep(EPOCH, seq, f"tip-{seq}", ["1", "", "5", "[]"])
         view.forget(seq - 3)
         assert [entry.seq for entry in view.made_entries()] == list(range(max(1, seq - 2), seq + 1))
     certify(view, EPOCH + 1, 0)
+    view.keep(EPOCH, 101, "tip-101", ["1", "", "5", "[]"])
     assert view.made_entries() == [], "the epoch to which they belong is over"
 
 
@@ -121,10 +142,10 @@ def test_a_message_that_outran_the_server_does_not_make_it_look_gone_back() -> N
 
 def test_an_epoch_that_is_over_is_reported_once_however_far_the_numbers_are_apart() -> None:
     view = in_state(OPEN)
-    assert view.begin_epoch(1_800_000_000_000, live=EPOCH) == Seen(EPOCH, SEEN_SEQ)
-    assert view.begin_epoch(1_800_000_000_000, live=EPOCH) is None
-    assert view.begin_epoch(1_900_000_000_000, live=1_800_000_000_000) == Seen(1_800_000_000_000, 0)
-    assert view.begin_epoch(1_900_000_000_001, live=0) is None
+    assert view.epoch_began(1_800_000_000_000, live=EPOCH) == Seen(EPOCH, SEEN_SEQ)
+    assert view.epoch_began(1_800_000_000_000, live=EPOCH) is None
+    assert view.epoch_began(1_900_000_000_000, live=1_800_000_000_000) == Seen(1_800_000_000_000, 0)
+    assert view.epoch_began(1_900_000_000_001, live=0) is None
 
 
 def test_an_epoch_that_is_over_is_never_entered_again() -> None:
