@@ -1,4 +1,5 @@
-"""What Redis keeps, as text and as types: stream entries, idempotency records, books. Holdings: domain/holding.py."""
+"""What Redis keeps, as text and as types: stream entries, books, and the idempotency records that a recovery restores.
+Holdings: domain/holding.py."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from coupon_svc.domain.books import Ack, Book
-from coupon_svc.domain.holding import format_positions, parse_positions
+from coupon_svc.domain.holding import format_positions
 from coupon_svc.domain.position import Position
 
 ALREADY_YOURS = "already_yours"
@@ -40,15 +41,6 @@ class AssignRecord(NamedTuple):
     redemptions_left: int | None
     already_yours: bool = False
 
-    @classmethod
-    def decode(cls, text: str) -> AssignRecord:
-        """The record in the JSON that Redis keeps. Raises ValueError."""
-        fingerprint, code, at_ms, positions, ack, left, *already_yours = _texts(text)
-        assigned, last = parse_positions(positions)
-        return cls(
-            fingerprint, code, int(at_ms), assigned, last, Ack(ack), _limit(left), already_yours == [ALREADY_YOURS]
-        )
-
     def encode(self) -> str:
         """The JSON that Redis keeps."""
         positions = format_positions(self.assigned, self.last)
@@ -66,58 +58,10 @@ class RedeemRecord(NamedTuple):
     uses: int
     redemptions_left: int | None
 
-    @classmethod
-    def decode(cls, text: str) -> RedeemRecord:
-        """The record in the JSON that Redis keeps. Raises ValueError."""
-        fingerprint, user_id, at_ms, position, uses, left = _texts(text)
-        return cls(fingerprint, user_id, int(at_ms), Position.parse(position), int(uses), _limit(left))
-
     def encode(self) -> str:
         """The JSON that Redis keeps."""
         left = _text(self.redemptions_left)
         return _json([self.fingerprint, self.user_id, str(self.at_ms), str(self.position), str(self.uses), left])
-
-
-class LockRecord(NamedTuple):
-    """The idempotency record of a lock. The positions are those of the coupon."""
-
-    fingerprint: str
-    user_id: str
-    lock_token: str
-    until_ms: int
-    ttl_ms: int
-    assigned: Position
-    last: Position
-    ack: Ack
-
-    @classmethod
-    def decode(cls, text: str) -> LockRecord:
-        """The record in the JSON that Redis keeps. Raises ValueError."""
-        fingerprint, user_id, token, until_ms, ttl_ms, positions, ack = _texts(text)
-        assigned, last = parse_positions(positions)
-        return cls(fingerprint, user_id, token, int(until_ms), int(ttl_ms), assigned, last, Ack(ack))
-
-    def encode(self) -> str:
-        """The JSON that Redis keeps."""
-        times = (str(self.until_ms), str(self.ttl_ms))
-        positions = format_positions(self.assigned, self.last)
-        return _json([self.fingerprint, self.user_id, self.lock_token, *times, positions, self.ack.value])
-
-
-class UnlockRecord(NamedTuple):
-    """The idempotency record of an unlock, whose answer says nothing else."""
-
-    fingerprint: str
-
-    @classmethod
-    def decode(cls, text: str) -> UnlockRecord:
-        """The record in the JSON that Redis keeps. Raises ValueError."""
-        (fingerprint,) = _texts(text)
-        return cls(fingerprint)
-
-    def encode(self) -> str:
-        """The JSON that Redis keeps."""
-        return _json([self.fingerprint])
 
 
 class ListRecord(NamedTuple):
@@ -154,14 +98,6 @@ def decode_stored_book(stored: str) -> Book:
 
 def _text(number: int | None) -> str:
     return "" if number is None else str(number)
-
-
-def _limit(text: str) -> int | None:
-    return int(text) if text else None
-
-
-def _texts(text: str) -> list[str]:
-    return msgspec.json.decode(text, type=list[str])
 
 
 def _json(answer: list[str]) -> str:

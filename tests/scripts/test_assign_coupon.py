@@ -7,6 +7,7 @@ import json
 import pytest
 
 from coupon_svc.domain.events import Event
+from coupon_svc.redis.codec import ListRecord
 from tests.scripts.runner import (
     CALLER,
     DAY_MS,
@@ -304,7 +305,7 @@ def test_the_first_effect_of_a_list_takes_its_key(shard: Shard) -> None:
         assert assign_of_list(shard, book, "u", 0)[0] == "user_code_limit"
     assert assign_of_list(shard, book, "v", 1)[0] == "ok"
     key = shard.idem_key(book, "list")
-    assert json.loads(shard.redis.get(key)) == ["f1"]
+    assert shard.redis.get(key) == ListRecord("f1").encode()
     assert DAY_MS - 60_000 < shard.redis.pttl(key) <= DAY_MS
 
 

@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from coupon_svc.domain.books import Ack
 from coupon_svc.domain.holding import Holding, parse_positions
 from coupon_svc.domain.position import Epoch, Position, Seq
+from coupon_svc.redis.codec import AssignRecord, RedeemRecord
 from tests.scripts.runner import DAY_MS, EPOCH, OWNER, Caller, Owner, Reply, Shard
 
 USES_MAX = 2
@@ -52,17 +54,30 @@ class Ledger:
             position = str(event.position)
             if event.uses is None:
                 self.coupons[event.code] = f"{position} 0 {event.at_ms} {event.user_id}"
-                answer = [event.code, str(event.at_ms), position, rules["ack"], str(USES_MAX)]
+                record: AssignRecord | RedeemRecord = AssignRecord(
+                    str(event.fingerprint),
+                    event.code,
+                    event.at_ms,
+                    event.position,
+                    event.position,
+                    Ack(rules["ack"]),
+                    USES_MAX,
+                )
             else:
                 held = Holding.parse(self.coupons[event.code])
                 self.coupons[event.code] = held._replace(uses=event.uses).format()
                 self.spent += event.uses == USES_MAX
                 self.uses += 1
-                left = str(USES_MAX - event.uses)
-                answer = [event.user_id, str(event.at_ms), position, str(event.uses), left]
+                record = RedeemRecord(
+                    str(event.fingerprint),
+                    event.user_id,
+                    event.at_ms,
+                    event.position,
+                    event.uses,
+                    USES_MAX - event.uses,
+                )
             if event.idem:
-                record = json.dumps([event.fingerprint, *answer], separators=(",", ":"))
-                self.records[event.idem] = (record, DAY_MS)
+                self.records[event.idem] = (record.encode(), DAY_MS)
 
     def recover(self, shard: Shard, book: str) -> None:
         """All steps from shutting the shard to certifying it."""
@@ -194,3 +209,15 @@ def test_every_step_of_a_recovery_may_be_sent_twice(shard: Shard) -> None:
         assert shard.snapshot()[name] == once[name], name
     with shard.writes_nothing():
         assert shard.open_shard(OWNER) == ["suspect", "epoch"]
+
+
+def test_the_record_of_a_code_that_was_confirmed_is_the_one_that_the_script_keeps(shard: Shard) -> None:
+    book = shard.assigned("A-1", max_redemptions_per_code="", ack="redis")
+    shard.redeem_coupon(book, "A-1")
+    assert shard.assign_code(book, "u", "A-1", keyed(BEFORE, "c1"))[0] == "confirmed"
+    assigned, _, confirmed = shard.events()
+    record = AssignRecord(
+        "f c1", "A-1", assigned.at_ms, assigned.position, confirmed.position, Ack.REDIS, None, already_yours=True
+    )
+    # As JSON, since Redis escapes the slash.
+    assert json.loads(shard.redis.get(shard.idem_key(book, "c1"))) == json.loads(record.encode())

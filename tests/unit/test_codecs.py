@@ -1,4 +1,4 @@
-"""What Redis keeps comes back as it was: holdings, idempotency records, books."""
+"""What Redis keeps comes back as it was: holdings, books. Idempotency records: tests/scripts/test_recovery.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from coupon_svc.domain.books import Ack, Book, BookStatus
 from coupon_svc.domain.holding import Holding, ListedCoupon, format_positions, parse_positions
 from coupon_svc.domain.position import Position
-from coupon_svc.redis.codec import AssignRecord, LockRecord, RedeemRecord, UnlockRecord, decode_stored_book, encode_book
+from coupon_svc.redis.codec import decode_stored_book, encode_book
 from tests.unit.test_position import positions
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -19,10 +19,6 @@ limits = st.none() | st.integers(0, 2**31 - 1)
 acks = st.sampled_from(Ack)
 
 holdings = st.builds(Holding, positions, positions, st.integers(0, 2**31 - 1), times, texts)
-assigns = st.builds(AssignRecord, texts, texts, times, positions, positions, acks, limits, st.booleans())
-redeems = st.builds(RedeemRecord, texts, texts, times, positions, st.integers(1, 2**31 - 1), limits)
-locks = st.builds(LockRecord, texts, texts, texts, times, times, positions, positions, acks)
-unlocks = st.builds(UnlockRecord, texts)
 books = st.builds(
     Book,
     book_id=texts,
@@ -80,42 +76,6 @@ def test_the_text_of_a_holding_is_the_one_that_scripts_write() -> None:
 def test_no_other_text_is_a_holding(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         Holding.parse(text)
-
-
-@given(assigns)
-def test_the_record_of_an_assign_comes_back_from_its_json(record: AssignRecord) -> None:
-    assert AssignRecord.decode(record.encode()) == record
-
-
-@given(redeems)
-def test_the_record_of_a_redeem_comes_back_from_its_json(record: RedeemRecord) -> None:
-    assert RedeemRecord.decode(record.encode()) == record
-
-
-@given(locks)
-def test_the_record_of_a_lock_comes_back_from_its_json(record: LockRecord) -> None:
-    assert LockRecord.decode(record.encode()) == record
-
-
-@given(unlocks)
-def test_the_record_of_an_unlock_comes_back_from_its_json(record: UnlockRecord) -> None:
-    assert UnlockRecord.decode(record.encode()) == record
-
-
-def test_a_record_is_read_as_redis_escapes_it() -> None:
-    kept = r'["f","A-1","1700000000000","4-1\/4-17","redis","","already_yours"]'
-    record = AssignRecord.decode(kept)
-    assert (record.assigned, record.last) == (Position.parse("4-1"), Position.parse("4-17"))
-    assert (record.ack, record.redemptions_left, record.already_yours) == (Ack.REDIS, None, True)
-    assert AssignRecord.decode(record.encode()) == record
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[]", "[1]", '["f"', '["f","c","1","4","ledger",""]', '["f","c","1","4-1","never",""]']
-)
-def test_no_other_json_is_the_record_of_an_assign(text: str) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        AssignRecord.decode(text)
 
 
 @given(books)
