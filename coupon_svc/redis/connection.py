@@ -32,7 +32,7 @@ IN_FLIGHT_MAX = 20_000
 
 
 class Connection(asyncio.Protocol):
-    """A verified-by-its-owner, multiplexed connection. Make one with `connect`."""
+    """A multiplexed connection. Make one with `connect`; whoever uses it verifies the server."""
 
     def __init__(self, on_message: Callable[[Reply], None] | None = None, *, as_bytes: bool = False) -> None:
         self._reader = hiredis.Reader(replyError=ReplyError, encoding=None if as_bytes else "utf-8", errors="replace")
@@ -73,21 +73,21 @@ class Connection(asyncio.Protocol):
         if not self.closed.done():
             self.closed.set_result(None)
 
-    # --- for its owner
+    # --- for its user
 
     def submit(
-        self, command: tuple[str | bytes | int | float, ...], on_reply: OnReply, *, flushed: bool = False
+        self, command: tuple[str | bytes | int | float, ...], on_reply: OnReply, *, will_flush: bool = False
     ) -> None:
         """Queue a command for this turn's write, and call `on_reply` once: with its reply, or as the connection breaks.
 
-        Who has the turn's last word says `flushed`, and calls `flush`, which saves a turn of the event loop. Raises NotSent
+        Who says `will_flush` calls `flush` before this turn is over, which saves a turn of the event loop. Raises NotSent
         at once when the connection is gone or too much is under way already.
         """
         if self._transport is None or len(self._waiting) >= IN_FLIGHT_MAX:
             raise NotSent("there is no connection, or too much is under way on it")
         if not self._waiting:
             self._last_progress = self._loop.time()
-        if not flushed and not self._unsent:
+        if not will_flush and not self._unsent:
             self._loop.call_soon(self.flush)
         self._unsent.append(hiredis.pack_command(cast(Any, command)))
         self._waiting.append(on_reply)
@@ -144,7 +144,7 @@ async def replies_within(seconds: float) -> AsyncIterator[None]:
 
 
 class Address(NamedTuple):
-    """Where a Redis is, and as whom to come."""
+    """A parsed Redis URL: endpoint, TLS and credentials."""
 
     path: str | None
     """of a Unix socket, instead of host and port"""

@@ -65,7 +65,7 @@ class DataPlane:
         self.waiters = DurabilityWaiters(shards)
         self.views = [ShardView(shard, ShardKeys(shard, shards)) for shard in range(shards)]
         self._connection: Connection | None = None
-        self._listener = PositionListener(url, self._on_position)
+        self._listener = PositionListener(url, self.on_position)
         self._verify_wanted = False
         self.refuses_writes = False
         """Redis answers, and takes no writes until it can write its file again."""
@@ -136,8 +136,9 @@ class DataPlane:
     def call(self, name: str, view: ShardView, **parameters: Any) -> Coroutine[Any, Any, Reply]:
         """Run an operation in a shard, with its parameters by name (coupon_svc/redis/calls.py).
 
-        Returns its reply, whatever the outcome; `position` is (assigned, last), `holders` are Holdings, and `entry` is the
-        entry of the stream with the event that the operation made. Raises Refused: recovering, store_unavailable,
+        Returns its reply, whatever the outcome, with the fields that the header of the operation lists (lua/operations/), as
+        Redis sent them: times and most numbers are texts. But `position` is (assigned, last), `holders` are Holdings, and
+        `entry` is the EntryId of the event that the operation made. Raises Refused: recovering, store_unavailable,
         backlog_full (memory is out), or outcome_unknown when it was sent and nothing is known of it; for an operation that
         only reads that is store_unavailable, too.
         """
@@ -172,7 +173,7 @@ class DataPlane:
         """The server does not know our scripts: it may be another one. Verify it, and load only where a shard is open."""
         with contextlib.suppress(StoreError):
             if self._connection:
-                await self._verify(self._connection)
+                await self.verify(self._connection)
                 if any(view.is_open for view in self.views):
                     await self._load(self._connection)
 
@@ -193,12 +194,12 @@ class DataPlane:
             try:
                 connection = await connect(self._url, "coupon-api")
                 async with replies_within(REPLY_TIMEOUT_S):  # nobody watches it yet
-                    await self._verify(connection)
+                    await self.verify(connection)
                     await self._load(connection)
                     if first:  # once: two versions that did so each time would never end it
                         await drop_other_libraries(connection, self._scripts.library)
                         first = False
-                self._connection = connection
+                self.use(connection)
                 await connection.closed
             except StoreError as error:
                 log.warning("redis cannot be used: %s", error)
@@ -210,7 +211,11 @@ class DataPlane:
                     view.disconnect()
             await asyncio.sleep(0.1)
 
-    async def _verify(self, connection: Connection) -> None:
+    def use(self, connection: Connection) -> None:
+        """Send over this connection from now on: its server was verified, and has our scripts."""
+        self._connection = connection
+
+    async def verify(self, connection: Connection) -> None:
         """Ask the server who it is, and open the shards that are certified for it; shut the others."""
         reading = await read_server(connection)
         self.refuses_writes = reading.refuses_writes
@@ -281,7 +286,7 @@ class DataPlane:
                 self._verify_wanted = False
                 try:
                     async with replies_within(REPLY_TIMEOUT_S):  # one that carries nothing must not stop this loop
-                        await self._verify(connection)
+                        await self.verify(connection)
                 except StoreError:
                     connection.abort()
                 verified_at = monotonic()
@@ -293,7 +298,7 @@ class DataPlane:
         assert self._installation is not None
         await self._listener.listen(positions_channel(self._installation))
 
-    def _on_position(self, shard: int, epoch: int, committed: int, tips: Sequence[str] = ()) -> None:
+    def on_position(self, shard: int, epoch: int, committed: int, tips: Sequence[str] = ()) -> None:
         """A message says what the ledger holds, and that is so whatever becomes of this Redis. It is no certificate: that an
         epoch is over is learnt from Postgres or a certified Redis alone."""
         view = self.views[shard]

@@ -200,7 +200,7 @@ class Dispatcher:
         try:
             sections, command = _pack(lane.function, ready)
             on_reply = partial(self._on_reply, _Call(lane, connection, sections, last))
-            connection.submit(command, on_reply, flushed=True)
+            connection.submit(command, on_reply, will_flush=True)
         except NotSent:
             _refuse_all(ready, Outcome.STORE_UNAVAILABLE)
             return
@@ -308,6 +308,7 @@ class Dispatcher:
             for holding in reply.holders:
                 if isinstance(holding, Holding):
                     view.observe(*holding.last)
+        # All that is left of the request runs within, and may come to run again (coupon_svc/hot.py).
         pending.reply.set_result(reply)
 
     def _read_error(self, call: _Call, error: ReplyError) -> None:

@@ -56,7 +56,8 @@ class _EntryWaiter:
 class DurabilityWaiters:
     """One commit of the writer wakes every request it serves; a request that waits costs one entry in a table.
 
-    Times are those of the monotonic clock, in seconds. Who is woken goes on at once, and may come to wait again.
+    Times are those of the monotonic clock, in seconds. Who is woken goes on at once: all that is left of its request runs
+    within `set_result` (coupon_svc/hot.py), and may come to wait again.
     """
 
     def __init__(self, shards: int) -> None:

@@ -190,11 +190,11 @@ class Talk:
 async def test_a_shard_that_goes_on_is_not_doubted_because_another_went_back() -> None:
     plane = nowhere(2)
     talk: Any = Talk(plane)
-    plane._connection = talk
+    plane.use(talk)
     plane.join("i")
     for view, seen_seq in zip(plane.views, (20, 10), strict=True):
         view.certify(Certificate(1, seen_seq, 0, 100), view.seen)
-    await plane._verify(talk)
+    await plane.verify(talk)
     assert talk.doubted == [plane.views[0].keys.meta]
     assert [view.is_open for view in plane.views] == [False, True]
 
@@ -219,7 +219,7 @@ async def test_a_list_is_not_durable_because_its_epoch_ended_while_it_was_waited
     view.certify(Certificate(1, 0, 0, 100), view.seen)
     read = ["ok", "1000", "ledger", "1", ["1-1 0 1 u", "1-2 0 1 u"], [-2, -2], "active"]
     replies: Any = Replies([["ok", 2, "", [read]]])
-    plane._connection = replies
+    plane.use(replies)
     nothing: Any = None
     reading = Reading(plane, nothing, nothing, Durability(plane, 1_000))
     asked = asyncio.create_task(reading._read_codes(1, BOOK, ["A-1", "A-2"], time.monotonic()))

@@ -196,7 +196,7 @@ async def open_shards(
     if registered:
         plane.register_until(float("inf"))
     server: object = Server(list(metas))
-    await plane._verify(server)  # type: ignore[arg-type]
+    await plane.verify(server)  # type: ignore[arg-type]
     return plane, [view.is_open for view in plane.views]
 
 
@@ -221,7 +221,7 @@ async def test_a_process_cut_off_from_postgres_leaves_a_redis_to_which_no_owner_
 async def test_every_process_has_seen_what_the_ledger_has() -> None:
     """An event at or below it is none that this process can have made: keys of a moment ago were put back."""
     plane, _ = await open_shards(certified())
-    plane._listener.on_message(["message", "cb:positions:inst-1", "[[0, 3, 14, []]]"])
+    plane.on_position(0, 3, 14)
     assert seen_by(plane) == [(0, (3, 14))]
-    plane._listener.on_message(["message", "cb:positions:inst-1", "[[0, 2, 77, []]]"])
+    plane.on_position(0, 2, 77)
     assert seen_by(plane) == [(0, (3, 14))]

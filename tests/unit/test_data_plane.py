@@ -71,7 +71,7 @@ class FakeRedis:
 def plane_on(redis: FakeRedis, shards: int = 1) -> DataPlane:
     """A data plane whose shards are open, in epoch 4, and were seen up to seq 20."""
     plane = DataPlane("redis://127.0.0.1:1", shards, SCRIPTS)
-    plane._connection = redis  # type: ignore[assignment]
+    plane.use(redis)  # type: ignore[arg-type]
     for view in plane.views:
         view.certify(Certificate(4, 20, committed=0, backlog_max=100), view.seen)
     return plane

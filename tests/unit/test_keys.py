@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coupon_svc.domain.shards import key_slot, shard_tag
-from coupon_svc.redis.keys import ShardKeys, positions_channel
+from coupon_svc.redis.keys import ShardKeys, ToldPosition, parse_position_message, position_message, positions_channel
+from coupon_svc.redis.listener import PositionListener
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.text("{}:*[]", max_size=6)
 
@@ -49,3 +51,23 @@ def test_shards_share_no_key() -> None:
 
 def test_each_installation_has_a_channel_of_its_own() -> None:
     assert positions_channel("a") != positions_channel("b")
+
+
+numbers = st.integers(0, 2**53)
+
+
+@given(st.lists(st.builds(ToldPosition, numbers, numbers, numbers, st.lists(texts, max_size=3)), max_size=4))
+def test_a_message_comes_back_from_its_text_and_tells_of_each_shard(told: list[ToldPosition]) -> None:
+    message = position_message(*told)
+    assert parse_position_message(message) == told
+    heard: list[tuple[object, ...]] = []
+    listener = PositionListener("redis://127.0.0.1:1", lambda *one: heard.append(one))
+    listener.on_message(["subscribe", "cb:positions:any", 1])
+    listener.on_message(["message", "cb:positions:any", message])
+    assert heard == told
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[[1,2,3]]", '[[1,2,"3",[]]]', "[[1,2,3,[4]]]"])
+def test_no_other_text_is_a_message(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse_position_message(text)
