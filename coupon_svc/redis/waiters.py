@@ -23,7 +23,7 @@ ASKED_AT_ONCE_MAX = 1_000
 
 
 class EntryKey(NamedTuple):
-    """Where an entry of a stream is, and what tells it from any other there. `seq` is that of its last event."""
+    """A shard and the `EntryId` of an entry in its stream."""
 
     shard: int
     epoch: int

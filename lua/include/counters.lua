@@ -1,11 +1,11 @@
 -- include: overlay
--- Count something in a book's hash. Before the first time its counts are looked at: one that is no number cannot be raised,
--- and nothing may fail once the events are logged. Raises what says that the shard is damaged.
+-- Count something in a book's hash. Before the first time its counts are looked at: one that Redis cannot raise is
+-- found here, since nothing may fail once the events are logged. Raises what says that the shard is damaged.
 local function require_counters(book_key, book)
   if not book.counted then
     for _, count in ipairs(redis.call("HMGET", book_key, "redeemed", "partly_redeemed", "quarantined", "lent")) do
-      if count and not string.find(count, "^%-?%d+$") then
-        error({err = "WRONGTYPE a count of a book is no number"})
+      if count and count ~= "0" and (#count > 15 or not string.find(count, "^%-?[1-9]%d*$")) then
+        error({err = "WRONGTYPE a count of a book cannot be raised"})
       end
     end
     book.counted = true

@@ -78,8 +78,8 @@ end
 if book.expires_at_ms ~= "" and tonumber(book.expires_at_ms) - now_ms < tonumber(ttl_ms) then
   ttl_ms = string.format("%d", tonumber(book.expires_at_ms) - now_ms)
 end
-if not string.find(ttl_ms, "^[1-9]%d*$") then
-  error("a lock needs a time")
+if #ttl_ms > 15 or not string.find(ttl_ms, "^[1-9]%d*$") then
+  error("a lock needs a time that Redis can add to its own")
 end
 local until_ms = string.format("%d", now_ms + tonumber(ttl_ms))
 

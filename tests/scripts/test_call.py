@@ -354,17 +354,19 @@ def test_a_key_of_another_type_fails_its_operation_alone(calls: Calls, op: Op, n
 
 
 @pytest.mark.parametrize("field", ["redeemed", "partly_redeemed"])
-def test_a_count_that_is_no_number_fails_before_the_entry(calls: Calls, field: str) -> None:
-    book = calls.shard.assigned("A-1")
-    calls.shard.redis.hset(calls.shard.keys.book(book), field, "many")
+@pytest.mark.parametrize("count", ["many", "", "07", "-0", "1.5", "9" * 19])
+def test_a_count_that_cannot_be_raised_fails_before_the_entry(calls: Calls, field: str, count: str) -> None:
+    book = calls.shard.assigned("A-1", max_redemptions_per_code="2" if field == "partly_redeemed" else "1")
+    calls.shard.redis.hset(calls.shard.keys.book(book), field, count)
     assert calls.replies([redeem(book, "A-1")]) == [["error", "WRONGTYPE"]]
     assert calls.shard.redis.hget(calls.shard.keys.meta, "seq") == "1"
 
 
-def test_an_odd_request_does_not_shut_the_shard(calls: Calls) -> None:
+@pytest.mark.parametrize("ttl_ms", ["soon", "0", "-5", "1.5", "9" * 19])
+def test_an_odd_request_does_not_shut_the_shard(calls: Calls, ttl_ms: str) -> None:
     book = calls.shard.assigned("A-1")
     odd = lock(book, "A-1")
-    odd[1]["ttl_ms"] = "soon"
+    odd[1]["ttl_ms"] = ttl_ms
     assert calls.replies([odd, assign_code(book, "u", "A-1")])[0] == ["error", "ERR"]
     assert calls.shard.redis.hget(calls.shard.keys.meta, "epoch") == str(EPOCH)
 
@@ -446,7 +448,7 @@ def test_a_write_that_fails_behind_the_entry_is_unknown(calls: Calls, write: str
 
 
 def test_a_shard_that_cannot_be_put_in_doubt_is_unknown_all_the_same(calls: Calls) -> None:
-    """As when the rights to write its meta were taken away: an error of the whole call would say that nothing was done."""
+    """As when the rights to write its meta were taken away: the reply of the section must not be lost with it."""
     book = calls.shard.new_book("A-1")
     broken = library_that_cannot(calls, '"HSET", meta_key')
     assert calls.send([assign(book, "u")], library=broken) == ("unknown",)

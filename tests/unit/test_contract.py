@@ -15,6 +15,7 @@ from coupon_svc.redis.contract import (
     parse_contract,
     parse_operation,
     preamble,
+    section_preamble,
     split_operation,
     split_source,
 )
@@ -189,6 +190,14 @@ def test_an_operation_finds_its_keys_and_arguments_by_their_names() -> None:
         "local tenant_id, codes = sent[at + 4], sent[at + 5]\n"
         "local lock_keys = {}\n"
         "for i, k in ipairs(sent[at + 3]) do lock_keys[i] = KEYS[k] end\n"
+    )
+
+
+def test_a_section_finds_its_own_in_front_of_its_operations() -> None:
+    assert section_preamble(contract()) == (
+        "local meta_key, free_key, idem_key = KEYS[sent[at + 0]], KEYS[sent[at + 1]], KEYS[sent[at + 2]]\n"
+        "local epoch, user_id, reference = sent[at + 3], sent[at + 4], sent[at + 5]\n"
+        "at = at + 6\n"
     )
 
 
