@@ -80,9 +80,9 @@ async def network_stage(postgres_url: str, folder: Path, shards: int = SHARDS) -
 
 
 @contextlib.asynccontextmanager
-async def running_network(postgres_url: str, folder: Path) -> AsyncIterator[Network]:
+async def running_network(postgres_url: str, folder: Path, shards: int = SHARDS) -> AsyncIterator[Network]:
     """Proxies everywhere, and a writer and an API that are ready; they end with the block."""
-    async with network_stage(postgres_url, folder) as network:
+    async with network_stage(postgres_url, folder, shards) as network:
         try:
             network.writer()
             network.api()
