@@ -93,11 +93,11 @@ class CallQueue:
             self._forget_empty(operation.tenant_id)
 
     def take_late(self, now: float) -> list[PendingOperation]:
-        """Those that must not be sent any more. The operations of a tenant came in the order of their deadlines."""
+        """Those that must not be sent any more."""
         late: list[PendingOperation] = []
         for tenant_id, queued in list(self._by_tenant.items()):
-            while queued and queued[0].deadline <= now:
-                late.append(queued.popleft())
+            late += [operation for operation in queued if operation.deadline <= now]
+            self._by_tenant[tenant_id] = deque(operation for operation in queued if operation.deadline > now)
             self._forget_empty(tenant_id)
         self._size -= len(late)
         return late

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Coroutine, Sequence
 from time import monotonic
 from typing import Any
@@ -133,8 +134,11 @@ class DataPlane:
 
     # --- running operations
 
-    def call(self, name: str, view: ShardView, **parameters: Any) -> Coroutine[Any, Any, Reply]:
-        """Run an operation in a shard, with its parameters by name (coupon_svc/redis/calls.py).
+    def call(
+        self, name: str, view: ShardView, until: float = math.inf, /, **parameters: Any
+    ) -> Coroutine[Any, Any, Reply]:
+        """Run an operation in a shard, with its parameters by name (coupon_svc/redis/calls.py). It is sent before `until`
+        (by the monotonic clock), or refused with store_unavailable.
 
         Returns its reply, whatever the outcome, with the fields that the header of the operation lists (lua/operations/), as
         Redis sent them: times and most numbers are texts. But `position` is (assigned, last), `holders` are Holdings, and
@@ -142,7 +146,7 @@ class DataPlane:
         backlog_full (memory is out), or outcome_unknown when it was sent and nothing is known of it; for an operation that
         only reads that is store_unavailable, too.
         """
-        return self._dispatcher.run(name, view, parameters)
+        return self._dispatcher.run(name, view, parameters, until)
 
     async def doubt(self, view: ShardView) -> None:
         """Keys of the shard are missing: let nobody decide anything there until its owner has recovered it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from time import monotonic
@@ -119,7 +120,7 @@ class Dispatcher:
         self._answered: dict[int, EntryId] = {}
         """Shard -> its last entry in the last reply on the connection `_answered_by`."""
 
-    async def run(self, name: str, view: ShardView, parameters: dict[str, Any]) -> Reply:
+    async def run(self, name: str, view: ShardView, parameters: dict[str, Any], until: float = math.inf) -> Reply:
         """The reply of one operation. Raises Refused, as `DataPlane.call`; store_unavailable for one that was withdrawn."""
         if self._plane.connection() is None:
             raise Refused(Outcome.STORE_UNAVAILABLE)
@@ -127,7 +128,8 @@ class Dispatcher:
             raise Refused(Outcome.RECOVERING)
         operation = self._operations[name]
         lane = self._lanes[operation.call_class]
-        pending = PendingOperation(operation, view, parameters, monotonic() + QUEUED_S)
+        deadline = monotonic() + QUEUED_S
+        pending = PendingOperation(operation, view, parameters, until if until < deadline else deadline)
         if lane.under_way or lane.queue:
             lane.alone = 0
         if lane.alone >= ALONE:

@@ -117,6 +117,7 @@ class Assigning:
     async def assign_coupon(self, wanted: AssignCoupon) -> Assigned:
         """Returns once the answer may leave: when the ledger has the event, or early in an `ack = redis` book."""
         begun = monotonic()
+        until = begun + self._durability.request_s
         view = self._plane.view_of_book(wanted.book_id)
         parameters: dict[str, Any] = {
             "tenant_id": wanted.tenant_id,
@@ -125,7 +126,7 @@ class Assigning:
             "idempotency_key": wanted.idempotency.key,
             "fingerprint": wanted.idempotency.fingerprint,
         }
-        reply = await self._plane.call("assign_coupon", view, **parameters)
+        reply = await self._plane.call("assign_coupon", view, until, **parameters)
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "assign_coupon", view, parameters, begun)
         _, last = reply.position
@@ -141,6 +142,7 @@ class Assigning:
         book_id = self._directory.known_book(tenant_id, code)
         if book_id is None:
             book_id = await self._directory.book_of_code(tenant_id, code, self._durability.left_s(begun))
+        until = begun + self._durability.request_s
         view = self._plane.view_of_book(book_id)
         parameters: dict[str, Any] = {
             "tenant_id": tenant_id,
@@ -150,7 +152,7 @@ class Assigning:
             "idempotency_key": wanted.idempotency.key,
             "fingerprint": wanted.idempotency.fingerprint,
         }
-        reply = await self._plane.call("assign_code", view, **parameters)
+        reply = await self._plane.call("assign_code", view, until, **parameters)
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "assign_code", view, parameters, begun, receipt=wanted.receipt)
         already_yours = reply.outcome in _ALREADY_THE_USERS or (
@@ -206,8 +208,9 @@ class Assigning:
             "list_idempotency_key": wanted.idempotency.key,
             "fingerprint": wanted.idempotency.fingerprint,
         }
+        until = begun + self._durability.request_s
         try:
-            reply = await self._plane.call("assign_coupon", view, **parameters)
+            reply = await self._plane.call("assign_coupon", view, until, **parameters)
             if reply.outcome not in DECIDED:
                 reply = await self._waiting.decide(reply, "assign_coupon", view, parameters, begun)
         except Refused as refused:

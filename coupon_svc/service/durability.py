@@ -6,6 +6,7 @@ PATIENCE_S + COUPON_LEDGER_WAIT_MS later. Within that
 
 - a book or codes that are on their way to Redis are waited for until PATIENCE_S from the begin: `recovering`, `refilling`;
 - the ledger is waited for during COUPON_LEDGER_WAIT_MS at most: `outcome_unknown`, or `ledger_behind` for a read;
+- an operation waits to be sent for QUEUED_S at most (coupon_svc/redis/dispatcher.py): `store_unavailable`;
 - one reply of Redis is waited for during REPLY_TIMEOUT_S (coupon_svc/redis/data_plane.py): `outcome_unknown`.
 
 A request of the control plane waits SLOT_WAIT_S for one of its tenant's connections, TURN_WAIT_S for its turn
@@ -40,10 +41,12 @@ class Durability:
     def __init__(self, plane: DataPlane, ledger_wait_ms: int) -> None:
         self._plane = plane
         self._ledger_wait_s = ledger_wait_ms / 1000
+        self.request_s = PATIENCE_S + self._ledger_wait_s
+        """How long a request may take in all."""
 
     def left_s(self, begun: float, most: float = STATEMENTS_S) -> float:
         """Seconds that the request may still take, at most `most`."""
-        return max(0.0, min(most, begun + PATIENCE_S + self._ledger_wait_s - monotonic()))
+        return max(0.0, min(most, begun + self.request_s - monotonic()))
 
     def at_once(self, view: ShardView, position: Position, ack: str, *, made: bool) -> bool | None:
         """Whether an answer that shows the event at `position` is durable; None when it must not leave before that is known.

@@ -132,7 +132,8 @@ class Reading:
         ]
 
     async def list_coupons(self, wanted: ListCoupons) -> CouponsPage:
-        """Raises Refused(book_not_found) for a book that the tenant does not have."""
+        """The page is short when the request's time is over. Raises Refused(book_not_found) for a book that the tenant does
+        not have."""
         begun = monotonic()
         if wanted.book_id is not None:
             await self._require_book(wanted.tenant_id, wanted.book_id, begun)
@@ -140,7 +141,7 @@ class Reading:
         looked_at = wanted.limit if wanted.status is None else max(wanted.limit, LOOKED_AT_ONCE_MIN)
         after, coupons = wanted.after, list[Coupon]()
         while True:
-            members = await self._members(wanted, after, looked_at + 1)
+            members = await self._members(wanted, after, looked_at + 1, begun)
             listed = await self._coupons(wanted.tenant_id, members[:looked_at], begun)
             for number, (place, coupon) in enumerate(zip(members, listed, strict=False), 1):
                 after = place
@@ -150,15 +151,17 @@ class Reading:
                     return CouponsPage(coupons, after if number < len(members) else None)
             if len(members) <= looked_at:
                 return CouponsPage(coupons, None)
+            if not self._durability.left_s(begun):
+                return CouponsPage(coupons, after)
 
     async def _require_book(self, tenant_id: int, book_id: str, begun: float) -> None:
         view = self._plane.view_of_book(book_id)
         parameters = {"tenant_id": tenant_id, "book_id": book_id}
-        reply = await self._plane.call("read_book", view, **parameters)
+        reply = await self._plane.call("read_book", view, begun + self._durability.request_s, **parameters)
         if reply.outcome not in DECIDED:
             await self._waiting.decide(reply, "read_book", view, parameters, begun)
 
-    async def _members(self, wanted: ListCoupons, after: ListPlace, limit: int) -> list[ListPlace]:
+    async def _members(self, wanted: ListCoupons, after: ListPlace, limit: int, begun: float) -> list[ListPlace]:
         """The next members of a user's lists, by shard. A user's coupons may be in any shard: all are asked, and none of
         them may be in doubt, or the list would be too short."""
         book_id = wanted.book_id
@@ -169,6 +172,7 @@ class Reading:
             reply = await self._plane.call(
                 "list_coupons",
                 view,
+                begun + self._durability.request_s,
                 tenant_id=wanted.tenant_id,
                 user_id=wanted.user_id,
                 low=low,
@@ -206,7 +210,7 @@ class Reading:
         """Read some codes of a book. Waits until what it shows is durable."""
         view = self._plane.view_of_book(book_id)
         parameters = {"tenant_id": tenant_id, "book_id": book_id, "codes": codes}
-        reply = await self._plane.call("read_codes", view, **parameters)
+        reply = await self._plane.call("read_codes", view, begun + self._durability.request_s, **parameters)
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "read_codes", view, parameters, begun)
         holders: list[Holding | str] = reply.holders

@@ -47,6 +47,7 @@ class ReceiptRescue:
             await self._plane.call(
                 "release_coupon",
                 view,
+                begun + self._durability.request_s,
                 tenant_id=tenant_id,
                 book_id=book_id,
                 code=code,

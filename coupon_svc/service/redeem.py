@@ -103,6 +103,7 @@ class Redeeming:
         book_id = self._directory.known_book(tenant_id, code)
         if book_id is None:
             book_id = await self._directory.book_of_code(tenant_id, code, self._durability.left_s(begun))
+        until = begun + self._durability.request_s
         view = self._plane.view_of_book(book_id)
         parameters: dict[str, Any] = {
             "tenant_id": tenant_id,
@@ -115,7 +116,7 @@ class Redeeming:
             "idempotency_key": wanted.idempotency.key,
             "fingerprint": wanted.idempotency.fingerprint,
         }
-        reply = await self._plane.call("lock_coupon", view, **parameters)
+        reply = await self._plane.call("lock_coupon", view, until, **parameters)
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "lock_coupon", view, parameters, begun, receipt=wanted.receipt)
         _, last = reply.position
@@ -141,6 +142,7 @@ class Redeeming:
         book_id = self._directory.known_book(tenant_id, code)
         if book_id is None:
             book_id = await self._directory.book_of_code(tenant_id, code, self._durability.left_s(begun))
+        until = begun + self._durability.request_s
         view = self._plane.view_of_book(book_id)
         parameters: dict[str, Any] = {
             "tenant_id": tenant_id,
@@ -150,7 +152,7 @@ class Redeeming:
             "idempotency_key": wanted.idempotency.key,
             "fingerprint": wanted.idempotency.fingerprint,
         }
-        reply = await self._plane.call("unlock_coupon", view, **parameters)
+        reply = await self._plane.call("unlock_coupon", view, until, **parameters)
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "unlock_coupon", view, parameters, begun)
         return Unlocked(reply.outcome == "replayed")
@@ -162,6 +164,7 @@ class Redeeming:
         book_id = self._directory.known_book(tenant_id, code)
         if book_id is None:
             book_id = await self._directory.book_of_code(tenant_id, code, self._durability.left_s(begun))
+        until = begun + self._durability.request_s
         view = self._plane.view_of_book(book_id)
         parameters: dict[str, Any] = {
             "tenant_id": tenant_id,
@@ -174,7 +177,7 @@ class Redeeming:
             "idempotency_key": wanted.idempotency.key,
             "fingerprint": wanted.idempotency.fingerprint,
         }
-        reply = await self._plane.call("redeem_coupon", view, **parameters)
+        reply = await self._plane.call("redeem_coupon", view, until, **parameters)
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "redeem_coupon", view, parameters, begun, receipt=wanted.receipt)
         _, position = reply.position

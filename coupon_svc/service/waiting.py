@@ -68,10 +68,11 @@ class Waiting:
         PATIENCE_S are over.
         """
         tenant_id, book_id = parameters["tenant_id"], parameters["book_id"]
+        until = begun + self._durability.request_s
         pause, lent, rescued = 0.004, False, False
 
         async def run() -> Reply:
-            return await self._plane.call(script, view, **parameters)
+            return await self._plane.call(script, view, until, **parameters)
 
         while reply.outcome not in DECIDED:
             outcome = reply.outcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -419,7 +420,7 @@ class GoneAfter(DataPlane):
         super().__init__("redis://127.0.0.1:1", 1, Scripts())
         self._versions = [version]
 
-    async def call(self, name: str, view: ShardView, **parameters: Any) -> Reply:
+    async def call(self, name: str, view: ShardView, until: float = math.inf, /, **parameters: Any) -> Reply:
         if not self._versions:
             raise Refused(Outcome.STORE_UNAVAILABLE)
         operation = bind_operation(self._scripts.operations[name].contract)

@@ -104,8 +104,8 @@ def test_who_is_gone_leaves_the_queue() -> None:
 
 def test_what_is_late_is_taken_out() -> None:
     queue = CallQueue()
-    for tenant_id, deadline in ((1, 1.0), (2, 1.0), (1, 2.0), (3, 3.0)):
+    for tenant_id, deadline in ((1, 3.0), (1, 1.0), (2, 1.0), (1, 2.0)):
         queue.put(assign(tenant_id, deadline))
     assert tenants(queue.take_late(2.0)) == [1, 1, 2]
     assert len(queue) == 1
-    assert tenants(queue.take()) == [3]
+    assert [operation.deadline for operation in queue.take()] == [3.0]

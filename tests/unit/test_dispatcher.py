@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -413,6 +414,16 @@ async def test_what_was_not_sent_in_time_is_refused_and_never_sent(
     await turns()
     assert await outcome(late) is Outcome.STORE_UNAVAILABLE
     assert service.calls == []
+
+
+async def test_an_operation_is_not_sent_when_the_time_of_its_request_is_over(service: Service) -> None:
+    parameters = {"tenant_id": 1, "book_id": BOOK, "user_id": "ann"}
+    late = asyncio.create_task(
+        service.dispatcher.run("assign_coupon", service.views[0], parameters, until=time.monotonic())
+    )
+    await turns()
+    assert service.calls == []
+    assert await outcome(late) is Outcome.STORE_UNAVAILABLE
 
 
 async def test_what_waits_behind_calls_without_an_answer_is_refused_when_its_time_is_over(

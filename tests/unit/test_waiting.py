@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from time import monotonic
 from typing import Any
 
@@ -18,6 +19,7 @@ from coupon_svc.service.durability import PATIENCE_S, Durability
 from coupon_svc.service.waiting import Waiting
 
 SCRIPTS = Scripts()
+LEDGER_WAIT_S = 5
 PARAMETERS = {"tenant_id": 1, "book_id": "bk_000123456789abcdef", "code": "A-1"}
 OK = ["ok", "A-1", "5", "4-21", "redis", ""]
 
@@ -33,9 +35,11 @@ class Surroundings:
         self.loaded = loaded
         self.receipt_holds = receipt_holds
         self.did: list[str] = []
+        self.begun = 0.0
 
-    async def call(self, name: str, view: ShardView, **parameters: Any) -> Reply:
+    async def call(self, name: str, view: ShardView, until: float = math.inf, /, **parameters: Any) -> Reply:
         self.did.append("call")
+        assert until == self.begun + PATIENCE_S + LEDGER_WAIT_S, "as long as the request has time"
         assert parameters == PARAMETERS
         return reply(*(self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]))
 
@@ -53,14 +57,14 @@ class Surroundings:
 
     async def decide(self, first: Reply, receipt: str | None = None, begun: float | None = None) -> Reply:
         asked: Any = self
-        waiting = Waiting(self.plane, asked, asked, Durability(self.plane, 5_000), asked)
+        waiting = Waiting(self.plane, asked, asked, Durability(self.plane, 1000 * LEDGER_WAIT_S), asked)
         view = self.plane.views[0]
 
         async def lend(*_: Any) -> None:
             self.did.append("lend")
 
         waiting._lend = lend  # type: ignore[method-assign, assignment]
-        begun = monotonic() if begun is None else begun
+        self.begun = begun = monotonic() if begun is None else begun
         deciding = waiting.decide(first, "assign_code", view, PARAMETERS, begun, receipt=receipt)
         try:
             return await asyncio.wait_for(deciding, 5)
