@@ -48,8 +48,7 @@ Replies, the first that applies
 -- include: apply
 -- What belongs to one call: `run_call` begins it anew.
 local KEYS, sent, now_ms, at_ms
--- What belongs to one section: what the fence found, and how many codes of a pool are looked at in one go, as many as there are
--- operations.
+-- What belongs to one section: what the fence found, and how many codes of a pool are looked at (lua/include/pool.lua).
 local meta, pool_look
 local operations = {read = {}, grow = {}, keep = {}}
 

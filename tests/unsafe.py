@@ -151,7 +151,7 @@ def replay() -> None:
 
 def overlay() -> None:
     """An operation does not see which codes others of its call have taken."""
-    _without_text("include/pool", "elseif not changed or not changed[code] then", "elseif true then")
+    _without_text("include/pool", "while code and changed and changed[code] do", "while false do")
 
 
 def replid() -> None:

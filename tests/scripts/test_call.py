@@ -264,6 +264,14 @@ def test_a_code_that_is_named_is_not_dealt_in_the_same_call(calls: Calls) -> Non
     assert [reply[:2] for reply in replies] == [["ok", "A-1"], ["ok", "B-2"], ["already_assigned"]]
 
 
+def test_what_is_dealt_last_is_found_behind_all_that_the_others_took(calls: Calls) -> None:
+    """As many codes are looked at as there are operations, and not one fewer."""
+    codes = [f"A-{number}" for number in range(9)]
+    book = calls.shard.new_book(*codes)
+    replies = calls.replies([*(assign_code(book, "u", code) for code in codes[:7]), assign(book, "v")])
+    assert [reply[1] for reply in replies] == codes[:8]
+
+
 def test_a_users_limit_counts_what_the_call_gives(calls: Calls) -> None:
     book = calls.shard.new_book("A-1", "B-2", "C-3", max_codes_per_user="2")
     assert calls.words([assign(book, "u")] * 3) == ["ok", "ok", "user_code_limit"]
