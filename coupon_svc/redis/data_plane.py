@@ -45,7 +45,7 @@ TURNS_TO_READ = 2
 """Turns of the event loop before a connection that seems silent is given up. A turn with thousands of requests takes
 seconds; a reply that came meanwhile is read in the next one, and says that Redis was not silent."""
 LEDGER_UNSEEN_MAX_S = LEDGER_UNSEEN_MAX_MS / 1000
-"""A ledger that was not seen for so long is behind: the scripts refuse what would wait for it (lua/include/room.lua)."""
+"""A ledger that was not seen for so long is behind: operations refuse what would wait for it (lua/include/room.lua)."""
 OWNER_UNHEARD_MAX_S = 15.0
 """A Redis to which no owner has spoken for so long may be one that another has replaced."""
 
@@ -307,7 +307,7 @@ class DataPlane:
         epoch is over is learnt from Postgres or a certified Redis alone."""
         view = self.views[shard]
         if epoch == view.epoch:
-            # First: what this process makes from now on lies above what the ledger has, or its script is refused. An event
+            # First: what this process makes from now on lies above what the ledger has, or its call is refused. An event
             # at a position that was committed before is another one: keys of a moment ago were put back.
             view.observe(epoch, committed)
             view.forget(committed)

@@ -1,8 +1,8 @@
 """Sends operations to Redis in calls, and gives each caller the reply of its own.
 
 A call is whatever has come since the last one. Nobody waits for a call to fill: with one request at a time it carries one
-operation, and is sent at once. Three classes of operations are sent apart, because Redis judges a whole script by its flags:
-where it takes no write, reads go on, and where it has no memory, kept promises do, too.
+operation, and is sent at once. Three classes of operations are sent apart, because Redis judges a whole function by its
+flags: where it takes no write, reads go on, and where it has no memory, kept promises do, too.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class _Call(NamedTuple):
     connection: Connection
     sections: list[_Sent]
     last: bool
-    """It is not sent again when Redis does not know the script."""
+    """It is not sent again when Redis does not know the function."""
 
     @property
     def operations(self) -> list[PendingOperation]:

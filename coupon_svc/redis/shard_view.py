@@ -1,4 +1,4 @@
-"""The life of a shard as one API process sees it: whether scripts may run in it, and what was seen of it.
+"""The life of a shard as one API process sees it: whether operations may run in it, and what was seen of it.
 
 `docs/architecture.md`, *The life of a shard*, shows the states beside those of the shard's owner.
 """
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class ViewState(StrEnum):
-    """What this process knows of the shard's Redis. Scripts run in an OPEN shard alone."""
+    """What this process knows of the shard's Redis. Operations run in an OPEN shard alone."""
 
     UNVERIFIED = "unverified"
     """No server was verified: this process has not connected yet, or its connection broke. `store_unavailable`."""
