@@ -40,6 +40,7 @@ class Call:
         "method",
         "path",
         "query",
+        "request_id",
         "template",
     )
 
@@ -56,6 +57,8 @@ class Call:
         self.headers: Mapping[bytes, bytes] = {}
         """By their names in lower case."""
         self.idempotency_key: str | None = None
+        self.request_id = b""
+        """For the log."""
 
     @property
     def accept(self) -> bytes:

@@ -16,7 +16,7 @@ from coupon_svc.http.call import Answer, Call
 from coupon_svc.http.cursors import Cursors
 from coupon_svc.http.inputs import check_user_id, encode_metadata
 from coupon_svc.http.operations import BOOK_SHUT, NO_ROOM, NOT_REDEEMABLE, operation
-from coupon_svc.http.problems import PROBLEMS
+from coupon_svc.http.problems import PROBLEMS, log_failures
 from coupon_svc.service.assign import AssignCode, AssignCoupon, AssignCoupons, Assigned
 from coupon_svc.service.reading import CodeRead, Coupon, ListCoupons, ListPlace, ReadCode, Reading
 from coupon_svc.service.redeem import LockCoupon, RedeemCoupon, Redeeming, UnlockCoupon
@@ -90,6 +90,7 @@ class Coupons:
         body: schemas.AssignCoupons = call.body
         wanted = AssignCoupons(call.key.tenant_id, body.book_id, body.user_ids, call.idempotency())
         found = await self._assigning.assign_coupons(wanted, call.caller_gone)
+        log_failures((one for one in found if isinstance(one, Refused)), "assign_coupons", call.request_id)
         results = [_user_result(user_id, result) for user_id, result in zip(body.user_ids, found, strict=True)]
         assigned = sum(result.status == 201 for result in results)
         answer = schemas.AssignmentsAnswer(book_id=body.book_id, assigned=assigned, results=results)

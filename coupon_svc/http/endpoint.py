@@ -73,8 +73,9 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request that came by ASGI."""
         path = {name: value.replace(ENCODED_SLASH, "/") for name, value in scope["path_params"].items()}
+        request_id = request_id_of(scope)
         response = await self.respond(
-            request_id_of(scope),
+            request_id,
             scope["method"],
             path,
             scope["query_string"],
@@ -88,15 +89,15 @@ class Endpoint:
             await send_response(send, response)
             return
         # Without the end of its body the connection is closed: the caller sees that the answer is short.
-        name = self._methods[scope["method"]].operation.name
+        answer = f"answer of {self._methods[scope['method']].operation.name} to request {request_id.decode()}"
         try:
             await send_pieces(send, receive, response)
         except asyncio.CancelledError:
-            log.info("answer of %s cut short: the process stops", name)
+            log.info("%s cut short: the process stops", answer)
         except CouponError as error:
-            log.warning("answer of %s cut short: %s", name, type(error).__name__)
+            log.warning("%s cut short: %s", answer, type(error).__name__)
         except Exception as error:
-            log.error("answer of %s cut short: %s at %s", name, type(error).__name__, error_location(error))
+            log.error("%s cut short: %s at %s", answer, type(error).__name__, error_location(error))
 
     async def respond(
         self,
@@ -128,6 +129,7 @@ class Endpoint:
                 raise Refused(Outcome.MISSING_SCOPE, scopes=list(operation.scopes))
             self._admit(key.tenant_id, path.get("code"))
             call = Call(key, method, operation.path, path)
+            call.request_id = request_id
             call.headers = headers
             call.caller_gone = caller_gone
             if operation.file_query is not None and (kind := file_kind(headers)):

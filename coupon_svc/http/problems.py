@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -164,3 +165,12 @@ def log_failure(outcome: Outcome, operation: str, request_id: bytes, error: Base
     if error is not None:
         level, cause = logging.ERROR, f": {type(error).__name__} at {error_location(error)}"
     log.log(level, "%d %s in %s, request %s%s", status, outcome.value, operation, request_id.decode(), cause)
+
+
+def log_failures(refusals: Iterable[Refused], operation: str, request_id: bytes) -> None:
+    """Log those of the users of a list, as `log_failure`: one line for each outcome."""
+    by_outcome: dict[Outcome, list[Refused]] = {}
+    for refused in refusals:
+        by_outcome.setdefault(refused.outcome, []).append(refused)
+    for outcome, alike in by_outcome.items():
+        log_failure(outcome, f"{operation} for {len(alike)} users", request_id, alike[0].__cause__)

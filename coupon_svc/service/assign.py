@@ -217,6 +217,10 @@ class Assigning:
             return refused
         except LedgerUnavailable:
             return Refused(Outcome.STORE_UNAVAILABLE)
+        except Exception as error:  # of this user: what the others have got must be answered
+            failed = Refused(Outcome.INTERNAL_ERROR)
+            failed.__cause__ = error
+            return failed
         return reply
 
     async def _durable(self, view: ShardView, replies: Sequence[Reply], begun: float) -> dict[int, bool | None]:

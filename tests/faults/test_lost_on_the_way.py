@@ -106,6 +106,10 @@ async def test_the_users_whose_reply_is_lost_are_unknown_and_a_retry_gives_all_t
     results = first.json()["results"]
     assert [result["status"] for result in results] == [201] * known + [503] * (users - known)
     assert {result["code"] for result in results[known:]} == {"outcome_unknown"}
+    request = first.headers["x-request-id"]
+    assert network.newest(serves=True).said(
+        f"503 outcome_unknown in assign_coupons for {users - known} users, request {request}"
+    )
     await network.ready()
     codes = codes_of(await ask(http, book, names, "list-1"))
     assert codes[:known] == [result["code"] for result in results[:known]]

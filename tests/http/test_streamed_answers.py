@@ -101,8 +101,8 @@ async def test_a_body_that_breaks_off_has_no_end(
     streaming.pieces.raised = raised
     async with httpx.AsyncClient(base_url=streaming.base_url) as client:
         with pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"):
-            await client.get(PATH)
-    assert f"answer of list_codes cut short: {raised.__name__}" in caplog.text
+            await client.get(PATH, headers={"X-Request-Id": "its-id"})
+    assert f"answer of list_codes to request its-id cut short: {raised.__name__}" in caplog.text
     assert "SECRET-1" not in caplog.text
 
 

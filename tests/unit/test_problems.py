@@ -7,7 +7,7 @@ import json
 import pytest
 
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.http.problems import PROBLEMS, log_failure, problem_response
+from coupon_svc.http.problems import PROBLEMS, log_failure, log_failures, problem_response
 
 
 @pytest.mark.parametrize("outcome", Outcome)
@@ -46,4 +46,16 @@ def test_only_a_5xx_is_logged_and_what_an_error_says_is_not(caplog: pytest.LogCa
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("INFO", "503 recovering in read_book, request r2"),
         ("ERROR", "500 internal_error in read_book, request r3: KeyError at nowhere"),
+    ]
+
+
+def test_the_users_of_a_list_have_a_line_for_each_5xx(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    unknown, limit = Refused(Outcome.OUTCOME_UNKNOWN), Refused(Outcome.USER_CODE_LIMIT, limit=1, held=1)
+    failed = Refused(Outcome.INTERNAL_ERROR)
+    failed.__cause__ = KeyError("SECRET-1")
+    log_failures([unknown, limit, failed, unknown], "assign_coupons", b"r1")
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "503 outcome_unknown in assign_coupons for 2 users, request r1"),
+        ("ERROR", "500 internal_error in assign_coupons for 1 users, request r1: KeyError at nowhere"),
     ]
