@@ -9,7 +9,6 @@ import asyncpg
 
 from coupon_svc.domain.events import Entry
 from coupon_svc.domain.reports import Report
-from coupon_svc.postgres.entries import ENTRIES_PAGE
 
 ENTRIES_REPORTED_MAX = 10_000
 """Of one shard, in one report: what a statement can take in time."""
@@ -126,9 +125,11 @@ async def silent_processes(connection: asyncpg.Connection, shard: int, epoch: in
     return [row["process_id"] for row in await connection.fetch(_SILENT, shard, epoch)]
 
 
-async def reported_entries(connection: asyncpg.Connection, shard: int, epoch: int, behind: int) -> list[Entry]:
-    """What API processes have reported and the ledger lacks: the next entries of an epoch that end behind a seq."""
-    return [Entry(*row) for row in await connection.fetch(_REPORTED_BEHIND, shard, epoch, behind, ENTRIES_PAGE)]
+async def reported_entries(
+    connection: asyncpg.Connection, shard: int, epoch: int, behind: int, count: int
+) -> list[Entry]:
+    """What API processes have reported and the ledger lacks: up to `count` entries of an epoch that end behind a seq."""
+    return [Entry(*row) for row in await connection.fetch(_REPORTED_BEHIND, shard, epoch, behind, count)]
 
 
 async def contradicted(connection: asyncpg.Connection, shard: int, epoch: int, accounted: int) -> int | None:

@@ -39,7 +39,6 @@ REPLY_TIMEOUT_S = 3.0
 CONNECT_AGAIN_S = 0.2
 """How long nobody tries to connect again after an attempt failed. The writer's loops share the connection, and each of them
 would try by itself."""
-ENTRIES_PER_READ_MAX = 500
 
 
 class Term(NamedTuple):
@@ -342,9 +341,7 @@ class ShardControl:
             flat = []
         return meta_of(dict(zip(flat[::2], flat[1::2], strict=True)))
 
-    async def stream_after(
-        self, shard: int, epoch: int, seq: int, count: int = ENTRIES_PER_READ_MAX
-    ) -> list[StreamEntry]:
+    async def stream_after(self, shard: int, epoch: int, seq: int, count: int) -> list[StreamEntry]:
         """Up to `count` entries that follow (epoch, seq), without waiting. Raises StoreError, WrongKeyType."""
         entries = await self._ask_bytes("XRANGE", self._keys[shard].events, f"({epoch}-{seq}", "+", "COUNT", count)
         return [StreamEntry.of(entry) for entry in entries]
@@ -414,10 +411,13 @@ class ShardControl:
             )
         return [None if lent is None or partly_redeemed is None else _count(lent) for lent, partly_redeemed in counts]
 
-    async def read_events(self, after: Mapping[int, tuple[int, int]], block_ms: int) -> dict[int, list[StreamEntry]]:
-        """Entries of each shard's stream that follow (epoch, seq), waiting up to `block_ms` for the first.
+    async def read_events(
+        self, after: Mapping[int, tuple[int, int]], block_ms: int, count: int
+    ) -> dict[int, list[StreamEntry]]:
+        """Up to `count` entries of each shard's stream that follow (epoch, seq), waiting up to `block_ms` for the first. A
+        shard without any is left out.
 
-        Raises StoreError.
+        Raises StoreError; WrongKeyType when one of the keys is no stream.
         """
         try:
             if self._reader is None or self._reader.closed.done():
@@ -425,7 +425,7 @@ class ShardControl:
             by_stream = {self._keys[shard].events.encode(): shard for shard in after}
             async with replies_within(block_ms / 1000 + REPLY_TIMEOUT_S):
                 reply = await self._reader.ask(
-                    "XREAD", "COUNT", ENTRIES_PER_READ_MAX, "BLOCK", block_ms, "STREAMS", *by_stream,
+                    "XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", *by_stream,
                     *(f"{epoch}-{seq}" for epoch, seq in after.values()),
                 )  # fmt: skip
         except ReplyError as error:

@@ -39,6 +39,7 @@ from coupon_svc.redis.control import Published, ShardControl, Term
 from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.crash import crash_point
+from coupon_svc.writer.portion import Portion
 from coupon_svc.writer.shard import Hole, Shard, Unrecorded
 from coupon_svc.writer.telling import tell_positions
 
@@ -51,10 +52,6 @@ PACE_S = 0.02
 ENOUGH_EVENTS = 500
 """A batch of so many is not waited for."""
 HEAD_CHANGED = "the last hash of its chain was changed: `coupon-svc verify` shows what else was"
-
-
-EVENTS_PER_COMMIT_MAX = 4_000
-"""Of one shard; an entry is never cut up."""
 
 
 class Rewritten(CouponError):
@@ -86,6 +83,7 @@ class Persister:
         self._shards = shards
         self._on_assigned = on_assigned
         self._clock = clock
+        self._portion = Portion()
 
     async def run(self) -> None:
         """Persist until cancelled. Trouble with Redis or Postgres is told, waited out, and never loses an event."""
@@ -93,9 +91,11 @@ class Persister:
             try:
                 await self.turn()
             except StoreError as error:
+                self._portion.failed()
                 log.warning("redis cannot be used: %s", error)
                 await asyncio.sleep(0.2)
             except LedgerUnavailable as error:
+                self._portion.failed()
                 log.warning("postgres cannot be used: %s", error)
                 await self.show_away()
                 await asyncio.sleep(0.2)
@@ -109,15 +109,16 @@ class Persister:
             return
         try:
             entries = await self._store.read_events(
-                {n: (terms[n].epoch, s.committed) for n, s in open_shards.items()}, BLOCK_MS
+                {n: (terms[n].epoch, s.committed) for n, s in open_shards.items()}, BLOCK_MS, self._portion.entries
             )
         except ShardNotUsable:
             await self._shut_unreadable(open_shards)
             return
         batches = []
+        self._portion.begin()
         for number, shard_entries in entries.items():
             try:
-                batches.append(following_batch(open_shards[number], shard_entries))
+                batches.append(following_batch(open_shards[number], shard_entries, self._portion))
             except Exception as error:
                 open_shards[number].report(terms[number], error)
         if not batches:
@@ -127,6 +128,11 @@ class Persister:
         committed = await self._commit(batches)
         await self._publish([(open_shards[one.batch.shard], *one) for one in committed])
         crash_point("persist.published")
+        most = max(map(len, entries.values()))
+        more_waits = most >= self._portion.entries
+        self._portion.committed(most, all_of_it=all(len(one.entries) == len(entries[one.shard]) for one in batches))
+        if more_waits:
+            return
         if sum(len(batch.events) for batch in batches) < ENOUGH_EVENTS and not self._waited_for(batches):
             await asyncio.sleep(read_at + PACE_S - asyncio.get_running_loop().time())
 
@@ -274,8 +280,9 @@ def term_of_batch(batch: Batch) -> Term:
     return Term(batch.shard, batch.epoch, batch.generation)
 
 
-def following_batch(shard: Shard, found: Sequence[StreamEntry]) -> Batch:
-    """The entries of a stream that follow the shard's position, up to the first that does not follow the one before it.
+def following_batch(shard: Shard, found: Sequence[StreamEntry], portion: Portion) -> Batch:
+    """The entries of a stream that follow the shard's position, up to the first that does not follow the one before it, or
+    until the portion is spent.
 
     Raises Hole, or Rewritten, when that is the first of all: whoever opens the shard looks at the next entry alone, and
     would find nothing amiss behind a good one.
@@ -301,7 +308,8 @@ def following_batch(shard: Shard, found: Sequence[StreamEntry]) -> Batch:
             events += events_of(entry)
         except MalformedEntry as error:
             dead += unread_letters(entry, str(error))
-        if len(events) >= EVENTS_PER_COMMIT_MAX:
+        portion.take(entry.n, len(entry.body))
+        if portion.is_spent:
             break
     owned = shard.owned
     return Batch(

@@ -53,6 +53,7 @@ from coupon_svc.redis.control import KEYS_PER_CALL_MAX, ShardControl, Term
 from coupon_svc.redis.errors import WrongKeyType
 from coupon_svc.redis.meta import ShardMeta
 from coupon_svc.writer.crash import crash_point
+from coupon_svc.writer.portion import Portion
 from coupon_svc.writer.shard import term_of
 
 T = TypeVar("T")
@@ -144,15 +145,20 @@ class Recoverer:
         now = await self._store.read_meta(shard)  # it is shut: no script adds to it any more
         # The last event that a script made in the live epoch, where this Redis knows it.
         made = now.seq if now.was == live else None
-        epoch, seq = 0, 0
-        while entries := await self._stream_after(shard, epoch, seq):
-            for number, batch in _by_epoch(shard, [entry for entry in entries if not _made_up(entry, begun, made)]):
+        epoch, seq, portion = 0, 0, Portion()
+        while entries := await self._stream_after(shard, epoch, seq, portion.entries):
+            portion.begin()
+            ours = [entry for entry in entries if not _made_up(entry, begun, made)]
+            for number, batch in _by_epoch(shard, ours, portion):
                 if number == live:
                     reached = await _step(connection, draining.drain(connection, self._writer_id, begun, batch))
                 else:
                     late = late_events.take_late(connection, self._writer_id, begun, number, batch.events)
                     await _step(connection, late)
-            epoch, seq = entries[-1].position
+                epoch, seq = number, batch.upto
+            if not portion.is_spent:
+                epoch, seq = entries[-1].position
+            portion.committed(len(entries), all_of_it=(epoch, seq) == entries[-1].position)
         dead = await _step(connection, first_dead_letter(connection, shard, live))
         if live:  # whoever still waits in that epoch is answered, up to what the ledger could not take
             await self._store.tell_position(shard, live, reached if dead is None else min(reached, dead - 1))
@@ -162,10 +168,10 @@ class Recoverer:
         stands = live > 0 and meta.epoch == live and meta.seq == reached and same and dead is None
         return reached, stands
 
-    async def _stream_after(self, shard: int, epoch: int, seq: int) -> list[StreamEntry]:
+    async def _stream_after(self, shard: int, epoch: int, seq: int, count: int) -> list[StreamEntry]:
         """A key of another type in the stream's place holds nothing; it goes when the shard is certified."""
         try:
-            return await self._store.stream_after(shard, epoch, seq)
+            return await self._store.stream_after(shard, epoch, seq, count)
         except WrongKeyType:
             return []
 
@@ -173,7 +179,7 @@ class Recoverer:
         """Raises HistoryForked when the ledger had events that it lacks now and the stream has not kept: it went back."""
         while reached < told:
             before = reached
-            for raw in await self._stream_after(shard, epoch, reached):
+            for raw in await self._stream_after(shard, epoch, reached, AT_ONCE):
                 with contextlib.suppress(MalformedEntry):
                     entry = parse_entry(*raw)
                     if (entry.epoch, entry.before) == (epoch, reached):
@@ -217,11 +223,18 @@ class Recoverer:
         seq = await _step(connection, processes.contradicted(connection, shard, live, accounted))
         if seq is not None:
             raise HistoryForked(f"an API process has answered from another entry {live}-{seq} than the ledger has")
-        while entries := await _step(connection, processes.reported_entries(connection, shard, live, accounted)):
+        portion = Portion()
+        while entries := await _step(
+            connection, processes.reported_entries(connection, shard, live, accounted, portion.entries)
+        ):
+            portion.begin()
+            for entry in entries:
+                portion.take(entry.n, len(entry.body))
             events = [event for entry in entries for event in events_of(entry)]
             batch = Batch(shard, live, 0, accounted, entries[-1].seq, entries, events)
             log.info("shard %02d: redis has lost %d events; API processes have kept them", shard, len(events))
             accounted = await _step(connection, draining.drain(connection, self._writer_id, begun, batch))
+            portion.committed(len(entries), all_of_it=not portion.is_spent)
         return accounted
 
     async def _wait_for_reports(self, connection: LedgerConnection, shard: int, live: int) -> int:
@@ -461,18 +474,23 @@ def _made_up(entry: StreamEntry, begun: NewEpoch, made: int | None) -> bool:
     return True
 
 
-def _by_epoch(shard: int, found: Sequence[StreamEntry]) -> list[tuple[int, Batch]]:
-    """Stream entries as one batch for each epoch among them. Their generation is 0: nobody compares it."""
+def _by_epoch(shard: int, found: Sequence[StreamEntry], portion: Portion) -> list[tuple[int, Batch]]:
+    """Stream entries, as many as the portion takes, as one batch for each epoch among them. Their generation is 0: nobody
+    compares it."""
     parts: dict[int, tuple[list[Entry], list[Event], list[DeadLetter], list[int]]] = {}
     for raw in found:
+        if portion.is_spent:
+            break
         epoch, seq = raw.position
         entries, events, dead, seqs = parts.setdefault(epoch, ([], [], [], []))
         seqs.append(seq)
         try:
             entry = parse_entry(*raw)
         except MalformedEntry as error:
+            portion.take(1, sum(map(len, raw.fields)))
             dead.append(garbled_letter(raw.position, raw.fields, str(error)))
             continue
+        portion.take(entry.n, len(entry.body))
         entries.append(entry)
         try:
             events += events_of(entry)

@@ -19,10 +19,11 @@ from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_CONFIRMED, Event
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.domain.reports import Report
-from coupon_svc.postgres import epochs, late_events, outstanding, processes, rebuild_source, settling
+from coupon_svc.postgres import draining, epochs, late_events, outstanding, processes, rebuild_source, settling
 from coupon_svc.postgres.database import one_row, open_connection
 from coupon_svc.postgres.epochs import NewEpoch, Verdict
 from coupon_svc.postgres.errors import LedgerUnavailable, NotOwner
+from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.late_events import redeem_receipt
 from coupon_svc.postgres.lone_leases import BROUGHT_AT_ONCE, lease_code, settle_lone_leases
 from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago, note_marks
@@ -36,11 +37,12 @@ from coupon_svc.resources import resource_folder
 from coupon_svc.writer import recover as recover_module
 from coupon_svc.writer import upkeep as upkeep_module
 from coupon_svc.writer.lend import Lender
+from coupon_svc.writer.portion import BYTES_PER_COMMIT_MAX
 from coupon_svc.writer.recover import Recoverer
 from coupon_svc.writer.shard import Shard
 from coupon_svc.writer.upkeep import Upkeep
 from coupon_svc.writer.writer import Writer
-from tests.entries import entry_of
+from tests.entries import entry_of, fields_of
 from tests.harness import Stack, fresh_database, running_stack, until
 from tests.owned import open_shard
 
@@ -150,6 +152,30 @@ async def keep_up(bench: Bench, *, sweep: bool) -> None:
 async def account(bench: Bench, book_id: str) -> None:
     while await outstanding.account_piece(bench.ledger, book_id):
         pass
+
+
+# --- what the stream still holds
+
+
+async def test_large_entries_are_drained_in_several_transactions(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in one might not end in time, and would be tried again for ever."""
+    epoch, keys, number, size = (await bench.owned()).epoch, ShardKeys(0, SHARDS), 20, 512 * 1024
+    for seq in range(1, number + 1):
+        event = Event(epoch, seq, COUPON_ASSIGNED, "bk_00none", f"D-{seq}", "u", 1, fingerprint="f" * size)
+        entry = entry_of(event, after=f"t{seq - 1}" if seq > 1 else "", tip=f"t{seq}")
+        await bench.redis.xadd(keys.events, fields_of(entry), id=f"{epoch}-{seq}")
+    await bench.redis.hset(keys.meta, mapping={"seq": number, "tip": f"t{number}"})
+    sizes: list[int] = []
+    drain = draining.drain
+
+    async def drain_piece(connection: Any, writer_id: str, begun: NewEpoch, batch: Batch) -> int:
+        sizes.append(sum(len(entry.body) for entry in batch.entries))
+        return await drain(connection, writer_id, begun, batch)
+
+    monkeypatch.setattr(draining, "drain", drain_piece)
+    await bench.recover()
+    assert await epochs.last_seq(bench.ledger, 0, epoch) == number
+    assert max(sizes) < BYTES_PER_COMMIT_MAX + 2 * size
 
 
 # --- what is still to come

@@ -11,23 +11,21 @@ import msgspec
 import pytest
 
 from coupon_svc.dev.servers import EmbeddedRedis
-from coupon_svc.domain.events import COUPON_ASSIGNED, Entry, Event, MalformedEntry
-from coupon_svc.domain.position import Epoch, Position, Seq
+from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.postgres import lending
 from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.lending import BookNow, Lease
 from coupon_svc.postgres.shards import OwnedShard
-from coupon_svc.redis.codec import StreamEntry
 from coupon_svc.redis.control import CODES_PER_CALL_MAX, ShardControl
 from coupon_svc.redis.errors import OutOfMemory, ShardNotUsable, StoreError
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.lend import Lender
-from coupon_svc.writer.persist import EVENTS_PER_COMMIT_MAX, Persister, Rewritten, following_batch
-from coupon_svc.writer.shard import Hole, Shard, Shut, term_of
+from coupon_svc.writer.persist import Persister
+from coupon_svc.writer.shard import Shard, Shut, term_of
 from tests.books import A_BOOK
-from tests.entries import batch_of, entry_of, fields_of
+from tests.entries import batch_of
 from tests.harness import fresh_database
 from tests.owned import recovered_shard
 from tests.scripts.runner import new_rules
@@ -76,44 +74,6 @@ async def test_a_position_of_the_epoch_before_is_not_told_in_the_next(recovered:
     await persister._publish([(shard, old, b"x" * 32)])
     assert (shard.committed, shard.chain, assigned) == (0, CHAIN, [])
     assert (await store.read_meta(before.shard)).committed == 0
-
-
-def test_what_comes_before_a_hole_is_committed() -> None:
-    """Else the shard is found in order by its next entry, opened, and shut again by the persister, for ever."""
-    shard = Shard(OwnedShard(0, 3, 7, 1, CHAIN, "t7"))
-    event = Event(3, 8, COUPON_ASSIGNED, "b", "A-1", "u", 1)
-    follows = entry_of(event, event._replace(seq=9), after="t7", tip="t9")
-    other = entry_of(event._replace(seq=10), after="x", tip="t10")
-    entries = [found(follows), found(other), StreamEntry(Position.parse("4-7"), [b"by", b"hand"])]
-    batch = following_batch(shard, entries)
-    assert (batch.committed, batch.upto, len(batch.events), batch.last_tip) == (7, 9, 2, "t9")
-    with pytest.raises(Hole, match="event 3-8 is missing, 3-10 came instead"):
-        following_batch(shard, entries[1:])
-    with pytest.raises(MalformedEntry):
-        following_batch(shard, entries[2:])
-    with pytest.raises(Rewritten):
-        following_batch(shard, [found(follows._replace(after="x"))])
-
-
-def test_a_commit_takes_so_many_events_and_the_next_one_goes_on_from_there() -> None:
-    shard = Shard(OwnedShard(0, 3, 0, 1, CHAIN, "t0"))
-    each = EVENTS_PER_COMMIT_MAX // 4
-    event = Event(3, 0, COUPON_ASSIGNED, "b", "A-1", "u", 1)
-    entries = [
-        entry_of(*(event._replace(seq=each * no + one + 1) for one in range(each)), after=f"t{no}", tip=f"t{no + 1}")
-        for no in range(6)
-    ]
-    batch = following_batch(shard, [found(entry) for entry in entries])
-    assert (len(batch.events), batch.upto, batch.last_tip) == (EVENTS_PER_COMMIT_MAX, 4 * each, "t4")
-    shard.advanced(shard.term, batch.upto, CHAIN, batch.last_tip)
-    batch = following_batch(shard, [found(entry) for entry in entries[4:]])
-    assert (batch.committed, batch.upto, len(batch.events)) == (4 * each, 6 * each, 2 * each)
-
-
-def found(entry: Entry) -> StreamEntry:
-    """The entry as it stands in the stream."""
-    fields = [text if isinstance(text, bytes) else text.encode() for pair in fields_of(entry).items() for text in pair]
-    return StreamEntry(Position(Epoch(entry.epoch), Seq(entry.seq)), fields)
 
 
 async def test_codes_that_were_lent_in_the_epoch_before_are_not_brought_in_the_next(recovered: Recovered) -> None:
