@@ -229,7 +229,7 @@ class Walk(RuleBasedStateMachine):
         codes = again + fresh
         load: dict[str, Any] = {
             **self.keys_of(book.book_id, "free", "holders"),
-            "unlent": len(book.codes) - book.lent,
+            "kept_back": len(book.codes) - book.lent,
             "scores": [score(code) for code in codes],
             "codes": codes,
         }
