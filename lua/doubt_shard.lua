@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 --[[
-doubt_shard: a caller found that keys of the shard are missing. Nothing is decided in it until its owner has recovered it.
-The epoch it was in stays on record as `was`.
+doubt_shard: a caller found the shard damaged: keys are missing or of another type, or it is behind what was seen of it.
+Nothing is decided in it until its owner has recovered it. The epoch it was in stays on record as `was`.
 
 Keys
   meta      hash    read, write

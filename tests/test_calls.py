@@ -182,6 +182,17 @@ async def test_a_stream_that_takes_no_entry_puts_its_shard_in_doubt_before_anyth
     }
 
 
+async def test_a_shard_is_put_in_doubt_though_redis_has_lost_the_script(api: Api, admin: Any) -> None:
+    await admin.script_flush()
+    view = api.plane.views[0]
+    await api.plane.doubt(view)
+
+    async def is_doubted() -> bool:
+        return bool(await admin.hget(view.keys.meta, "epoch") == "doubt")
+
+    await until(is_doubted, 5)
+
+
 async def test_a_shard_in_doubt_takes_no_other_with_it(api: Api, admin: Any) -> None:
     await admin.hset(api.plane.views[0].keys.meta, "epoch", "doubt")
     told = await asyncio.gather(api.all_in_one_turn(0), api.all_in_one_turn(1))

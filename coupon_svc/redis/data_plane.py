@@ -168,9 +168,14 @@ class DataPlane:
         self._suspect(view)
 
     def _send_doubt(self, view: ShardView, seen_seq: int) -> None:
+        """Nobody tells the owner: it finds the epoch changed when it writes next, within a second
+        (coupon_svc/writer/showing.py). No reply is read, so the script is loaded each time: the server may have lost it. What
+        finds the shard as it was doubts it again."""
         if self._connection is not None:
-            command = self._scripts["doubt_shard"].pack(meta=view.keys.meta, epoch=view.epoch, seen_seq=seen_seq)
+            script = self._scripts["doubt_shard"]
+            command = script.pack(meta=view.keys.meta, epoch=view.epoch, seen_seq=seen_seq)
             with contextlib.suppress(NotSent):
+                self._connection.submit(("SCRIPT", "LOAD", script.source), lambda _: None)
                 self._connection.submit(command, lambda _: None)
 
     async def _load_again(self) -> None:

@@ -1,4 +1,6 @@
-"""The one way to run a script: EVALSHA, once more when the script was not loaded, and every refusal as an exception."""
+"""How a shard's owner runs a script: EVALSHA, once more when the script was not loaded, and every refusal as an exception.
+
+The API runs functions (coupon_svc/redis/dispatcher.py), and of the scripts only `doubt_shard`, whose reply it does not read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Lua: the scripts of a shard's owner, one file each in `lua/`, and the library of the API's calls.
+"""The Lua: the scripts of a shard's owner and `doubt_shard` of the API, one file each in `lua/`; the library of the API's calls.
 
 The library is `lua/call.lua` with all operations in it (`lua/operations/`, one file each). What several files share are
 functions in `lua/include/`.
