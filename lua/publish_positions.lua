@@ -26,7 +26,7 @@ Args
 
 Replies, the first that applies
   clock(now_ms)      the clocks of Redis and Postgres are too far apart; nothing was written
-  ok(verdicts)       for each shard [ok, seq], or [suspect, why]: `epoch`, `owner`, `meta` or `server`, as the fence found it; `position` goes back or ahead; `entry`: the one there is another
+  ok(verdicts)       for each shard [ok, seq], or [suspect, why]: `epoch`, `owner`, `meta` or `server`, as the fence found it; `position` goes back or ahead; `entry`: the one there is another; `type`: a key has another type
 ]]
 -- include: owner
 -- include: clock

@@ -347,18 +347,18 @@ class ShardControl:
         return [StreamEntry.of(entry) for entry in entries]
 
     async def entry_at(self, shard: int, epoch: int, seq: int) -> StreamEntry | None:
-        """The stream's entry at a position; None when there is none. Raises StoreError."""
+        """The stream's entry at a position; None when there is none. Raises StoreError, WrongKeyType."""
         entries = await self._ask_bytes("XRANGE", self._keys[shard].events, f"{epoch}-{seq}", f"{epoch}-{seq}")
         return StreamEntry.of(entries[0]) if entries else None
 
     async def newest_entry(self, shard: int, below_epoch: int) -> Position | None:
-        """The position of the last entry of the shard's stream in an epoch below this one. Raises StoreError."""
+        """The position of the last entry of the stream in an epoch below this one. Raises StoreError, WrongKeyType."""
         entries = await self._ask_bytes("XREVRANGE", self._keys[shard].events, f"({below_epoch}-0", "-", "COUNT", 1)
         return StreamEntry.of(entries[0]).position if entries else None
 
     async def holders(self, shard: int, book_id: str) -> AsyncIterator[list[tuple[str, str]]]:
         """Every code of a book that somebody holds in Redis, with what is kept of it, some at a time; a code may come
-        twice. Raises StoreError."""
+        twice. Raises StoreError, WrongKeyType."""
         cursor = "0"
         while True:
             cursor, flat = await self._ask("HSCAN", self._keys[shard].holders(book_id), cursor, "COUNT", 1000)
@@ -367,7 +367,7 @@ class ShardControl:
                 return
 
     async def pool_counts(self, shard: int, book_id: str) -> tuple[int, int, int]:
-        """(codes in the pool, codes held, codes ever brought) of a book as it stands in Redis. Raises StoreError."""
+        """(codes in the pool, codes held, codes ever brought) of a book in Redis. Raises StoreError, WrongKeyType."""
         keys = self._keys[shard]
         return (
             int(await self._ask("ZCARD", keys.free(book_id))),
@@ -402,7 +402,7 @@ class ShardControl:
 
     async def held_counts(self, shard: int, book_ids: Sequence[str]) -> list[int | None]:
         """How many codes of each book were ever brought to Redis; None for a book that it does not have as this version
-        keeps it. Raises StoreError."""
+        keeps it. Raises StoreError, WrongKeyType."""
         keys, counts = self._keys[shard], []
         for start in range(0, len(book_ids), KEYS_PER_CALL_MAX):
             some = book_ids[start : start + KEYS_PER_CALL_MAX]

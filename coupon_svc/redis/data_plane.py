@@ -169,8 +169,8 @@ class DataPlane:
 
     def _send_doubt(self, view: ShardView, seen_seq: int) -> None:
         """Nobody tells the owner: it finds the epoch changed when it writes next, within a second
-        (coupon_svc/writer/showing.py). No reply is read, so the script is loaded each time: the server may have lost it. What
-        finds the shard as it was doubts it again."""
+        (coupon_svc/writer/showing.py). No reply is read, so the script is loaded each time: the server may have lost it.
+        Should this fail, whatever finds the damage next says so again."""
         if self._connection is not None:
             script = self._scripts["doubt_shard"]
             command = script.pack(meta=view.keys.meta, epoch=view.epoch, seen_seq=seen_seq)

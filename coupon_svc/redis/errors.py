@@ -76,6 +76,10 @@ class CountsDiffer(ShardNotUsable):
     """A book or some of its codes are missing from Redis."""
 
 
+class FormatDiffers(ShardNotUsable):
+    """The shard was certified by a version whose entries have another format."""
+
+
 class WrongKeyType(ShardNotUsable):
     """A key of the shard has a type that the service does not give it."""
 
@@ -92,6 +96,8 @@ _BY_REASON: dict[str, type[ShardNotUsable]] = {
     "position": PositionMismatch,
     "entry": EventDiffers,
     "counts": CountsDiffer,
+    "format": FormatDiffers,
+    "type": WrongKeyType,
 }
 
 

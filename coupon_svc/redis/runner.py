@@ -1,6 +1,6 @@
 """How a shard's owner runs a script: EVALSHA, once more when the script was not loaded, and every refusal as an exception.
 
-The API runs functions (coupon_svc/redis/dispatcher.py), and of the scripts only `doubt_shard`, whose reply it does not read."""
+The API runs functions (coupon_svc/redis/dispatcher.py). Its only script is `doubt_shard`, whose reply it does not read."""
 
 from __future__ import annotations
 

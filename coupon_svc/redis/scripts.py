@@ -1,4 +1,5 @@
-"""The Lua: the scripts of a shard's owner and `doubt_shard` of the API, one file each in `lua/`; the library of the API's calls.
+"""The Lua: scripts, one file each in `lua/` (`doubt_shard` is the API's, the others are the owner's), and the library of the
+API's calls.
 
 The library is `lua/call.lua` with all operations in it (`lua/operations/`, one file each). What several files share are
 functions in `lua/include/`.

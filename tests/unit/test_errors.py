@@ -38,6 +38,8 @@ def test_every_exception_of_the_package_is_a_coupon_error() -> None:
         ("position", errors.PositionMismatch),
         ("entry", errors.EventDiffers),
         ("counts", errors.CountsDiffer),
+        ("format", errors.FormatDiffers),
+        ("type", errors.WrongKeyType),
         ("", errors.ShardNotUsable),
         ("a reason of a later version", errors.ShardNotUsable),
     ],
