@@ -1,6 +1,4 @@
 -- include: overlay
--- A lock is planned as {"SET", key, token, "PX", ttl_ms}, or as {"DEL", key} when it is dropped.
-
 -- The token that holds the lock, false without one; and the milliseconds it has left.
 local function read_lock(lock_key)
   local command = commands[lock_key]
@@ -26,19 +24,9 @@ local function find_lock(lock_key, shown_token)
 end
 
 local function set_lock(lock_key, token, ttl_ms)
-  local command = commands[lock_key]
-  if command then
-    command[1], command[3], command[4], command[5] = "SET", token, "PX", ttl_ms
-  else
-    plan(lock_key, {"SET", lock_key, token, "PX", ttl_ms})
-  end
+  plan(lock_key, {"SET", lock_key, token, "PX", ttl_ms})
 end
 
 local function drop_lock(lock_key)
-  local command = commands[lock_key]
-  if command then
-    command[1], command[3], command[4], command[5] = "DEL", nil, nil, nil
-  else
-    plan(lock_key, {"DEL", lock_key})
-  end
+  plan(lock_key, {"DEL", lock_key})
 end

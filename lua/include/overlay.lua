@@ -1,13 +1,13 @@
--- What the operations of a section are about to write, and nobody has written yet: their events; and one command for each
--- key (of a count: for each field), in their order, and by that name. Each operation reads through them. It adds its own
--- writes at its end, when nothing can raise any more: one that raises leaves nothing behind.
+-- What the operations of a section are about to write, and nobody has written yet: their events; and their commands, in
+-- their order. The last one for a key (of a count: for a field) is found by that name, too. Each operation reads through
+-- them. It adds its own writes at its end, when nothing can raise any more: one that raises leaves nothing behind.
 local events, commands, pools
 
 local function begin_section()
   events, commands, pools = {}, {}, {}
 end
 
--- Plan the first command for a key.
+-- Plan a command for a key.
 local function plan(key, command)
   commands[#commands + 1] = command
   commands[key] = command
