@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
+from coupon_svc.domain.position import Position
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.invariants.chains import Head, walk_history
 from coupon_svc.invariants.ledger import LedgerCheck
@@ -220,7 +221,7 @@ async def test_a_receipt_for_a_dead_letter_leaves_it_in_the_chain(ledger: asyncp
         """
     )
     async with ledger.transaction():
-        assert await redeem_receipt(ledger, 0, "bk_00x", "CODE-4", Receipt("ann", 1, 4, AT_MS))
+        assert await redeem_receipt(ledger, 0, "bk_00x", "CODE-4", Receipt("ann", Position.parse("1-4"), AT_MS))
     history = await walk_history(ledger, 0)
     assert (history.findings, history.head.position, history.head.late_events) == ([], "00:1-8", 3)
     checks = (LedgerCheck.POSITIONS, LedgerCheck.LATE_EVENT)

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from coupon_svc.dev.servers import ServerError
 from coupon_svc.dev.throwaway import ThrowawayError, signals_raise, throwaway_service
 from coupon_svc.domain.errors import CouponError
+from coupon_svc.domain.position import Position
 from coupon_svc.postgres.database import open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable
 
@@ -307,7 +308,7 @@ async def _read_ledger(database_url: str, book: dict[str, Any]) -> None:
         await connection.close()
     print("\nWhat Postgres holds of this book")
     for row in events:
-        position = f"{row['shard']:02d}:{row['epoch']}-{row['seq']}"
+        position = Position(row["epoch"], row["seq"]).in_shard(row["shard"])
         print(f"     event       {position:8} {row['event']:16} {row['code']:17} {row['user_id']}")
     for row in coupons:
         print(f"     coupon      {row['code']:17} of {row['user_id']:6} redeemed {row['uses']} of 1 times")

@@ -38,6 +38,10 @@ class Position(NamedTuple):
         """The position as callers see it, with its shard: `07:4-17`."""
         return f"{shard:02d}:{self.epoch}-{self.seq}"
 
+    def redemption_id(self, shard: int) -> str:
+        """The id of the redemption at this position, as callers see it: `rd_07_4_17`."""
+        return f"rd_{shard:02d}_{self.epoch}_{self.seq}"
+
 
 def parse_shard_position(text: str) -> tuple[ShardNo, Position]:
     """The shard and the position in a text such as `07:4-17`. Raises ValueError."""

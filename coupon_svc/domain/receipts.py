@@ -18,14 +18,13 @@ class Receipt(NamedTuple):
     """What a receipt proves: this user was given this code, at this position. `at_ms` is when."""
 
     user_id: str
-    epoch: int
-    seq: int
+    position: Position
     at_ms: int
 
 
 def make_receipt(secret: bytes, tenant_id: int, book_id: str, code: str, receipt: Receipt) -> str:
     """The receipt as text, URL-safe. The code is not in it, but in what is signed."""
-    payload = f"{receipt.epoch}-{receipt.seq} {receipt.at_ms} {receipt.user_id}".encode()
+    payload = f"{receipt.position} {receipt.at_ms} {receipt.user_id}".encode()
     return _PREFIX + urlsafe_b64encode(_mac(secret, tenant_id, book_id, code, payload) + payload).decode()
 
 
@@ -39,8 +38,7 @@ def check_receipt(secret: bytes, tenant_id: int, book_id: str, code: str, text: 
     if not hmac.compare_digest(mac, _mac(secret, tenant_id, book_id, code, payload)):
         return None
     position, at_ms, user_id = payload.decode().split(" ", 2)
-    epoch, seq = Position.parse(position)
-    return Receipt(user_id, epoch, seq, int(at_ms))
+    return Receipt(user_id, Position.parse(position), int(at_ms))
 
 
 def _mac(secret: bytes, tenant_id: int, book_id: str, code: str, payload: bytes) -> bytes:

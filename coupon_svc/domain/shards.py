@@ -14,7 +14,8 @@ CLUSTER_SLOTS = 16_384
 _SUFFIX_SYMBOLS = "abcdefghijklmnopqrstuvwxyz"
 _ID_SYMBOLS = "0123456789abcdefghjkmnpqrstvwxyz"
 _ID_LENGTH = 16
-_BOOK_ID = re.compile(rf"bk_([0-9]{{2}})[0-9A-Za-z]{{{_ID_LENGTH}}}")
+_BEGIN_OF_ID = re.compile("bk_([0-9]{2})")
+_BOOK_ID = re.compile(rf"{_BEGIN_OF_ID.pattern}[0-9A-Za-z]{{{_ID_LENGTH}}}")
 
 
 def key_slot(tag: str) -> int:
@@ -53,4 +54,6 @@ def book_shard(book_id: str, shards: int) -> int | None:
 
 def shard_of(book_id: str) -> ShardNo:
     """The shard that the id of an existing book names; `book_shard` judges an id that a caller sent."""
-    return ShardNo(int(book_id[3:5]))
+    parts = _BEGIN_OF_ID.match(book_id)
+    assert parts is not None
+    return ShardNo(int(parts[1]))

@@ -218,7 +218,7 @@ class Coupons:
         )
         position = redeemed.position
         answer = schemas.RedeemAnswer(
-            redemption_id=f"rd_{redeemed.shard:02d}_{position.epoch}_{position.seq}",
+            redemption_id=position.redemption_id(redeemed.shard),
             code=redeemed.code,
             book_id=redeemed.book_id,
             user_id=redeemed.user_id,

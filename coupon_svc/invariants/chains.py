@@ -15,7 +15,7 @@ import msgspec
 
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
 from coupon_svc.domain.events import RECORD_FIELDS, Entry
-from coupon_svc.domain.position import parse_shard_position
+from coupon_svc.domain.position import Epoch, Position, Seq, parse_shard_position
 from coupon_svc.invariants.check import Check
 from coupon_svc.postgres.database import LedgerConnection, one_row
 from coupon_svc.postgres.events import DeadLetter
@@ -94,7 +94,7 @@ async def walk_history(
     connection: LedgerConnection, shard: int, earlier: Head | None = None, progress: Callable[[int], None] | None = None
 ) -> History:
     """Compute both chains of a shard anew, as they are at one moment. `progress` is told the number of rows so far."""
-    positions = _Chain("positions", shard, lambda at: f"{shard:02d}:{at[0]}-{at[1]}")
+    positions = _Chain("positions", shard, lambda at: _position(at).in_shard(shard))
     late = _Chain("late events", shard, lambda at: f"late event {at[0]} of shard {shard:02d}")
     if earlier is not None and earlier.position is not None:
         _, position = parse_shard_position(earlier.position)
@@ -166,6 +166,11 @@ class _Chain:
         if self._sought is not None:
             found.append((ChainCheck.GONE.format(self._what, self.name(self._sought[0])), 1))
         return found
+
+
+def _position(at: Place) -> Position:
+    epoch, seq = at
+    return Position(Epoch(epoch), Seq(seq))
 
 
 async def _by_position(connection: LedgerConnection, shard: int) -> AsyncIterator[tuple[Any, tuple[Any, ...]]]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from coupon_svc.domain.position import parse_shard_position
+from coupon_svc.domain.position import Position, parse_shard_position
 from coupon_svc.invariants.answers import Book, Coupon, History
 from coupon_svc.invariants.check import Check
 from coupon_svc.postgres.database import LedgerConnection
@@ -165,4 +165,4 @@ def _durable_positions(answered: Mapping[str, Coupon]) -> list[str]:
 
 
 def _position(row: Any) -> str:
-    return f"{row['shard']:02d}:{row['epoch']}-{row['seq']}"
+    return Position(row["epoch"], row["seq"]).in_shard(row["shard"])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from coupon_svc.config import Settings
 from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.holding import Holding
-from coupon_svc.domain.position import Position
+from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres.computed.ciphers import Ciphers, check_master_key
 from coupon_svc.postgres.computed.ranges import move_counters
 from coupon_svc.postgres.computed.rows import give_rows
@@ -105,12 +105,13 @@ class Stopped(NamedTuple):
         return 1 + max(self.generation, self.meta.generation or 0)
 
     def __str__(self) -> str:
-        last_there = f"{self.meta.epoch or self.meta.was}-{self.meta.seq}" if self.meta.seq is not None else "none"
+        ledger = Position(Epoch(self.certified_epoch), Seq(self.last_seq))
+        redis = Position(Epoch(self.meta.epoch or self.meta.was or 0), Seq(self.meta.seq or 0))
         rows = (
             ("", "the ledger", "Redis"),
             ("generation", self.generation, self.meta.generation or "none"),
             ("epoch", self.epoch, self.meta.newest_epoch or "none"),
-            ("last event", f"{self.certified_epoch}-{self.last_seq}", last_there),
+            ("last event", str(ledger), "none" if self.meta.seq is None else str(redis)),
         )
         lines = [f"shard {self.shard:02d} is stopped: {self.reason}"]
         lines += [f"  {name:<12}{here:>14}{there:>16}".rstrip() for name, here, there in rows]

@@ -65,11 +65,12 @@ async def redeem_receipt(connection: asyncpg.Connection, shard: int, book_id: st
     another event at the receipt's position: which of the two histories is true is for an operator to say.
     """
     await connection.execute("SELECT FROM books WHERE book_id = $1 FOR UPDATE", book_id)
-    if not await known_seqs(connection, shard, receipt.epoch, [receipt.seq]) and await release(
-        connection, book_id, code, receipt.epoch, "receipt"
+    epoch, seq = receipt.position
+    if not await known_seqs(connection, shard, epoch, [seq]) and await release(
+        connection, book_id, code, epoch, "receipt"
     ):
         await _count_as_lent(connection, book_id, code)
-        event = Event(receipt.epoch, receipt.seq, COUPON_ASSIGNED, book_id, code, receipt.user_id, receipt.at_ms)
+        event = Event(epoch, seq, COUPON_ASSIGNED, book_id, code, receipt.user_id, receipt.at_ms)
         await note_late(connection, shard, [(event, True)])
         return True
     holder = await connection.fetchval("SELECT user_id FROM coupons WHERE book_id = $1 AND code = $2", book_id, code)

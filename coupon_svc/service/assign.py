@@ -262,7 +262,7 @@ class Assigning:
         secret = self._registration.receipt_secret
         receipt = None
         if ack != "ledger" and secret is not None:
-            proof = Receipt(user_id, assigned.epoch, assigned.seq, at_ms)
+            proof = Receipt(user_id, assigned, at_ms)
             receipt = make_receipt(secret, tenant_id, book_id, code, proof)
         left = reply.redemptions_left
         return Assigned(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.outcomes import Outcome, Refused
-from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.domain.receipts import check_receipt
 from coupon_svc.hot import in_a_task
 from coupon_svc.postgres.database import Database
@@ -41,8 +40,7 @@ class ReceiptRescue:
         async with self._database.connection(left_s, wait_s=left_s) as connection, connection.transaction():
             if not await redeem_receipt(connection, view.shard, book_id, code, receipt):
                 return False
-        position = Position(Epoch(receipt.epoch), Seq(receipt.seq))
-        holding = Holding(position, position, 0, receipt.at_ms, receipt.user_id)
+        holding = Holding(receipt.position, receipt.position, 0, receipt.at_ms, receipt.user_id)
         try:
             await self._plane.call(
                 "release_coupon",

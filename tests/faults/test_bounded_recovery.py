@@ -17,6 +17,7 @@ import pytest
 from coupon_svc.config import load_settings
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_CONFIRMED, Event
+from coupon_svc.domain.position import Position
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.domain.reports import Report
 from coupon_svc.postgres import draining, epochs, late_events, outstanding, processes, rebuild_source, settling
@@ -521,7 +522,7 @@ async def test_a_receipt_that_comes_in_the_middle_of_a_rebuild_makes_no_second_r
             came.append(True)
             other = await asyncpg.connect(bench.url)
             async with other.transaction():
-                assert await redeem_receipt(other, 0, book_id, "R-999", Receipt("late", 1, 5000, 1))
+                assert await redeem_receipt(other, 0, book_id, "R-999", Receipt("late", Position.parse("1-5000"), 1))
             await other.close()
         await honest(*args)
 

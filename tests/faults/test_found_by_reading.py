@@ -16,6 +16,7 @@ from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.api_keys import ApiKey
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.domain.position import Position
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.http.auth import KeyRing
 from coupon_svc.postgres import late_events, rebuild_source
@@ -296,7 +297,7 @@ async def lose(ledger: asyncpg.Connection, codes: list[str]) -> NewEpoch:
 async def test_late_events_before_one_that_a_receipt_brought_back_are_taken_in(ledger: asyncpg.Connection) -> None:
     begun = await lose(ledger, ["A-1", "A-2"])
     async with ledger.transaction():
-        assert await redeem_receipt(ledger, 0, BOOK, "A-2", Receipt("bob", 5, 2, 1))
+        assert await redeem_receipt(ledger, 0, BOOK, "A-2", Receipt("bob", Position.parse("5-2"), 1))
     late = [Event(5, seq, COUPON_ASSIGNED, BOOK, f"A-{seq}", user, 1) for seq, user in ((1, "ann"), (2, "bob"))]
     for _ in range(2):
         await late_events.take_late(ledger, "w", begun, 5, late)

@@ -8,6 +8,7 @@ import asyncpg
 import pytest
 
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_REDEEMED, Event
+from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.postgres import late_events
 from coupon_svc.postgres.epochs import NewEpoch
@@ -65,13 +66,13 @@ async def test_a_late_event_gives_a_code_to_its_user_only_in_its_own_epoch(ledge
 
 async def test_a_receipt_brings_back_only_what_was_lost_in_its_epoch(ledger: asyncpg.Connection) -> None:
     async with ledger.transaction():
-        assert not await redeem_receipt(ledger, 0, BOOK, CODE, Receipt("ann", 1, 1, 1))
+        assert not await redeem_receipt(ledger, 0, BOOK, CODE, Receipt("ann", Position.parse("1-1"), 1))
     assert await holder(ledger) is None
     async with ledger.transaction():
-        assert await redeem_receipt(ledger, 0, BOOK, CODE, Receipt("bob", LOST_IN, 1, 1))
+        assert await redeem_receipt(ledger, 0, BOOK, CODE, Receipt("bob", Position(Epoch(LOST_IN), Seq(1)), 1))
     assert await holder(ledger) == "bob"
     async with ledger.transaction():
-        assert not await redeem_receipt(ledger, 0, BOOK, CODE, Receipt("ann", 1, 1, 1))
+        assert not await redeem_receipt(ledger, 0, BOOK, CODE, Receipt("ann", Position.parse("1-1"), 1))
 
 
 async def test_a_receipt_whose_position_is_another_events_is_for_an_operator(ledger: asyncpg.Connection) -> None:
@@ -82,14 +83,14 @@ async def test_a_receipt_whose_position_is_another_events_is_for_an_operator(led
         BOOK,
     )
     async with ledger.transaction():
-        assert not await redeem_receipt(ledger, 0, BOOK, CODE, Receipt("bob", LOST_IN, 1, 1))
+        assert not await redeem_receipt(ledger, 0, BOOK, CODE, Receipt("bob", Position(Epoch(LOST_IN), Seq(1)), 1))
     assert await ledger.fetchval("SELECT count(*) FROM quarantine") == 1
 
 
 async def test_an_operator_decides_what_is_in_quarantine_whatever_its_epoch(ledger: asyncpg.Connection) -> None:
     assert await deal_again(ledger, BOOK) == 1
     async with ledger.transaction():
-        assert not await redeem_receipt(ledger, 0, BOOK, CODE, Receipt("bob", LOST_IN, 1, 1))
+        assert not await redeem_receipt(ledger, 0, BOOK, CODE, Receipt("bob", Position(Epoch(LOST_IN), Seq(1)), 1))
     assert await ledger.fetchval("SELECT decision FROM quarantine_decisions") == "dealt_again"
 
 

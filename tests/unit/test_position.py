@@ -33,6 +33,7 @@ def test_positions_are_ordered_by_epoch_and_then_by_seq(some: list[Position]) ->
 def test_the_texts_are_those_of_the_api_and_of_the_stream() -> None:
     position = Position(Epoch(4), Seq(17))
     assert (str(position), position.in_shard(7)) == ("4-17", "07:4-17")
+    assert position.redemption_id(7) == "rd_07_4_17"
     assert position.next == Position.parse("4-18")
 
 

@@ -8,15 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.domain.receipts import Receipt, check_receipt, make_receipt
 
 SECRET = bytes(range(32))
-RECEIPT = Receipt("ann of Kent", 4, 17, 1_795_357_061_878)
+RECEIPT = Receipt("ann of Kent", Position.parse("4-17"), 1_795_357_061_878)
 users = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
 numbers = st.integers(1, 2**53)
+positions = st.builds(Position, numbers.map(Epoch), numbers.map(Seq))
 
 
-@given(st.builds(Receipt, users, numbers, numbers, numbers))
+@given(st.builds(Receipt, users, positions, numbers))
 def test_a_receipt_comes_back_from_its_text(receipt: Receipt) -> None:
     text = make_receipt(SECRET, 7, "bk_00book", "SAVE-10", receipt)
     assert re.fullmatch(r"rc_[A-Za-z0-9_=-]+", text), "it is safe in a URL"
