@@ -112,7 +112,7 @@ async def require_not_closed(connection: asyncpg.Connection, book_id: str) -> No
 
 
 async def tell_owner(connection: asyncpg.Connection, shard: int) -> None:
-    """Wake the writer that owns the shard, once the transaction has committed."""
+    """Wake the writer that owns the shard, once the transaction has committed. All writers are woken, and look."""
     await connection.execute("SELECT pg_notify($1, $2)", WRITER_CHANNEL, str(shard))
 
 

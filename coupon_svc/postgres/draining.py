@@ -36,7 +36,7 @@ _USES = """
 
 
 async def drain(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, batch: Batch) -> int:
-    """Step 3: entries of the live epoch into the ledger, though it is over. Those that the ledger has must be the same;
+    """Step 3: entries of the live epoch, which has just ended, into the ledger. Those that the ledger has must be the same;
     those that are missing before or among them are noted as dead letters.
 
     `dead` of the batch are entries of which nothing can be read. Returns the seq up to which the ledger accounts for the

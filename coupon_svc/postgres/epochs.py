@@ -11,12 +11,15 @@ from coupon_svc.postgres.shards import OwnedShard, require_recoverer
 
 EPOCH_CHANNEL = "coupon_epoch"
 """NOTIFY channel on which API processes hear that an epoch has begun: they answer nothing of the older one any more."""
+# Where `epoch` changes, the trigger `an_epoch_ends` does the rest (sql/0012_entries.sql, sql/0017_epochs_begin_at_zero.sql):
+# the old epoch's `committed` and `tip` become its row in `epochs`, and the new one begins at 0 and "".
 _BEGIN_EPOCH = """
     UPDATE shards SET epoch = epoch + 1
     WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 AND stopped IS NULL
     RETURNING shard, epoch, committed, generation, chain, tip, certified_epoch, settled_epoch, rebuild, settling_epoch,
               settling_lost
 """
+# An epoch that is over has a row in `epochs`; the one that a shard is in stands in `shards`.
 _END_OF_EPOCH = """
     SELECT seq, tip FROM epochs WHERE shard = $1 AND epoch = $2
     UNION ALL SELECT committed, tip FROM shards WHERE shard = $1 AND epoch = $2
@@ -40,14 +43,14 @@ class Verdict(NamedTuple):
 class NewEpoch(NamedTuple):
     """A shard at the beginning of its recovery.
 
-    `live_epoch` is the one in which Redis decided last, and whose codes are not settled yet; 0 when there is none. Events
-    of any other epoch are late.
+    `live_epoch` is the one in which Redis decided last, and whose codes are not settled yet; 0 when there is none. It has
+    just ended; drain and reports are about it alone, and events of any other epoch are late.
     """
 
     owned: OwnedShard
     live_epoch: int
     rebuild: bool
-    """An operator asked that nothing in Redis be kept."""
+    """Nothing in Redis is kept: an operator has asked for that, or the clocks were apart."""
     verdict: Verdict | None = None
     """Of a recovery that did not get to the end of its settlement."""
 

@@ -27,7 +27,7 @@ def contradicts(error: Exception) -> bool:
     return isinstance(error, asyncpg.UniqueViolationError)
 
 
-Outcome = Literal["moved", "edited", "lost"]
+CommitOutcome = Literal["moved", "edited", "lost"]
 """What became of a shard in a commit: the ledger has its entries; its last hash or tip is another than the writer's; or it
 has another owner, epoch or position."""
 
@@ -189,7 +189,7 @@ async def prepare_commits(connection: asyncpg.Connection) -> None:
 
 async def commit_batches(
     connection: asyncpg.Connection, writer_id: str, batches: Sequence[Batch]
-) -> tuple[dict[int, Outcome], dict[int, bytes]]:
+) -> tuple[dict[int, CommitOutcome], dict[int, bytes]]:
     """Commit the batches of several shards with one statement: each shard moves, or not, by itself.
 
     Returns what became of each shard, and the hash of each one's last entry. Raises one of DATA_ERRORS when a row that

@@ -71,7 +71,7 @@ class BookNow(NamedTuple):
     lone: int
 
 
-async def read_book(connection: asyncpg.Connection, book_id: str) -> BookNow:
+async def read_book_now(connection: asyncpg.Connection, book_id: str) -> BookNow:
     """The book as the ledger has it."""
     row = await one_row(connection, _BOOK_NOW, book_id)
     return BookNow(book_from_row(row), row["loaded"], row["lone"])

@@ -55,6 +55,6 @@ async def lone_leases(connection: asyncpg.Connection, shards: Sequence[int]) -> 
     return {row["book_id"]: Lease(row["codes"], row["unlent"], row["lone"]) for row in rows}
 
 
-async def settle_lone_leases(connection: asyncpg.Connection, book_id: str, codes: list[str]) -> None:
-    """Redis has these codes now."""
+async def note_lone_brought(connection: asyncpg.Connection, book_id: str, codes: list[str]) -> None:
+    """Redis has these codes now. A trigger keeps them as outstanding (`lone_leases_stay_outstanding`)."""
     await connection.execute("DELETE FROM lone_leases WHERE book_id = $1 AND code = ANY ($2)", book_id, codes)

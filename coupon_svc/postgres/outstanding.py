@@ -24,7 +24,7 @@ PIECE = 5_000
 # piece anew.
 
 # Codes of book $1 that are lent and have no coupon, once all leased places are accounted for.
-UNACCOUNTED = """
+OUTSTANDING = """
     SELECT named.code FROM (
         SELECT code FROM outstanding_codes WHERE book_id = $1 UNION SELECT code FROM lone_leases WHERE book_id = $1) named
     JOIN books ON books.book_id = $1
@@ -117,16 +117,16 @@ async def outstanding_lease(connection: asyncpg.Connection, book_id: str) -> Lea
     """Every code that Redis was lent and the ledger has not seen assigned, once all leased places are accounted for.
     Redis skips those it knows of."""
     async with connection.transaction(isolation="repeatable_read", readonly=True):
-        rows = await connection.fetch(UNACCOUNTED, book_id)
+        rows = await connection.fetch(OUTSTANDING, book_id)
         unlent = await connection.fetchval("SELECT total - lent - quarantined FROM books WHERE book_id = $1", book_id)
     return Lease([row["code"] for row in rows], unlent)
 
 
 async def held_by_book(connection: asyncpg.Connection, shard: int) -> dict[str, int]:
     """How many coupons each book of the shard has that was ever brought to Redis, once all leased places are accounted for:
-    what was lent, less what is unaccounted for."""
+    what was lent, less what is outstanding."""
     rows = await connection.fetch(
-        f"SELECT b.book_id, b.lent - (SELECT count(*) FROM ({UNACCOUNTED.replace('$1', 'b.book_id')}) u) AS held"
+        f"SELECT b.book_id, b.lent - (SELECT count(*) FROM ({OUTSTANDING.replace('$1', 'b.book_id')}) o) AS held"
         " FROM books b WHERE shard = $1 AND loaded",
         shard,
     )

@@ -1,4 +1,4 @@
-"""Which API processes live, and what they have answered from. Only a process that renews its row answers before the ledger
+"""Which API processes live, and what they have seen. Only a process that renews its row answers before the ledger
 knows; so when records are lost it can be told whether anybody saw them."""
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ async def report_seen(connection: asyncpg.Connection, process_id: str, reports: 
     async with connection.transaction():
         if entries:
             await connection.execute(_REPORT_ENTRIES, *zip(*entries, strict=True))
-        await connection.executemany(_REPORT_SEEN, [(process_id, *report[:3]) for report in reports])
+        await connection.executemany(
+            _REPORT_SEEN, [(process_id, report.shard, report.epoch, report.seen_seq) for report in reports]
+        )
 
 
 async def end_process(connection: asyncpg.Connection, process_id: str) -> None:
@@ -140,7 +142,7 @@ async def contradicted(connection: asyncpg.Connection, shard: int, epoch: int, a
 
 
 async def highest_seen(connection: asyncpg.Connection, shard: int, epoch: int) -> int:
-    """The highest seq of an epoch that any API process has answered from, of those that reported."""
+    """The highest seq of an epoch that any API process has seen, of those that reported."""
     return await connection.fetchval(_HIGHEST_SEEN, shard, epoch) or 0
 
 

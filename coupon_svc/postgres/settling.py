@@ -23,12 +23,12 @@ _END_SETTLEMENT = "UPDATE shards SET settled_epoch = certified_epoch, settling_e
 _LOCK_BOOK = """
     SELECT tenant_id, ack, leased_upto, places_upto, accounted_upto FROM books WHERE book_id = $1 FOR UPDATE
 """
-# The next codes of a book that may have no record. `lost`: the code is lent and has no coupon. `dead`: the epoch that is
-# being settled has a dead letter of it. Dead letters of an epoch before were judged when that one was settled.
+# The next codes of a book that may have no record. `unrecorded`: the code is lent and has no coupon. `dead`: the epoch that
+# is being settled has a dead letter of it. Dead letters of an epoch before were judged when that one was settled.
 _NAMED = """
     SELECT named.code,
            (SELECT place FROM codes WHERE tenant_id = $2 AND codes.code = named.code) BETWEEN 0 AND $3
-               AND (SELECT true FROM coupons WHERE coupons.book_id = $1 AND coupons.code = named.code) IS NULL AS lost,
+               AND (SELECT true FROM coupons WHERE coupons.book_id = $1 AND coupons.code = named.code) IS NULL AS unrecorded,
            (SELECT count(*) FROM dead_letters d WHERE d.book_id = $1 AND d.code = named.code
                AND d.shard = $4 AND d.epoch = $5) > 0 AS dead
     FROM (SELECT code FROM outstanding_codes WHERE book_id = $1 UNION SELECT code FROM lone_leases WHERE book_id = $1
@@ -97,19 +97,19 @@ async def settle_piece(
             if book["accounted_upto"] < book["leased_upto"] or await numbers_to_account(connection, book_id):
                 return Settled(0, 0), True
             rows = await connection.fetch(_NAMED, book_id, book["tenant_id"], book["leased_upto"], shard, epoch, PIECE)
-            lost = [row for row in rows if row["lost"]]
-            keep_back = book["ack"] == Ack.REDIS and verdict.lost
-            held = [row["code"] for row in lost if row["dead"] or keep_back]
-            back = [row["code"] for row in lost if not (row["dead"] or keep_back)]
+            unrecorded = [row for row in rows if row["unrecorded"]]
+            may_be_answered = book["ack"] == Ack.REDIS and verdict.lost
+            to_quarantine = [row["code"] for row in unrecorded if row["dead"] or may_be_answered]
+            to_deal = [row["code"] for row in unrecorded if not (row["dead"] or may_be_answered)]
             upto = book["places_upto"]
-            if back and book["leased_upto"] == upto:  # no place is left in this round
+            if to_deal and book["leased_upto"] == upto:  # no place is left in this round
                 upto += ROUND
-            places = random_places(len(back), book["leased_upto"], upto)
-            await connection.execute(_MOVE, book["tenant_id"], back, places)
-            await connection.execute(_MOVE, book["tenant_id"], held, [-1] * len(held))
-            await connection.execute(_QUARANTINE, book_id, held, shard, epoch)
-            await connection.execute(_COUNT_SETTLED, book_id, len(lost), len(held), upto)
-            # In this order: rows of the first become rows of the second.
+            places = random_places(len(to_deal), book["leased_upto"], upto)
+            await connection.execute(_MOVE, book["tenant_id"], to_deal, places)
+            await connection.execute(_MOVE, book["tenant_id"], to_quarantine, [-1] * len(to_quarantine))
+            await connection.execute(_QUARANTINE, book_id, to_quarantine, shard, epoch)
+            await connection.execute(_COUNT_SETTLED, book_id, len(unrecorded), len(to_quarantine), upto)
+            # In this order: a trigger makes the rows of the first rows of the second (`lone_leases_stay_outstanding`).
             for table in ("lone_leases", "outstanding_codes"):
                 await connection.execute(
                     f"DELETE FROM {table} WHERE book_id = $1 AND code = ANY ($2)",
@@ -119,7 +119,7 @@ async def settle_piece(
             await require_recoverer(connection, writer_id, begun.owned)
     except asyncpg.LockNotAvailableError:
         raise BookBusy from None
-    return Settled(len(back), len(held)), len(rows) == PIECE
+    return Settled(len(to_deal), len(to_quarantine)), len(rows) == PIECE
 
 
 async def mark_settled(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch, verdict: Verdict) -> None:
@@ -128,5 +128,7 @@ async def mark_settled(connection: asyncpg.Connection, writer_id: str, begun: Ne
     async with connection.transaction():
         await require_recoverer(connection, writer_id, begun.owned)
         await connection.execute(_END_SETTLEMENT, shard)
+        # What was seen of the epoch is a row a process, and stays until the next one is settled. What was reported of its
+        # entries is in the ledger by now, and may be much.
         await connection.execute("DELETE FROM api_reports WHERE shard = $1 AND epoch < $2", shard, verdict.epoch)
         await connection.execute("DELETE FROM reported_entries WHERE shard = $1 AND epoch <= $2", shard, verdict.epoch)

@@ -1,7 +1,8 @@
 """Who owns which shard. A writer lives while its row is renewed; a shard belongs to one writer at a time.
 
-No statement here waits for a lock: the row of a shard is held for as long as a recovery settles it, and a writer that waited
-for it would miss its own renewal. What is locked is taken or given up at the next turn.
+What renews, takes or gives up waits for no lock on a shard's row: each piece of a recovery holds it, and a writer that
+waited would miss its own renewal. What is locked is taken or given up at the next turn. `require_owner` and
+`require_recoverer` do wait, within a transaction that works for the shard.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ _OWNED = "SELECT shard, epoch, committed, generation, chain, tip FROM shards WHE
 
 
 class OwnedShard(NamedTuple):
-    """A shard as its owner found it when it took it."""
+    """A shard as its owner read it last: when it took, opened or recovered it. `committed`, `chain` and `tip` are out of
+    date after the next commit."""
 
     shard: int
     epoch: int

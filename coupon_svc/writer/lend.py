@@ -15,7 +15,7 @@ from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, Ciphers
 from coupon_svc.postgres.database import UNAVAILABLE, LedgerConnection, LedgerSession, within
 from coupon_svc.postgres.errors import BookBusy, DatabaseUnfit, LedgerUnavailable, NotOwner
 from coupon_svc.postgres.idempotency import forget_old
-from coupon_svc.postgres.lone_leases import lone_leases, settle_lone_leases
+from coupon_svc.postgres.lone_leases import lone_leases, note_lone_brought
 from coupon_svc.postgres.shards import OwnedShard, connection_name
 from coupon_svc.redis.codec import encode_book
 from coupon_svc.redis.control import ShardControl
@@ -187,7 +187,7 @@ class Lender:
 
     async def _load_book(self, connection: LedgerConnection, shard: Shard, book: Book) -> None:
         owned = shard.owned
-        book, loaded, lone = await lending.read_book(connection, book.book_id)
+        book, loaded, lone = await lending.read_book_now(connection, book.book_id)
         rules = encode_book(book) | {"unlent": str(_kept_back(book.unlent, lone, book.book_id in self._in_doubt))}
         await self._store.put_book(term_of(owned), book.book_id, book.version, rules, known=loaded)
         crash_point("lend.put")
@@ -202,7 +202,7 @@ class Lender:
         stays to be looked at until that is done."""
         self._low[book_id] = shard
         owned = shard.owned
-        book, _, lone = await lending.read_book(connection, book_id)
+        book, _, lone = await lending.read_book_now(connection, book_id)
         pool = shard.pools.get(book_id)
         if pool is None:
             pool = shard.pools[book_id] = Pool(book.ack, self._lease_min)
@@ -248,7 +248,7 @@ class Lender:
     ) -> None:
         await self._bring(shard, owned, book_id, lease, doubtful=book_id in self._in_doubt)
         crash_point("lend.lone_brought")
-        await settle_lone_leases(connection, book_id, lease.codes)
+        await note_lone_brought(connection, book_id, lease.codes)
 
     async def _bring(
         self, shard: Shard, owned: OwnedShard, book_id: str, lease: lending.Lease, *, doubtful: bool

@@ -26,7 +26,7 @@ from coupon_svc.postgres.epochs import NewEpoch, Verdict
 from coupon_svc.postgres.errors import LedgerUnavailable, NotOwner
 from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.late_events import redeem_receipt
-from coupon_svc.postgres.lone_leases import BROUGHT_AT_ONCE, lease_code, settle_lone_leases
+from coupon_svc.postgres.lone_leases import BROUGHT_AT_ONCE, lease_code, note_lone_brought
 from coupon_svc.postgres.marks import Mark, mark_of_a_day_ago, note_marks
 from coupon_svc.postgres.migrations import migrate
 from coupon_svc.postgres.quarantine import deal_again
@@ -247,7 +247,7 @@ async def test_the_codes_that_are_lent_and_not_assigned_are_found_wherever_they_
     for code in ("B-8", "B-9"):
         async with bench.ledger.transaction():
             await lease_code(bench.ledger, 1, book_id, code)
-    await settle_lone_leases(bench.ledger, book_id, ["B-8"])
+    await note_lone_brought(bench.ledger, book_id, ["B-8"])
     assert await bench.ledger.fetchval("SELECT lent FROM books WHERE book_id = $1", book_id) == 8
     await bench.recover()
     row = await bench.row(book_id)

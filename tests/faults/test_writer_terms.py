@@ -93,12 +93,12 @@ async def test_a_changed_book_is_not_exhausted_while_a_code_is_on_its_way(
     store, shard, before, book_id = recovered
     book = msgspec.structs.replace(A_BOOK, book_id=book_id, version=2, total=1, lent=1)
 
-    async def read_book(*_: Any) -> BookNow:
+    async def read_book_now(*_: Any) -> BookNow:
         return BookNow(book, True, lone=1)
 
     async def unchanged(*_: Any, **__: Any) -> None: ...
 
-    monkeypatch.setattr(lending, "read_book", read_book)
+    monkeypatch.setattr(lending, "read_book_now", read_book_now)
     monkeypatch.setattr(lending, "mark_loaded", unchanged)
     lender = Lender("", "wr", store, {before.shard: shard}, 20, 20)
     monkeypatch.setattr(lender, "_refill", unchanged)

@@ -43,7 +43,7 @@ class Stores(ShardControl):
         self.in_pool[book_id] += len(codes)
         return self.in_pool[book_id]
 
-    async def read_book(self, _: Any, book_id: str) -> BookNow:
+    async def read_book_now(self, _: Any, book_id: str) -> BookNow:
         return BookNow(book(book_id, self.unlent[book_id]), True, lone=0)
 
     async def lease_block(self, _: Any, writer_id: str, owned: OwnedShard, book_id: str, count: int, *__: Any) -> Lease:
@@ -64,7 +64,7 @@ def lender_of(stores: Stores, block: int, monkeypatch: pytest.MonkeyPatch) -> Le
     async def nothing(*_: Any) -> Any:
         return {}
 
-    monkeypatch.setattr(lending, "read_book", stores.read_book)
+    monkeypatch.setattr(lending, "read_book_now", stores.read_book_now)
     monkeypatch.setattr(lending, "lease_block", stores.lease_block)
     monkeypatch.setattr(lending, "books_to_load", nothing)
     monkeypatch.setattr(lend, "lone_leases", nothing)
