@@ -28,7 +28,6 @@ FEW_CODES = 8
 async def recoverer_dies_on_its_way(run: Run) -> None:
     """A stale failover, FLUSHALL or an old copy; and one writer is killed or paused at a step of its recovery. The other one
     begins at the first step again."""
-    run.loses_records = True
     step, how = run.random.choice(STEPS), run.random.choice(("dies_at", "stops_at"))
     disaster = run.random.choice((_flushed, _old_copy, _stale_failover))
     run.writers[0].stop()
