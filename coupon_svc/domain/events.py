@@ -81,6 +81,10 @@ class Entry(NamedTuple):
         return range(self.seq - self.n + 1, self.seq + 1)
 
 
+ENTRY_RECORD_FIELDS = ("seq", "n", "after", "tip", "at_ms", "body")
+"""What an entry's hash covers beside its shard and epoch."""
+
+
 def parse_entry(position: Position, fields: Sequence[bytes]) -> Entry:
     """The entry in a stream entry's fields, a flat list of names and values. Raises MalformedEntry.
 

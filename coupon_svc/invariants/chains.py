@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from coupon_svc.domain.chain import CHAIN_START, chain_hash
-from coupon_svc.domain.events import RECORD_FIELDS, Entry
+from coupon_svc.domain.events import ENTRY_RECORD_FIELDS, RECORD_FIELDS
 from coupon_svc.domain.position import Epoch, Position, Seq, parse_shard_position
 from coupon_svc.invariants.check import Check
 from coupon_svc.postgres.database import LedgerConnection, one_row
@@ -40,8 +40,8 @@ _DEAD_LETTERS = """
         chain IS NOT NULL OR at < (SELECT at FROM schema_migrations WHERE name = '0012_entries'))
     ORDER BY epoch, seq
 """
-_ENTRIES = f"""
-    SELECT {", ".join(Entry._fields[:-1])}, events AS body, chain, false AS late
+_ENTRIES = """
+    SELECT epoch, seq, n, after, tip, at_ms, events AS body, chain, false AS late
     FROM entries WHERE shard = $1 ORDER BY epoch, seq
 """
 _LATE_EVENTS = f"""
@@ -51,7 +51,7 @@ _LATE_EVENTS = f"""
 """
 _event_record = itemgetter(*RECORD_FIELDS)
 _letter_record = itemgetter(*DeadLetter._fields)
-_entry_record = itemgetter(*Entry._fields[1:])
+_entry_record = itemgetter(*ENTRY_RECORD_FIELDS)
 """What is hashed of a row."""
 _ENDS = """
     SELECT shards.chain, late_heads.chain AS late_chain FROM shards LEFT JOIN late_heads USING (shard) WHERE shard = $1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Set
 from itertools import groupby
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -95,6 +95,13 @@ _WITHOUT_A_RECORD = frozenset(
     }
 )
 """Those that hold alike for each user without an idempotency record: who has one is told its code again."""
+
+
+class _Undurable(NamedTuple):
+    """A reply of which it is not known yet whether it is durable, and the position that must be for that."""
+
+    last: Position
+    reply: Reply
 
 
 class Assigning:
@@ -226,19 +233,21 @@ class Assigning:
     async def _durable(self, view: ShardView, replies: Sequence[Reply], begun: float) -> dict[int, bool | None]:
         """Whether each reply is durable, by its `id`, once all may leave together; None where that stays unknown."""
         durable: dict[int, bool | None] = {}
-        waiting: list[Reply] = []
+        waiting: list[_Undurable] = []
         for reply in replies:
+            _, last = reply.position
             made = reply.entry is not None
-            durable[id(reply)] = known = self._durability.at_once(view, reply.position[1], reply.ack, made=made)
+            durable[id(reply)] = known = self._durability.at_once(view, last, reply.ack, made=made)
             if known is None:
-                waiting.append(reply)
+                waiting.append(_Undurable(last, reply))
         # The ledger takes entries in their order: who waits for the first one has time for the next.
-        waiting.sort(key=lambda reply: reply.position[1])
+        waiting.sort(key=lambda one: one.last)
         try:
-            for _, together_there in groupby(waiting, key=lambda reply: reply.entry or reply.position[1]):
+            for _, together_there in groupby(waiting, key=lambda one: one.reply.entry or one.last):
                 there = list(together_there)
-                await self._durability.wait(view, there[-1].position[1], begun, entry=there[-1].entry)
-                durable.update((id(reply), True) for reply in there)
+                newest = there[-1]
+                await self._durability.wait(view, newest.last, begun, entry=newest.reply.entry)
+                durable.update((id(one.reply), True) for one in there)
         except Refused:
             pass  # what is left stays unknown
         return durable

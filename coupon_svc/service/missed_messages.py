@@ -44,7 +44,7 @@ class MissedMessages:
         if not asked:
             return
         try:
-            found = await find_tips(self._database, [entry[:3] for entry in asked])
+            found = await find_tips(self._database, [(entry.shard, entry.epoch, entry.seq) for entry in asked])
         except LedgerUnavailable:
             return
         self._waiters.learn(asked, found)
