@@ -159,14 +159,7 @@ def guess_probability(pattern: Pattern, codes: int) -> float:
 def check_capacity(pattern: Pattern, requested: int, used: int) -> None:
     """Raises Refused(pattern_capacity) unless the codes fit."""
     if not fits(pattern, requested, used):
-        raise Refused(
-            Outcome.PATTERN_CAPACITY,
-            "At most half of the codes that a pattern can name (`capacity`) may exist. `already_used` counts your codes that"
-            " lie in it, uploaded ones too. Add a # or take a larger alphabet.",
-            capacity=pattern.capacity,
-            requested=requested,
-            already_used=used,
-        )
+        raise Refused(Outcome.PATTERN_CAPACITY, capacity=pattern.capacity, requested=requested, already_used=used)
 
 
 def _escaped(char: str) -> str:

@@ -56,12 +56,12 @@ class Outcome(StrEnum):
 class Refused(CouponError):
     """A request is answered with an outcome instead of a result.
 
-    `numbers` are what a client can act on (`limit`, `held`, `capacity`, `errors`, …) and stand in the problem body as
-    they are. Neither they nor `detail` may hold a code, a key or a token.
+    `facts` are what a caller can act on: `limit` and `held`, `capacity`, `errors`, … `detail` says more to people than the
+    outcome does. Neither may hold a code, a key or a token.
     """
 
-    def __init__(self, outcome: Outcome, detail: str = "", **numbers: object) -> None:
+    def __init__(self, outcome: Outcome, detail: str = "", **facts: object) -> None:
         super().__init__(outcome.value)
         self.outcome = outcome
         self.detail = detail
-        self.numbers = numbers
+        self.facts = facts

@@ -324,7 +324,7 @@ def _assign_answer(assigned: Assigned) -> Answer:
 def _user_result(user_id: str, result: Assigned | Refused) -> schemas.UserResult:
     if isinstance(result, Refused):
         outcome = result.outcome
-        fields = {"user_id": user_id, "status": PROBLEMS[outcome].status, "code": outcome.value, **result.numbers}
+        fields = {"user_id": user_id, "status": PROBLEMS[outcome].status, "code": outcome.value, **result.facts}
         return msgspec.convert(fields, schemas.UserResult)
     return schemas.UserResult(
         user_id=user_id,

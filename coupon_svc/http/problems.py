@@ -67,7 +67,10 @@ PROBLEMS: dict[Outcome, ProblemText] = {
     ),
     Outcome.INVALID_REQUEST: ProblemText(422, "Invalid request", "See `errors` for what is wrong, and where."),
     Outcome.PATTERN_CAPACITY: ProblemText(
-        422, "Pattern too small", "The codes would fill more than half of what the pattern can name."
+        422,
+        "Pattern too small",
+        "At most half of the codes that a pattern can name (`capacity`) may exist. `already_used` counts your codes that"
+        " lie in it, uploaded ones too. Add a # or take a larger alphabet.",
     ),
     Outcome.RECOVERING: ProblemText(
         503, "Recovering", "The data is being checked after a failure. Nothing was done. Try again.", 1
@@ -130,19 +133,19 @@ log = logging.getLogger(__name__)
 
 def problem_response(refused: Refused, request_id: bytes, headers: Headers | None = None) -> Response:
     """The response to a refused request. `headers` are added to those that the outcome itself needs."""
-    outcome, numbers = refused.outcome, dict(refused.numbers)
+    outcome, facts = refused.outcome, refused.facts
     text = PROBLEMS[outcome]
-    body = problem_body(outcome, request_id.decode(), refused.detail, **numbers)
+    body = problem_body(outcome, request_id.decode(), refused.detail, **facts)
     all_headers = [(b"content-type", b"application/problem+json"), *(headers or ())]
     if text.retry_after_s is not None:
-        retry_after = numbers.get("retry_after_seconds", text.retry_after_s)
+        retry_after = facts.get("retry_after_seconds", text.retry_after_s)
         all_headers.append((b"retry-after", str(retry_after).encode()))
     if text.status == 401:
         all_headers.append((b"www-authenticate", b"Bearer"))
     return Response(text.status, all_headers, msgspec.json.encode(body))
 
 
-def problem_body(outcome: Outcome, request_id: str, detail: str = "", **numbers: object) -> dict[str, object]:
+def problem_body(outcome: Outcome, request_id: str, detail: str = "", **facts: object) -> dict[str, object]:
     """The body of a problem (RFC 9457), before it is encoded. `detail` replaces the outcome's own."""
     text = PROBLEMS[outcome]
     return {
@@ -152,7 +155,7 @@ def problem_body(outcome: Outcome, request_id: str, detail: str = "", **numbers:
         "detail": detail or text.detail,
         "code": outcome.value,
         "request_id": request_id,
-        **numbers,
+        **facts,
     }
 
 

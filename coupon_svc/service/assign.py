@@ -137,7 +137,7 @@ class Assigning:
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "assign_coupon", view, parameters, begun)
         _, last = reply.position
-        durable = self._durability.at_once(view, last, reply.ack, made=reply.entry is not None)
+        durable = self._durability.durable_or_early(view, last, reply.ack, made=reply.entry is not None)
         if durable is None:
             durable = await self._durability.wait(view, last, begun, entry=reply.entry)
         return self._result(reply, view, wanted.tenant_id, wanted.user_id, wanted.book_id, durable)
@@ -166,7 +166,7 @@ class Assigning:
             reply.outcome == "replayed" and reply.first == ALREADY_YOURS
         )
         _, last = reply.position
-        durable = self._durability.at_once(view, last, reply.ack, made=reply.entry is not None)
+        durable = self._durability.durable_or_early(view, last, reply.ack, made=reply.entry is not None)
         if durable is None:
             durable = await self._durability.wait(view, last, begun, entry=reply.entry)
         return self._result(reply, view, tenant_id, wanted.user_id, book_id, durable, already_yours=already_yours)
@@ -237,7 +237,7 @@ class Assigning:
         for reply in replies:
             _, last = reply.position
             made = reply.entry is not None
-            durable[id(reply)] = known = self._durability.at_once(view, last, reply.ack, made=made)
+            durable[id(reply)] = known = self._durability.durable_or_early(view, last, reply.ack, made=made)
             if known is None:
                 waiting.append(_Undurable(last, reply))
         # The ledger takes entries in their order: who waits for the first one has time for the next.

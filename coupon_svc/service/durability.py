@@ -1,6 +1,6 @@
 """How long a request may wait, and when its answer may leave.
 
-A request of the data plane has one deadline for all it does: polling for a book or for codes, scripts that are run again,
+A request of the data plane has one deadline for all it does: polling for a book or for codes, operations that are run again,
 a code that is looked up, the wait for the ledger. It is counted from `begun`, when its use case began, and ends
 PATIENCE_S + COUPON_LEDGER_WAIT_MS later. Within that
 
@@ -48,7 +48,7 @@ class Durability:
         """Seconds that the request may still take, at most `most`."""
         return max(0.0, min(most, begun + self.request_s - monotonic()))
 
-    def at_once(self, view: ShardView, position: Position, ack: str, *, made: bool) -> bool | None:
+    def durable_or_early(self, view: ShardView, position: Position, ack: str, *, made: bool) -> bool | None:
         """Whether an answer that shows the event at `position` is durable; None when it must not leave before that is known.
 
         False says that it may leave early: the book has `ack = redis`, and this process is registered. `made`: this very
@@ -71,7 +71,7 @@ class Durability:
         entry: tuple[int, int, str] | None = None,
     ) -> bool:
         """Return True once the ledger holds the event at `position`; for one that this request made, its `entry`:
-        epoch, position of the last event, tip.
+        epoch, seq of its last event, tip.
 
         Raises Refused(`late`) when its epoch ends before, when the ledger holds another entry, or when the wait takes too
         long.

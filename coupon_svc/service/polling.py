@@ -1,7 +1,7 @@
 """One poll for all requests that wait for the same thing of a book: for its codes, or for the book itself.
 
-If each ran its script again and again by itself, a thousand callers at a dry pool would leave little of Redis and of this
-process to the others. So they stand in line: every now and then the first one runs its script. Once one is decided it
+If each ran its operation again and again by itself, a thousand callers at a dry pool would leave little of Redis and of this
+process to the others. So they stand in line: every now and then the first one runs its operation. Once one is decided it
 wakes two more, and each of those two more when it is decided, too: the line goes on as fast as codes are there.
 """
 
@@ -23,7 +23,7 @@ PAUSE_MAX_S = 0.1
 WOKEN_BY_ONE = 2
 
 Run = Callable[[], Awaitable[Reply]]
-"""Runs a request's script once more."""
+"""Runs a request's operation once more."""
 Ask = Callable[[float], Awaitable[bool]]
 """Whether what is waited for was there before, so that it has been lost if it is not there now; asked on behalf of the
 request that began at this time. May raise what all who wait are to be told."""
@@ -35,7 +35,7 @@ class _Waiter(NamedTuple):
 
 
 class Poll:
-    """The line at one book. `for_outcome` is what a script says there as long as there is something to wait for."""
+    """The line at one book. `for_outcome` is what Redis replies there as long as there is something to wait for."""
 
     def __init__(self, for_outcome: str, too_long: Outcome, ask: Ask | None = None) -> None:
         self._for_outcome = for_outcome
@@ -43,13 +43,13 @@ class Poll:
         self._ask = ask
         self._line: deque[_Waiter] = deque()
         self._members = 0
-        """Requests that are in line, or run their scripts."""
+        """Requests that are in line, or run their operations."""
         self._pause = FIRST_PAUSE_S
         self._task: asyncio.Task[None] | None = None
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody is in line or runs its script."""
+        """Whether nobody is in line or runs its operation."""
         return not self._members
 
     @property

@@ -217,7 +217,7 @@ class Reading:
         shown = [holding.last for holding in holders if isinstance(holding, Holding)]
         # Wait once, for the newest position. If one were waited for after the other and the epoch ended in between, the rest
         # would be of an older epoch, and be taken for durable although they may be lost.
-        if shown and self._durability.at_once(view, max(shown), reply.ack, made=False) is None:
+        if shown and self._durability.durable_or_early(view, max(shown), reply.ack, made=False) is None:
             await self._durability.wait(view, max(shown), begun, Outcome.LEDGER_BEHIND)
         redemptions_max = int(reply.redemptions_max) if reply.redemptions_max else None
         coupons: list[Coupon | str | None] = []

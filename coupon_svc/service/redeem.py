@@ -120,7 +120,7 @@ class Redeeming:
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "lock_coupon", view, parameters, begun, receipt=wanted.receipt)
         _, last = reply.position
-        if self._durability.at_once(view, last, reply.ack, made=False) is None:
+        if self._durability.durable_or_early(view, last, reply.ack, made=False) is None:
             await self._durability.wait(view, last, begun)
         outcome, token = reply.outcome, reply.lock_token
         renewed = outcome == "renewed" or (outcome == "replayed" and token == wanted.lock_token)
@@ -181,7 +181,7 @@ class Redeeming:
         if reply.outcome not in DECIDED:
             reply = await self._waiting.decide(reply, "redeem_coupon", view, parameters, begun, receipt=wanted.receipt)
         _, position = reply.position
-        if self._durability.at_once(view, position, "ledger", made=reply.entry is not None) is None:
+        if self._durability.durable_or_early(view, position, "ledger", made=reply.entry is not None) is None:
             await self._durability.wait(view, position, begun, entry=reply.entry)
         left = reply.redemptions_left
         return Redeemed(

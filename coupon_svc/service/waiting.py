@@ -1,6 +1,6 @@
-"""What a script that could not decide yet is waited for: a book or codes on their way to Redis, a receipt's record.
+"""What an operation that could not be decided yet waits for: a book or codes on their way to Redis, a receipt's record.
 
-The usual reply never comes here. A use case calls its script, and hands over what is not in DECIDED.
+The usual reply never comes here. A use case runs its operation, and hands over what is not in DECIDED.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from coupon_svc.service.polling import Poll, Run
 from coupon_svc.service.receipt_rescue import ReceiptRescue
 
 DECIDED = frozenset({"ok", "replayed", "already_yours", "confirmed", "renewed"})
-"""Outcomes of a script that are no refusal."""
+"""Outcomes of an operation that are no refusal."""
 _BOOK, _CODES = "book_not_loaded", "refilling"
 """Outcomes for which all who ask for the same book wait together."""
 
 
 class Waiting:
-    """Runs a book's script again until it decides."""
+    """Runs an operation again until it is decided."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Waiting:
     async def decide(
         self,
         reply: Reply,
-        script: str,
+        operation: str,
         view: ShardView,
         parameters: dict[str, Any],
         begun: float,
@@ -61,18 +61,18 @@ class Waiting:
     ) -> Reply:
         """The reply that decides, where `reply` did not.
 
-        `parameters` are those of the script: tenant_id, book_id and, where a code may have to be lent or to leave the
+        `parameters` are those of the operation: tenant_id, book_id and, where a code may have to be lent or to leave the
         quarantine, code. A code in quarantine whose `receipt` is shown leaves it first.
 
-        Raises Refused: the script's own refusal; what `DataPlane.call` raises; book_not_found; recovering or refilling when
-        PATIENCE_S are over.
+        Raises Refused: the operation's own refusal; what `DataPlane.call` raises; book_not_found; recovering or refilling
+        when PATIENCE_S are over.
         """
         tenant_id, book_id = parameters["tenant_id"], parameters["book_id"]
         until = begun + self._durability.request_s
         pause, lent, rescued = 0.004, False, False
 
         async def run() -> Reply:
-            return await self._plane.call(script, view, until, **parameters)
+            return await self._plane.call(operation, view, until, **parameters)
 
         while reply.outcome not in DECIDED:
             outcome = reply.outcome
@@ -133,7 +133,7 @@ class Waiting:
 
 
 def refusal(reply: Reply) -> Refused:
-    """A script's refusal as the exception that tells it."""
+    """An operation's refusal as the exception that tells it."""
     outcome = Outcome(reply.outcome)
     if outcome is Outcome.USER_CODE_LIMIT:
         return Refused(outcome, limit=reply.limit, held=reply.held)

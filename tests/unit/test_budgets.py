@@ -62,7 +62,7 @@ def refusal(budgets: Budgets, code: str | None) -> tuple[str, object] | None:
     try:
         budgets.admit(1, code)
     except Refused as refused:
-        return refused.outcome, refused.numbers["retry_after_seconds"]
+        return refused.outcome, refused.facts["retry_after_seconds"]
     return None
 
 

@@ -56,7 +56,7 @@ def test_an_answer_leaves_early_only_in_a_redis_book_of_a_registered_process(
 ) -> None:
     if registered:
         plane.register_until(boot_s() + 100)
-    verdict = Durability(plane, 3000).at_once(plane.views[0], at(EPOCH), ack, made=made)
+    verdict = Durability(plane, 3000).durable_or_early(plane.views[0], at(EPOCH), ack, made=made)
     assert verdict is (EARLY if ack == "redis" and registered else WAITS)
 
 
@@ -64,16 +64,16 @@ def test_a_record_of_an_older_epoch_is_durable_and_an_event_of_one_s_own_is_not(
     plane.register_until(boot_s() + 100)
     durability, view = Durability(plane, 3000), plane.views[0]
     for ack in ("ledger", "redis"):
-        assert durability.at_once(view, at(EPOCH - 1), ack, made=False) is DURABLE
+        assert durability.durable_or_early(view, at(EPOCH - 1), ack, made=False) is DURABLE
     plane.epoch_began(0, EPOCH, 0)
     for ack in ("ledger", "redis"):
-        assert durability.at_once(view, at(EPOCH - 1), ack, made=True) is WAITS
+        assert durability.durable_or_early(view, at(EPOCH - 1), ack, made=True) is WAITS
 
 
 def test_nothing_of_an_epoch_that_is_over_leaves_early(plane: DataPlane) -> None:
     plane.register_until(boot_s() + 100)
     plane.epoch_began(0, EPOCH + 1, 0)
-    assert Durability(plane, 3000).at_once(plane.views[0], at(EPOCH), "redis", made=True) is WAITS
+    assert Durability(plane, 3000).durable_or_early(plane.views[0], at(EPOCH), "redis", made=True) is WAITS
 
 
 def test_all_that_a_request_does_has_one_deadline(plane: DataPlane, clock: Clock) -> None:

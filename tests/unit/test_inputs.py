@@ -16,7 +16,7 @@ from coupon_svc.http.schemas import METADATA_BYTES_MAX, METADATA_DEPTH_MAX
 
 def pointer_of(refused: Refused) -> object:
     assert refused.outcome is Outcome.INVALID_REQUEST
-    return refused.numbers["errors"][0]["pointer"]  # type: ignore[index]
+    return refused.facts["errors"][0]["pointer"]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("text", ["u", "ann of Kent", "...", "é/ñ?", "x" * 128, "🙂"])

@@ -41,7 +41,7 @@ def refusal_of(body: bytes) -> tuple[Outcome, str, str]:
     """The outcome, the pointer and the detail of a body's refusal."""
     with pytest.raises(Refused) as refused:
         decode_body(DECODER, body)
-    errors: Any = refused.value.numbers.get("errors", [{"pointer": "", "detail": ""}])
+    errors: Any = refused.value.facts.get("errors", [{"pointer": "", "detail": ""}])
     assert len(errors) == 1
     return refused.value.outcome, errors[0]["pointer"], errors[0]["detail"]
 
@@ -170,7 +170,7 @@ def test_a_wrong_query_is_refused_with_the_parameter(query: bytes, pointer: str)
     with pytest.raises(Refused) as refused:
         decode_query(Query, query)
     assert refused.value.outcome is Outcome.INVALID_REQUEST
-    assert refused.value.numbers["errors"][0]["pointer"] == pointer  # type: ignore[index]
+    assert refused.value.facts["errors"][0]["pointer"] == pointer  # type: ignore[index]
 
 
 def test_an_operation_without_parameters_refuses_any() -> None:
@@ -243,4 +243,4 @@ def test_a_query_is_judged_after_the_body_is_read_and_told_before_its_fields() -
     assert malformed.value.outcome is Outcome.MALFORMED_JSON
     with pytest.raises(Refused) as invalid:
         check_request(operation, DECODER, b"unknown=1", headers, b'{"number": 0}')
-    assert invalid.value.numbers["errors"][0]["pointer"] == "/unknown"  # type: ignore[index]
+    assert invalid.value.facts["errors"][0]["pointer"] == "/unknown"  # type: ignore[index]

@@ -92,7 +92,7 @@ async def test_a_refusal_of_the_script_is_told_at_once(outcome: str) -> None:
 async def test_a_refusal_carries_what_to_act_on() -> None:
     with pytest.raises(Refused) as refusal:
         await Surroundings(OK).decide(reply("user_code_limit", 3, 4))
-    assert refusal.value.numbers == {"limit": 3, "held": 4}
+    assert refusal.value.facts == {"limit": 3, "held": 4}
 
 
 async def test_a_code_that_is_not_lent_is_lent_once_and_waited_for() -> None:
