@@ -45,31 +45,33 @@ async def drain(connection: asyncpg.Connection, writer_id: str, begun: NewEpoch,
     shard, epoch = begun.owned.shard, batch.epoch
     async with connection.transaction():
         chain = await require_recoverer(connection, writer_id, begun.owned)
-        last, tip = await end_of_epoch(connection, shard, epoch)
-        known = [entry for entry in batch.entries if entry.seq <= last]
+        before, tip = await end_of_epoch(connection, shard, epoch)
+        known = [entry for entry in batch.entries if entry.seq <= before]
         await _require_same(connection, shard, epoch, known)
-        new = [entry for entry in batch.entries if entry.seq > last]
-        reached, dead = last, [letter for letter in batch.dead if letter.seq > last]
+        new = [entry for entry in batch.entries if entry.seq > before]
+        accounted, dead = before, [letter for letter in batch.dead if letter.seq > before]
         noted = {letter.seq for letter in dead}
         for entry in new:
-            if entry.before < reached:
+            if entry.before < accounted:
                 raise HistoryForked(f"entry {epoch}-{entry.seq} differs from the one in the ledger")
-            if entry.before == reached and tip is not None and entry.after != tip:
+            if entry.before == accounted and tip is not None and entry.after != tip:
                 raise HistoryForked(f"entry {epoch}-{entry.seq} differs from the one in the ledger: it follows another")
-            dead += [DeadLetter(seq, b"", MISSING) for seq in range(reached + 1, entry.before + 1) if seq not in noted]
-            reached, tip = entry.seq, entry.tip
-        if batch.upto > reached:
-            dead += [DeadLetter(seq, b"", MISSING) for seq in range(reached + 1, batch.upto + 1) if seq not in noted]
-            reached, tip = batch.upto, None
-        first = new[0].before if new else last
+            dead += [
+                DeadLetter(seq, b"", MISSING) for seq in range(accounted + 1, entry.before + 1) if seq not in noted
+            ]
+            accounted, tip = entry.seq, entry.tip
+        if batch.upto > accounted:
+            dead += [DeadLetter(seq, b"", MISSING) for seq in range(accounted + 1, batch.upto + 1) if seq not in noted]
+            accounted, tip = batch.upto, None
+        first = new[0].before if new else before
         events = [event for event in batch.events if event.seq > first]
         if dead or await anything_missing(connection, shard, epoch):
             events, orphans = await _without_orphans(connection, events)
             dead += orphans
         head = await _write_all(connection, batch._replace(entries=new, events=events, dead=dead, chain=chain))
         await connection.execute("UPDATE shards SET chain = $2 WHERE shard = $1", shard, head)
-        await connection.execute(_END_EPOCH_AT, shard, epoch, reached, tip)
-    return reached
+        await connection.execute(_END_EPOCH_AT, shard, epoch, accounted, tip)
+    return accounted
 
 
 async def _require_same(connection: asyncpg.Connection, shard: int, epoch: int, entries: Sequence[Entry]) -> None:

@@ -1,4 +1,6 @@
-"""The way of a shard's owner to Redis: every write is a script that compares epoch and generation first."""
+"""The way of a shard's owner to Redis: every write is a script that compares epoch and generation first.
+
+It is not the control plane, which is requests that go to Postgres first."""
 
 from __future__ import annotations
 
@@ -400,7 +402,7 @@ class ShardControl:
             self.close()
             raise
 
-    async def held_counts(self, shard: int, book_ids: Sequence[str]) -> list[int | None]:
+    async def lent_counts(self, shard: int, book_ids: Sequence[str]) -> list[int | None]:
         """How many codes of each book were ever brought to Redis; None for a book that it does not have as this version
         keeps it. Raises StoreError, WrongKeyType."""
         keys, counts = self._keys[shard], []

@@ -18,7 +18,7 @@ class ShardMeta(msgspec.Struct, frozen=True, kw_only=True):
     """The epoch before the shard was shut or put in doubt."""
     generation: int | None
     """Of the owner who wrote last."""
-    recovering: int | None
+    recovery_epoch: int | None
     """The epoch that the last recovery was to make."""
     format: str | None
     """Of the stream's entries: FORMAT."""
@@ -37,7 +37,7 @@ class ShardMeta(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def newest_epoch(self) -> int:
         """The highest epoch of which this meta knows; 0 for none."""
-        return max(self.epoch or 0, self.was or 0, self.recovering or 0)
+        return max(self.epoch or 0, self.was or 0, self.recovery_epoch or 0)
 
 
 META_FIELDS = (
@@ -68,7 +68,7 @@ def meta_of(fields: Mapping[str, str | None]) -> ShardMeta:
         run_id=fields.get("run"),
         replid=fields.get("replid"),
         tip=fields.get("tip"),
-        recovering=_number(recovery.rpartition("-")[2]),
+        recovery_epoch=_number(recovery.rpartition("-")[2]),
         **{
             name: _number(fields.get(name))
             for name in (

@@ -35,7 +35,8 @@ CODES_PER_LEASE_MAX = 5_000
 
 
 class Lender:
-    """Works when told to: by NOTIFY, by the pools that the persister counts down, and once a second anyway."""
+    """Works when told to, by NOTIFY and by the pools that the persister counts down. Once a second it looks for books that
+    have changed and codes that were lent alone, in case it was not told."""
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class Lender:
         self._lease_max = lease_max
         self._ciphers = ciphers
         self._work = asyncio.Event()
-        self._low: dict[str, Shard] = {}
+        self._to_look_at: dict[str, Shard] = {}
         self._in_doubt: dict[str, Shard] = {}
         """Books whose last lease may have been committed and not have come to Redis."""
 
@@ -70,7 +71,7 @@ class Lender:
 
     def look_at(self, shard: Shard, book_id: str) -> None:
         """See soon whether the book's pool wants codes."""
-        self._low[book_id] = shard
+        self._to_look_at[book_id] = shard
         self._work.set()
 
     async def run(self) -> None:
@@ -88,7 +89,7 @@ class Lender:
                 connection = await self.session.connection()
                 async with within(connection, STATEMENTS_TIMEOUT_S):
                     await self.turn(connection)
-                await self._bring_again(connection)
+                await self._bring_doubtful(connection)
                 if loop.time() - forgotten_at > FORGET_EVERY_S:
                     async with within(connection, STATEMENTS_TIMEOUT_S):
                         await forget_old(connection)
@@ -108,9 +109,9 @@ class Lender:
             shard, owned = lent_in[shard_of(book_id)]
             if self._shard_of(book_id) is shard:
                 await self._guarded(shard, owned, self._bring_lone(connection, shard, owned, book_id, lease))
-        for book_id, shard in list(self._low.items()):
+        for book_id, shard in list(self._to_look_at.items()):
             if self._shards.get(shard.number) is not shard:
-                del self._low[book_id]  # it is another writer's by now, or was taken anew
+                del self._to_look_at[book_id]  # it is another writer's by now, or was taken anew
             elif shard.is_open:  # else it is being opened: look again then
                 await self._guarded(shard, shard.owned, self._refill(connection, shard, book_id))
                 # A book that was paused must not wait for the refills of all others.
@@ -122,7 +123,7 @@ class Lender:
             if shard := self._shard_of(book.book_id):
                 await self._guarded(shard, shard.owned, self._load_book(connection, shard, book))
 
-    async def bring_outstanding(self, connection: LedgerConnection, shard: Shard) -> None:
+    async def bring_outstanding_of_shard(self, connection: LedgerConnection, shard: Shard) -> None:
         """Bring again what was lent and may not have arrived, and look at every pool: after a take-over.
 
         Raises StoreError, LedgerUnavailable; ShardNotUsable when a book is gone from Redis.
@@ -130,25 +131,25 @@ class Lender:
         owned = shard.owned
         async with within(connection, STATEMENTS_TIMEOUT_S):
             books = await books_of_shard(connection, owned.shard)
-        counts = await self._store.held_counts(owned.shard, [book.book_id for book in books])
+        counts = await self._store.lent_counts(owned.shard, [book.book_id for book in books])
         for book, count in zip(books, counts, strict=True):
             if count is None:
                 raise CountsDiffer(f"book {book.book_id} is gone")
             if count != book.lent:
-                await self._bring_outstanding(connection, shard, book.book_id)
+                await self._bring_outstanding_of_book(connection, shard, book.book_id)
             if book.unlent > 0:
                 self.look_at(shard, book.book_id)
 
-    async def _bring_again(self, connection: LedgerConnection) -> None:
+    async def _bring_doubtful(self, connection: LedgerConnection) -> None:
         """Bring what books in doubt were lent, each by itself: however long that takes, it holds up no turn."""
         for book_id, shard in list(self._in_doubt.items()):
             if self._shards.get(shard.number) is not shard:
                 if self._in_doubt.get(book_id) is shard:
                     del self._in_doubt[book_id]  # whoever opens the shard now looks at all its books
             elif shard.is_open:  # else it is being opened: look again then
-                await self._guarded(shard, shard.owned, self._bring_outstanding(connection, shard, book_id))
+                await self._guarded(shard, shard.owned, self._bring_outstanding_of_book(connection, shard, book_id))
 
-    async def _bring_outstanding(self, connection: LedgerConnection, shard: Shard, book_id: str) -> None:
+    async def _bring_outstanding_of_book(self, connection: LedgerConnection, shard: Shard, book_id: str) -> None:
         """Bring what the book was lent and has no coupon. What cannot be brought now leaves the book in doubt."""
         owned = shard.owned
         self._in_doubt[book_id] = shard
@@ -200,7 +201,7 @@ class Lender:
     async def _refill(self, connection: LedgerConnection, shard: Shard, book_id: str) -> None:
         """Lend the next piece of a block if the pool wants it; tell Redis in any case how many codes are kept back. The book
         stays to be looked at until that is done."""
-        self._low[book_id] = shard
+        self._to_look_at[book_id] = shard
         owned = shard.owned
         book, _, lone = await lending.read_book_now(connection, book_id)
         pool = shard.pools.get(book_id)
@@ -211,7 +212,7 @@ class Lender:
         kept_back = _kept_back(book.unlent, lone, doubtful)
         pool.in_pool = await self._store.load_codes(term_of(owned), book_id, [], kept_back)
         if not pool.wants_refill():
-            self._low.pop(book_id, None)
+            self._to_look_at.pop(book_id, None)
             return
         if not pool.to_lend:
             self._begin_block(pool)
@@ -230,7 +231,7 @@ class Lender:
         if pool.wants_refill():  # there is another piece, or what was brought is gone already
             self._work.set()
         else:
-            self._low.pop(book_id, None)
+            self._to_look_at.pop(book_id, None)
         crash_point("lend.brought")
 
     def _begin_block(self, pool: Pool) -> None:

@@ -110,6 +110,7 @@ class Opener:
 
     async def _open(self, shard: Shard, connection: LedgerConnection) -> None:
         number = shard.number
+        # Should another server answer before the end, this one is not what `Showing` finds, and the shard is shut again.
         identity = await self._store.connect()
         # First what Redis knows, then the ledger: a generation that another writer drew meanwhile is in both.
         meta = await self._store.read_meta(number)
@@ -131,7 +132,7 @@ class Opener:
         if amiss := shard.recovery_wanted or await self._amiss(shard, connection):
             shard.recovery_begins(amiss)
             shard.recovered(await self._recoverer.recover(connection, shard.owned))
-        await self._lender.bring_outstanding(connection, shard)
+        await self._lender.bring_outstanding_of_shard(connection, shard)
         shard.opened(identity)
 
     async def _compare_clocks(self, connection: LedgerConnection, shard: Shard) -> None:

@@ -256,7 +256,8 @@ class Persister:
             # unknown, and what Redis shows of them goes.
             shard.report(term, Unrecorded(f"the ledger could not take {len(batch.dead)} events"))
             return None
-        # First, whatever becomes of the rest: a pool that is thought fuller than it is runs dry and is never refilled.
+        # Before the positions are told, which may fail: a pool that is thought fuller than it is runs dry, and is never
+        # refilled.
         assigned: dict[str, int] = {}
         for event in batch.events:
             if event.event == COUPON_ASSIGNED:

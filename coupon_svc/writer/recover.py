@@ -93,10 +93,12 @@ class Recoverer:
         Raises NotOwner, StoreError, LedgerUnavailable: try again from the start; ShardNotUsable: a newer owner is at work;
         HistoryForked: the shard is stopped now, and a person must look.
         """
+        # 1. The next epoch.
         begun = await _step(connection, epochs.begin_epoch(connection, self._writer_id, owned))
         crash_point("recover.begun")
         shard, term = begun.owned.shard, term_of(begun.owned)
         try:
+            # 2. Shut.
             identity = await self._store.refresh_identity()
             meta = await self._store.read_meta(shard)
             await self._store.shut_shard(term)
@@ -105,20 +107,23 @@ class Recoverer:
                 raise HistoryForked(
                     f"redis knows of epoch {meta.newest_epoch}, the ledger was in {begun.owned.epoch - 1}: it went back"
                 )
-            drained, stands = await self._drain(connection, begun, meta)
+            # 3. Drain, and at the beginning of `_judge`, what was reported.
+            accounted, stands = await self._drain(connection, begun, meta)
             crash_point("recover.drained")
-            verdict, accounted = begun.verdict, drained
+            verdict, reports_added = begun.verdict, False
             if verdict is None:
-                verdict, accounted = await self._judge(connection, begun, drained)
+                verdict, reports_added = await self._judge(connection, begun, accounted)
         except HistoryForked as error:
             await _step(connection, epochs.stop_shard(connection, shard, str(error)))
             raise
         crash_point("recover.judged")
+        # 4. Settle, by the verdict.
         settled = await self._settle(connection, begun, verdict)
         crash_point("recover.settled")
+        # 5. Rebuild or keep.
         books = await _step(connection, books_of_shard(connection, shard))
         held = await _step(connection, held_by_book(connection, shard))
-        kept = stands and accounted == drained and not begun.rebuild and await self._agrees(shard, held)
+        kept = stands and not reports_added and not begun.rebuild and await self._agrees(shard, held)
         if kept:
             await self._restore_rules(connection, term, books, held)
         else:
@@ -126,6 +131,7 @@ class Recoverer:
             crash_point("recover.wiped")
             await self._rebuild(connection, term, books, sum(held.values()))
         crash_point("recover.restored")
+        # 6. Certify.
         owned = await _step(connection, epochs.mark_certified(connection, self._writer_id, begun))
         await self._store.certify_shard(term, identity, self._backlog_max)
         crash_point("recover.certified")
@@ -139,19 +145,19 @@ class Recoverer:
         """What the stream holds and the ledger does not, into the ledger. Returns the seq up to which the ledger accounts
         for the live epoch, and whether this Redis stands just there."""
         shard, live = begun.owned.shard, begun.live_epoch
-        reached = await _step(connection, epochs.last_seq(connection, shard, live))
+        accounted = await _step(connection, epochs.last_seq(connection, shard, live))
         if live in (meta.epoch, meta.was):
-            await self._require_told(shard, live, reached, meta.committed or 0)
-        now = await self._store.read_meta(shard)  # it is shut: no script adds to it any more
+            await self._require_told(shard, live, accounted, meta.committed or 0)
+        shut = await self._store.read_meta(shard)  # no script adds to it any more
         # The last event that a script made in the live epoch, where this Redis knows it.
-        made = now.seq if now.was == live else None
+        made = shut.seq if shut.was == live else None
         epoch, seq, portion = 0, 0, Portion()
         while entries := await self._stream_after(shard, epoch, seq, portion.entries):
             portion.begin()
             ours = [entry for entry in entries if not _made_up(entry, begun, made)]
             for number, batch in _by_epoch(shard, ours, portion):
                 if number == live:
-                    reached = await _step(connection, draining.drain(connection, self._writer_id, begun, batch))
+                    accounted = await _step(connection, draining.drain(connection, self._writer_id, begun, batch))
                 else:
                     late = late_events.take_late(connection, self._writer_id, begun, number, batch.events)
                     await _step(connection, late)
@@ -161,12 +167,12 @@ class Recoverer:
             portion.committed(len(entries), all_of_it=(epoch, seq) == entries[-1].position)
         dead = await _step(connection, first_dead_letter(connection, shard, live))
         if live:  # whoever still waits in that epoch is answered, up to what the ledger could not take
-            await self._store.tell_position(shard, live, reached if dead is None else min(reached, dead - 1))
+            await self._store.tell_position(shard, live, accounted if dead is None else min(accounted, dead - 1))
         _, tip = await _step(connection, epochs.end_of_epoch(connection, shard, live))
         # With another tip it is another history that has come as far. Of what an older version made no tip is known.
         same = tip is None or (meta.tip or "") == tip
-        stands = live > 0 and meta.epoch == live and meta.seq == reached and same and dead is None
-        return reached, stands
+        stands = live > 0 and meta.epoch == live and meta.seq == accounted and same and dead is None
+        return accounted, stands
 
     async def _stream_after(self, shard: int, epoch: int, seq: int, count: int) -> list[StreamEntry]:
         """A key of another type in the stream's place holds nothing; it goes when the shard is certified."""
@@ -175,34 +181,34 @@ class Recoverer:
         except WrongKeyType:
             return []
 
-    async def _require_told(self, shard: int, epoch: int, reached: int, told: int) -> None:
+    async def _require_told(self, shard: int, epoch: int, accounted: int, told: int) -> None:
         """Raises HistoryForked when the ledger had events that it lacks now and the stream has not kept: it went back."""
-        while reached < told:
-            before = reached
-            for raw in await self._stream_after(shard, epoch, reached, AT_ONCE):
+        while accounted < told:
+            before = accounted
+            for raw in await self._stream_after(shard, epoch, accounted, AT_ONCE):
                 with contextlib.suppress(MalformedEntry):
                     entry = parse_entry(*raw)
-                    if (entry.epoch, entry.before) == (epoch, reached):
-                        reached = entry.seq
-            if reached == before:
+                    if (entry.epoch, entry.before) == (epoch, accounted):
+                        accounted = entry.seq
+            if accounted == before:
                 raise HistoryForked(
-                    f"the ledger had {told} events of epoch {epoch}, and lacks {reached + 1}: it went back"
+                    f"the ledger had {told} events of epoch {epoch}, and lacks {accounted + 1}: it went back"
                 )
 
-    async def _judge(self, connection: LedgerConnection, begun: NewEpoch, drained: int) -> tuple[Verdict, int]:
+    async def _judge(self, connection: LedgerConnection, begun: NewEpoch, accounted: int) -> tuple[Verdict, bool]:
         """What is to become of codes that were lent and have no record: written down before the first book is settled.
-        Returns the seq up to which the ledger accounts for the live epoch by then, too. Raises HistoryForked."""
+        Returns, too, whether reports have added to the ledger. Raises HistoryForked."""
         if not begun.live_epoch:
-            return Verdict(0, lost=False), drained
-        lost, accounted = False, drained
+            return Verdict(0, lost=False), False
+        lost, reports_added = False, False
         if await _step(connection, processes.may_have_answered_early(connection, begun.owned.shard)):
-            lost, accounted = await self._hear_reports(connection, begun, drained)
+            lost, reports_added = await self._hear_reports(connection, begun, accounted)
         verdict = await _step(connection, settling.end_live_epoch(connection, self._writer_id, begun, lost=lost))
-        return verdict, accounted
+        return verdict, reports_added
 
-    async def _hear_reports(self, connection: LedgerConnection, begun: NewEpoch, drained: int) -> tuple[bool, int]:
-        """Take from the reports what Redis has lost. Returns whether an answer may still be without a record, and the seq up
-        to which the ledger accounts for the live epoch.
+    async def _hear_reports(self, connection: LedgerConnection, begun: NewEpoch, accounted: int) -> tuple[bool, bool]:
+        """Take from the reports what Redis has lost. Returns whether an answer may still be without a record, and whether
+        the reports have added to the ledger.
 
         No answer is without one when every API process that could have answered has reported, and the ledger has all that
         any of them saw.
@@ -211,10 +217,11 @@ class Recoverer:
         silent = await self._wait_for_reports(connection, shard, live)
         if silent:
             log.warning("shard %02d: %d API processes cannot be asked what they have answered", shard, silent)
-        accounted = await self._enter_reported(connection, begun, drained)
+        before = accounted
+        accounted = await self._enter_reported(connection, begun, before)
         missing = await _step(connection, anything_missing(connection, shard, live))
         seen = await _step(connection, processes.highest_seen(connection, shard, live))
-        return silent > 0 or missing or seen > accounted, accounted
+        return silent > 0 or missing or seen > accounted, accounted > before
 
     async def _enter_reported(self, connection: LedgerConnection, begun: NewEpoch, accounted: int) -> int:
         """Enter what API processes have reported and the stream has lost. Returns up to which seq the ledger accounts for
@@ -297,12 +304,12 @@ class Recoverer:
             returned, quarantined = returned + settled.returned, quarantined + settled.quarantined
         return Settled(returned, quarantined)
 
-    async def _agrees(self, shard: int, held_by_book: Mapping[str, int]) -> bool:
+    async def _agrees(self, shard: int, held: Mapping[str, int]) -> bool:
         """Whether every book in Redis has as many holders as the ledger, and no code is missing from its keys."""
-        for some in _chunks(list(held_by_book), AT_ONCE):
+        for some in _chunks(list(held), AT_ONCE):
             counts = await asyncio.gather(*(self._store.pool_counts(shard, book_id) for book_id in some))
-            for book_id, (in_pool, held, lent) in zip(some, counts, strict=True):
-                if held != held_by_book[book_id] or in_pool + held != lent:
+            for book_id, (in_pool, holders, lent) in zip(some, counts, strict=True):
+                if holders != held[book_id] or in_pool + holders != lent:
                     return False
         return True
 
@@ -312,10 +319,10 @@ class Recoverer:
         """Of a Redis that is kept: empty pools, and the books' rules and quarantine as the ledger has them. Its counts of
         uses are right, unless an older version brought the book and left one out."""
         for some in _chunks(books, AT_ONCE):
-            known = await self._store.held_counts(term.shard, [book.book_id for book in some])
+            lent_counts = await self._store.lent_counts(term.shard, [book.book_id for book in some])
             restored = []
-            for book, complete in zip(some, known, strict=True):
-                uses = {} if complete is not None else (await self._walk_coupons(connection, book, _nowhere)).fields
+            for book, lent in zip(some, lent_counts, strict=True):
+                uses = {} if lent is not None else (await self._walk_coupons(connection, book, _nowhere)).fields
                 codes = await self._quarantine(connection, book)
                 counts = {**uses, "lent": held[book.book_id], "quarantined": len(codes)}
                 restored.append((book.book_id, _fields(book, **counts), codes))
@@ -463,10 +470,10 @@ def _holding(row: LedgerRow) -> Holding:
 
 
 def _made_up(entry: StreamEntry, begun: NewEpoch, made: int | None) -> bool:
-    """Whether an entry was put into the stream by hand: one of an epoch that the ledger never began (the meta, which knows
-    of none that is newer, was compared before), or one of the live epoch that follows the last one that a script made in
-    it. What is missing before it was never made, and may be more than could ever be noted. It goes with the stream when the
-    shard is certified."""
+    """Whether an entry was put into the stream by hand. It is, if the ledger never began its epoch; the meta was compared
+    before, and knows of no newer one. It is, too, if it follows the last one that a script made in the live epoch. What is
+    missing before it was never made, and may be more than could ever be noted. It goes with the stream when the shard is
+    certified."""
     epoch, seq = entry.position
     if epoch < begun.owned.epoch and (made is None or epoch != begun.live_epoch or seq <= made):
         return False

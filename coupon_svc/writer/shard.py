@@ -25,7 +25,7 @@ TRIM_KEPT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Shut:
-    """Nothing is persisted or lent. The opener tries the shard next."""
+    """Nothing is persisted or lent, while Redis may go on to decide. The opener tries the shard next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,8 @@ class Shard:
     # --- transitions by everybody else
 
     def report(self, term: Term, error: Exception, *, recover: bool = False) -> None:
-        """Shut the shard for what was found amiss at work in `term`. With `recover`, opening it again would not mend that.
+        """Work no more for the shard, for what was found amiss in `term`, until it is opened again. With `recover`, opening
+        it again would not mend that.
 
         A term that is over says nothing: the recovery that came between has dealt with what the work was about.
         """

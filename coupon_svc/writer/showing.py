@@ -67,7 +67,7 @@ class Showing:
         for shard in list(self._shards.values()):
             if not shard.is_open:
                 continue
-            if shard.identity == self._store.identity:
+            if shard.identity == self._store.identity:  # which `Owning.keep_in_touch` asks for anew, once a second
                 told.append((shard, Published(shard.term, shard.committed, shard.tip, (), shard.trim_seq(now))))
             else:
                 shard.report(shard.term, WrongServer("another Redis answers than the one that is certified"))

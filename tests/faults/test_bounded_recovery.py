@@ -582,14 +582,14 @@ async def test_a_book_that_cannot_be_brought_again_now_stays_in_doubt_and_holds_
     transaction = upload.transaction()
     await transaction.start()
     await upload.execute("SELECT FROM books WHERE book_id = $1 FOR UPDATE", held_up)
-    await lender.bring_outstanding(bench.ledger, shard)
+    await lender.bring_outstanding_of_shard(bench.ledger, shard)
     assert [await bench.counts(book_id) for book_id in (held_up, other)] == [(0, 0, 0), (2, 0, 2)]
-    await lender._bring_again(bench.ledger)  # the shard is not open yet: the doubt stays
+    await lender._bring_doubtful(bench.ledger)  # the shard is not open yet: the doubt stays
     await transaction.rollback()
     await upload.close()
     shard.opening_begins()
     shard.opened(await bench.store.connect())
-    await lender._bring_again(bench.ledger)
+    await lender._bring_doubtful(bench.ledger)
     assert await bench.counts(held_up) == (2, 0, 2)
     assert not lender._in_doubt
 

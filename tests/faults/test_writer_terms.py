@@ -183,4 +183,4 @@ def test_what_a_process_can_have_seen_is_asked_anew_in_each_epoch() -> None:
 
 async def test_more_books_than_one_write_may_hold_are_counted(recovered: Recovered) -> None:
     store, shard, _, book_id = recovered
-    assert await store.held_counts(shard.owned.shard, ["bk_none", *[book_id] * 20_001]) == [None, *[0] * 20_001]
+    assert await store.lent_counts(shard.owned.shard, ["bk_none", *[book_id] * 20_001]) == [None, *[0] * 20_001]

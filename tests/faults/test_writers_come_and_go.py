@@ -285,11 +285,11 @@ async def test_a_shard_that_is_given_up_within_the_lenders_turn_ends_nothing(
             lender._in_doubt.pop("bk_01x", None)  # whoever opened it anew has settled it
 
     monkeypatch.setattr(lender, "_bring_lone", bring_lone)
-    monkeypatch.setattr(lender, "_bring_outstanding", bring_outstanding)
+    monkeypatch.setattr(lender, "_bring_outstanding_of_book", bring_outstanding)
     monkeypatch.setattr(lending, "books_to_load", books_to_load)
     monkeypatch.setattr(lend, "lone_leases", lone_leases)
     await lender.turn(NO_LEDGER)
-    await lender._bring_again(NO_LEDGER)
+    await lender._bring_doubtful(NO_LEDGER)
     assert brought == [0, 2]
 
 
@@ -298,7 +298,7 @@ async def test_what_goes_wrong_with_one_shard_does_not_end_the_lenders_turn(
 ) -> None:
     shards = {number: shard(number) for number in range(3)}
     lender = Lender("", "wr", ShardControl("redis://127.0.0.1:1", 3, Scripts()), shards, 20, 20)
-    lender._low = {f"bk_0{number}x": shards[number] for number in range(3)}
+    lender._to_look_at = {f"bk_0{number}x": shards[number] for number in range(3)}
     refilled: list[int] = []
 
     async def refill(_: Any, one: Shard, book_id: str) -> None:

@@ -16,7 +16,7 @@ def test_a_whole_meta_is_read() -> None:
     meta = meta_of(WHOLE)
     assert [getattr(meta, name) for name in NUMBERS] == [7] * len(NUMBERS)
     assert (meta.installation, meta.run_id, meta.replid) == ("7", "7", "7")
-    assert (meta.recovering, meta.newest_epoch) == (9, 9)
+    assert (meta.recovery_epoch, meta.newest_epoch) == (9, 9)
 
 
 @pytest.mark.parametrize("field", NUMBERS)
@@ -29,7 +29,7 @@ def test_a_torn_number_is_none(field: str, torn: str | None) -> None:
 
 @pytest.mark.parametrize("recovery", ["x", "3-x", "", None])
 def test_a_torn_recovery_is_none(recovery: str | None) -> None:
-    assert meta_of(WHOLE | {"recovery": recovery}).recovering is None
+    assert meta_of(WHOLE | {"recovery": recovery}).recovery_epoch is None
 
 
 @given(st.dictionaries(st.sampled_from([*META_FIELDS, "recovery", "other"]), st.none() | st.text(max_size=20)))
