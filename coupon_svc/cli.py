@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = actions.add_parser("release", help="deal the codes of a book again, though somebody may hold them")
     sub.set_defaults(run=_quarantine_release)
     sub.add_argument("book_id")
-    sub.add_argument("--deal-again", action="store_true", help="yes: a code may go to a second user")
+    sub.add_argument("--deal-again", action="store_true", help="confirm that a code may go to a second user")
 
     codes = command("codes", lambda _: codes.print_help(), "upload and export the codes of a book, by the HTTP API")
     actions = codes.add_subparsers(metavar="ACTION")

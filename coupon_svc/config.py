@@ -82,7 +82,7 @@ def variable(name: str) -> str:
 def load_settings(environ: Mapping[str, str] | None = None, **overrides: object) -> Settings:
     """Settings from `environ` (the process's own unless given), then `overrides` that are not None.
 
-    Raises SettingsError for a missing URL, a number that is none, or one out of bounds.
+    Raises SettingsError for a missing URL, a text that is not a number, or a number out of bounds.
     """
     environ = os.environ if environ is None else environ
     values: dict[str, object] = {}

@@ -1,4 +1,4 @@
-"""A code in somebody's hands, as Redis keeps it under the code: `4-1/4-17 2 1700000000000 ann`."""
+"""A coupon, as Redis keeps it under its code: `4-1/4-17 2 1700000000000 ann`."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from msgspec import UNSET
 from coupon_svc.domain.books import BookRules, InvalidPeriod
 from coupon_svc.domain.clock import rfc3339, to_ms
 from coupon_svc.domain.codes import Generated, InvalidPattern, parse_pattern
-from coupon_svc.domain.outcomes import Outcome
-from coupon_svc.domain.upload_files import HEADER_WORDS
+from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.domain.upload_files import HEADER_WORDS, UnreadableFile
 from coupon_svc.http import schemas
 from coupon_svc.http.call import Answer, Call
 from coupon_svc.http.cursors import Cursors
@@ -113,16 +113,16 @@ class Books:
 
     async def _upload_file(self, call: Call, file: FileBody) -> Answer:
         query: schemas.UploadFile = call.query
-        done = await self._jobs.upload_file(
-            UploadFile(
-                tenant_id=call.key.tenant_id,
-                book_id=query.book_id,
-                kind=file.kind,
-                body=file.pieces,
-                idempotency_key=call.idempotency_key,
-                fingerprint=call.file_fingerprint(file),
-            )
+        wanted = UploadFile(
+            tenant_id=call.key.tenant_id,
+            book_id=query.book_id,
+            kind=file.kind,
+            body=file.pieces,
+            idempotency_key=call.idempotency_key,
+            fingerprint=call.file_fingerprint(file),
         )
+        with _refused_as_invalid():
+            done = await self._jobs.upload_file(wanted)
         job_id = msgspec.json.decode(done.answer.body)["job_id"]
         return Answer(done.answer.status, msgspec.Raw(done.answer.body), done.replayed, f"/coupons/jobs/{job_id}")
 
@@ -260,6 +260,10 @@ def _refused_as_invalid() -> Iterator[None]:
         raise invalid("/expires_at", error.reason) from None
     except InvalidPattern as error:
         raise invalid(f"/generate/{error.field}", error.reason) from None
+    except UnreadableFile as error:
+        errors = [{"pointer": "", "detail": str(error)}]
+        text = "The file cannot be read. Nothing was added."
+        raise Refused(Outcome.INVALID_REQUEST, text, errors=errors, line=error.line) from None
 
 
 def _moment_ms(pointer: str, moment: datetime | None) -> int | None:

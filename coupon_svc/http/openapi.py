@@ -82,7 +82,7 @@ _HEADERS: dict[int, dict[str, Any]] = {
 }
 """What problems of a status carry, always."""
 _RETRY_AFTER_SECONDS = {"retry_after_seconds": {"type": "integer", "minimum": 1}}
-_NUMBERS: dict[Outcome, dict[str, Any]] = {
+_FACTS: dict[Outcome, dict[str, Any]] = {
     Outcome.MISSING_SCOPE: {"scopes": {"type": "array", "items": {"type": "string"}, "description": "one is enough"}},
     Outcome.BODY_TOO_LARGE: {"limit_bytes": _NUMBER},
     Outcome.INVALID_REQUEST: {
@@ -104,7 +104,7 @@ _NUMBERS: dict[Outcome, dict[str, Any]] = {
     Outcome.TOO_MANY_UNKNOWN_CODES: _RETRY_AFTER_SECONDS,
 }
 """What else a problem of an outcome says."""
-_NUMBERS_TOLD: dict[Outcome, dict[str, Any]] = {
+_FACTS_TOLD: dict[Outcome, dict[str, Any]] = {
     Outcome.MISSING_SCOPE: {"scopes": ["coupons:assign"]},
     Outcome.BODY_TOO_LARGE: {"limit_bytes": BODY_BYTES_MAX},
     Outcome.INVALID_REQUEST: {"errors": [{"pointer": "/user_id", "detail": "Expected `str` of length >= 1"}]},
@@ -231,7 +231,7 @@ def _problem(status: int, outcomes: list[Outcome]) -> dict[str, Any]:
         "code": {"enum": [outcome.value for outcome in outcomes]},
     }
     for outcome in outcomes:
-        properties |= _NUMBERS.get(outcome, {})
+        properties |= _FACTS.get(outcome, {})
     schema = {
         "allOf": [
             {"$ref": _REF.format(name="ProblemBody")},
@@ -240,9 +240,7 @@ def _problem(status: int, outcomes: list[Outcome]) -> dict[str, Any]:
     }
     lines = [f"`{outcome.value}`: {PROBLEMS[outcome].detail}" for outcome in outcomes]
     examples = {
-        outcome.value: {
-            "value": problem_body(outcome, "req_5f0c3f2a9d1e4b670000001a", **_NUMBERS_TOLD.get(outcome, {}))
-        }
+        outcome.value: {"value": problem_body(outcome, "req_5f0c3f2a9d1e4b670000001a", **_FACTS_TOLD.get(outcome, {}))}
         for outcome in outcomes
     }
     return {

@@ -59,7 +59,7 @@ _ANY_POST = (Outcome.INVALID_IDEMPOTENCY_KEY, Outcome.IDEMPOTENCY_KEY_REUSED, Ou
 
 
 class CsvAnswer(msgspec.Struct, frozen=True):
-    """What an operation answers to whom accepts `text/csv`: a body of any length."""
+    """What an operation answers to a caller who accepts `text/csv`: a body of any length."""
 
     example: str
     headers: dict[str, str]
@@ -88,7 +88,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     outcomes: tuple[Outcome, ...]
     """What it is refused with, beyond ANY_OPERATION."""
     csv: CsvAnswer | None
-    """The answer in CSV to whom asks for it; None where there is none."""
+    """The answer to a caller who asks for CSV; None without one."""
     location: str | None
     """The address that the Location header of a 201 or 202 names."""
     hot: bool

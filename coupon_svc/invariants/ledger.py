@@ -155,7 +155,7 @@ class LedgerCheck(Check):
     )
     LENT = (
         "P4",
-        "a code in somebody's hands was not lent",
+        "an assigned code was not lent",
         """
         SELECT count(*) FROM coupons JOIN books USING (book_id)
         LEFT JOIN codes ON codes.tenant_id = books.tenant_id AND codes.code = coupons.code

@@ -59,7 +59,7 @@ class RedisCheck(Check):
     FREE = "P1", "a code is free that somebody holds"
     LISTED = "P2", "a coupon is not in its user's list"
     FREE_LENT = "P4", "a free code was not lent"
-    COMPUTED_LENT = "P4", "a computed code in somebody's hands was not lent"
+    COMPUTED_LENT = "P4", "an assigned computed code was not lent"
     NUMBERS = "P4", "a number that was lent has neither a coupon nor a row"
     COUNTS = "P4", "codes are missing from Redis"
 

@@ -105,7 +105,7 @@ class UpdateBook(msgspec.Struct, frozen=True):
 
 
 class LiveBook(msgspec.Struct, frozen=True):
-    """A book's rules, and its counters of one moment: `held` codes are in somebody's hands, `redeemed` ones of them wholly
+    """A book's rules, and its counters of one moment: `held` codes are assigned, `redeemed` ones of them wholly
     spent; `redemptions` are all uses of any code."""
 
     book: Book

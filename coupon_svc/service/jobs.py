@@ -147,8 +147,8 @@ class Jobs:
         """Receive a body. Returns once it is there, and its job will be worked off whoever dies. What breaks off before adds
         nothing.
 
-        Raises Refused: book_not_found, book_closed, idempotency_in_progress, idempotency_key_reused, invalid_request with
-        the `line` that cannot be read; and what `wanted.body` raises.
+        Raises Refused: book_not_found, book_closed, idempotency_in_progress, idempotency_key_reused; UnreadableFile; and
+        what `wanted.body` raises.
         """
         async with self._receiving.slot(wanted.tenant_id, SLOT_WAIT_S):
             job = await self._open(wanted)
@@ -159,8 +159,6 @@ class Jobs:
                 return await self._complete(wanted, job, received)
             except Exception as error:
                 await self._give_up(job, error)
-                if isinstance(error, UnreadableFile):
-                    raise _unreadable(error) from None
                 raise
 
     async def _open(self, wanted: UploadFile) -> Job | None:
@@ -362,13 +360,3 @@ def _idempotent(wanted: UploadFile) -> IdempotentCall | None:
     if wanted.idempotency_key is None:
         return None
     return IdempotentCall(wanted.book_id, wanted.idempotency_key, wanted.fingerprint.hexdigest())
-
-
-def _unreadable(error: UnreadableFile) -> Refused:
-    detail = f"line {error.line}: {error.reason}"
-    return Refused(
-        Outcome.INVALID_REQUEST,
-        "The file cannot be read. Nothing was added.",
-        errors=[{"pointer": "", "detail": detail}],
-        line=error.line,
-    )

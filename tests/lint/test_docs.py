@@ -177,13 +177,6 @@ def test_every_endpoint_is_described_and_no_other() -> None:
     assert described - there == set(), "docs/api.md describes these, which do not exist"
 
 
-def test_the_page_without_javascript_lists_every_operation() -> None:
-    page = (ROOT / "coupon_svc" / "http" / "docs.html").read_text()
-    listed = set(re.findall(r"^(\w+) +(/\S+)  ", page, re.MULTILINE))
-    there = {(operation.method, operation.path) for operation in OPERATIONS if operation.scopes}
-    assert there - listed == set(), "coupon_svc/http/docs.html lacks these in its <pre>"
-
-
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 def test_an_endpoint_is_described_with_its_scopes_statuses_and_outcomes(operation: Operation) -> None:
     text = sections().get(f"{operation.method} {operation.path}", "")
