@@ -29,7 +29,7 @@ from coupon_svc.redis.errors import (
     shard_not_usable,
 )
 from coupon_svc.redis.keys import ShardKeys, ToldPosition, position_message, positions_channel
-from coupon_svc.redis.meta import ShardMeta, meta_of
+from coupon_svc.redis.meta import Recovery, ShardMeta, meta_of
 from coupon_svc.redis.runner import run_script
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import Identity, load_scripts, read_identity
@@ -52,8 +52,8 @@ class Term(NamedTuple):
 
     @property
     def recovery(self) -> str:
-        """What tells the recovery that makes this epoch from every other one."""
-        return f"{self.generation}-{self.epoch}"
+        """Names the recovery that makes this epoch."""
+        return str(Recovery(self.generation, self.epoch))
 
 
 class Published(NamedTuple):
@@ -265,7 +265,12 @@ class ShardControl:
     async def shut_shard(self, term: Term) -> None:
         """No script decides anything in the shard from now on. Raises StoreError, ForeignRedis, Fenced."""
         await self._run(
-            "shut_shard", term.shard, generation=term.generation, epoch=term.epoch, installation=self.installation
+            "shut_shard",
+            term.shard,
+            generation=term.generation,
+            epoch=term.epoch,
+            recovery=term.recovery,
+            installation=self.installation,
         )
 
     async def tell_position(self, shard: int, epoch: int, committed: int) -> None:
@@ -343,14 +348,14 @@ class ShardControl:
             flat = []
         return meta_of(dict(zip(flat[::2], flat[1::2], strict=True)))
 
-    async def stream_after(self, shard: int, epoch: int, seq: int, count: int) -> list[StreamEntry]:
-        """Up to `count` entries that follow (epoch, seq), without waiting. Raises StoreError, WrongKeyType."""
-        entries = await self._ask_bytes("XRANGE", self._keys[shard].events, f"({epoch}-{seq}", "+", "COUNT", count)
+    async def stream_after(self, shard: int, after: Position, count: int) -> list[StreamEntry]:
+        """Up to `count` entries that follow a position, without waiting. Raises StoreError, WrongKeyType."""
+        entries = await self._ask_bytes("XRANGE", self._keys[shard].events, f"({after}", "+", "COUNT", count)
         return [StreamEntry.of(entry) for entry in entries]
 
-    async def entry_at(self, shard: int, epoch: int, seq: int) -> StreamEntry | None:
+    async def entry_at(self, shard: int, position: Position) -> StreamEntry | None:
         """The stream's entry at a position; None when there is none. Raises StoreError, WrongKeyType."""
-        entries = await self._ask_bytes("XRANGE", self._keys[shard].events, f"{epoch}-{seq}", f"{epoch}-{seq}")
+        entries = await self._ask_bytes("XRANGE", self._keys[shard].events, str(position), str(position))
         return StreamEntry.of(entries[0]) if entries else None
 
     async def newest_entry(self, shard: int, below_epoch: int) -> Position | None:
@@ -414,9 +419,9 @@ class ShardControl:
         return [None if lent is None or partly_redeemed is None else _count(lent) for lent, partly_redeemed in counts]
 
     async def read_events(
-        self, after: Mapping[int, tuple[int, int]], block_ms: int, count: int
+        self, after: Mapping[int, Position], block_ms: int, count: int
     ) -> dict[int, list[StreamEntry]]:
-        """Up to `count` entries of each shard's stream that follow (epoch, seq), waiting up to `block_ms` for the first. A
+        """Up to `count` entries of each shard's stream that follow a position, waiting up to `block_ms` for the first. A
         shard without any is left out.
 
         Raises StoreError; WrongKeyType when one of the keys is no stream.
@@ -428,7 +433,7 @@ class ShardControl:
             async with replies_within(block_ms / 1000 + REPLY_TIMEOUT_S):
                 reply = await self._reader.ask(
                     "XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", *by_stream,
-                    *(f"{epoch}-{seq}" for epoch, seq in after.values()),
+                    *map(str, after.values()),
                 )  # fmt: skip
         except ReplyError as error:
             _require_types(error)

@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
+
+
+class Recovery(NamedTuple):
+    """What tells one recovery of a shard from every other one. Its text, `generation-epoch`, is made and read here; of the
+    scripts `shut_shard` alone reads it."""
+
+    generation: int
+    """Of the owner."""
+    epoch: int
+    """That it makes."""
+
+    def __str__(self) -> str:
+        return f"{self.generation}-{self.epoch}"
+
+
+def _recovery_epoch(text: str | None) -> int | None:
+    return _number((text or "").rpartition("-")[2])
 
 
 class ShardMeta(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,14 +79,13 @@ def parse_meta(values: Sequence[str | None]) -> ShardMeta:
 
 def meta_of(fields: Mapping[str, str | None]) -> ShardMeta:
     """The meta from its hash; fields that are no part of it are left out."""
-    recovery = fields.get("recovery") or ""
     return ShardMeta(
         installation=fields.get("installation"),
         format=fields.get("format"),
         run_id=fields.get("run"),
         replid=fields.get("replid"),
         tip=fields.get("tip"),
-        recovery_epoch=_number(recovery.rpartition("-")[2]),
+        recovery_epoch=_recovery_epoch(fields.get("recovery")),
         **{
             name: _number(fields.get(name))
             for name in (

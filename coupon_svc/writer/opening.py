@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from coupon_svc.domain.bounds import CLOCKS_APART_MAX_MS
 from coupon_svc.domain.errors import error_location
 from coupon_svc.domain.events import Entry, MalformedEntry, parse_entry
+from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession, within
 from coupon_svc.postgres.entries import entry_ending_at, first_dead_letter
 from coupon_svc.postgres.epochs import stop_shard, stopped_because, want_rebuild
@@ -162,19 +163,19 @@ class Opener:
         async with within(connection, STATEMENTS_TIMEOUT_S):
             dead = await first_dead_letter(connection, number, epoch)
         if dead is not None:
-            return f"the ledger could not take event {epoch}-{dead}"
+            return f"the ledger could not take event {shard.position._replace(seq=Seq(dead))}"
         try:
             seq = await self._store.open_shard(shard.term, committed, shard.tip, self._backlog_max)
         except ShardNotUsable as error:
             return str(error)
-        entry = await self._store.entry_at(number, epoch, committed)
+        entry = await self._store.entry_at(number, shard.position)
         if entry is not None:
             async with within(connection, STATEMENTS_TIMEOUT_S):
                 recorded = await entry_ending_at(connection, number, epoch, committed)
             if not is_entry(entry, recorded):
-                return f"the stream has another entry at {epoch}-{committed}"
+                return f"the stream has another entry at {shard.position}"
         if not await next_event_is_there(self._store, shard.term, committed, shard.tip, required=seq > committed):
-            return f"the stream does not go on with event {epoch}-{committed + 1}"
+            return f"the stream does not go on with event {shard.position.next}"
         return None
 
 
@@ -184,7 +185,7 @@ async def next_event_is_there(
     """Whether the entry after this one is in the stream and follows it, or none at all unless one is `required`. If it was
     trimmed, only a look or the next event shows that. If a hand-made entry stands there, no script can add its own any more,
     and none that follows another one is ever committed."""
-    following = await store.stream_after(term.shard, term.epoch, committed, count=1)
+    following = await store.stream_after(term.shard, Position(Epoch(term.epoch), Seq(committed)), count=1)
     if not following:
         return not required
     try:

@@ -109,7 +109,7 @@ class Persister:
             return
         try:
             entries = await self._store.read_events(
-                {n: (terms[n].epoch, s.committed) for n, s in open_shards.items()}, BLOCK_MS, self._portion.entries
+                {n: s.position for n, s in open_shards.items()}, BLOCK_MS, self._portion.entries
             )
         except ShardNotUsable:
             await self._shut_unreadable(open_shards)
@@ -141,7 +141,7 @@ class Persister:
         for number, shard in open_shards.items():
             term = shard.term
             try:
-                await self._store.stream_after(number, term.epoch, shard.committed, count=1)
+                await self._store.stream_after(number, shard.position, count=1)
             except ShardNotUsable as error:
                 shard.report(term, error)
 
@@ -291,19 +291,19 @@ def following_batch(shard: Shard, found: Sequence[StreamEntry], portion: Portion
     entries: list[Entry] = []
     events: list[Event] = []
     dead: list[DeadLetter] = []
-    upto, tip = shard.committed, shard.tip
+    upto, tip = shard.position, shard.tip
     for raw in found:
         try:
             entry = parse_entry(*raw)
-            if (entry.epoch, entry.before) != (shard.owned.epoch, upto):
-                raise Hole(f"event {shard.owned.epoch}-{upto + 1} is missing, {raw.position} came instead")
+            if (entry.epoch, entry.before) != upto:
+                raise Hole(f"event {upto.next} is missing, {raw.position} came instead")
             if entry.after != tip:
                 raise Rewritten(f"entry {raw.position} does not follow the one that the ledger has")
         except (Hole, Rewritten, MalformedEntry):
             if entries:
                 break
             raise
-        upto, tip = entry.seq, entry.tip
+        upto, tip = raw.position, entry.tip
         entries.append(entry)
         try:
             events += events_of(entry)
@@ -314,5 +314,14 @@ def following_batch(shard: Shard, found: Sequence[StreamEntry], portion: Portion
             break
     owned = shard.owned
     return Batch(
-        owned.shard, owned.epoch, owned.generation, shard.committed, upto, entries, events, dead, shard.tip, shard.chain
+        owned.shard,
+        owned.epoch,
+        owned.generation,
+        shard.committed,
+        upto.seq,
+        entries,
+        events,
+        dead,
+        shard.tip,
+        shard.chain,
     )

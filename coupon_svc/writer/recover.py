@@ -34,7 +34,7 @@ from coupon_svc.domain.events import (
 )
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.lists import key_of_list
-from coupon_svc.domain.position import Position
+from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres import draining, epochs, late_events, processes, quarantine, rebuild_source, settling
 from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.computed.ciphers import NO_CIPHERS, Ciphers
@@ -151,8 +151,8 @@ class Recoverer:
         shut = await self._store.read_meta(shard)  # no script adds to it any more
         # The last event that a script made in the live epoch, where this Redis knows it.
         made = shut.seq if shut.was == live else None
-        epoch, seq, portion = 0, 0, Portion()
-        while entries := await self._stream_after(shard, epoch, seq, portion.entries):
+        read, portion = Position(Epoch(0), Seq(0)), Portion()
+        while entries := await self._stream_after(shard, read, portion.entries):
             portion.begin()
             ours = [entry for entry in entries if not _made_up(entry, begun, made)]
             for number, batch in _by_epoch(shard, ours, portion):
@@ -161,10 +161,10 @@ class Recoverer:
                 else:
                     late = late_events.take_late(connection, self._writer_id, begun, number, batch.events)
                     await _step(connection, late)
-                epoch, seq = number, batch.upto
+                read = Position(Epoch(number), Seq(batch.upto))
             if not portion.is_spent:
-                epoch, seq = entries[-1].position
-            portion.committed(len(entries), all_of_it=(epoch, seq) == entries[-1].position)
+                read = entries[-1].position
+            portion.committed(len(entries), all_of_it=read == entries[-1].position)
         dead = await _step(connection, first_dead_letter(connection, shard, live))
         if live:  # whoever still waits in that epoch is answered, up to what the ledger could not take
             await self._store.tell_position(shard, live, accounted if dead is None else min(accounted, dead - 1))
@@ -174,10 +174,10 @@ class Recoverer:
         stands = live > 0 and meta.epoch == live and meta.seq == accounted and same and dead is None
         return accounted, stands
 
-    async def _stream_after(self, shard: int, epoch: int, seq: int, count: int) -> list[StreamEntry]:
+    async def _stream_after(self, shard: int, after: Position, count: int) -> list[StreamEntry]:
         """A key of another type in the stream's place holds nothing; it goes when the shard is certified."""
         try:
-            return await self._store.stream_after(shard, epoch, seq, count)
+            return await self._store.stream_after(shard, after, count)
         except WrongKeyType:
             return []
 
@@ -185,7 +185,7 @@ class Recoverer:
         """Raises HistoryForked when the ledger had events that it lacks now and the stream has not kept: it went back."""
         while accounted < told:
             before = accounted
-            for raw in await self._stream_after(shard, epoch, accounted, AT_ONCE):
+            for raw in await self._stream_after(shard, Position(Epoch(epoch), Seq(accounted)), AT_ONCE):
                 with contextlib.suppress(MalformedEntry):
                     entry = parse_entry(*raw)
                     if (entry.epoch, entry.before) == (epoch, accounted):

@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from coupon_svc.domain.errors import CouponError, error_location
+from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres.shards import OwnedShard
 from coupon_svc.redis.control import Term
 from coupon_svc.redis.errors import ClocksApart
@@ -107,6 +108,11 @@ class Shard:
     def committed(self) -> int:
         """The seq that the ledger has reached in this epoch."""
         return self._committed
+
+    @property
+    def position(self) -> Position:
+        """Where the ledger is."""
+        return Position(Epoch(self._owned.epoch), Seq(self._committed))
 
     @property
     def chain(self) -> bytes:

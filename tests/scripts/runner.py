@@ -49,9 +49,9 @@ def _keyed(caller: Caller) -> dict[str, str]:
     return {"idempotency_key": caller.idem, "fingerprint": caller.fingerprint}
 
 
-def recovery(generation: int) -> str:
+def recovery(generation: int, epoch: int = RECOVERED) -> str:
     """What the scripts of an owner's recovery show."""
-    return f"{generation}-{RECOVERED}"
+    return f"{generation}-{epoch}"
 
 
 class Owner(NamedTuple):
@@ -198,7 +198,13 @@ class Shard:
     def shut_shard(
         self, generation: int = GENERATION, epoch: int = RECOVERED, installation: str = INSTALLATION
     ) -> Reply:
-        return self._run("shut_shard", generation=generation, epoch=epoch, installation=installation)
+        return self._run(
+            "shut_shard",
+            generation=generation,
+            epoch=epoch,
+            recovery=recovery(generation, epoch),
+            installation=installation,
+        )
 
     def wipe_keys(self, doomed: Sequence[str], generation: int = GENERATION) -> Reply:
         return self._run("wipe_keys", doomed=doomed, recovery=recovery(generation))

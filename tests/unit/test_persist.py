@@ -85,9 +85,7 @@ class Streams(ShardControl):
         }
         self.caught_up = asyncio.Event()
 
-    async def read_events(
-        self, after: Mapping[int, tuple[int, int]], _: int, count: int
-    ) -> dict[int, list[StreamEntry]]:
+    async def read_events(self, after: Mapping[int, Position], _: int, count: int) -> dict[int, list[StreamEntry]]:
         await asyncio.sleep(0)
         streams = {
             number: [

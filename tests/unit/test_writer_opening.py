@@ -124,7 +124,7 @@ async def test_the_next_entry_must_follow_the_one_that_the_ledger_has(seq: int, 
     fields = [b"n", b"1", b"after", after.encode(), b"tip", b"new", b"at_ms", b"1", b"events", b"[]"]
 
     class Streams:
-        async def stream_after(self, *_: int, count: int) -> list[StreamEntry]:
+        async def stream_after(self, *_: object, count: int) -> list[StreamEntry]:
             return [StreamEntry(Position(Epoch(4), Seq(seq)), fields)]
 
     store = cast(ShardControl, Streams())
