@@ -290,10 +290,24 @@ def test_the_last_use_is_spent_once_within_a_call(calls: Calls) -> None:
 
 def test_a_lock_that_the_call_sets_holds_in_the_call(calls: Calls) -> None:
     book = calls.shard.assigned("A-1")
-    words = calls.words(
+    replies = calls.replies(
         [lock(book, "A-1", new_token="t"), lock(book, "A-1", new_token="t2"), lock(book, "A-1", token="t")]
     )
-    assert words == ["ok", "locked", "renewed"]
+    assert [reply[0] for reply in replies] == ["ok", "locked", "renewed"]
+    assert replies[1] == ["locked", 60_000], "with all of its time"
+
+
+def test_each_use_within_a_call_is_counted(calls: Calls) -> None:
+    book = calls.shard.assigned("A-1", max_redemptions_per_code="")
+    assert calls.words([redeem(book, "A-1")] * 3) == ["ok"] * 3
+    assert calls.shard.book(book)["partly_redeemed"] == "3"
+
+
+def test_the_key_of_a_list_is_taken_within_the_call(calls: Calls) -> None:
+    book = calls.shard.new_book("A-1", "B-2")
+    other = assign(book, "v", "k/1", "k")
+    other[1]["fingerprint"] = "another request's"
+    assert calls.words([assign(book, "u", "k/0", "k"), other]) == ["ok", "idempotency_key_reused"]
 
 
 def test_room_counts_what_the_call_makes(server: Server) -> None:
@@ -368,6 +382,15 @@ def test_a_count_that_cannot_be_raised_fails_before_the_entry(calls: Calls, fiel
     calls.shard.redis.hset(calls.shard.keys.book(book), field, count)
     assert calls.replies([redeem(book, "A-1")]) == [["error", "WRONGTYPE"]]
     assert calls.shard.redis.hget(calls.shard.keys.meta, "seq") == "1"
+
+
+def test_damage_is_not_forgotten_over_another_error(calls: Calls) -> None:
+    book = calls.shard.assigned("A-1")
+    odd = lock(book, "A-1")
+    odd[1]["ttl_ms"] = "soon"
+    calls.shard.redis.set(calls.shard.keys.coupons(TENANT, "bad"), "x")
+    assert calls.replies([assign(book, "bad"), odd]) == [["error", "WRONGTYPE"], ["error", "ERR"]]
+    assert calls.shard.redis.hget(calls.shard.keys.meta, "epoch") == "doubt"
 
 
 @pytest.mark.parametrize("ttl_ms", ["soon", "0", "-5", "1.5", "9" * 19])

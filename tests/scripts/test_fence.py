@@ -22,9 +22,13 @@ def test_nothing_is_decided_in_another_history_than_the_certified_one(shard: Sha
 
 def test_a_shard_whose_certificate_is_gone_is_suspect(shard: Shard) -> None:
     book = worn(shard)
-    shard.redis.hdel(shard.keys.meta, "replid")
-    with shard.writes_nothing():
-        assert shard.assign_coupon(book, "u") == ["suspect", "meta"]
+    for field in ("tip", "replid"):
+        kept = shard.redis.hget(shard.keys.meta, field)
+        shard.redis.hdel(shard.keys.meta, field)
+        with shard.writes_nothing():
+            assert shard.assign_coupon(book, "u") == ["suspect", "meta"]
+            assert shard.put_book(book, 2, known=True) == ["suspect", "meta"]
+        shard.set_meta(**{field: kept})
     for part in ("", shard.server.replid[:20]):
         shard.set_meta(replid=part)
         with shard.writes_nothing():
