@@ -20,6 +20,7 @@ from coupon_svc.domain.codes import (
     normalise_prefix,
     parse_pattern,
     why_invalid,
+    why_taken,
 )
 from coupon_svc.domain.errors import CouponError
 from coupon_svc.domain.outcomes import Outcome, Refused
@@ -163,3 +164,8 @@ def test_random_bytes_that_would_favour_some_symbols_are_thrown_away(monkeypatch
 )
 def test_a_prefix_is_spelled_as_a_code_is(text: str, prefix: str | None) -> None:
     assert normalise_prefix(text) == prefix
+
+
+def test_a_code_that_is_taken_names_the_book_that_has_it() -> None:
+    assert why_taken("bk_1", "bk_1") == ("duplicate_in_book", "the book has it already")
+    assert why_taken("bk_1", "bk_2") == ("duplicate_in_other_book", "bk_2")

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers.modes import ECB
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coupon_svc.domain.codes import ALPHABETS, parse_pattern
+from coupon_svc.domain.codes import ALPHABETS, Pattern, parse_pattern
 from coupon_svc.domain.computed import (
     PatternCipher,
     codes_beginning_with,
@@ -23,6 +23,7 @@ from coupon_svc.domain.computed import (
     share_of_capacity,
 )
 from coupon_svc.domain.permutation import FF1
+from coupon_svc.postgres.computed.ciphers import seal_of
 
 NIST_KEY = bytes.fromhex("2B7E151628AED2A6ABF7158809CF4F3CEF4359D8D580AA4F7F036D6F04FC6A94")
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -207,3 +208,8 @@ def test_long_numbers_are_encrypted_as_the_specification_says(radix: int, length
     encrypted = permutation.encrypt(numbers)
     assert encrypted == [_ff1_by_the_book(OUR_KEY, radix, length, number) for number in numbers]
     assert permutation.decrypt(encrypted) == numbers
+
+
+def test_what_a_key_is_sealed_for_keeps_its_text() -> None:
+    """Else no key that is at rest could be opened any more."""
+    assert seal_of(7, Pattern("A-##", "01")) == "7\nA-##\n01"

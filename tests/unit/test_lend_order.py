@@ -13,6 +13,7 @@ from coupon_svc.postgres.lend_order import (
     random_places,
     spread_factor,
 )
+from coupon_svc.postgres.lending import computed_share
 
 
 @given(st.integers(0, 2**40), st.integers(1, 2**40), st.integers(0, 20))
@@ -44,3 +45,17 @@ def test_many_codes_share_places_before_new_ones_get_a_round_of_their_own() -> N
     assert places_end(0, ROUND, ROUND * CODES_PER_PLACE_MAX) == ROUND
     assert places_end(0, ROUND, ROUND * CODES_PER_PLACE_MAX + 1) == 2 * ROUND
     assert places_end((1 << 32) - 1_000, 1 << 32, 16_001) == 1 << 33
+
+
+@given(st.integers(0, 200), st.integers(0, 300), st.integers(0, 300))
+def test_a_share_takes_no_more_of_either_kind_than_is_left(count: int, stored: int, computed: int) -> None:
+    share = computed_share(count, stored, computed)
+    assert 0 <= share <= computed
+    assert min(count, stored + computed) - share <= stored
+
+
+def test_computed_codes_are_drawn_as_if_all_had_been_shuffled_together() -> None:
+    """Of 2,000 codes, a quarter of them computed, 400 have 100 that are, give or take seven standard deviations."""
+    drawn = [computed_share(400, 1_500, 500) for _ in range(50)]
+    assert len(set(drawn)) > 1
+    assert abs(sum(drawn) / len(drawn) - 100) < 8

@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 
 from coupon_svc.domain.chain import CHAIN_START
+from coupon_svc.domain.events import parse_entry
 from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres.database import LedgerSession
 from coupon_svc.postgres.errors import HistoryForked, LedgerUnavailable, NotOwner
@@ -16,7 +17,7 @@ from coupon_svc.redis.control import ShardControl, Term
 from coupon_svc.redis.errors import ClocksApart, CountsDiffer, Fenced, NotSent
 from coupon_svc.redis.meta import ShardMeta, meta_of
 from coupon_svc.redis.server import Identity
-from coupon_svc.writer.opening import Opener, next_event_is_there, went_back
+from coupon_svc.writer.opening import Opener, is_entry, next_event_is_there, went_back
 from coupon_svc.writer.shard import Open, Shard, Shut, State, Stopped
 
 HERE = Identity("run", "history")
@@ -129,3 +130,13 @@ async def test_the_next_entry_must_follow_the_one_that_the_ledger_has(seq: int, 
 
     store = cast(ShardControl, Streams())
     assert await next_event_is_there(store, Term(3, 4, 7), 2, "theirs") is there
+
+
+def test_an_entry_of_the_stream_is_the_ledgers_byte_for_byte() -> None:
+    fields = [b"n", b"1", b"after", b"", b"tip", b"t", b"at_ms", b"1", b"events", b"[]"]
+    found = StreamEntry(Position(Epoch(4), Seq(7)), fields)
+    recorded = parse_entry(*found)
+    assert is_entry(found, recorded)
+    assert not is_entry(found, recorded._replace(body=b"[ ]"))
+    assert not is_entry(found, None)
+    assert not is_entry(found._replace(fields=[b"by", b"hand"]), recorded)
