@@ -15,6 +15,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Collection, Mapping
 from functools import partial
+from typing import cast
 
 import msgspec
 from redis.asyncio import Redis
@@ -32,6 +33,7 @@ from coupon_svc.postgres.computed.rows import lent_by_number
 from coupon_svc.postgres.database import LedgerConnection
 from coupon_svc.postgres.rebuild_source import coupons_of_book
 from coupon_svc.redis.keys import ShardKeys
+from coupon_svc.redis.meta import META_FIELDS, parse_meta
 
 ARRIVAL_WAIT_S = 10.0
 CHUNK = 500
@@ -144,9 +146,9 @@ class Verifier:
 
     async def _verify_redis(self, shard: int) -> None:
         keys = ShardKeys(shard, self._settings.shards)
-        meta = await self._redis.hgetall(keys.meta)
+        values = cast(list[str | None], await self._redis.hmget(keys.meta, META_FIELDS))
         epoch = await self._connection.fetchval("SELECT epoch FROM shards WHERE shard = $1", shard)
-        if meta.get("epoch") != str(epoch):
+        if parse_meta(values).epoch != epoch:
             self.report.unchecked.append(
                 f"shard {shard:02d} is not certified in Redis: it is being recovered, or stopped"
             )

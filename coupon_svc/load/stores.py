@@ -18,7 +18,7 @@ from coupon_svc.invariants.kept import compare, read_coupons, read_rows
 from coupon_svc.invariants.stores import Verifier
 from coupon_svc.load.audit import LOST_NOTE, Verdict
 from coupon_svc.load.plan import LoadError
-from coupon_svc.postgres.database import PATIENT_S, open_connection
+from coupon_svc.postgres.database import PATIENT_S, LedgerConnection, open_connection
 from coupon_svc.postgres.errors import LedgerUnavailable
 
 ARRIVAL_WAIT_S = 15.0
@@ -29,7 +29,7 @@ class Stores(NamedTuple):
     """Connections that read."""
 
     redis: Any
-    database: Any
+    database: LedgerConnection
     settings: Settings
 
     async def redis_bytes(self) -> int:
@@ -82,7 +82,7 @@ async def audit_stores(stores: Stores, history: History) -> Verdict:
     return verdict
 
 
-async def _audit_ledger(database: Any, history: History, verdict: Verdict) -> None:
+async def _audit_ledger(database: LedgerConnection, history: History, verdict: Verdict) -> None:
     for book_id, answered in history.by_book().items():
         await _arrived(database, book_id, answered)
         rows = await read_rows(database, book_id, answered)
@@ -95,7 +95,7 @@ async def _audit_ledger(database: Any, history: History, verdict: Verdict) -> No
     verdict.checked["answers with a redemption, against the ledger"] = history.redemptions
 
 
-async def _arrived(database: Any, book_id: str, answered: dict[str, Coupon]) -> None:
+async def _arrived(database: LedgerConnection, book_id: str, answered: dict[str, Coupon]) -> None:
     """Wait until the ledger has all that was answered of a book, or ARRIVAL_WAIT_S."""
     deadline = asyncio.get_running_loop().time() + ARRIVAL_WAIT_S
     while True:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from coupon_svc.domain.codes import ALPHABETS, Pattern, parse_pattern
 from coupon_svc.domain.computed import (
+    TOTAL_MIN,
     PatternCipher,
     codes_beginning_with,
     count_beginning_with,
@@ -24,6 +25,7 @@ from coupon_svc.domain.computed import (
 )
 from coupon_svc.domain.permutation import FF1
 from coupon_svc.postgres.computed.ciphers import seal_of
+from coupon_svc.postgres.computed.ranges import is_computed
 
 NIST_KEY = bytes.fromhex("2B7E151628AED2A6ABF7158809CF4F3CEF4359D8D580AA4F7F036D6F04FC6A94")
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -125,6 +127,14 @@ def test_small_patterns_are_not_computed() -> None:
     assert may_compute(parse_pattern("A######", "digits"))
     with pytest.raises(ValueError, match="FF1"):
         PatternCipher(parse_pattern("A#####", "digits"), OUR_KEY)
+
+
+@pytest.mark.parametrize(
+    ("text", "total", "computed"),
+    [("A######", TOTAL_MIN, True), ("A######", TOTAL_MIN - 1, False), ("A#####", TOTAL_MIN, False)],
+)
+def test_many_codes_of_a_large_pattern_are_computed(text: str, total: int, computed: bool) -> None:
+    assert is_computed(parse_pattern(text, "digits"), total) is computed
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import hiredis
 import pytest
 
 import coupon_svc
-from coupon_svc.domain.errors import CouponError
+from coupon_svc.domain.errors import CouponError, error_location
 from coupon_svc.redis import errors
 
 
@@ -56,3 +56,14 @@ def test_a_redis_error_reply_is_an_exception_of_ours() -> None:
 
     assert isinstance(reply, errors.ReplyError)
     assert reply.word == "OOM"
+
+
+def test_the_location_of_an_error_is_where_it_was_raised_and_nothing_of_its_message() -> None:
+    def fails() -> None:
+        raise KeyError("SECRET-1")
+
+    with pytest.raises(KeyError) as raised:
+        fails()
+
+    assert error_location(raised.value) == f"{__file__}:{fails.__code__.co_firstlineno + 1}"
+    assert error_location(KeyError("SECRET-1")) == "nowhere"

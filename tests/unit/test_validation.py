@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coupon_svc.domain.outcomes import Outcome, Refused
+from coupon_svc.http.files import file_kind
 from coupon_svc.http.routes import OPERATIONS
 from coupon_svc.http.validation import (
+    check_file_request,
     check_request,
     decode_body,
     decode_query,
@@ -19,6 +21,7 @@ from coupon_svc.http.validation import (
     json_pointer,
     parse_idempotency_key,
     unquote,
+    whole_numbers,
     without_values,
 )
 
@@ -244,3 +247,55 @@ def test_a_query_is_judged_after_the_body_is_read_and_told_before_its_fields() -
     with pytest.raises(Refused) as invalid:
         check_request(operation, DECODER, b"unknown=1", headers, b'{"number": 0}')
     assert invalid.value.facts["errors"][0]["pointer"] == "/unknown"  # type: ignore[index]
+
+
+# --- files
+
+
+@pytest.mark.parametrize(
+    ("content_type", "kind"),
+    [
+        (b"text/csv", "csv"),
+        (b" Text/CSV ; charset=utf-8", "csv"),
+        (b"text/plain", "text"),
+        (b"application/json", None),
+        (b"text/html", None),
+        (b"", None),
+    ],
+)
+def test_a_media_type_says_what_kind_of_file_a_body_is(content_type: bytes, kind: str | None) -> None:
+    assert file_kind({b"content-type": content_type}) == kind
+
+
+def test_a_body_without_a_media_type_is_no_file() -> None:
+    assert file_kind({}) is None
+
+
+def test_a_request_with_a_file_is_judged_by_its_key_first_and_then_by_its_query() -> None:
+    operation = next(one for one in OPERATIONS if one.file_query is not None)
+    query, key = check_file_request(operation, b"book_id=b", {b"idempotency-key": b'"k 1"'})
+    assert (query.book_id, key) == ("b", "k 1")
+    assert check_file_request(operation, b"book_id=b", {})[1] is None
+    for headers, outcome in (
+        ({b"idempotency-key": b""}, Outcome.INVALID_IDEMPOTENCY_KEY),
+        ({}, Outcome.INVALID_REQUEST),
+    ):
+        with pytest.raises(Refused) as refused:
+            check_file_request(operation, b"unknown=1", headers)
+        assert refused.value.outcome is outcome
+
+
+# --- numbers
+
+
+def test_whole_floats_are_integers_but_in_metadata() -> None:
+    body = {"a": 1.0, "b": 1.5, "in": {"c": 2.0}, "metadata": {"d": 1.0}, "e": True, "f": "1.0"}
+    whole = whole_numbers(body)
+    assert whole == body
+    assert [type(value) for value in (whole["a"], whole["b"], whole["in"]["c"], whole["metadata"]["d"])] == [
+        int,
+        float,
+        int,
+        float,
+    ]
+    assert whole_numbers([1.0]) == [1.0]
