@@ -459,7 +459,8 @@ def _chunks(things: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def _fields(book: Book, **counts: int) -> dict[str, str]:
-    """A book's hash in Redis."""
+    """A book's hash in Redis. Its pool is empty: whatever nobody holds is still to come, and not only what is not lent."""
+    counts["unlent"] = max(0, book.total - counts["lent"] - counts["quarantined"])
     return {**encode_book(book), "version": str(book.version), **{name: str(count) for name, count in counts.items()}}
 
 

@@ -16,11 +16,13 @@ import pytest
 
 from coupon_svc.config import load_settings
 from coupon_svc.dev.servers import EmbeddedRedis
+from coupon_svc.domain.books import Book
 from coupon_svc.domain.events import COUPON_ASSIGNED, COUPON_CONFIRMED, Event
 from coupon_svc.domain.position import Position
 from coupon_svc.domain.receipts import Receipt
 from coupon_svc.domain.reports import Report
 from coupon_svc.postgres import draining, epochs, late_events, outstanding, processes, rebuild_source, settling
+from coupon_svc.postgres.books import books_of_shard
 from coupon_svc.postgres.database import one_row, open_connection
 from coupon_svc.postgres.epochs import NewEpoch, Verdict
 from coupon_svc.postgres.errors import LedgerUnavailable, NotOwner
@@ -195,6 +197,23 @@ async def test_a_book_is_not_exhausted_while_codes_that_were_lent_alone_are_on_t
         await lender.turn(bench.ledger)
         assert await bench.redis.hget(ShardKeys(0, SHARDS).book(book_id), "unlent") == str(still_to_come)
     assert await bench.counts(book_id) == (BROUGHT_AT_ONCE + 2, 0, BROUGHT_AT_ONCE + 2)
+
+
+async def test_a_book_is_not_exhausted_while_a_code_that_was_lent_alone_meanwhile_is_still_to_come(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shard is certified before such codes are brought."""
+    book_id = await bench.book("M", free=1)
+
+    async def lend_alone_first(connection: Any, shard: int) -> list[Book]:
+        async with bench.ledger.transaction():
+            await lease_code(bench.ledger, 1, book_id, "M-1")
+        return await books_of_shard(connection, shard)
+
+    monkeypatch.setattr(recover_module, "books_of_shard", lend_alone_first)
+    await bench.recover()
+    assert await bench.counts(book_id) == (0, 0, 0)
+    assert await bench.redis.hget(ShardKeys(0, SHARDS).book(book_id), "unlent") == "1"
 
 
 # --- what a restart looks at
