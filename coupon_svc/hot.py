@@ -28,8 +28,8 @@ class Withdrawn(CouponError):
 class Slot(Generic[T]):
     """One value that arrives later, for one coroutine. Whoever resolves it first decides; what comes later is ignored.
 
-    Under `drive` the coroutine goes on within `set_result`. A Task may await it, too: it has what a Task asks of a Future,
-    and then the coroutine goes on in the loop's next turn.
+    Under `drive` the coroutine goes on within `set_result`. A Task may await it, too, since it has what a Task asks of a
+    Future. Then the coroutine goes on in the loop's next turn.
     """
 
     __slots__ = ("_asyncio_future_blocking", "_done", "_error", "_resume", "_value", "withdrawable")

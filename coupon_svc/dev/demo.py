@@ -1,7 +1,7 @@
 """`coupon-svc demo`: the life of a coupon, step by step, on a service of its own that leaves nothing behind.
 
 The service is `coupon-svc dev` as everybody starts it, on a temporary directory and a free port. Every step says what
-is asked and what was answered, and is checked: a demo that only prints goes on printing when the service is broken.
+is asked and what was answered. It is checked, too: a demo that only prints goes on printing when the service is broken.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Processes that do not outlive the one that started them, not even when that one is killed with SIGKILL.
 
-`leashed` wraps a command line so that it first runs this very file as a script: it gives up root where asked to, asks
+`leashed` wraps a command line so that it first runs this file as a script. The script gives up root where asked to, asks
 the kernel for a signal at its parent's death, and becomes the command (same pid). A `preexec_fn` could do that too, but
 runs Python in a forked child, which may hang when the parent has threads. The order matters: changing the user clears
 the parent-death signal. Where the kernel has no such signal (macOS) the process is merely started.

@@ -1,8 +1,8 @@
 """An embedded Valkey and an embedded Postgres, for `coupon-svc dev` and the tests.
 
-Both come as Python packages (the `embedded` extra). Their binaries are started directly: as plain child processes, on
-127.0.0.1, with passwords and a port that are made at the first start and kept in the server's directory, so that a
-restarted server has the same address and the same data.
+Both come as Python packages (the `embedded` extra). Their binaries are started directly, as plain child processes on
+127.0.0.1. Passwords and a port are made at the first start and kept in the server's directory. So a restarted server has
+the same address and the same data.
 
 Whoever calls `start` owns the directory: processes that an earlier owner left running on it are ended first.
 """

@@ -1,7 +1,7 @@
 """`coupon-svc dev`: the whole service on one machine, every part kept alive until Ctrl-C.
 
-One process starts Valkey, Postgres, the writer and the API processes as its children, and does nothing else: it sleeps
-until a child dies or a signal comes. All children are on a leash (see leash): they end when it is killed.
+One process starts Valkey, Postgres, the writer and the API processes as its children. Then it sleeps until a child dies or a
+signal comes. All children are on a leash (see leash): they end when it is killed.
 """
 
 from __future__ import annotations

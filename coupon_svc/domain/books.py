@@ -40,8 +40,8 @@ class Book(BookRules, frozen=True, kw_only=True):
     """A book as the ledger stores it.
 
     `version` grows by one with every change of the rules or of the codes; Redis takes only a newer one.
-    `total` counts the codes of the book, `lent` those of them that Redis was lent, `quarantined` those that may have been
-    given away before records were lost.
+    `total` counts the codes of the book, `lent` those of them that Redis was lent. `quarantined` counts those that may have
+    been assigned before records were lost.
     """
 
     book_id: str

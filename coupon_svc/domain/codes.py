@@ -146,7 +146,7 @@ def parse_pattern(text: str, alphabet: str) -> Pattern:
 
 
 def fits(pattern: Pattern, requested: int, used: int) -> bool:
-    """Whether the codes leave at least half of what the pattern can name: in a fuller one, codes are easy to guess and slow
+    """Whether the codes leave at least half of what the pattern can name. In a fuller one, codes are easy to guess and slow
     to draw."""
     return 2 * (used + requested) <= pattern.capacity
 

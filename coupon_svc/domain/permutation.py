@@ -1,7 +1,7 @@
 """FF1, the format-preserving cipher of NIST SP 800-38G, over AES: numbers below radix**length, each to another one.
 
 Codes are computed with it: a secret key turns a counter into a code, unique without a look-up, and back. This module works
-on many numbers at once: a round of all of them is one call of AES, which is why it is fast in Python.
+on many numbers at once: a round of all of them is one call of AES. So it is fast in Python.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def key_slot(tag: str) -> int:
 def shard_tag(shard: int, shards: int) -> str:
     """The hash tag of a shard, e.g. `07abc`: its number, and letters that put it in the middle of its stripe of slots.
 
-    Shard i of n gets a slot close to (i + 1/2) * 16384 / n, so that any even cut of the slots between cluster nodes
-    is an even cut of the shards. The search is deterministic: every process finds the same tags.
+    Shard i of n gets a slot close to (i + 1/2) * 16384 / n. So any even cut of the slots between cluster nodes is an even
+    cut of the shards. The search is deterministic: every process finds the same tags.
     """
     centre = (2 * shard + 1) * CLUSTER_SLOTS // (2 * shards)
     for letters in product(_SUFFIX_SYMBOLS, repeat=3):

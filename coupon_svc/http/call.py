@@ -69,7 +69,7 @@ class Call:
         """The Idempotency-Key, with the fingerprint of this request; NO_IDEMPOTENCY without one.
 
         The fingerprint tells this request from another with the same key. It covers the method, the declared path with
-        `code` in its one spelling, and the body as parsed: white space and the order of fields do not matter.
+        `code` in its one spelling, and the body as parsed. White space and the order of fields do not matter.
         """
         if self.idempotency_key is None:
             return NO_IDEMPOTENCY

@@ -1,7 +1,7 @@
 """What callers were answered, and what in it contradicts itself: a promise broken is found when it is broken.
 
-Only answers count. A request without one, or answered that its outcome is unknown, may have had its effect: it is noted as
-`unknown`, and an effect that nobody was told of is allowed where such a request could have had it.
+Only answers count. A request without one, or answered `outcome_unknown`, may have had its effect: it is noted as
+`unknown`. An effect that nobody was told of is allowed where such a request could have had it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 * the ledger by itself (coupon_svc/invariants/ledger.py);
 * its history (coupon_svc/invariants/chains.py): no row was edited, removed, added or moved since it was written;
-* Redis against the ledger: who holds what is the same in both, what is free is nobody's, every coupon is in its user's list,
-  the counts add up.
+* Redis against the ledger: both have the same holders, no free code has one, users' lists are complete, the counts add up.
 
 While the service runs, Redis is ahead of the ledger by the events under way. What it has and the ledger has not must be
 among them, and must have arrived in the ledger a moment later.

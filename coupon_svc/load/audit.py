@@ -144,8 +144,8 @@ class ServiceAudit:
             self.verdict.find(doubt.check, 0 if any(lost) else 1, doubt.book_id)
 
     async def _lost(self, code: str) -> bool:
-        """Whether the record of an assign was lost in a way that is allowed: its book does not wait for the ledger, and the
-        code is dealt to nobody else."""
+        """Whether the loss of an assign's record is allowed: its book does not wait for the ledger, and nobody else gets the
+        code."""
         coupon = self._history.coupons[code]
         if coupon.durable or self._history.books[coupon.book_id].ack != "redis":
             return False

@@ -38,7 +38,7 @@ class Target(NamedTuple):
 
 
 def run_load(plan: Plan, key: str | None, json_file: Path | None, html_file: Path | None) -> int:
-    """Run a load and return the exit status: 0 the promises held, 1 one is broken, 2 it could not be run or not be audited.
+    """Run a load and return the exit status: 0 if the promises held, 1 if one is broken, 2 if it could not be told.
 
     Ctrl-C ends the load early, and it is audited and reported all the same; a second one stops at once (130). Only the main
     thread can call it.

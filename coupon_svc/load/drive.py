@@ -1,7 +1,7 @@
 """Makes callers arrive: at a rate, whatever the service does (open loop), or each as soon as the last has gone (closed).
 
-In the open loop a call's latency counts from when it was due, so that a service that stalls is seen by all who would have
-come meanwhile, and not by those alone who happened to wait.
+In the open loop a call's latency counts from when it was due. So a stall counts for every caller who would have come
+meanwhile (no coordinated omission).
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ class Checkout(Scenario):
 
 
 class Retries(Scenario):
-    """Callers whose answers get lost: each assigns three times at once with one Idempotency-Key, then twice more, and
-    redeems three times at once, then once more."""
+    """Callers whose answers get lost. Each assigns three times at once with one Idempotency-Key, then twice more. Then it
+    redeems three times at once, and once more."""
 
     async def journey(self, due: float) -> bool:
         caller, user = self._caller, self._new_user()

@@ -1,16 +1,16 @@
 """How long a request may wait, and when its answer may leave.
 
-A request of the data plane has one deadline for all it does: polling for a book or for codes, operations that are run again,
-a code that is looked up, the wait for the ledger. It is counted from `begun`, when its use case began, and ends
-PATIENCE_S + COUPON_LEDGER_WAIT_MS later. Within that
+A request of the data plane has one deadline for all it does: polls, operations and their repetitions, look-ups of a code,
+the wait for the ledger. It is counted from `begun`, when its use case began, and ends PATIENCE_S + COUPON_LEDGER_WAIT_MS
+later. Within that
 
 - a book or codes that are on their way to Redis are waited for until PATIENCE_S from the begin: `recovering`, `refilling`;
 - the ledger is waited for during COUPON_LEDGER_WAIT_MS at most: `outcome_unknown`, or `ledger_behind` for a read;
 - an operation waits to be sent for QUEUED_S at most (coupon_svc/redis/dispatcher.py): `store_unavailable`;
 - one reply of Redis is waited for during REPLY_TIMEOUT_S (coupon_svc/redis/data_plane.py): `outcome_unknown`.
 
-A request of the control plane waits SLOT_WAIT_S for one of its tenant's connections, TURN_WAIT_S for its turn
-(coupon_svc/postgres/uploads.py), and IN_FORCE_WAIT_S for Redis once Postgres has committed.
+A request of the control plane waits SLOT_WAIT_S for one of its tenant's connections, and TURN_WAIT_S for its turn
+(coupon_svc/postgres/uploads.py). Once Postgres has committed, it waits IN_FORCE_WAIT_S for Redis.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ NO_IDEMPOTENCY = Idempotency("", "")
 
 
 class KeptAnswer(NamedTuple):
-    """The first answer to a request, as its caller was told it: kept in the ledger, and told again."""
+    """The first answer to a request, in HTTP's words: kept in the ledger, and told again. Use cases only carry it."""
 
     status: int
     body: bytes

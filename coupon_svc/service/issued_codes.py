@@ -1,8 +1,8 @@
 """Which book a computed code belongs to: told from its number and the ranges of books, without a look at any code.
 
-What a process has read of ranges holds for good, since a range never changes hands: a code of a known range is found in
-memory. That a code was never issued can only be told by what was read after the question: so these questions are asked
-together, a few times a second, however many there are.
+A range never changes its book, so what a process has read of ranges holds for good: a code of a known range is found in
+memory. That a code was never issued can only be told by what was read after the question. So these questions are asked
+together, a few times per second, however many there are.
 """
 
 from __future__ import annotations

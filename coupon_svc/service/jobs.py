@@ -1,7 +1,7 @@
 """Upload files: received as a stream, then worked off as a job by any process.
 
 The body is staged while it arrives; nothing of it is in the book before it is complete. Every process works off jobs of
-tenants whose turn is free, a slice of time each, so that other large uploads of the tenant have their turn in between.
+tenants whose turn is free, a slice of time each. So other large uploads of the tenant get their turn in between.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ PAGE_PATIENCE_S = 30.0
 """How long an export under way waits for Postgres, once per page, before it breaks off."""
 PAUSE_S = 0.5
 ROUNDS_MAX = 10
-"""How often a page that is not full yet looks at further codes, LOOKED_AT_MAX at most each time: with them all it takes some
+"""How often a page that is not full yet looks at further codes, LOOKED_AT_MAX at most each time. All of them take about
 200 ms."""
 
 ExportedStatus = Literal["available", "assigned", "redeemed", "quarantined"]

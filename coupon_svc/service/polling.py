@@ -1,8 +1,8 @@
 """One poll for all requests that wait for the same thing of a book: for its codes, or for the book itself.
 
-If each ran its operation again and again by itself, a thousand callers at a dry pool would leave little of Redis and of this
-process to the others. So they stand in line: every now and then the first one runs its operation. Once one is decided it
-wakes two more, and each of those two more when it is decided, too: the line goes on as fast as codes are there.
+If each repeated its operation by itself, a thousand callers at an empty pool would leave little of Redis and of this process
+to the others. So they stand in line: from time to time the first one runs its operation. Once one is decided, it wakes two
+more, and so does each of those. So the line moves as fast as codes arrive.
 """
 
 from __future__ import annotations

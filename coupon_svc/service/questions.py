@@ -4,8 +4,8 @@ A code that was never issued cannot be told from memory alone: another process m
 answered so. So each "there is none" rests on a statement that began after it was asked for. What is saved is their number.
 
 Two statements are under way at most, one per lane. The quick lane asks at once. Questions of a tenant that has missed often
-of late take the paced lane, which sends PACED_PER_S statements per second for all such tenants together: so its guesses
-stand in nobody's way, and its own customers wait for 1 / PACED_PER_S more.
+recently take the paced lane. It sends PACED_PER_S statements per second for all such tenants together. So its guesses
+delay nobody else, and its own customers wait 1 / PACED_PER_S longer.
 """
 
 from __future__ import annotations

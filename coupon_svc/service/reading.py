@@ -162,7 +162,7 @@ class Reading:
             await self._waiting.decide(reply, "read_book", view, parameters, begun)
 
     async def _members(self, wanted: ListCoupons, after: ListPlace, limit: int, begun: float) -> list[ListPlace]:
-        """The next members of a user's lists, by shard. A user's coupons may be in any shard: all are asked, and none of
+        """The next members of a user's lists, by shard. A user's coupons may be in any shard, so all are asked. None of
         them may be in doubt, or the list would be too short."""
         book_id = wanted.book_id
         views: Sequence[ShardView] = self._plane.views if book_id is None else [self._plane.view_of_book(book_id)]
