@@ -11,8 +11,8 @@ from coupon_svc.postgres.shards import OwnedShard, require_recoverer
 
 EPOCH_CHANNEL = "coupon_epoch"
 """NOTIFY channel on which API processes hear that an epoch has begun: they answer nothing of the older one any more."""
-# Where `epoch` changes, the trigger `an_epoch_ends` does the rest (sql/0012_entries.sql, sql/0017_epochs_begin_at_zero.sql):
-# the old epoch's `committed` and `tip` become its row in `epochs`, and the new one begins at 0 and "".
+# Where `epoch` changes, the trigger `an_epoch_ends` does the rest (sql/0012_entries.sql, sql/0017_epochs_begin_at_zero.sql).
+# The old epoch's `committed` and `tip` become its row in `epochs`, and the new one begins at 0 and "".
 _BEGIN_EPOCH = """
     UPDATE shards SET epoch = epoch + 1
     WHERE shard = $1 AND owner = $2 AND generation = $3 AND epoch = $4 AND stopped IS NULL

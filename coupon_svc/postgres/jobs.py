@@ -1,6 +1,6 @@
 """Jobs: upload files that have been received, or still are (`staging`), and are worked off in pieces.
 
-Once a body is complete its job runs: each piece takes the next staged rows, in the order of their codes, adds them to the
+Once a body is complete its job runs. Each piece takes the next staged rows, in the order of their codes, adds them to the
 book, and moves the job's row by compare-and-set. So it does not matter how often, or by which process, a job is taken up
 again.
 """

@@ -61,8 +61,8 @@ async def take_late(
 async def redeem_receipt(connection: asyncpg.Connection, shard: int, book_id: str, code: str, receipt: Receipt) -> bool:
     """Bring a lost record back: the ledger has the assignment then, at its own position. Within a transaction.
 
-    False when the code is not in quarantine since the receipt's epoch and not this user's either, and when the ledger has
-    another event at the receipt's position: which of the two histories is true is for an operator to say.
+    False when the code is neither in quarantine since the receipt's epoch nor this user's. False, too, when the ledger has
+    another event at the receipt's position: an operator has to say which of the two histories is true.
     """
     await connection.execute("SELECT FROM books WHERE book_id = $1 FOR UPDATE", book_id)
     epoch, seq = receipt.position

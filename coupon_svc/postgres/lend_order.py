@@ -21,8 +21,8 @@ def random_places(count: int, above: int, upto: int) -> list[int]:
 
 
 def spread_factor(places: int, codes: int) -> int:
-    """How much further apart so many codes are to stand that share so many places, as they do in a book that is topped up
-    again and again before it runs dry; 1 where they stand well."""
+    """By how much the places of so many codes are to be spread, when they share so few. They do in a book that is topped up
+    again and again before it runs dry. 1 where they have room."""
     return 1 if places >= PLACES_PER_CODE_MIN * codes else ROUND // max(1, places)
 
 

@@ -1,4 +1,4 @@
-"""A book's codes in their order, a bounded part at a time: each statement reads one range of an index, and what belongs to
+"""A book's codes in their order, a bounded part at a time. Each statement reads one range of an index, and what belongs to
 the codes in it by primary key. Stored codes come first, in the order of their bytes; then computed ones, in that of their
 numbers, whether or not they have a row by now."""
 
@@ -101,8 +101,8 @@ async def look_at_codes(
     limit: int,
     ciphers: Ciphers,
 ) -> LookedAt:
-    """The next codes of a book. With a status at most LOOKED_AT_MAX are looked at, and any number may be candidates; without
-    one there are at most `limit` candidates: fewer at the end, and where few computed codes begin with the prefix.
+    """The next codes of a book. With a status at most LOOKED_AT_MAX are looked at, and any number may be candidates. Without
+    one there are at most `limit` candidates. There are fewer at the end, and where few computed codes begin with the prefix.
     `redemptions_max` is the book's, None for no limit."""
     if of.number is None:
         stored = await _look_at_stored(connection, of, status, redemptions_max, limit)

@@ -51,9 +51,9 @@ def read_migrations(folder: Path | None = None) -> list[Migration]:
 async def migrate(connection: asyncpg.Connection, shards: int, folder: Path | None = None) -> list[str]:
     """Apply what is missing, in one transaction, and note the number of shards at the first start.
 
-    Returns the names of the files applied. Raises DatabaseUnfit, with nothing applied, for an encoding other than UTF-8; for
-    a file that was changed after it was applied; and for another number of shards: books name their shard in their id, so
-    it can never change.
+    Returns the names of the files applied. Raises DatabaseUnfit, with nothing applied: for an encoding other than UTF-8; for
+    a file that was changed after it was applied; for another number of shards. That can never change, since books name
+    their shard in their id.
     """
     await _check_encoding(connection)
     migrations = read_migrations(folder)

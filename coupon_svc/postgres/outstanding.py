@@ -1,8 +1,8 @@
 """Which codes were lent to Redis and have no coupon, told without a look at every code that was ever lent.
 
-A lent code has a coupon, or its place is in (`accounted_upto`, `leased_upto`] of its book, or its number lies between the
-same marks of a range, or it is in `outstanding_codes` or `lone_leases`. What is done here is true whoever owns the shard,
-and needs no ownership.
+A lent code has a coupon, or it is in `outstanding_codes` or `lone_leases`. Otherwise its place is in (`accounted_upto`,
+`leased_upto`] of its book, or its number between the same marks of a range. What is done here is true whoever owns the
+shard, and needs no ownership.
 """
 
 from __future__ import annotations

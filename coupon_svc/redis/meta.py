@@ -65,7 +65,7 @@ META_FIELDS = (
 """What `parse_meta` takes, as HMGET names it."""
 
 FORMAT = "2"
-"""Entries carry any number of events, and a tip. Versions that know only single events find no `run_id` in the meta: so they
+"""Entries carry any number of events, and a tip. Versions that know only single events find no `run_id` in the meta. So they
 take the shard for one that is not certified, and neither write to it nor open it."""
 
 _DIGITS_MAX = 15

@@ -278,7 +278,7 @@ class Lender:
 
 
 def _kept_back(unlent: int, lone: int, doubtful: bool) -> int:
-    """How many codes of a book Redis is told to be still to come: those that are not lent, those that were lent alone and
-    are on their way, and one for a block that may be: its lease was committed perhaps, and its reply lost. The book is not
-    exhausted while there are any."""
+    """How many codes of a book are still to come to Redis: those that are not lent, and those that were lent alone. A block
+    may be on its way, too, if its lease was committed and the reply lost: it counts as one. While any are to come, the book
+    is not exhausted."""
     return unlent + lone + doubtful

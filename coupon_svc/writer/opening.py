@@ -156,8 +156,8 @@ class Opener:
     async def _amiss(self, shard: Shard, connection: LedgerConnection) -> str | None:
         """Why Redis is not as the shard's last owner certified it, in words; None when it is, and is opened then.
 
-        It must hold every event that the ledger has not, must have made none that the ledger could not take, and its last
-        event that the ledger has must be the ledger's.
+        It must hold every event that the ledger has not, and must have made none that the ledger could not take. Where the
+        ledger ends, its entry must be the ledger's.
         """
         number, epoch, committed = shard.number, shard.owned.epoch, shard.committed
         async with within(connection, STATEMENTS_TIMEOUT_S):

@@ -285,7 +285,7 @@ def following_batch(shard: Shard, found: Sequence[StreamEntry], portion: Portion
     """The entries of a stream that follow the shard's position, up to the first that does not follow the one before it, or
     until the portion is spent.
 
-    Raises Hole, or Rewritten, when that is the first of all: whoever opens the shard looks at the next entry alone, and
+    Raises Hole, or Rewritten, when that is the first of all. Whoever opens the shard looks at the next entry alone, and
     would find nothing amiss behind a good one.
     """
     entries: list[Entry] = []

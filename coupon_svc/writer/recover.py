@@ -359,8 +359,8 @@ class Recoverer:
     async def _walk_coupons(
         self, connection: LedgerConnection, book: Book, use: Callable[[Sequence[LedgerRow]], Awaitable[None]]
     ) -> _Counts:
-        """Hand all coupons of a book to `use`, a page at a time, and count them on the way: a receipt may add one at any
-        time, so a count of its own would be of others."""
+        """Hand all coupons of a book to `use`, a page at a time, and count them on the way. A receipt may add one at any
+        time: a statement that counts them would count others."""
         counts = _Counts(book.max_redemptions_per_code)
         rows = await _step(connection, rebuild_source.coupons_of_book(connection, book.book_id))
         while rows:
