@@ -307,7 +307,10 @@ class Recoverer:
     async def _agrees(self, shard: int, held: Mapping[str, int]) -> bool:
         """Whether every book in Redis has as many holders as the ledger, and no code is missing from its keys."""
         for some in _chunks(list(held), AT_ONCE):
-            counts = await asyncio.gather(*(self._store.pool_counts(shard, book_id) for book_id in some))
+            try:
+                counts = await asyncio.gather(*(self._store.pool_counts(shard, book_id) for book_id in some))
+            except WrongKeyType:
+                return False
             for book_id, (in_pool, holders, lent) in zip(some, counts, strict=True):
                 if holders != held[book_id] or in_pool + holders != lent:
                     return False

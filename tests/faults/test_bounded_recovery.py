@@ -256,6 +256,16 @@ async def test_a_redis_of_another_history_that_has_come_as_far_is_not_kept(bench
     assert holder.endswith(" thief") is kept
 
 
+async def test_a_redis_with_a_key_of_another_type_is_rebuilt(bench: Bench) -> None:
+    """Not by a second recovery, after one that failed."""
+    book_id = await bench.book("T", held=1)
+    await bench.ledger.execute("UPDATE shards SET rebuild = true WHERE shard = 0")
+    await bench.recover()
+    await bench.redis.set(ShardKeys(0, SHARDS).holders(book_id), "no hash")
+    await bench.recover()
+    assert await bench.counts(book_id) == (0, 1, 1)
+
+
 async def test_the_codes_that_are_lent_and_not_assigned_are_found_wherever_they_stand(bench: Bench) -> None:
     """One accounted for before and named, one behind that, one lent alone that was brought, one that was not."""
     book_id = await bench.book("B", held=3, free=2)
