@@ -48,11 +48,14 @@ HEAL_S = 40.0
 
 
 class Attempt(msgspec.Struct):
-    """One request of a client, and what became of it: `ok`, `refused`, or `unknown` (it may have happened)."""
+    """One request of a client, and what became of it: `ok`, `refused`, or `unknown` (it may have happened).
+
+    A list is one for each of its users, with the same path, body and key.
+    """
 
     verb: str
     path: str
-    body: dict[str, str | int]
+    body: dict[str, Any]
     key: str
     book_id: str
     ack: str
@@ -70,6 +73,8 @@ class Attempt(msgspec.Struct):
     """When its last answer came."""
     asked_at: str = ""
     """The address of the API process that was asked last."""
+    keyed: bool = True
+    """Whether the key is sent: without it nobody can ask again."""
 
     @property
     def code(self) -> str:
@@ -101,6 +106,8 @@ class Run:
         self.authorization = ""
         self._first_epochs: dict[int, int] = {}
         self._busy_until_s = 0.0
+        self._lists: dict[str, list[Attempt]] = {}
+        """By key."""
         self._contended: list[tuple[str, str]] = []
         self._held: list[tuple[str, str, str]] = []
         self._locked: list[tuple[str, str, str, str]] = []
@@ -212,6 +219,8 @@ class Run:
             for attempt in self.history:
                 if attempt.outcome == "unknown":
                     attempt.in_doubt = True
+                    if not attempt.keyed:
+                        continue
 
                     async def known(attempt: Attempt = attempt) -> bool:
                         await self.send(http, attempt, at=self.elsewhere(attempt.asked_at), record=False)
@@ -268,11 +277,24 @@ class Run:
             code, book_id, user, token = self._locked.pop(self.random.randrange(len(self._locked)))
             verb = self.random.choice(("lock", "unlock", "redeem"))
             return self._new(verb, f"/coupons/{verb}/{code}", book_id, user, lock_token=token)
+        if draw < 0.53:
+            return self._new_list(number)
         user = f"u{number}-{self.random.randrange(30)}"
         if draw < 0.6:
             code, book_id = self.random.choice(self._contended)
             return self._new("assign_code", f"/coupons/assign/{code}", book_id, user)
         return self.new_assign(user)
+
+    def _new_list(self, number: int) -> Attempt:
+        """A request for codes for some users: that of the first. One in three has no key."""
+        book_id, key, keyed = self.random.choice(list(self.books)), secrets.token_hex(8), self.random.random() < 2 / 3
+        users = [f"u{number}-{user}" for user in self.random.sample(range(30), self.random.randint(2, 5))]
+        body = {"book_id": book_id, "user_ids": users}
+        self._lists[key] = [
+            Attempt("assign", "/coupons/assignments", body, key, book_id, self.books[book_id], user, keyed=keyed)
+            for user in users
+        ]
+        return self._lists[key][0]
 
     def _any_of(self, held: list[tuple[str, str, str]]) -> tuple[str, str, str]:
         """One of the newest, mostly: those are the ones that others are at."""
@@ -289,7 +311,8 @@ class Run:
             if not base_url and self.random.random() < (0.5 if in_trouble else ROAMING):
                 at = self.elsewhere(at)
             for attempt in burst:
-                self._remember(attempt)
+                for one in self._lists.get(attempt.key, [attempt]):
+                    self._remember(one)
             in_doubt = any(attempt.outcome == "unknown" for attempt in burst)
             await asyncio.sleep(0.02 if in_doubt else pause_s * len(burst))
 
@@ -301,28 +324,42 @@ class Run:
 
     async def send(self, http: httpx.AsyncClient, attempt: Attempt, *, at: str = "", record: bool = True) -> None:
         """Ask, for the first time or again, and note what became of it. `at` is the API process, the client's own unless
-        given."""
+        given. Of a list, those of its users who have no code yet are noted, too: a retry judges them anew."""
+        together = self._lists.get(attempt.key, [attempt])
         if record:
-            self.history.append(attempt)
-        attempt.asked_at = at or str(http.base_url).rstrip("/")
-        attempt.invoked_s = attempt.invoked_s or time.monotonic()
+            self.history += together
+        asked = [attempt, *(one for one in together if one is not attempt and one.outcome != "ok")]
+        for one in asked:
+            one.asked_at = at or str(http.base_url).rstrip("/")
+            one.invoked_s = one.invoked_s or time.monotonic()
         try:
             answer = await http.post(
-                attempt.asked_at + attempt.path, json=attempt.body, headers={"Idempotency-Key": attempt.key}
+                attempt.asked_at + attempt.path,
+                json=attempt.body,
+                headers={"Idempotency-Key": attempt.key} if attempt.keyed else {},
             )
         except httpx.HTTPError:
-            attempt.outcome = "unknown"
+            for one in asked:
+                one.outcome = "unknown"
             return
+        told = answer.json() if answer.content else {}
+        of_user = {result["user_id"]: result for result in told.get("results", ())}
+        for one in asked:
+            one.replayed = answer.headers.get("idempotent-replayed") == "true"
+            if of_user:
+                self._note(one, of_user[one.user].pop("status"), of_user[one.user])
+            else:
+                self._note(one, answer.status_code, told)
+
+    def _note(self, attempt: Attempt, status: int, told: dict[str, Any]) -> None:
         attempt.returned_s = time.monotonic()
-        attempt.answer = answer.json() if answer.content else {}
-        attempt.status = answer.status_code
-        attempt.replayed = answer.headers.get("idempotent-replayed") == "true"
-        if answer.status_code in (200, 201, 204):
+        attempt.answer, attempt.status = told, status
+        if status in (200, 201, 204):
             attempt.outcome = "ok"
-        elif answer.status_code >= 500:
-            in_doubt = attempt.answer["code"] in ("outcome_unknown", "internal_error")
+        elif status >= 500:
+            in_doubt = told["code"] in ("outcome_unknown", "internal_error")
             attempt.outcome = "unknown" if in_doubt else "refused"
-            assert answer.status_code != 500 or self.scripts_fail, attempt.answer
+            assert status != 500 or self.scripts_fail, told
         else:
             attempt.outcome = "refused"
 
@@ -360,7 +397,7 @@ class Run:
             known = answers.coupons.get(attempt.answer["code"]) if attempt.answer["code"] in given_up else None
             if known is None or known.user_id != attempt.user:
                 answer = msgspec.convert(attempt.answer, Assigned)
-                answers.assigned(attempt.book_id, attempt.user, answer, attempt.key)
+                answers.assigned(attempt.book_id, attempt.user, answer, f"{attempt.key} {attempt.user}")
         for attempt in self.history:
             if attempt.verb == "redeem" and attempt.outcome == "ok" and attempt.code not in given_up:
                 answers.redeemed(msgspec.convert(attempt.answer, Redeemed), attempt.key)
@@ -373,7 +410,7 @@ class Run:
         assert not broken, _in_words(check for check, _ in broken)
         for attempt in self._ok("assign_code", "lock", "redeem"):
             assert attempt.answer["code"] == attempt.code, "an answer is another request's"
-        keys = Counter(attempt.key for attempt in self.history)
+        keys = Counter((attempt.key, attempt.user) for attempt in self.history)
         assert max(keys.values()) == 1
         events = [attempt for attempt in [*self._assigned(), *self._ok("redeem")] if attempt.status == 201]
         positions = Counter(attempt.answer["position"] for attempt in events)
@@ -420,7 +457,7 @@ class Run:
         if self.loses_records:  # what only Redis had is gone, and its key with it
             answered = [attempt for attempt in answered if attempt.ack == "ledger"]
         given_up, _ = self._given_up()
-        answered = [attempt for attempt in answered if attempt.code not in given_up]
+        answered = [attempt for attempt in answered if attempt.keyed and attempt.code not in given_up]
         async with self.client() as http:
             for attempt in self.random.sample(answered, min(40, len(answered))):
                 again = msgspec.structs.replace(attempt, answer={})
