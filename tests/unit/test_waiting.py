@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from time import monotonic
-from typing import Any
+from typing import Any, Self
+from unittest import mock
 
 import pytest
 
@@ -55,19 +58,28 @@ class Surroundings:
         assert self.did.count("restore") < 5
         return self.receipt_holds
 
+    @asynccontextmanager
+    async def connection(self, seconds: float, *, wait_s: float) -> AsyncIterator[Self]:
+        assert 0 < seconds <= PATIENCE_S + LEDGER_WAIT_S, "as long as the request has time"
+        assert wait_s == seconds
+        yield self
+
+    def transaction(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
+    async def lease_code(self, _: object, tenant_id: int, book_id: str, code: str, __: object) -> None:
+        self.did.append("lend")
+        assert {"tenant_id": tenant_id, "book_id": book_id, "code": code} == PARAMETERS
+
     async def decide(self, first: Reply, receipt: str | None = None, begun: float | None = None) -> Reply:
         asked: Any = self
         waiting = Waiting(self.plane, asked, asked, Durability(self.plane, 1000 * LEDGER_WAIT_S), asked)
         view = self.plane.views[0]
-
-        async def lend(*_: Any) -> None:
-            self.did.append("lend")
-
-        waiting._lend = lend  # type: ignore[method-assign, assignment]
         self.begun = begun = monotonic() if begun is None else begun
         deciding = waiting.decide(first, "assign_code", view, PARAMETERS, begun, receipt=receipt)
         try:
-            return await asyncio.wait_for(deciding, 5)
+            with mock.patch("coupon_svc.service.waiting.lease_code", self.lease_code):
+                return await asyncio.wait_for(deciding, 5)
         finally:
             assert not waiting._polls, "nothing is kept of a book for which nobody waits"
 
