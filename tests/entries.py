@@ -8,7 +8,9 @@ import msgspec
 
 from coupon_svc.domain.chain import CHAIN_START
 from coupon_svc.domain.events import COUPON_CONFIRMED, COUPON_REDEEMED, Entry, Event
+from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres.events import Batch, DeadLetter
+from coupon_svc.redis.codec import StreamEntry
 
 
 def row_of(event: Event) -> list[str]:
@@ -33,6 +35,12 @@ def fields_of(entry: Entry) -> dict[str, str | bytes]:
     return {
         "n": str(entry.n), "after": entry.after, "tip": entry.tip, "at_ms": str(entry.at_ms), "events": entry.body,
     }  # fmt: skip
+
+
+def as_read(entry: Entry) -> StreamEntry:
+    """The entry as it is read from the stream."""
+    fields = [text if isinstance(text, bytes) else text.encode() for pair in fields_of(entry).items() for text in pair]
+    return StreamEntry(Position(Epoch(entry.epoch), Seq(entry.seq)), fields)
 
 
 def batch_of(

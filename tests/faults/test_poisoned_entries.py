@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import asyncpg
 import pytest
@@ -26,13 +26,14 @@ from coupon_svc.postgres.events import Batch
 from coupon_svc.postgres.marks import Mark
 from coupon_svc.postgres.rebuild_source import idempotent_events
 from coupon_svc.postgres.shards import OwnedShard, owned_shards
+from coupon_svc.redis.codec import StreamEntry
 from coupon_svc.redis.control import LedgerSeen, Published, ShardControl
 from coupon_svc.redis.errors import ShardNotUsable
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import Identity
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.persist import Persister
-from tests.entries import entry_of
+from tests.entries import as_read, entry_of
 from tests.harness import fresh_database
 from tests.owned import open_shard
 
@@ -59,10 +60,16 @@ async def ledger(postgres_url: str) -> AsyncIterator[tuple[str, asyncpg.Connecti
 
 
 class Silent(ShardControl):
-    """A Redis that takes what it is told."""
+    """A Redis that has one entry in each stream, and takes what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, *streams: Entry) -> None:
         super().__init__("redis://127.0.0.1:1", SHARDS, Scripts())
+        self._streams = streams
+
+    async def read_events(
+        self, after: Mapping[int, Position], block_ms: int, count: int
+    ) -> dict[int, list[StreamEntry]]:
+        return {shard: [as_read(self._streams[shard])] for shard in after}
 
     async def publish_positions(
         self, published: Sequence[Published], ledger: LedgerSeen, ledger_ms: int | None = None
@@ -78,8 +85,8 @@ async def begun(connection: asyncpg.Connection) -> NewEpoch:
     return await begin_epoch(connection, OWNER, (await owned_by_number(connection))[0])
 
 
-def batch(*entries: Entry, events: list[Event], shard: int = 0) -> Batch:
-    return Batch(shard, 1, 1, entries[0].before, entries[-1].seq, entries, events)
+def batch(*entries: Entry, events: list[Event]) -> Batch:
+    return Batch(0, 1, 1, entries[0].before, entries[-1].seq, entries, events)
 
 
 async def require_whole(connection: asyncpg.Connection) -> None:
@@ -100,10 +107,9 @@ async def test_a_writer_records_the_other_events_of_the_entry_and_the_other_shar
     url, connection = ledger
     here = Identity("run", "replid")
     shards = {number: open_shard(owned, here) for number, owned in (await owned_by_number(connection)).items()}
-    persister = Persister(url, OWNER, Silent(), shards, lambda *_: None, LedgerClock())
-    other = EVENTS[0]._replace(book_id="bk_01x")
-    await persister._commit_alone(batch(POISONED, events=EVENTS))
-    await persister._commit_alone(batch(entry_of(other, tip="t1"), events=[other], shard=1))
+    other = entry_of(EVENTS[0]._replace(book_id="bk_01x"), tip="t1")
+    persister = Persister(url, OWNER, Silent(POISONED, other), shards, lambda *_: None, LedgerClock())
+    await persister.turn()
     persister.session.close()
     await require_whole(connection)
     assert await connection.fetchval("SELECT user_id FROM coupons WHERE book_id = 'bk_01x'") == "ann"

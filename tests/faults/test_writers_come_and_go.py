@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, cast
 
 import asyncpg
@@ -18,6 +18,7 @@ from coupon_svc.postgres import lending
 from coupon_svc.postgres.database import LedgerConnection, LedgerSession
 from coupon_svc.postgres.liveness import LOOKS_APART_MAX_S, Watch
 from coupon_svc.postgres.shards import OwnedShard, drop_writer, renew_writer, writer_beats
+from coupon_svc.redis.codec import StreamEntry
 from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.errors import ShardNotUsable, StoreError
 from coupon_svc.redis.keys import ShardKeys
@@ -33,7 +34,7 @@ from coupon_svc.writer.showing import Showing
 from coupon_svc.writer.writer import Writer
 from tests.chaos.proxy import Proxy
 from tests.conftest import SHARDS
-from tests.entries import batch_of
+from tests.entries import as_read, entry_of
 from tests.harness import Stack, fresh_database, until
 from tests.owned import open_shard
 
@@ -330,6 +331,10 @@ class OddStore(ShardControl):
     async def connect(self) -> Identity:
         return HERE
 
+    async def read_events(self, after: Iterable[int], *_: Any, **__: Any) -> dict[int, list[StreamEntry]]:
+        events = {shard: Event(1, 1, COUPON_ASSIGNED, f"bk_0{shard}x", f"A-{shard}", "u", 1) for shard in after}
+        return {shard: [as_read(entry_of(event))] for shard, event in events.items()}
+
     async def publish_positions(self, published: Any, *_: Any, **__: Any) -> list[int | ShardNotUsable]:
         self.told += [one.term.shard for one in published if one.term.shard != 1]
         return [ShardNotUsable("torn") if one.term.shard == 1 else one.committed for one in published]
@@ -408,13 +413,10 @@ async def test_a_shard_that_another_writer_took_throws_no_other_shards_batch_awa
     url, connection = ledger
     shards = {number: shard(number) for number in range(3)}
     await connection.execute("UPDATE shards SET owner = 'another', generation = 2 WHERE shard = 1")
-    persister = Persister(url, "wr", OddStore(), shards, lambda *_: None, LedgerClock())
-    batches = [
-        batch_of(number, 1, 1, 0, [Event(1, 1, COUPON_ASSIGNED, f"bk_0{number}x", f"A-{number}", "u", 1)])
-        for number in range(3)
-    ]
-    committed = await persister._commit(batches)
-    assert [batch.shard for batch, _ in committed] == [0, 2]
+    store = OddStore()
+    persister = Persister(url, "wr", store, shards, lambda *_: None, LedgerClock())
+    await persister.turn()
+    assert store.told == [0, 2]
     assert [shards[number].identity for number in range(3)] == [HERE, None, HERE]
     rows = await connection.fetch("SELECT shard FROM events ORDER BY shard")
     assert [row["shard"] for row in rows] == [0, 2]

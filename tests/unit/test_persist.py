@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coupon_svc.domain.events import COUPON_ASSIGNED, Entry, Event, MalformedEntry
+from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEntry
 from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres.errors import LedgerUnavailable
 from coupon_svc.postgres.events import Batch
@@ -23,17 +23,11 @@ from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.persist import Persister, Rewritten, following_batch
 from coupon_svc.writer.portion import BYTES_PER_COMMIT_MAX, ENTRIES_MAX, EVENTS_PER_COMMIT_MAX, Portion
 from coupon_svc.writer.shard import Hole, Shard
-from tests.entries import entry_of, fields_of
+from tests.entries import as_read, entry_of
 from tests.owned import open_shard
 
 CHAIN = bytes(32)
 SHARDS = 16
-
-
-def found(entry: Entry) -> StreamEntry:
-    """The entry as it stands in the stream."""
-    fields = [text if isinstance(text, bytes) else text.encode() for pair in fields_of(entry).items() for text in pair]
-    return StreamEntry(Position(Epoch(entry.epoch), Seq(entry.seq)), fields)
 
 
 def test_what_comes_before_a_hole_is_committed() -> None:
@@ -42,7 +36,7 @@ def test_what_comes_before_a_hole_is_committed() -> None:
     event = Event(3, 8, COUPON_ASSIGNED, "b", "A-1", "u", 1)
     follows = entry_of(event, event._replace(seq=9), after="t7", tip="t9")
     other = entry_of(event._replace(seq=10), after="x", tip="t10")
-    entries = [found(follows), found(other), StreamEntry(Position.parse("4-7"), [b"by", b"hand"])]
+    entries = [as_read(follows), as_read(other), StreamEntry(Position.parse("4-7"), [b"by", b"hand"])]
     batch = following_batch(shard, entries, Portion())
     assert (batch.committed, batch.upto, len(batch.events), batch.last_tip) == (7, 9, 2, "t9")
     with pytest.raises(Hole, match="event 3-8 is missing, 3-10 came instead"):
@@ -50,7 +44,7 @@ def test_what_comes_before_a_hole_is_committed() -> None:
     with pytest.raises(MalformedEntry):
         following_batch(shard, entries[2:], Portion())
     with pytest.raises(Rewritten):
-        following_batch(shard, [found(follows._replace(after="x"))], Portion())
+        following_batch(shard, [as_read(follows._replace(after="x"))], Portion())
 
 
 def test_a_commit_takes_so_many_events_and_the_next_one_goes_on_from_there() -> None:
@@ -61,10 +55,10 @@ def test_a_commit_takes_so_many_events_and_the_next_one_goes_on_from_there() -> 
         entry_of(*(event._replace(seq=each * no + one + 1) for one in range(each)), after=f"t{no}", tip=f"t{no + 1}")
         for no in range(6)
     ]
-    batch = following_batch(shard, [found(entry) for entry in entries], Portion())
+    batch = following_batch(shard, [as_read(entry) for entry in entries], Portion())
     assert (len(batch.events), batch.upto, batch.last_tip) == (EVENTS_PER_COMMIT_MAX, 4 * each, "t4")
     shard.advanced(shard.term, batch.upto, CHAIN, batch.last_tip)
-    batch = following_batch(shard, [found(entry) for entry in entries[4:]], Portion())
+    batch = following_batch(shard, [as_read(entry) for entry in entries[4:]], Portion())
     assert (batch.committed, batch.upto, len(batch.events)) == (4 * each, 6 * each, 2 * each)
 
 
@@ -77,7 +71,7 @@ class Streams(ShardControl):
     def __init__(self, lengths: Sequence[int], size: int) -> None:
         super().__init__("redis://127.0.0.1:1", SHARDS, Scripts())
         event = Event(1, 1, COUPON_ASSIGNED, "b", "A-1", "u" * size, 1)
-        self._fields = found(entry_of(event)).fields
+        self._fields = as_read(entry_of(event)).fields
         self._lengths = lengths
         self.read = 0
         self.shards = {
