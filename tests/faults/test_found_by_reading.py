@@ -184,7 +184,8 @@ class Talk:
         return future
 
     def submit(self, command: Any, on_reply: Any) -> None:
-        self.doubted.append(command[3])
+        if command[0] == "EVALSHA":
+            self.doubted.append(command[3])
         self.plane.views[1].observe(1, 11)  # the reply to an assign came meanwhile
 
 
