@@ -201,7 +201,7 @@ class Walk(RuleBasedStateMachine):
 
     @initialize()
     def open_shard(self) -> None:
-        assert self.own("shut_shard", installation=INSTALLATION) == ["ok"]
+        assert self.own("shut_shard", recovery=f"{GENERATION}-{EPOCH}", installation=INSTALLATION) == ["ok"]
         certified = self.run(
             "certify_shard", events=self.keys.events, recovery=f"{GENERATION}-{EPOCH}", epoch=EPOCH, run_id=RUN_ID,
             replid=self.redis.info("replication")["master_replid"], backlog_max=BACKLOG_MAX,
