@@ -215,7 +215,21 @@ async def test_a_process_cut_off_from_postgres_leaves_a_redis_to_which_no_owner_
     """It may be one that another has replaced, and what it lists and refuses is not so any more."""
     silent = certified(owner_at_ms="984000")
     assert (await open_shards(certified(), silent, registered=False))[1] == [True, False]
-    assert (await open_shards(certified(), silent))[1] == [True, True]
+    plane, opened = await open_shards(certified(), silent)
+    assert opened == [True, True]
+    plane.register_until(0)
+    server: object = Server([certified(), silent])
+    await plane.verify(server)  # type: ignore[arg-type]
+    assert [view.is_open for view in plane.views] == [True, False], "it is shut where it was open, too"
+
+
+async def test_what_a_certified_redis_says_is_committed_is_kept_no_longer() -> None:
+    plane, _ = await open_shards(certified())
+    for seq in (10, 11):
+        plane.views[0].keep(3, seq, f"tip-{seq}", ["1", "", "5", "[]"])
+    server: object = Server([certified(seq="11", committed="10")])
+    await plane.verify(server)  # type: ignore[arg-type]
+    assert [entry.seq for report in plane.reports() for entry in report.entries] == [11]
 
 
 async def test_every_process_has_seen_what_the_ledger_has() -> None:

@@ -115,6 +115,21 @@ async def test_holders_are_observed_as_well() -> None:
     assert seen_by(plane) == [(0, (4, 33))]
 
 
+async def test_a_position_that_is_shown_again_is_observed_as_well() -> None:
+    """Above the shard's own it can only be of keys that were put back."""
+    plane = plane_on(FakeRedis(answered(["replayed", "A-1", "5", "4-30", "redis", ""])))
+    await assign(plane, idempotency_key="k", fingerprint="f")
+    assert seen_by(plane) == [(0, (4, 30))]
+
+
+async def test_what_was_made_is_kept_until_a_message_says_that_the_ledger_has_it() -> None:
+    plane = plane_on(FakeRedis())
+    for seq in (21, 22):
+        plane.views[0].keep(4, seq, f"tip-{seq}", ["1", "", "5", "[]"])
+    plane.on_position(0, 4, 21, ["tip-21"])
+    assert [entry.seq for report in plane.reports() for entry in report.entries] == [22]
+
+
 @pytest.mark.parametrize(
     ("reply", "to_assign", "to_read"),
     [
@@ -166,6 +181,22 @@ async def test_what_speaks_against_a_shard_puts_it_in_doubt_and_shuts_it_here(re
     await refused(read(plane))
     assert [command[-2:] for command in redis.ran("doubt_shard")] == [(4, seen_seq)]
     assert plane.views[0].state is ViewState.SUSPECT
+
+
+async def test_two_that_find_the_same_put_the_shard_in_doubt_once() -> None:
+    redis = FakeRedis(answered(["suspect", "counts"], ["suspect", "counts"], seq=20))
+    plane = plane_on(redis)
+    assert set(await asyncio.gather(refused(read(plane)), refused(read(plane)))) == {Outcome.RECOVERING}
+    assert len(redis.ran("doubt_shard")) == 1
+
+
+@pytest.mark.parametrize("word", ["READONLY", "MASTERDOWN"])
+async def test_a_server_that_has_another_master_shuts_the_shard_here_alone(word: str) -> None:
+    redis = FakeRedis(ReplyError(word))
+    plane = plane_on(redis)
+    await refused(assign(plane))
+    assert plane.views[0].state is ViewState.SUSPECT
+    assert redis.ran("doubt_shard") == []
 
 
 async def test_a_shard_whose_script_failed_behind_its_entry_is_shut_here() -> None:
