@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import re
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -37,8 +37,10 @@ CODES = 10_000_000
 """More than are assigned in all rounds: a book that runs dry is no overload."""
 REPLIES_S = 8.0
 """How long to wait for the last replies: no request waits for the ledger longer than 5.5 s."""
-MEMORY_MAX_MB = {"api": 200, "redis": 200, "writer": 150}
-"""They were 132, 29 and 68."""
+MEMORY_MAX_MB = {"api": 250, "redis": 60, "writer": 150}
+"""After two rounds of a busy processor they were 186, 136 and 55, with 500,000 codes assigned."""
+CODES_PER_MB = 2_000
+"""Redis keeps what is assigned: so many codes may take a megabyte more."""
 
 
 class Offer(NamedTuple):
@@ -62,7 +64,8 @@ class Generator:
         ]
         self._rate = rate
         self._loop = asyncio.get_running_loop()
-        self._free: list[Connection] = []
+        self._free: deque[Connection] = deque()
+        """Used in turns: the service closes one on which it has waited for a first request for 10 s."""
         self._sent = self._under_way = 0
         self._outcomes: Counter[str] = Counter()
         self._going_on = True
@@ -95,7 +98,7 @@ class Generator:
         return Offer(+self._outcomes, sent, goodput)
 
     def _send(self) -> None:
-        connection = self._free.pop()
+        connection = self._free.popleft()
         self._sent += 1
         self._under_way += 1
 
@@ -164,15 +167,17 @@ async def test_twice_the_highest_rate_leaves_the_goodput_nearly_where_it_was(
             await assign(http, book_id)
             stack.redis_of["api"].delay_replies(redis_away_s)
             target = int(stack.base_url.rpartition(":")[2]), headers_of(http), book_id
-            told = []
+            told, assigned = [], 0
             for _ in range(ROUNDS):
                 highest = await loop.run_in_executor(pool, run_load, *target, None, AT_ONCE, HIGHEST_S)
                 rate = 2 * highest.goodput
                 overload = await loop.run_in_executor(pool, run_load, *target, rate, connections, OVERLOAD_S)
                 memory = memory_mb(stack)
+                assigned += highest.outcomes["assigned"] + overload.outcomes["assigned"]
+                most = {**MEMORY_MAX_MB, "redis": MEMORY_MAX_MB["redis"] + assigned / CODES_PER_MB}
                 told.append(f"{highest}, then {overload}, {memory}")
                 assert overload.outcomes.keys() <= {"assigned", "refilling", "store_unavailable"}, told
-                assert all(memory[part] < most for part, most in MEMORY_MAX_MB.items()), told
+                assert all(memory[part] < most[part] for part in most), told
                 offered = not redis_away_s or (overload.sent >= SENT_MIN and overload.outcomes["store_unavailable"])
                 if offered and overload.goodput >= GOODPUT_MIN * highest.goodput:
                     print(told)
