@@ -21,7 +21,7 @@ from coupon_svc.domain.errors import error_location
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.hot import Withdrawn
-from coupon_svc.redis.call_queue import CallQueue, PendingOperation
+from coupon_svc.redis.call_queue import CALL_WEIGHT_MAX, CallQueue, PendingOperation
 from coupon_svc.redis.calls import (
     MADE_EVENT,
     EntryId,
@@ -46,8 +46,7 @@ ALONE = 4
 """After so many calls of one operation the next operation waits for no other. Two that always come together are sent apart
 once, and share their calls from then on."""
 QUEUED_S = 4.0
-"""How long an operation may wait to be sent. A full queue of one tenant is sent in it at 1,000 per second, which a slow
-machine does: refusing costs about as much as serving, so the more is refused, the less is served."""
+"""How long an operation may wait to be sent. A full queue of one tenant is sent in it at 2,500 per second."""
 
 _UNAVAILABLE_WORDS = frozenset({"LOADING", "BUSY", "MISCONF", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN"})
 """First words of error replies that say nothing against the shard: nothing was done."""
@@ -221,7 +220,9 @@ class Dispatcher:
 
     def _on_reply(self, call: _Call, raw: Any) -> None:
         call.lane.under_way -= 1
-        if call.lane.queue:
+        if len(call.lane.queue) >= CALL_WEIGHT_MAX:  # no need to wait for who comes within this turn, and thousands may
+            self._flush()
+        elif call.lane.queue:
             self._wake()
         if isinstance(raw, OutcomeUnknown):
             _refuse_all(call.operations, call.lost)

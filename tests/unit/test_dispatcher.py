@@ -14,6 +14,7 @@ import pytest
 from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.hot import drive
 from coupon_svc.redis import call_queue, dispatcher
+from coupon_svc.redis.call_queue import CALL_WEIGHT_MAX
 from coupon_svc.redis.calls import EntryId
 from coupon_svc.redis.contract import CallClass, Reply
 from coupon_svc.redis.dispatcher import ALONE, UNDER_WAY_MAX, Dispatcher, Plane
@@ -191,6 +192,15 @@ async def test_a_thousand_of_one_tenant_do_not_delay_another_by_more_than_a_call
     assert "late" in service.calls[UNDER_WAY_MAX].users
     service.calls[UNDER_WAY_MAX].serve()
     assert (await late).code == "code of late"
+
+
+async def test_the_next_call_is_sent_with_the_reply_where_many_wait(service: Service) -> None:
+    """A turn of the event loop takes in as many requests as come meanwhile: under a flood that may be thousands."""
+    for number in range((UNDER_WAY_MAX + 1) * CALL_WEIGHT_MAX):
+        service.assign(f"user {number}")
+    await turns()
+    service.calls[0].serve()
+    assert len(service.calls) == UNDER_WAY_MAX + 1
 
 
 async def test_a_driven_caller_goes_on_within_the_reply(service: Service) -> None:
