@@ -246,7 +246,7 @@ async def make_dry(service: Stack, client: httpx.AsyncClient) -> str:
 
 
 async def test_a_thousand_callers_at_a_dry_pool_poll_as_often_as_one(service: Stack, client: httpx.AsyncClient) -> None:
-    """Counted at Redis: whoever finds the pool empty reads two counts of the book, how many are lent and how many to come."""
+    """Counted at Redis: whoever finds the pool empty reads two counts of the book."""
     book_id = await make_dry(service, client)
     redis = service.redis()
     connections = Connections("127.0.0.1", int(service.base_url.rpartition(":")[2]), CALLERS)
