@@ -6,7 +6,7 @@ delays another's by no more than a call. The queue has its bounds, in all and fo
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Any
 
 from coupon_svc.hot import Slot
@@ -47,8 +47,8 @@ class CallQueue:
     """Operations in the order in which they are to be sent."""
 
     def __init__(self) -> None:
-        self._by_tenant: dict[int, deque[PendingOperation]] = {}
-        """None of them is empty."""
+        self._by_tenant: dict[int, OrderedDict[PendingOperation, None]] = {}
+        """None of them is empty. Whoever goes leaves at once, when thousands hang up, too."""
         self._turns: deque[int] = deque()
         """The tenants in `_by_tenant`, whose turn comes next first."""
         self._size = 0
@@ -62,9 +62,9 @@ class CallQueue:
         if self._size >= QUEUED_MAX or (queued and len(queued) >= TENANT_QUEUED_MAX):
             return False
         if queued is None:
-            self._by_tenant[operation.tenant_id] = queued = deque()
+            self._by_tenant[operation.tenant_id] = queued = OrderedDict()
             self._turns.append(operation.tenant_id)
-        queued.append(operation)
+        queued[operation] = None
         self._size += 1
         return True
 
@@ -75,10 +75,12 @@ class CallQueue:
         turns, by_tenant = self._turns, self._by_tenant
         while turns:
             queued = by_tenant[turns[0]]
-            weight += queued[0].weight
+            operation = next(iter(queued))
+            weight += operation.weight
             if weight > CALL_WEIGHT_MAX and taken:
                 break
-            taken.append(queued.popleft())
+            taken.append(operation)
+            del queued[operation]
             if queued:
                 turns.rotate(-1)
             else:
@@ -90,18 +92,15 @@ class CallQueue:
         """Its caller is gone. Does nothing to an operation that is not in the queue."""
         queued = self._by_tenant.get(operation.tenant_id)
         if queued is not None and operation in queued:
-            queued.remove(operation)
+            del queued[operation]
             self._size -= 1
             self._forget_empty(operation.tenant_id)
 
     def take_late(self, now: float) -> list[PendingOperation]:
         """Those that must not be sent any more."""
-        late: list[PendingOperation] = []
-        for tenant_id, queued in list(self._by_tenant.items()):
-            late += [operation for operation in queued if operation.deadline <= now]
-            self._by_tenant[tenant_id] = deque(operation for operation in queued if operation.deadline > now)
-            self._forget_empty(tenant_id)
-        self._size -= len(late)
+        late = [one for queued in self._by_tenant.values() for one in queued if one.deadline <= now]
+        for operation in late:
+            self.remove(operation)
         return late
 
     def _forget_empty(self, tenant_id: int) -> None:

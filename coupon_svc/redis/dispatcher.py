@@ -45,6 +45,8 @@ requests at random moments, a third gains nothing, and with only one the median 
 ALONE = 4
 """After so many calls of one operation the next operation waits for no other. Two that always come together are sent apart
 once, and share their calls from then on."""
+UNREACHED_SEQ = 1 << 63
+"""No shard comes so far."""
 QUEUED_S = 4.0
 """How long an operation may wait to be sent. A full queue of one tenant is sent in it at 2,500 per second."""
 
@@ -220,10 +222,18 @@ class Dispatcher:
 
     def _on_reply(self, call: _Call, raw: Any) -> None:
         call.lane.under_way -= 1
-        if len(call.lane.queue) >= CALL_WEIGHT_MAX:  # no need to wait for who comes within this turn, and thousands may
-            self._flush()
-        elif call.lane.queue:
-            self._wake()
+        try:
+            self._read_reply(call, raw)
+        finally:
+            if (
+                len(call.lane.queue) >= CALL_WEIGHT_MAX
+            ):  # no need to wait for who comes in this turn, which may be thousands
+                self._flush()
+            elif call.lane.queue:
+                self._wake()
+
+    def _read_reply(self, call: _Call, raw: Any) -> None:
+        """Before anything else is sent: the next call is checked by what this reply tells."""
         if isinstance(raw, OutcomeUnknown):
             _refuse_all(call.operations, call.lost)
             return
@@ -254,8 +264,11 @@ class Dispatcher:
         else:
             # In the order of the header of lua/call.lua: a ReplyReader would cost two calls.
             _, seq, tip, replies, *content = raw
-            last = EntryId(section.epoch, int(seq), tip)
-            if not self._has_grown(call.connection, view.shard, last):
+            last = begins = EntryId(section.epoch, int(seq), tip)
+            if content:
+                number, after, *_ = content[0]
+                begins = EntryId(section.epoch, last.seq - int(number), after)
+            if not self._has_grown(call.connection, view.shard, begins, last):
                 self._plane.doubt(view, "position")
                 _refuse_all(section.operations, call.lost)
                 return
@@ -266,18 +279,20 @@ class Dispatcher:
             for pending, reply in zip(section.operations, replies, strict=True):
                 self._read_operation(pending, reply, made)
 
-    def _has_grown(self, connection: Connection, shard: int, last: EntryId) -> bool:
-        """Whether a shard is where it was when the last reply came on this connection, or further. Two calls under way were
-        sent with what was seen before both: keys that were put back between them show here alone. So does another entry at
-        a position that was seen before."""
+    def _has_grown(self, connection: Connection, shard: int, begins: EntryId, last: EntryId) -> bool:
+        """Whether a section began where the shard was when the last reply came on this connection, or further. Two calls
+        under way were sent with what was seen before both: keys that were put back between them show here alone, however
+        much the second has made on top of them. So does another entry at a position that was seen before. After that,
+        nothing that the shard says in this epoch is believed."""
         if connection is not self._answered_by:
             self._answered_by = connection
             self._answered.clear()
         before = self._answered.get(shard)
+        if before is not None and before.epoch == last.epoch and begins != before and begins.seq <= before.seq:
+            self._answered[shard] = EntryId(last.epoch, UNREACHED_SEQ, "")
+            return False
         self._answered[shard] = last
-        if before is None or before.epoch != last.epoch:
-            return True
-        return last.seq > before.seq or (last.seq == before.seq and last.tip == before.tip)
+        return True
 
     def _read_operation(self, pending: PendingOperation, raw: list[Any], made: EntryId | None) -> None:
         view, operation = pending.view, pending.operation

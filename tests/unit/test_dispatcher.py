@@ -199,8 +199,9 @@ async def test_the_next_call_is_sent_with_the_reply_where_many_wait(service: Ser
     for number in range((UNDER_WAY_MAX + 1) * CALL_WEIGHT_MAX):
         service.assign(f"user {number}")
     await turns()
-    service.calls[0].serve()
+    service.calls[0].serve(seq=77)
     assert len(service.calls) == UNDER_WAY_MAX + 1
+    assert service.calls[-1].sections[0].seen_seq == "77", "keys that were put back would not show"
 
 
 async def test_a_driven_caller_goes_on_within_the_reply(service: Service) -> None:
@@ -288,6 +289,28 @@ async def test_positions_on_one_connection_only_grow(service: Service) -> None:
     service.calls[1].serve(seq=21)
     assert await outcome(second) is Outcome.OUTCOME_UNKNOWN
     assert service.doubted == [(0, "position")]
+
+
+@pytest.mark.parametrize("ends", [21, 24])
+async def test_keys_that_were_put_back_show_where_an_entry_begins(service: Service, ends: int) -> None:
+    """However much the second call made on top of them. Nor is what was made behind that believed."""
+    asked = []
+    for user in ("ann", "bob", "cid"):
+        asked.append(service.assign(user))
+        await turns()
+
+    def answer(number: int, begins: int, ends: int, after: str) -> None:
+        (section,) = service.calls[number].sections
+        replies = [reply_to(one) for one in section.operations]
+        entry = [str(ends - begins), after, "5", "[]"]
+        service.calls[number].answer([decided(SCRIPTS, seq=ends, tip=section.tip, replies=replies, entry=entry)])
+
+    answer(0, 21, 22, "before")
+    await turns()
+    answer(1, 20, ends, "before")
+    answer(2, ends, ends + 2, service.calls[1].sections[0].tip)
+    assert (await asked[0]).outcome == "ok"
+    assert [await outcome(one) for one in asked[1:]] == [Outcome.OUTCOME_UNKNOWN] * 2
 
 
 async def test_another_entry_at_a_position_that_was_seen_is_no_growth(service: Service) -> None:
