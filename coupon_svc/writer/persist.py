@@ -131,7 +131,7 @@ class Persister:
         most = max(map(len, entries.values()))
         more_waits = most >= self._portion.entries
         self._portion.committed(most, all_of_it=all(len(one.entries) == len(entries[one.shard]) for one in batches))
-        if more_waits:
+        if more_waits or self._portion.is_spent:
             return
         if sum(len(batch.events) for batch in batches) < ENOUGH_EVENTS and not self._waited_for(batches):
             await asyncio.sleep(read_at + PACE_S - asyncio.get_running_loop().time())

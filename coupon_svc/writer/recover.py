@@ -90,8 +90,8 @@ class Recoverer:
     async def recover(self, connection: LedgerConnection, owned: OwnedShard) -> OwnedShard:
         """Recover the shard and certify Redis for it. Returns the shard in its new epoch.
 
-        Raises NotOwner, StoreError, LedgerUnavailable: try again from the start; ShardNotUsable: a newer owner is at work;
-        HistoryForked: the shard is stopped now, and a person must look.
+        Raises NotOwner, StoreError, LedgerUnavailable, ShardNotUsable: try again from the start; Fenced: a newer owner is at
+        work; HistoryForked: the shard is stopped now, and a person must look.
         """
         # 1. The next epoch.
         begun = await _step(connection, epochs.begin_epoch(connection, self._writer_id, owned))
@@ -170,8 +170,9 @@ class Recoverer:
             await self._store.tell_position(shard, live, accounted if dead is None else min(accounted, dead - 1))
         _, tip = await _step(connection, epochs.end_of_epoch(connection, shard, live))
         # With another tip it is another history that has come as far. Of what an older version made no tip is known.
-        same = tip is None or (meta.tip or "") == tip
-        stands = live > 0 and meta.epoch == live and meta.seq == accounted and same and dead is None
+        same = tip is None or (shut.tip or "") == tip
+        served = live > 0 and meta.epoch == live and shut.was == live
+        stands = served and shut.seq == accounted and same and dead is None
         return accounted, stands
 
     async def _stream_after(self, shard: int, after: Position, count: int) -> list[StreamEntry]:
@@ -235,13 +236,15 @@ class Recoverer:
             connection, processes.reported_entries(connection, shard, live, accounted, portion.entries)
         ):
             portion.begin()
-            for entry in entries:
-                portion.take(entry.n, len(entry.body))
-            events = [event for entry in entries for event in events_of(entry)]
-            batch = Batch(shard, live, 0, accounted, entries[-1].seq, entries, events)
+            some: list[Entry] = []
+            while len(some) < len(entries) and not portion.is_spent:
+                some.append(entries[len(some)])
+                portion.take(some[-1].n, len(some[-1].body))
+            events = [event for entry in some for event in events_of(entry)]
+            batch = Batch(shard, live, 0, accounted, some[-1].seq, some, events)
             log.info("shard %02d: redis has lost %d events; API processes have kept them", shard, len(events))
             accounted = await _step(connection, draining.drain(connection, self._writer_id, begun, batch))
-            portion.committed(len(entries), all_of_it=not portion.is_spent)
+            portion.committed(len(entries), all_of_it=len(some) == len(entries))
         return accounted
 
     async def _wait_for_reports(self, connection: LedgerConnection, shard: int, live: int) -> int:

@@ -256,6 +256,30 @@ async def test_a_redis_of_another_history_that_has_come_as_far_is_not_kept(bench
     assert holder.endswith(" thief") is kept
 
 
+async def test_a_redis_that_decides_until_it_is_shut_is_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when an operator asks for a recovery under load."""
+    book_id, keys = await bench.book("L", free=1), ShardKeys(0, SHARDS)
+    await bench.ledger.execute("UPDATE shards SET rebuild = true WHERE shard = 0")
+    epoch = (await bench.recover()).epoch
+    await bench.redis.hset(keys.book(book_id), "redeemed", 7)
+    shut_shard = bench.store.shut_shard
+
+    async def decide_first(term: Any) -> None:
+        async with bench.ledger.transaction():
+            await lease_code(bench.ledger, 1, book_id, "L-1")
+        event = Event(epoch, 1, COUPON_ASSIGNED, book_id, "L-1", "u", 1, fingerprint="f")
+        await bench.redis.xadd(keys.events, fields_of(entry_of(event, after="", tip="t1")), id=f"{epoch}-1")
+        await bench.redis.hset(keys.meta, mapping={"seq": 1, "tip": "t1"})
+        await bench.redis.hset(keys.holders(book_id), "L-1", f"{epoch}-1 0 1 u")
+        await bench.redis.hincrby(keys.book(book_id), "lent", 1)
+        await shut_shard(term)
+
+    monkeypatch.setattr(bench.store, "shut_shard", decide_first)
+    await bench.recover()
+    assert await bench.counts(book_id) == (0, 1, 1)
+    assert await bench.redis.hget(keys.book(book_id), "redeemed") == "7", "Redis was rebuilt"
+
+
 async def test_a_redis_with_a_key_of_another_type_is_rebuilt(bench: Bench) -> None:
     """Not by a second recovery, after one that failed."""
     book_id = await bench.book("T", held=1)
