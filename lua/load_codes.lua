@@ -49,5 +49,5 @@ if #codes > 0 then
   end
 end
 redis.call("HINCRBY", book_key, "lent", added)
-redis.call("HSET", book_key, "unlent", kept_back) -- once it counted only codes that are not lent
+redis.call("HSET", book_key, "unlent", kept_back) -- the name is older than what it counts: lent codes that are on their way, too
 return {"ok", added, redis.call("ZCARD", free_key)}

@@ -43,6 +43,7 @@ SERVER_SETTINGS: dict[str, Any] = {
     "proxy_headers": False,  # nothing here depends on the caller's address
     "timeout_graceful_shutdown": 5,
 }
+"""What coupon_svc/cli.py starts uvicorn with, beside CouponProtocol."""
 HOT_BODY_BYTES_MAX = 16 * 1024
 """The largest body on the fast path."""
 HEAD_BYTES_MAX = 64 * 1024

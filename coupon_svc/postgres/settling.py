@@ -82,7 +82,8 @@ async def settle_piece(
     """What becomes of codes of one book that were lent and have no record, at most PIECE of them. Whether there are more.
 
     Of a book with `ack = ledger` nobody was answered, and so it is when it was shown that nothing was lost: the codes go
-    back to be dealt. Otherwise somebody may have been answered: they are quarantined.
+    back to be dealt. Otherwise somebody may have been answered: they are quarantined. So is a code of which the epoch has a
+    dead letter, in either kind of book.
 
     A recovery that dies half-way leaves books settled and others not. The next one goes on with the same verdict.
 

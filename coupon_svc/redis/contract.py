@@ -29,8 +29,8 @@ is nil. Only the last key may be left out or a list, unless all of them are list
 several at the end may be left out. Arguments that are lists come last; each but the last one is sent with its length in
 front.
 
-An operation is a part of a script: many of them run in one call (lua/call.lua). Its file begins with the comment, which
-names its class between the prose and the keys:
+An operation is a part of a function of the library: many of them run in one call (lua/call.lua). Its file begins with the
+comment, which names its class between the prose and the keys:
 
     Class: grow
 
@@ -75,7 +75,7 @@ class UnexpectedReply(CouponError):
 
 
 class CallClass(StrEnum):
-    """What Redis lets a whole call do, since it judges memory, disk and role once for each script, by its flags."""
+    """What Redis lets a whole call do, since it judges memory, disk and role once for each function, by its flags."""
 
     READ = "read"
     """It writes nothing."""
@@ -85,8 +85,8 @@ class CallClass(StrEnum):
     """It keeps a promise, and so runs without memory, too."""
 
 
-_OF_THE_CALL = ("meta", "events", "epoch", "seen_seq")
-"""What a call has for all its operations."""
+_OF_THE_SECTION = ("meta", "events", "epoch", "seen_seq")
+"""What a section has for all its operations."""
 
 
 class Key(NamedTuple):
@@ -158,7 +158,7 @@ def parse_operation(header: str) -> Contract:
     if contract.call_class is None:
         raise ContractError(f"{contract.name}: the header of an operation names its class")
     listed = {key.name for key in contract.keys} | {arg.name for arg in contract.args}
-    for name in _OF_THE_CALL:
+    for name in _OF_THE_SECTION:
         if name in listed:
             raise ContractError(f"{contract.name}: {name} is the call's")
     return contract

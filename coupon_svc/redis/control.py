@@ -1,4 +1,5 @@
-"""The way of a shard's owner to Redis: every write is a script that compares epoch and generation first.
+"""The way of a shard's owner to Redis. Every write is a script that compares first: epoch and generation or, in a recovery,
+that this very recovery has shut the shard.
 
 It is not the control plane, which is requests that go to Postgres first."""
 

@@ -144,7 +144,7 @@ class DataPlane:
         Redis sent them: times and most numbers are texts. But `position` is (assigned, last), `holders` are Holdings, and
         `entry` is the EntryId of the event that the operation made. Raises Refused: recovering, store_unavailable,
         backlog_full (memory is out), or outcome_unknown when it was sent and nothing is known of it; for an operation that
-        only reads that is store_unavailable, too.
+        only reads that is store_unavailable, too. And internal_error, for a fault of ours.
         """
         return self._dispatcher.run(name, view, parameters, until)
 
@@ -161,9 +161,9 @@ class DataPlane:
             log.error("keys of shard %02d are missing from redis: it is to be recovered", view.shard)
             self._send_doubt(view, view.seen_seq)
         else:
-            # Redis may have gone back behind what was seen here. A process that has seen less would not notice, so the
-            # shard is put in doubt for all. As of seq 0, since the fence refuses `doubt_shard` itself with more than
-            # Redis has. In another epoch, on another server or with a torn meta this does nothing.
+            # Damage of another kind; or Redis may have gone back behind what was seen here. A process that has seen less
+            # would not notice, so the shard is put in doubt for all. As of seq 0, since the fence refuses `doubt_shard`
+            # itself with more than Redis has. In another epoch, on another server or with a torn meta this does nothing.
             self._send_doubt(view, 0)
         self._suspect(view)
 

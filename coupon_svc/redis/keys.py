@@ -1,8 +1,8 @@
 """Every key the service has in Redis, and its channel, spelled here and nowhere else. `docs/redis.md` is the same for a
 person.
 
-All keys of a shard share its hash tag, so a script touches one slot. What follows the tag may hold any character:
-Redis takes the first `{…}` of a key as its tag, and that one is ours.
+All keys of a shard share its hash tag, and so one slot. A call, and `publish_positions`, name keys of several shards. What
+follows the tag may hold any character: Redis takes the first `{…}` of a key as its tag, and that one is ours.
 """
 
 from __future__ import annotations

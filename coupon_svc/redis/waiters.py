@@ -156,7 +156,7 @@ class DurabilityWaiters:
             slot.set_exception(Refused(Outcome.OUTCOME_UNKNOWN))
         return overdue or bool(late)
 
-    # --- what no message told
+    # --- what no message told: coupon_svc/service/missed_messages.py asks Postgres
 
     def unheard(self) -> list[EntryKey]:
         """Entries that somebody waits for and of which no message came, to be asked for: at most ASKED_AT_ONCE_MAX, and each

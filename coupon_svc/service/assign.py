@@ -189,6 +189,8 @@ class Assigning:
             if not replies and (refused := _refusal_of_all(found, of_all)):
                 raise refused
             replies += found
+        if not replies:
+            raise Refused(Outcome.STORE_UNAVAILABLE)
         if not users and (refused := _refusal_of_all(replies, _WITHOUT_A_RECORD & {replies[0].outcome})):
             raise refused
         replies += [Refused(Outcome.STORE_UNAVAILABLE) for _ in users]  # nobody asked for them

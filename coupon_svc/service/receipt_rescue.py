@@ -52,6 +52,6 @@ class ReceiptRescue:
                 user_id=receipt.user_id,
                 holding=holding.format(),
             )
-        except Refused:  # it says that nothing was done; the ledger has the record by now
+        except Refused:  # whatever it says of Redis, the ledger has the record by now
             raise Refused(Outcome.OUTCOME_UNKNOWN) from None
         return True

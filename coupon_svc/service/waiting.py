@@ -1,4 +1,5 @@
 """What an operation that could not be decided yet waits for: a book or codes on their way to Redis, a receipt's record.
+Nothing is asked for here but a code by name: the shard's owner brings books and codes by itself (coupon_svc/writer/lend.py).
 
 The usual reply never comes here. A use case runs its operation, and hands over what is not in DECIDED.
 """
