@@ -20,7 +20,7 @@ TENANT_QUEUED_MAX = 10_000
 """Operations of one tenant that it holds: who floods it must leave the others a place. As many as a process has connections
 (COUPON_CONNECTIONS_MAX, if nobody sets it): to refuse costs about as much as to serve, and who was refused comes again at
 once. With places for 4,096 only, 8,192 callers got a tenth of what 1,000 got."""
-WAIT_MAX_S = 3.0
+WAIT_MAX_S = 2.0
 """How long the first operation of a tenant may have waited when another one is put behind it: whoever comes later would be
 sent when it is late, or be answered when its caller has gone. With places alone, 8,192 callers of a Redis that does 770 per
 second got a third of them."""

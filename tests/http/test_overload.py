@@ -25,7 +25,7 @@ CALLERS = 8_192
 """Nearly as many as a process has connections."""
 AT_ONCE = 1_000
 """Callers at a time, at the highest rate: with fewer, calls carry less, and the rate is lower."""
-REDIS_AWAY_S = 0.6
+REDIS_AWAY_S = 0.3
 """By so much replies of Redis are late, that it is Redis that bounds the rate: the generator, which has the same machine,
 can then offer twice as much, and the API has time to refuse."""
 SENT_MIN = 0.99
