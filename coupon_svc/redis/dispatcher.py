@@ -221,9 +221,27 @@ class Dispatcher:
     # --- reading replies
 
     def _on_reply(self, call: _Call, raw: Any) -> None:
+        """The reply is read before anything else is sent: the next call is checked by what it tells."""
         call.lane.under_way -= 1
         try:
-            self._read_reply(call, raw)
+            if isinstance(raw, OutcomeUnknown):
+                _refuse_all(call.operations, call.lost)
+                return
+            if isinstance(raw, ReplyError):
+                self._read_error(call, raw)
+                return
+            try:
+                replies = section_replies(raw)
+            except Exception as error:  # whatever it is: nobody may wait for ever
+                log.error("the reply of a call: %s", type(error).__name__)
+                _refuse_all(call.operations, call.lost)
+                return
+            for number, section in enumerate(call.sections):
+                try:
+                    self._read_section(call, section, replies[number])
+                except Exception as error:  # whatever it is: nobody may wait for ever
+                    log.error("the reply of a call, in shard %02d: %s", section.view.shard, type(error).__name__)
+                    _refuse_all(section.operations, Outcome.INTERNAL_ERROR)
         finally:
             if (
                 len(call.lane.queue) >= CALL_WEIGHT_MAX
@@ -231,27 +249,6 @@ class Dispatcher:
                 self._flush()
             elif call.lane.queue:
                 self._wake()
-
-    def _read_reply(self, call: _Call, raw: Any) -> None:
-        """Before anything else is sent: the next call is checked by what this reply tells."""
-        if isinstance(raw, OutcomeUnknown):
-            _refuse_all(call.operations, call.lost)
-            return
-        if isinstance(raw, ReplyError):
-            self._read_error(call, raw)
-            return
-        try:
-            replies = section_replies(raw)
-        except Exception as error:  # whatever it is: nobody may wait for ever
-            log.error("the reply of a call: %s", type(error).__name__)
-            _refuse_all(call.operations, call.lost)
-            return
-        for number, section in enumerate(call.sections):
-            try:
-                self._read_section(call, section, replies[number])
-            except Exception as error:  # whatever it is: nobody may wait for ever
-                log.error("the reply of a call, in shard %02d: %s", section.view.shard, type(error).__name__)
-                _refuse_all(section.operations, Outcome.INTERNAL_ERROR)
 
     def _read_section(self, call: _Call, section: _Sent, raw: list[Any]) -> None:
         view = section.view
