@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coupon_svc.redis import call_queue
-from coupon_svc.redis.call_queue import CALL_WEIGHT_MAX, CallQueue, PendingOperation
+from coupon_svc.redis.call_queue import CALL_WEIGHT_MAX, WAIT_MAX_S, CallQueue, PendingOperation
 from coupon_svc.redis.calls import bind_operation
 from coupon_svc.redis.keys import ShardKeys
 from coupon_svc.redis.scripts import Scripts
@@ -78,10 +78,24 @@ def test_what_weighs_more_than_a_call_may_goes_alone() -> None:
 
 def test_a_flood_of_one_tenant_leaves_the_others_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call_queue, "TENANT_QUEUED_MAX", 3)
+    monkeypatch.setattr(call_queue, "CALL_WEIGHT_MAX", 1)
     queue = filled(1, 1, 1)
     assert not queue.put(assign(1))
     assert queue.put(assign(2))
     assert len(queue) == 4
+
+
+def test_nobody_is_put_behind_one_that_has_waited_long_unless_a_call_carries_them() -> None:
+    queue = CallQueue()
+    for _ in range(CALL_WEIGHT_MAX - 1):
+        assert queue.put(assign(1, deadline=4.0))
+    late = 4.0 + WAIT_MAX_S + 0.1
+    assert queue.put(assign(1, deadline=late))
+    assert not queue.put(assign(1, deadline=late))
+    assert queue.put(assign(1, deadline=4.0 + WAIT_MAX_S))
+    assert queue.put(assign(2, deadline=late))
+    queue.take()
+    assert queue.put(assign(1, deadline=late))
 
 
 def test_the_queue_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
