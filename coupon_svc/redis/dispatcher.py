@@ -243,9 +243,8 @@ class Dispatcher:
                     log.error("the reply of a call, in shard %02d: %s", section.view.shard, type(error).__name__)
                     _refuse_all(section.operations, Outcome.INTERNAL_ERROR)
         finally:
-            if (
-                len(call.lane.queue) >= CALL_WEIGHT_MAX
-            ):  # no need to wait for who comes in this turn, which may be thousands
+            # A whole call that waits needs nobody who comes in this turn: under a flood that may be thousands.
+            if len(call.lane.queue) >= CALL_WEIGHT_MAX:
                 self._flush()
             elif call.lane.queue:
                 self._wake()

@@ -29,11 +29,13 @@ class Refusing(DataPlane):
         raise self._raised.get(parameters["user_id"]) or Refused(Outcome.BOOK_PAUSED)
 
 
-async def outcomes(raised: dict[str, Exception], key: str = "list-1") -> list[Assigned | Refused]:
+async def outcomes(
+    raised: dict[str, Exception], key: str = "list-1", *, gone: bool = False
+) -> list[Assigned | Refused]:
     plane, nobody = Refusing(raised), Any
     assigning = Assigning(plane, nobody, nobody, Durability(plane, 5_000), nobody)  # type: ignore[arg-type]
     wanted = AssignCoupons(1, "bk_000123456789abcdef", USERS, Idempotency(key, "f"))
-    return await assigning.assign_coupons(wanted, lambda: False)
+    return await assigning.assign_coupons(wanted, lambda: gone)
 
 
 @pytest.mark.parametrize("key", ["", "list-1"])
@@ -41,6 +43,12 @@ async def test_what_is_the_same_for_all_refuses_the_list(key: str) -> None:
     with pytest.raises(Refused) as refusal:
         await outcomes({}, key)
     assert refusal.value.outcome is Outcome.BOOK_PAUSED
+
+
+async def test_a_list_of_which_nobody_was_asked_for_is_refused_as_a_whole() -> None:
+    with pytest.raises(Refused) as refusal:
+        await outcomes({}, gone=True)
+    assert refusal.value.outcome is Outcome.STORE_UNAVAILABLE
 
 
 async def test_who_could_not_be_asked_is_not_told_that_the_book_is_paused() -> None:

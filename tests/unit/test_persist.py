@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from coupon_svc.domain.books import Ack
 from coupon_svc.domain.events import COUPON_ASSIGNED, Event, MalformedEntry
 from coupon_svc.domain.position import Epoch, Position, Seq
 from coupon_svc.postgres.errors import LedgerUnavailable
@@ -21,6 +22,7 @@ from coupon_svc.redis.server import Identity
 from coupon_svc.writer import persist
 from coupon_svc.writer.clock import LedgerClock
 from coupon_svc.writer.persist import Persister, Rewritten, following_batch
+from coupon_svc.writer.pool import Pool
 from coupon_svc.writer.portion import BYTES_PER_COMMIT_MAX, ENTRIES_MAX, EVENTS_PER_COMMIT_MAX, Portion
 from coupon_svc.writer.shard import Hole, Shard
 from tests.entries import as_read, entry_of
@@ -147,6 +149,16 @@ async def test_a_long_backlog_of_one_shard_holds_up_no_other(monkeypatch: pytest
     assert max(sizes) < EVENTS_PER_COMMIT_MAX + SHARDS
     assert all(len(batches) == SHARDS for batches in ledger.commits[:5])
     assert len(sizes) < 60, "small entries are read many at a time"
+
+
+async def test_what_a_full_commit_left_over_waits_for_no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though fewer entries were read than might have been, and nobody waits for them."""
+    monkeypatch.setattr(persist, "PACE_S", 60.0)
+    streams, ledger = Streams([5] * SHARDS, 1024 * KIB), Ledger(float("inf"))
+    for shard in streams.shards.values():
+        shard.pools["b"] = Pool(Ack.REDIS, 1)
+    await persist_all(streams, ledger, monkeypatch)
+    assert len(ledger.commits) > 1
 
 
 def test_less_is_read_when_not_all_of_it_was_committed() -> None:
