@@ -52,7 +52,7 @@ class CallQueue:
 
     def __init__(self) -> None:
         self._by_tenant: dict[int, OrderedDict[PendingOperation, None]] = {}
-        """None of them is empty. Whoever goes leaves at once, when thousands hang up, too."""
+        """None of them is empty. One operation is removed without a search, since thousands of callers may hang up together."""
         self._turns: deque[int] = deque()
         """The tenants in `_by_tenant`, whose turn comes next first."""
         self._size = 0
@@ -68,9 +68,9 @@ class CallQueue:
         if queued is None:
             self._by_tenant[operation.tenant_id] = queued = OrderedDict()
             self._turns.append(operation.tenant_id)
-        elif (number := len(queued)) >= CALL_WEIGHT_MAX and (  # what one call carries may always wait
+        elif (number := len(queued)) >= CALL_WEIGHT_MAX and (
             number >= TENANT_QUEUED_MAX or operation.deadline - next(iter(queued)).deadline > WAIT_MAX_S
-        ):  # the deadlines show how long the first has waited
+        ):  # the two deadlines show how long the first has waited; as many as one call takes may always wait
             return False
         queued[operation] = None
         self._size += 1

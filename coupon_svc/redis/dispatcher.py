@@ -46,7 +46,7 @@ ALONE = 4
 """After so many calls of one operation the next operation waits for no other. Two that always come together are sent apart
 once, and share their calls from then on."""
 UNREACHED_SEQ = 1 << 63
-"""No shard comes so far."""
+"""Higher than the seq of any shard."""
 QUEUED_S = 4.0
 """How long an operation may wait to be sent. A full queue of one tenant is sent in it at 2,500 per second."""
 
@@ -243,7 +243,7 @@ class Dispatcher:
                     log.error("the reply of a call, in shard %02d: %s", section.view.shard, type(error).__name__)
                     _refuse_all(section.operations, Outcome.INTERNAL_ERROR)
         finally:
-            # A whole call that waits needs nobody who comes in this turn: under a flood that may be thousands.
+            # Enough operations wait for a whole call: it is sent now. This turn may first read thousands of other requests.
             if len(call.lane.queue) >= CALL_WEIGHT_MAX:
                 self._flush()
             elif call.lane.queue:
