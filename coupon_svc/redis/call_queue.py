@@ -52,7 +52,7 @@ class CallQueue:
 
     def __init__(self) -> None:
         self._by_tenant: dict[int, OrderedDict[PendingOperation, None]] = {}
-        """None of them is empty. One operation is removed without a search, since thousands of callers may hang up together."""
+        """None of them is empty. An operation is removed without a search: thousands of callers may hang up together."""
         self._turns: deque[int] = deque()
         """The tenants in `_by_tenant`, whose turn comes next first."""
         self._size = 0
