@@ -47,7 +47,8 @@ test: install ## All tests, against servers they start themselves
 	$(BIN)/python -m pytest -n $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder
 
 chaos: install ## Faults under load, 100 seeded runs (RUNS=…): clients record, then everything is compared
-	$(BIN)/python -m pytest -m chaos -n $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "chaos and not alone" -n $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m alone
 	$(BIN)/python -m tests.chaos --runs $(or $(RUNS),100)
 
 load: install ## Load a service of its own, time it and audit every answer; make load ARGS='--scenario checkout'

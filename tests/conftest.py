@@ -32,7 +32,7 @@ LONGEST = (
     "test_every_message", "test_writer_kills", "test_bulk_work", "test_chaos", "test_computed_books", "test_load",
     "test_upload_jobs", "test_bounded_recovery", "test_writers_come_and_go", "test_door_limits", "test_dev_supervisor",
     "test_model", "test_dev_end_to_end", "test_adopt", "test_fairness", "test_call", "test_history", "test_schemathesis",
-    "test_chaos_proves_itself", "test_noisy_neighbours", "test_overload", "test_walk", "test_half_open",
+    "test_chaos_proves_itself", "test_noisy_neighbours", "test_walk", "test_half_open",
 )  # fmt: skip
 """Files that take long begin first, lest one of them runs alone in the end."""
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -29,6 +29,12 @@ OnReply = Callable[[Reply], object]
 """Takes a reply: an error reply is a ReplyError value; OutcomeUnknown, as a value, says that the connection broke first."""
 
 IN_FLIGHT_MAX = 20_000
+SILENT_S = 2.0
+WATCH_EVERY_S = 0.1
+NAPS_TO_READ = 5
+"""Naps of WATCH_EVERY_S before a connection that seems silent is broken. A turn of the event loop with thousands of requests
+takes seconds: what is sent in it is written to the socket when it is over, and a reply that came meanwhile is read in the
+next one."""
 
 
 class Connection(asyncio.Protocol):
@@ -42,6 +48,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self._last_progress = self._loop.time()
+        self._watching: asyncio.Task[None] | None = None
         self.closed: asyncio.Future[None] = self._loop.create_future()
 
     # --- asyncio.Protocol
@@ -65,6 +72,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._unsent.clear()
+        if self._watching is not None:
+            self._watching.cancel()
         while self._waiting:
             try:
                 self._waiting.popleft()(OutcomeUnknown("the connection broke"))
@@ -116,6 +125,10 @@ class Connection(asyncio.Protocol):
         """Seconds since anything came back while something is waited for; 0.0 when nothing is."""
         return self._loop.time() - self._last_progress if self._waiting else 0.0
 
+    def watch(self, silent_s: float) -> None:
+        """From now on break the connection when it has been silent for so long."""
+        self._watching = asyncio.create_task(_break_when_silent(self, silent_s))
+
     def abort(self) -> None:
         """Break the connection at once: whoever waits learns that the outcome is unknown."""
         if self._transport is not None:
@@ -133,14 +146,16 @@ def _log_not_taken(error: Exception) -> None:
     log.error("a reply was not taken: %s at %s", type(error).__name__, error_location(error))
 
 
-@contextlib.asynccontextmanager
-async def replies_within(seconds: float) -> AsyncIterator[None]:
-    """Wait for replies for at most `seconds`. Raises OutcomeUnknown when that is not enough."""
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError:
-        raise OutcomeUnknown("no reply in time") from None
+async def _break_when_silent(connection: Connection, silent_s: float) -> None:
+    while True:
+        await asyncio.sleep(WATCH_EVERY_S)
+        if connection.stalled_for() <= silent_s - NAPS_TO_READ * WATCH_EVERY_S:
+            continue
+        for _ in range(NAPS_TO_READ):
+            await asyncio.sleep(WATCH_EVERY_S)
+        if connection.stalled_for() > silent_s:
+            log.warning("redis does not answer; the connection is given up")
+            connection.abort()
 
 
 class Address(NamedTuple):
@@ -178,14 +193,18 @@ async def connect(
     url: str,
     name: str,
     on_message: Callable[[Reply], None] | None = None,
-    timeout: float = 2.0,
     *,
     as_bytes: bool = False,
+    silent_s: float = SILENT_S,
 ) -> Connection:
     """Open a connection to `redis://`, `rediss://` or `unix://`, authenticated and named for CLIENT LIST. With `as_bytes`
     replies hold bytes, otherwise texts.
 
-    Raises NotSent when that fails or takes longer than `timeout` seconds. The message never holds the URL.
+    It breaks once nothing has come back for `silent_s` seconds while something is waited for. There is no other limit of
+    time for replies: however many one waits for, and however busy this process is, a Redis that answers is waited for. With
+    a limit for some replies together, a busy process would break its connection, and then each new one.
+
+    Raises NotSent when that fails or Redis is silent. The message never holds the URL.
     """
     address = parse_address(url)
     loop = asyncio.get_running_loop()
@@ -195,18 +214,19 @@ async def connect(
         return Connection(on_message, as_bytes=as_bytes)
 
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(silent_s):
             if address.path is not None:
                 _, connection = await loop.create_unix_connection(make, address.path)
             else:
                 secure = ssl.create_default_context() if address.tls else None
                 _, connection = await loop.create_connection(make, address.host, address.port, ssl=secure)
-            if address.password is not None:
-                await connection.ask("AUTH", address.username, address.password)
-            if address.database:
-                await connection.ask("SELECT", address.database)
-            with contextlib.suppress(ReplyError):
-                await connection.ask("CLIENT", "SETNAME", name)
+        connection.watch(silent_s)
+        if address.password is not None:
+            await connection.ask("AUTH", address.username, address.password)
+        if address.database:
+            await connection.ask("SELECT", address.database)
+        with contextlib.suppress(ReplyError):
+            await connection.ask("CLIENT", "SETNAME", name)
     except (OSError, TimeoutError, StoreError) as error:
         if connection:
             connection.abort()

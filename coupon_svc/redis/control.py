@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from coupon_svc.domain.holding import Holding
 from coupon_svc.domain.position import Position
 from coupon_svc.redis.codec import StreamEntry
-from coupon_svc.redis.connection import Connection, connect, replies_within
+from coupon_svc.redis.connection import Connection, connect
 from coupon_svc.redis.connection import Reply as RawReply
 from coupon_svc.redis.contract import Reply
 from coupon_svc.redis.errors import (
@@ -38,7 +38,7 @@ from coupon_svc.redis.server import Identity, load_scripts, read_identity
 CODES_PER_CALL_MAX = KEYS_PER_CALL_MAX = 500
 LedgerSeen = Literal["committed", "seen", "away"]
 """How the ledger was met just now: by a commit, by a statement that wrote nothing, or not at all."""
-REPLY_TIMEOUT_S = 3.0
+SILENT_S = 3.0
 CONNECT_AGAIN_S = 0.2
 """How long nobody tries to connect again after an attempt failed. The writer's loops share the connection, and each of them
 would try by itself."""
@@ -99,9 +99,8 @@ class ShardControl:
         await self.connect()
         assert self._connection is not None
         try:
-            async with replies_within(REPLY_TIMEOUT_S):
-                self.identity = identity = await read_identity(self._connection)
-                await self._require_ours(self._connection)
+            self.identity = identity = await read_identity(self._connection)
+            await self._require_ours(self._connection)
         except StoreError:
             self.close()
             raise
@@ -116,11 +115,10 @@ class ShardControl:
                     raise type(self._failure)(str(self._failure))
                 connection = None
                 try:
-                    connection = await connect(self._url, "coupon-writer")
-                    async with replies_within(REPLY_TIMEOUT_S):
-                        identity = await read_identity(connection)
-                        await self._require_ours(connection)
-                        await load_scripts(connection, self._scripts)
+                    connection = await self._open("coupon-writer")
+                    identity = await read_identity(connection)
+                    await self._require_ours(connection)
+                    await load_scripts(connection, self._scripts)
                 except StoreError as error:
                     if connection is not None:
                         connection.abort()
@@ -130,6 +128,9 @@ class ShardControl:
                 self.identity = identity
                 self._connection = connection
             return self.identity
+
+    async def _open(self, name: str, *, as_bytes: bool = False) -> Connection:
+        return await connect(self._url, name, as_bytes=as_bytes, silent_s=SILENT_S)
 
     async def _require_ours(self, connection: Connection) -> None:
         """Raises ForeignRedis when the shards in this Redis are another installation's. One whose meta alone says so was
@@ -239,9 +240,7 @@ class ShardControl:
         command = script.pack(**named)
         try:
             await self.connect()
-            reply = await run_script(
-                script, lambda: (self._connected(), command), self._reconnect, reply_timeout_s=REPLY_TIMEOUT_S
-            )
+            reply = await run_script(script, lambda: (self._connected(), command), self._reconnect)
         except (OutOfMemory, ReplyError):
             raise
         except StoreError:
@@ -393,13 +392,12 @@ class ShardControl:
         await self.connect()
         async with self._connecting:
             if self._bytes is None or self._bytes.closed.done():
-                self._bytes = await connect(self._url, "coupon-writer-entries", as_bytes=True)
+                self._bytes = await self._open("coupon-writer-entries", as_bytes=True)
         return await self._ask_on(self._bytes, *command)
 
     async def _ask_on(self, connection: Connection, *command: str | int) -> RawReply:
         try:
-            async with replies_within(REPLY_TIMEOUT_S):
-                return await connection.ask(*command)
+            return await connection.ask(*command)
         except ReplyError as error:
             _require_types(error)
             self.close()
@@ -429,13 +427,11 @@ class ShardControl:
         """
         try:
             if self._reader is None or self._reader.closed.done():
-                self._reader = await connect(self._url, "coupon-writer-reader", as_bytes=True)
+                self._reader = await self._open("coupon-writer-reader", as_bytes=True)
             by_stream = {self._keys[shard].events.encode(): shard for shard in after}
-            async with replies_within(block_ms / 1000 + REPLY_TIMEOUT_S):
-                reply = await self._reader.ask(
-                    "XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", *by_stream,
-                    *map(str, after.values()),
-                )  # fmt: skip
+            reply = await self._reader.ask(
+                "XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", *by_stream, *map(str, after.values())
+            )
         except ReplyError as error:
             _require_types(error)
             self._close_reader()

@@ -24,7 +24,7 @@ from coupon_svc.domain.outcomes import Outcome, Refused
 from coupon_svc.domain.reports import Report
 from coupon_svc.domain.shards import book_shard
 from coupon_svc.loops import keep_running
-from coupon_svc.redis.connection import Connection, connect, replies_within
+from coupon_svc.redis.connection import Connection, connect
 from coupon_svc.redis.contract import Reply
 from coupon_svc.redis.dispatcher import Dispatcher, Plane
 from coupon_svc.redis.errors import NotSent, StoreError
@@ -38,12 +38,8 @@ from coupon_svc.redis.waiters import DurabilityWaiters
 
 log = logging.getLogger(__name__)
 
-REPLY_TIMEOUT_S = 2.0
 VERIFY_EVERY_S = 1.0
 TICK_S = 0.05
-TURNS_TO_READ = 2
-"""Turns of the event loop before a connection that seems silent is given up. A turn with thousands of requests takes
-seconds; a reply that came meanwhile is read in the next one, and says that Redis was not silent."""
 LEDGER_UNSEEN_MAX_S = LEDGER_UNSEEN_MAX_MS / 1000
 """A ledger that was not seen for so long is behind: operations refuse what would wait for it (lua/include/room.lua)."""
 OWNER_UNHEARD_MAX_S = 15.0
@@ -80,7 +76,7 @@ class DataPlane:
 
     async def start(self) -> None:
         """Begin to connect; returns at once. Until a shard is certified its requests are refused."""
-        loops = (self._keep_connected, self._keep_listening, self._watch)
+        loops = (self._keep_connected, self._keep_verified, self._keep_listening, self._watch)
         self._tasks = [asyncio.create_task(keep_running(loop)) for loop in loops]
 
     async def stop(self) -> None:
@@ -202,12 +198,11 @@ class DataPlane:
             connection = None
             try:
                 connection = await connect(self._url, "coupon-api")
-                async with replies_within(REPLY_TIMEOUT_S):  # nobody watches it yet
-                    await self.verify(connection)
-                    await self._load(connection)
-                    if first:  # once: two versions that did so each time would never end it
-                        await drop_other_libraries(connection, self._scripts.library)
-                        first = False
+                await self.verify(connection)
+                await self._load(connection)
+                if first:  # once: two versions that did so each time would never end it
+                    await drop_other_libraries(connection, self._scripts.library)
+                    first = False
                 self.use(connection)
                 await connection.closed
             except StoreError as error:
@@ -272,30 +267,28 @@ class DataPlane:
         return meta.installation == self._installation
 
     async def _watch(self) -> None:
-        """End what waits too long, and verify again: soon while a shard is shut or somebody waits for a position that
-        should have been told by now, otherwise once a second."""
+        """End what waits too long."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._listener.ping()
+            self._dispatcher.refuse_late()
+            if self.waiters.expire():
+                self._verify_wanted = True
+
+    async def _keep_verified(self) -> None:
+        """Verify again: soon while a shard is shut or somebody waits for a position that should have been told by now,
+        otherwise once a second."""
         verified_at = monotonic()
         while True:
             await asyncio.sleep(TICK_S)
             connection = self._connection
-            if connection is not None and connection.stalled_for() > REPLY_TIMEOUT_S:
-                for _ in range(TURNS_TO_READ):
-                    await asyncio.sleep(0)
-            self._listener.watch(REPLY_TIMEOUT_S)
-            self._dispatcher.refuse_late()
-            overdue = self.waiters.expire()
             if connection is None:
                 continue
-            if connection.stalled_for() > REPLY_TIMEOUT_S:
-                log.warning("redis does not answer; the connection is given up")
-                connection.abort()
-                continue
-            soon = overdue or self._verify_wanted or not all(view.is_open for view in self.views)
+            soon = self._verify_wanted or not all(view.is_open for view in self.views)
             if soon or monotonic() - verified_at >= VERIFY_EVERY_S:
                 self._verify_wanted = False
                 try:
-                    async with replies_within(REPLY_TIMEOUT_S):  # one that carries nothing must not stop this loop
-                        await self.verify(connection)
+                    await self.verify(connection)
                 except StoreError:
                     connection.abort()
                 verified_at = monotonic()

@@ -38,17 +38,13 @@ class PositionListener:
             self._connection = None
             await asyncio.sleep(0.2)
 
-    def watch(self, reply_timeout_s: float) -> None:
-        """Drop a half-open connection; to be called often. Without it positions would be learnt by polling alone."""
-        connection, now = self._connection, monotonic()
-        if connection is None:
-            return
-        if connection.stalled_for() > reply_timeout_s:
-            connection.abort()
-        elif now - self._pinged_at >= PING_EVERY_S:
-            self._pinged_at = now
+    def ping(self) -> None:
+        """Ask whether somebody is at the other end; to be called often. Without it a half-open connection would stay, and
+        positions would be learnt by polling alone."""
+        if self._connection is not None and monotonic() - self._pinged_at >= PING_EVERY_S:
+            self._pinged_at = monotonic()
             with contextlib.suppress(NotSent):
-                connection.submit(("PING",), self._on_pong)
+                self._connection.submit(("PING",), self._on_pong)
 
     def close(self) -> None:
         if self._connection is not None:

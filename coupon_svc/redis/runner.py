@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from coupon_svc.redis.connection import Connection, replies_within
+from coupon_svc.redis.connection import Connection
 from coupon_svc.redis.contract import Command, Reply
 from coupon_svc.redis.errors import (
     Fenced,
@@ -32,25 +32,18 @@ async def run_script(
     script: Runnable,
     prepare: Callable[[], tuple[Connection, Command]],
     load: Callable[[], Awaitable[None]],
-    *,
-    reply_timeout_s: float | None = None,
 ) -> Reply:
     """Run a script and return its reply.
 
     `prepare` gives the connection and the command, anew for each attempt; what it raises is raised. There is a second
     attempt only after NOSCRIPT, which promises that nothing ran: before it, `load` makes the scripts known to the server.
-    Without `reply_timeout_s` somebody else gives up a connection on which no reply comes.
 
     Raises NotSent and OutcomeUnknown; OutOfMemory, which did nothing; any other ReplyError, after which a script that writes
     may have done a part of its work; ShardNotUsable when the script found that the shard must not be used.
     """
     for last in (False, True):
         connection, command = prepare()
-        if reply_timeout_s is None:
-            raw = await connection.send(*command)
-        else:
-            async with replies_within(reply_timeout_s):
-                raw = await connection.send(*command)
+        raw = await connection.send(*command)
         if not isinstance(raw, ReplyError):
             reply = script.reply(raw)
             if reply.outcome == "suspect":

@@ -29,6 +29,7 @@ from tests.chaos.network import events_made, running_network
 from tests.harness import START_S, Stack, until
 from tests.http.helpers import assign, make_book, upload
 
+MEASURED = (pytest.mark.chaos, pytest.mark.alone)
 FACTOR = 2.0
 GRAIN_MS = 2.0
 """Beside a median of some milliseconds this much is the machine's."""
@@ -161,10 +162,10 @@ async def test_a_flood_of_one_tenant_leaves_the_others_their_turn(postgres_url: 
 @pytest.mark.parametrize(
     ("kind", "same_tenant"),
     [
-        pytest.param("list", True, id="list-same_tenant", marks=pytest.mark.chaos),
-        pytest.param("burst", True, id="burst-same_tenant", marks=pytest.mark.chaos),
-        pytest.param("list", False, id="list-other_tenant", marks=pytest.mark.chaos),
-        pytest.param("dry", False, id="dry_pool-other_tenant", marks=pytest.mark.chaos),
+        pytest.param("list", True, id="list-same_tenant", marks=MEASURED),
+        pytest.param("burst", True, id="burst-same_tenant", marks=MEASURED),
+        pytest.param("list", False, id="list-other_tenant", marks=MEASURED),
+        pytest.param("dry", False, id="dry_pool-other_tenant", marks=MEASURED),
     ],
 )
 async def test_others_are_served_nearly_as_fast(kind: str, same_tenant: bool, service: Stack) -> None:
@@ -204,6 +205,7 @@ async def cold_ms(port: int, client: httpx.AsyncClient, codes: list[str]) -> tup
 
 
 @pytest.mark.chaos
+@pytest.mark.alone
 async def test_who_guesses_codes_leaves_the_look_ups_of_others_as_quick(service: Stack) -> None:
     port = int(service.base_url.rpartition(":")[2])
 

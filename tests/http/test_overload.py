@@ -144,6 +144,7 @@ def memory_mb(stack: Network) -> dict[str, float]:
 
 
 @pytest.mark.chaos
+@pytest.mark.alone
 @pytest.mark.parametrize("ack", ["ledger", "redis"])
 @pytest.mark.parametrize(
     ("redis_away_s", "connections", "goodput_min"),

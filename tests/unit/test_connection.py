@@ -15,9 +15,13 @@ class Transport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.written: list[bytes] = []
+        self.aborted = False
 
     def write(self, data: Any) -> None:
         self.written.append(bytes(data))
+
+    def abort(self) -> None:
+        self.aborted = True
 
 
 @pytest.fixture
@@ -84,3 +88,20 @@ async def test_too_much_under_way_is_not_sent(connected: tuple[Connection, Trans
         connection.submit(("PING",), lambda reply: None)
     with pytest.raises(NotSent):
         connection.send("PING")
+
+
+async def test_a_connection_that_answers_is_kept_however_long_it_takes_and_a_silent_one_is_broken(
+    connected: tuple[Connection, Transport],
+) -> None:
+    connection, transport = connected
+    connection.watch(0.6)
+    await asyncio.sleep(0.8)
+    for _ in range(4):
+        connection.submit(("GET", "a"), lambda _: None)
+    for _ in range(3):
+        await asyncio.sleep(0.4)
+        connection.data_received(b"+late\r\n")
+    assert not transport.aborted
+    await asyncio.sleep(1.0)
+    assert transport.aborted
+    connection.connection_lost(None)

@@ -19,7 +19,7 @@ async def test_a_failed_attempt_is_not_repeated_by_every_loop(
 ) -> None:
     attempts = 0
 
-    async def connect(*_: object) -> NoReturn:
+    async def connect(*_: object, **__: object) -> NoReturn:
         nonlocal attempts
         attempts += 1
         raise failure
