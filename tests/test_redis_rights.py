@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from redis.asyncio import Redis
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.redis.connection import Connection, connect
 from coupon_svc.redis.errors import ServerUnfit
+from coupon_svc.redis.listener import PositionListener
 from coupon_svc.redis.rights import commands_of_scripts
 from coupon_svc.redis.scripts import Scripts
 from coupon_svc.redis.server import load_scripts
@@ -34,8 +36,12 @@ async def admin(plain_redis: EmbeddedRedis) -> AsyncIterator[Redis]:
 
 async def _come_as(admin: Redis, server: EmbeddedRedis, *rules: str) -> Connection:
     await admin.execute_command("ACL", "SETUSER", "tested", "reset", "on", ">secret", *rules)  # type: ignore[no-untyped-call]
+    return await connect(_url_of_tested(server), "tested")
+
+
+def _url_of_tested(server: EmbeddedRedis) -> str:
     parts = urlsplit(server.url)
-    return await connect(parts._replace(netloc=f"tested:secret@{parts.netloc.rpartition('@')[2]}").geturl(), "tested")
+    return parts._replace(netloc=f"tested:secret@{parts.netloc.rpartition('@')[2]}").geturl()
 
 
 def _documented_rules() -> list[str]:
@@ -73,3 +79,15 @@ async def test_the_documented_user_is_fit_and_one_that_may_not_ask_is_not_checke
     connection = await _come_as(admin, plain_redis, *_documented_rules(), asks)
     await load_scripts(connection, Scripts())
     connection.abort()
+
+
+async def test_a_listener_that_may_not_listen_leaves_no_connection_open(
+    admin: Redis, plain_redis: EmbeddedRedis
+) -> None:
+    (await _come_as(admin, plain_redis, *_documented_rules(), "resetchannels", "&other:*")).abort()
+    listener = PositionListener(_url_of_tested(plain_redis), lambda *_: None)
+    listening = asyncio.create_task(listener.listen("positions"))
+    await asyncio.sleep(1.5)  # some seven attempts
+    open_now = [client for client in await admin.client_list() if client["name"] == "coupon-api-positions"]
+    listening.cancel()
+    assert len(open_now) <= 1

@@ -29,10 +29,12 @@ OnReply = Callable[[Reply], object]
 """Takes a reply: an error reply is a ReplyError value; OutcomeUnknown, as a value, says that the connection broke first."""
 
 IN_FLIGHT_MAX = 20_000
+OPEN_WITHIN_S = 5.0
 SILENT_S = 2.0
+"""How long nothing may come back on a connection while something is waited for."""
 WATCH_EVERY_S = 0.1
-NAPS_TO_READ = 5
-"""Naps of WATCH_EVERY_S before a connection that seems silent is broken. A turn of the event loop with thousands of requests
+LOOKS = 5
+"""How often in a row a connection must seem silent before it is broken. A turn of the event loop with thousands of requests
 takes seconds: what is sent in it is written to the socket when it is over, and a reply that came meanwhile is read in the
 next one."""
 
@@ -125,9 +127,9 @@ class Connection(asyncio.Protocol):
         """Seconds since anything came back while something is waited for; 0.0 when nothing is."""
         return self._loop.time() - self._last_progress if self._waiting else 0.0
 
-    def watch(self, silent_s: float) -> None:
-        """From now on break the connection when it has been silent for so long."""
-        self._watching = asyncio.create_task(_break_when_silent(self, silent_s))
+    def watch(self, name: str) -> None:
+        """From now on break the connection of this name when it is silent for SILENT_S."""
+        self._watching = asyncio.create_task(_break_when_silent(self, name))
 
     def abort(self) -> None:
         """Break the connection at once: whoever waits learns that the outcome is unknown."""
@@ -146,16 +148,13 @@ def _log_not_taken(error: Exception) -> None:
     log.error("a reply was not taken: %s at %s", type(error).__name__, error_location(error))
 
 
-async def _break_when_silent(connection: Connection, silent_s: float) -> None:
-    while True:
+async def _break_when_silent(connection: Connection, name: str) -> None:
+    silent = 0
+    while silent < LOOKS:
         await asyncio.sleep(WATCH_EVERY_S)
-        if connection.stalled_for() <= silent_s - NAPS_TO_READ * WATCH_EVERY_S:
-            continue
-        for _ in range(NAPS_TO_READ):
-            await asyncio.sleep(WATCH_EVERY_S)
-        if connection.stalled_for() > silent_s:
-            log.warning("redis does not answer; the connection is given up")
-            connection.abort()
+        silent = silent + 1 if connection.stalled_for() > SILENT_S - (LOOKS - 1) * WATCH_EVERY_S else 0
+    log.warning("redis does not answer on %s; the connection is given up", name)
+    connection.abort()
 
 
 class Address(NamedTuple):
@@ -190,45 +189,43 @@ def parse_address(url: str) -> Address:
 
 
 async def connect(
-    url: str,
-    name: str,
-    on_message: Callable[[Reply], None] | None = None,
-    *,
-    as_bytes: bool = False,
-    silent_s: float = SILENT_S,
+    url: str, name: str, on_message: Callable[[Reply], None] | None = None, *, as_bytes: bool = False
 ) -> Connection:
     """Open a connection to `redis://`, `rediss://` or `unix://`, authenticated and named for CLIENT LIST. With `as_bytes`
     replies hold bytes, otherwise texts.
 
-    It breaks once nothing has come back for `silent_s` seconds while something is waited for. There is no other limit of
-    time for replies: however many one waits for, and however busy this process is, a Redis that answers is waited for. With
-    a limit for some replies together, a busy process would break its connection, and then each new one.
+    It breaks once Redis is silent on it (SILENT_S). There is no other limit of time for replies: however many one waits for,
+    and however busy this process is, a Redis that answers is waited for. With a limit for some replies together, a busy
+    process would break its connection, and then each new one.
 
-    Raises NotSent when that fails or Redis is silent. The message never holds the URL.
+    Raises NotSent when there is none within OPEN_WITHIN_S, or it breaks. The message never holds the URL.
     """
     address = parse_address(url)
     loop = asyncio.get_running_loop()
-    connection: Connection | None = None
 
     def make() -> Connection:
         return Connection(on_message, as_bytes=as_bytes)
 
     try:
-        async with asyncio.timeout(silent_s):
+        async with asyncio.timeout(OPEN_WITHIN_S):
             if address.path is not None:
                 _, connection = await loop.create_unix_connection(make, address.path)
             else:
                 secure = ssl.create_default_context() if address.tls else None
                 _, connection = await loop.create_connection(make, address.host, address.port, ssl=secure)
-        connection.watch(silent_s)
+    except (OSError, TimeoutError) as error:
+        raise NotSent(type(error).__name__) from None
+    try:
+        connection.watch(name)
         if address.password is not None:
             await connection.ask("AUTH", address.username, address.password)
         if address.database:
             await connection.ask("SELECT", address.database)
         with contextlib.suppress(ReplyError):
             await connection.ask("CLIENT", "SETNAME", name)
-    except (OSError, TimeoutError, StoreError) as error:
-        if connection:
-            connection.abort()
-        raise NotSent(type(error).__name__) from None
+    except BaseException as error:
+        connection.abort()
+        if isinstance(error, StoreError):
+            raise NotSent(type(error).__name__) from None
+        raise
     return connection

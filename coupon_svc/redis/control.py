@@ -38,7 +38,6 @@ from coupon_svc.redis.server import Identity, load_scripts, read_identity
 CODES_PER_CALL_MAX = KEYS_PER_CALL_MAX = 500
 LedgerSeen = Literal["committed", "seen", "away"]
 """How the ledger was met just now: by a commit, by a statement that wrote nothing, or not at all."""
-SILENT_S = 3.0
 CONNECT_AGAIN_S = 0.2
 """How long nobody tries to connect again after an attempt failed. The writer's loops share the connection, and each of them
 would try by itself."""
@@ -87,7 +86,7 @@ class ShardControl:
         self._connection: Connection | None = None
         self._reader: Connection | None = None
         self._bytes: Connection | None = None
-        self._connecting = asyncio.Lock()
+        self._connecting, self._connecting_bytes = asyncio.Lock(), asyncio.Lock()
         self._failure: StoreError | None = None
         """Why the last attempt to connect failed."""
         self._next_attempt_at = 0.0
@@ -97,10 +96,11 @@ class ShardControl:
     async def refresh_identity(self) -> Identity:
         """Ask again who is at the other end: a change of master shows on a live connection only so. Raises StoreError."""
         await self.connect()
-        assert self._connection is not None
+        connection = self._connection
+        assert connection is not None
         try:
-            self.identity = identity = await read_identity(self._connection)
-            await self._require_ours(self._connection)
+            self.identity = identity = await read_identity(connection)
+            await self._require_ours(connection)
         except StoreError:
             self.close()
             raise
@@ -115,7 +115,7 @@ class ShardControl:
                     raise type(self._failure)(str(self._failure))
                 connection = None
                 try:
-                    connection = await self._open("coupon-writer")
+                    connection = await connect(self._url, "coupon-writer")
                     identity = await read_identity(connection)
                     await self._require_ours(connection)
                     await load_scripts(connection, self._scripts)
@@ -128,9 +128,6 @@ class ShardControl:
                 self.identity = identity
                 self._connection = connection
             return self.identity
-
-    async def _open(self, name: str, *, as_bytes: bool = False) -> Connection:
-        return await connect(self._url, name, as_bytes=as_bytes, silent_s=SILENT_S)
 
     async def _require_ours(self, connection: Connection) -> None:
         """Raises ForeignRedis when the shards in this Redis are another installation's. One whose meta alone says so was
@@ -390,9 +387,9 @@ class ShardControl:
     async def _ask_bytes(self, *command: str | int) -> RawReply:
         """As `_ask`; the reply holds bytes."""
         await self.connect()
-        async with self._connecting:
+        async with self._connecting_bytes:
             if self._bytes is None or self._bytes.closed.done():
-                self._bytes = await self._open("coupon-writer-entries", as_bytes=True)
+                self._bytes = await connect(self._url, "coupon-writer-entries", as_bytes=True)
         return await self._ask_on(self._bytes, *command)
 
     async def _ask_on(self, connection: Connection, *command: str | int) -> RawReply:
@@ -420,14 +417,14 @@ class ShardControl:
     async def read_events(
         self, after: Mapping[int, Position], block_ms: int, count: int
     ) -> dict[int, list[StreamEntry]]:
-        """Up to `count` entries of each shard's stream that follow a position, waiting up to `block_ms` for the first. A
-        shard without any is left out.
+        """Up to `count` entries of each shard's stream that follow a position, waiting up to `block_ms` for the first: less
+        than a connection may be silent. A shard without any is left out.
 
         Raises StoreError; WrongKeyType when one of the keys is no stream.
         """
         try:
             if self._reader is None or self._reader.closed.done():
-                self._reader = await self._open("coupon-writer-reader", as_bytes=True)
+                self._reader = await connect(self._url, "coupon-writer-reader", as_bytes=True)
             by_stream = {self._keys[shard].events.encode(): shard for shard in after}
             reply = await self._reader.ask(
                 "XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", *by_stream, *map(str, after.values())

@@ -76,7 +76,7 @@ class DataPlane:
 
     async def start(self) -> None:
         """Begin to connect; returns at once. Until a shard is certified its requests are refused."""
-        loops = (self._keep_connected, self._keep_verified, self._keep_listening, self._watch)
+        loops = (self._keep_connected, self._keep_verified, self._keep_listening, self._tick)
         self._tasks = [asyncio.create_task(keep_running(loop)) for loop in loops]
 
     async def stop(self) -> None:
@@ -266,8 +266,8 @@ class DataPlane:
             )  # fmt: skip
         return meta.installation == self._installation
 
-    async def _watch(self) -> None:
-        """End what waits too long."""
+    async def _tick(self) -> None:
+        """End what waits too long, and see that positions are heard."""
         while True:
             await asyncio.sleep(TICK_S)
             self._listener.ping()

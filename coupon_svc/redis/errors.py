@@ -15,7 +15,7 @@ class NotSent(StoreError):
 
 
 class OutcomeUnknown(StoreError):
-    """The command was sent and no reply came in time: it may have had its effect."""
+    """The command was sent, and the connection broke before its reply: it may have had its effect."""
 
 
 class ServerUnfit(StoreError):

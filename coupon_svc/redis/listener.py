@@ -29,13 +29,14 @@ class PositionListener:
     async def listen(self, channel: str) -> None:
         """Subscribe and hear, for ever."""
         while True:
-            try:
+            with contextlib.suppress(StoreError):
                 self._connection = connection = await connect(self._url, "coupon-api-positions", self.on_message)
-                await connection.ask("SUBSCRIBE", channel)
-                await connection.closed
-            except StoreError:
-                pass
-            self._connection = None
+                try:
+                    await connection.ask("SUBSCRIBE", channel)
+                    await connection.closed
+                finally:
+                    self._connection = None
+                    connection.abort()  # one that was refused must not stay open beside the next
             await asyncio.sleep(0.2)
 
     def ping(self) -> None:

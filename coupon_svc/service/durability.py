@@ -6,8 +6,10 @@ later. Within that
 
 - a book or codes that are on their way to Redis are waited for until PATIENCE_S from the begin: `recovering`, `refilling`;
 - the ledger is waited for during COUPON_LEDGER_WAIT_MS at most: `outcome_unknown`, or `ledger_behind` for a read;
-- an operation waits to be sent for QUEUED_S at most (coupon_svc/redis/dispatcher.py): `store_unavailable`;
-- a reply of Redis is waited for until it has been silent for SILENT_S (coupon_svc/redis/connection.py): `outcome_unknown`.
+- an operation waits to be sent for QUEUED_S at most (coupon_svc/redis/dispatcher.py): `store_unavailable`.
+
+Beyond that, the reply to what was sent is waited for as long as Redis goes on answering: until nothing has come for SILENT_S
+(coupon_svc/redis/connection.py), `outcome_unknown`.
 
 A request of the control plane waits SLOT_WAIT_S for one of its tenant's connections, and TURN_WAIT_S for its turn
 (coupon_svc/postgres/uploads.py). Once Postgres has committed, it waits IN_FORCE_WAIT_S for Redis.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from coupon_svc.redis import connection as connection_module
 from coupon_svc.redis.connection import IN_FLIGHT_MAX, Connection
 from coupon_svc.redis.errors import NotSent, OutcomeUnknown, ReplyError
 
@@ -15,13 +16,13 @@ class Transport(asyncio.Transport):
     def __init__(self) -> None:
         super().__init__()
         self.written: list[bytes] = []
-        self.aborted = False
+        self.aborted = asyncio.Event()
 
     def write(self, data: Any) -> None:
         self.written.append(bytes(data))
 
     def abort(self) -> None:
-        self.aborted = True
+        self.aborted.set()
 
 
 @pytest.fixture
@@ -91,17 +92,17 @@ async def test_too_much_under_way_is_not_sent(connected: tuple[Connection, Trans
 
 
 async def test_a_connection_that_answers_is_kept_however_long_it_takes_and_a_silent_one_is_broken(
-    connected: tuple[Connection, Transport],
+    connected: tuple[Connection, Transport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(connection_module, "SILENT_S", 1.0)
     connection, transport = connected
-    connection.watch(0.6)
-    await asyncio.sleep(0.8)
+    connection.watch("tested")
+    await asyncio.sleep(1.2)
     for _ in range(4):
         connection.submit(("GET", "a"), lambda _: None)
     for _ in range(3):
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(0.5)
         connection.data_received(b"+late\r\n")
-    assert not transport.aborted
-    await asyncio.sleep(1.0)
-    assert transport.aborted
+    assert not transport.aborted.is_set()
+    await asyncio.wait_for(transport.aborted.wait(), 10)
     connection.connection_lost(None)
