@@ -150,13 +150,6 @@ async def stage_of_small_blocks(postgres_url: str, tmp_path_factory: pytest.Temp
         yield stage
 
 
-@pytest.fixture(scope="module")
-async def stage_to_recover(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
-    """One of its own: each book makes a recovery longer."""
-    async with swept_stage(postgres_url, tmp_path_factory.mktemp("recovery")) as stage:
-        yield stage
-
-
 class Operation(ABC):
     """What a sweep plays. Each play begins afresh: another user, another key, another book."""
 
@@ -430,7 +423,13 @@ async def test_an_upload(stage: Stage, way: str, side: Side, number: int) -> Non
 
 
 @CHAOS
-@on_both_sides
 @of_the_writer
-async def test_a_recovery(stage_to_recover: Stage, way: str, side: Side) -> None:
-    await sweep(Recovery(stage_to_recover, "ledger"), way, side)
+async def test_a_recovery(way: str, postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Both sides at once, each on a stage of its own, with few books: the sweep of a recovery takes minutes, and mostly
+    waits."""
+
+    async def swept(side: Side) -> None:
+        async with swept_stage(postgres_url, tmp_path_factory.mktemp(side)) as stage:
+            await sweep(Recovery(stage, "ledger"), way, side)
+
+    await asyncio.gather(swept("before"), swept("after"))
