@@ -7,10 +7,13 @@ from typing import NoReturn
 
 import pytest
 
+from coupon_svc.domain.position import Position
 from coupon_svc.redis import control
+from coupon_svc.redis.connection import Connection
 from coupon_svc.redis.control import ShardControl
 from coupon_svc.redis.errors import ForeignRedis, ServerUnfit, StoreError
 from coupon_svc.redis.scripts import Scripts
+from coupon_svc.redis.server import Identity
 
 
 @pytest.mark.parametrize("failure", [StoreError("away"), ServerUnfit("unfit"), ForeignRedis("foreign")])
@@ -35,3 +38,30 @@ async def test_a_failed_attempt_is_not_repeated_by_every_loop(
     with pytest.raises(type(failure)):
         await store.connect()
     assert attempts == 2
+
+
+async def test_a_connection_that_does_not_open_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ShardControl("redis://nowhere", 1, Scripts())
+    opened = Connection()
+
+    async def connect(_: str, name: str, **__: object) -> Connection:
+        if name == "coupon-writer-entries":
+            await asyncio.Event().wait()
+        return opened
+
+    async def answers(_: Connection) -> Identity:
+        return Identity("run", "replid")
+
+    async def is_fine(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(control, "connect", connect)
+    monkeypatch.setattr(control, "read_identity", answers)
+    monkeypatch.setattr(control, "load_scripts", is_fine)
+    monkeypatch.setattr(ShardControl, "_require_ours", is_fine)
+    hanging = asyncio.create_task(store.stream_after(0, Position.parse("1-0"), count=1))
+    await asyncio.sleep(0.05)
+    assert not hanging.done()
+    async with asyncio.timeout(1):
+        await store.refresh_identity()
+    hanging.cancel()
