@@ -17,9 +17,9 @@ from redis.asyncio import Redis
 from coupon_svc.dev.servers import EmbeddedRedis
 from coupon_svc.domain.outcomes import Refused
 from coupon_svc.domain.shards import new_book_id
-from coupon_svc.redis.connection import SILENT_S
+from coupon_svc.redis.connection import SILENT_S, connect
 from coupon_svc.redis.control import ShardControl, Term
-from coupon_svc.redis.data_plane import DataPlane
+from coupon_svc.redis.data_plane import VERIFY_EVERY_S, DataPlane
 from coupon_svc.redis.scripts import Scripts
 from tests.chaos.proxy import Proxy
 from tests.harness import until
@@ -208,6 +208,34 @@ async def test_a_meta_of_another_type_takes_no_other_shard_with_it(api: Api, adm
     assert list(told) == [dict.fromkeys(ALL_GO, "recovering"), ALL_GO]
 
 
+async def test_a_connection_whose_opening_is_cancelled_is_closed(server: EmbeddedRedis, admin: Any) -> None:
+    async def ids() -> set[str]:
+        return {client["id"] for client in await admin.client_list()}
+
+    async def is_open() -> bool:
+        return not await ids() <= before
+
+    async def is_closed() -> bool:
+        return await ids() <= before
+
+    before = await ids()
+    with Proxy(server.url) as proxy:
+        proxy.replies.delay_s = 60.0
+        opening = asyncio.create_task(connect(proxy.url(server.url), "cancelled"))
+        await until(is_open, 10)
+        opening.cancel()
+        await until(is_closed, SILENT_S / 2)
+
+
+async def test_a_position_that_no_message_told_is_asked_for_soon(api: Api, admin: Any) -> None:
+    """Each wait begins just after a verification, and ends long before the next one that comes by itself."""
+    for committed in (1, 2):
+        began = time.monotonic()
+        await admin.hset(api.plane.views[0].keys.meta, "committed", committed)
+        await api.plane.waiters.wait(0, 1, committed, until=began + 5)
+    assert time.monotonic() - began < VERIFY_EVERY_S / 2
+
+
 async def test_a_redis_whose_every_reply_is_late_is_used_and_kept(
     api: Api, server: EmbeddedRedis, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -222,7 +250,11 @@ async def test_a_redis_whose_every_reply_is_late_is_used_and_kept(
         await asyncio.gather(late.plane.start(), owner.connect())
         await until(late.is_open, 10)
         assert await asyncio.gather(*(late.run("read_codes", codes=["A"]) for _ in range(3))) == ["ok"] * 3
-        await asyncio.sleep(SILENT_S)
+        for _ in range(4):  # they end in time, though a verification is under way nearly all the time
+            began = time.monotonic()
+            with pytest.raises(Refused):
+                await late.plane.waiters.wait(0, 1, 1_000_000, until=began + 0.3)
+            assert time.monotonic() - began < SILENT_S / 4
         assert await late.run("read_codes", codes=["A"]) == "ok"
         await owner.refresh_identity()
         await late.plane.stop()

@@ -30,6 +30,7 @@ OnReply = Callable[[Reply], object]
 
 IN_FLIGHT_MAX = 20_000
 OPEN_WITHIN_S = 5.0
+"""How long a connection may take to open: TCP repeats what was lost after 1 and 3 s, and a busy process needs some turns."""
 SILENT_S = 2.0
 """How long nothing may come back on a connection while something is waited for."""
 WATCH_EVERY_S = 0.1
@@ -128,7 +129,7 @@ class Connection(asyncio.Protocol):
         return self._loop.time() - self._last_progress if self._waiting else 0.0
 
     def watch(self, name: str) -> None:
-        """From now on break the connection of this name when it is silent for SILENT_S."""
+        """From now on, break this connection when Redis is silent on it for SILENT_S. The log calls it by `name`."""
         self._watching = asyncio.create_task(_break_when_silent(self, name))
 
     def abort(self) -> None:
@@ -194,11 +195,11 @@ async def connect(
     """Open a connection to `redis://`, `rediss://` or `unix://`, authenticated and named for CLIENT LIST. With `as_bytes`
     replies hold bytes, otherwise texts.
 
-    It breaks once Redis is silent on it (SILENT_S). There is no other limit of time for replies: however many one waits for,
-    and however busy this process is, a Redis that answers is waited for. With a limit for some replies together, a busy
-    process would break its connection, and then each new one.
+    The connection breaks once Redis is silent for SILENT_S. No other limit of time applies to replies, not even to many of
+    them together: a busy process would exceed it, break its connection, and then break each new one.
 
-    Raises NotSent when there is none within OPEN_WITHIN_S, or it breaks. The message never holds the URL.
+    Raises NotSent when the connection does not open within OPEN_WITHIN_S, or breaks meanwhile. The message never holds the
+    URL.
     """
     address = parse_address(url)
     loop = asyncio.get_running_loop()
@@ -223,9 +224,10 @@ async def connect(
             await connection.ask("SELECT", address.database)
         with contextlib.suppress(ReplyError):
             await connection.ask("CLIENT", "SETNAME", name)
-    except BaseException as error:
+    except StoreError as error:
         connection.abort()
-        if isinstance(error, StoreError):
-            raise NotSent(type(error).__name__) from None
+        raise NotSent(type(error).__name__) from None
+    except BaseException:  # its caller was cancelled, and would never close it
+        connection.abort()
         raise
     return connection

@@ -65,3 +65,32 @@ async def test_a_connection_that_does_not_open_holds_up_no_other(monkeypatch: py
     async with asyncio.timeout(1):
         await store.refresh_identity()
     hanging.cancel()
+
+
+async def test_a_connection_that_is_closed_while_it_is_asked_is_asked_to_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another loop of the writer may close it at any moment: this one must get an answer or a StoreError, and go on."""
+    store, asked = ShardControl("redis://nowhere", 1, Scripts()), []
+
+    async def connect(*_: object, **__: object) -> Connection:
+        return Connection()
+
+    async def answers(_: Connection) -> Identity:
+        return Identity("run", "replid")
+
+    async def answers_and_closes(_: Connection) -> Identity:
+        store.close()
+        return Identity("run", "replid")
+
+    async def is_fine(*arguments: object) -> None:
+        asked.append(arguments[-1])
+
+    monkeypatch.setattr(control, "connect", connect)
+    monkeypatch.setattr(control, "load_scripts", is_fine)
+    monkeypatch.setattr(ShardControl, "_require_ours", is_fine)
+    monkeypatch.setattr(control, "read_identity", answers)
+    await store.connect()
+    monkeypatch.setattr(control, "read_identity", answers_and_closes)
+    await store.refresh_identity()
+    assert isinstance(asked[-1], Connection)
